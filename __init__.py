@@ -1,0 +1,15 @@
+"""engram-hf: DeepSeek's Engram memory for any Hugging Face language model."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from .configuration_engram import EngramConfig
+from .modeling_engram import EngramForCausalLM, EngramModel
+from .tokenization import EngramTokenizer
+
+__version__ = "0.1.0"
+__all__ = ["EngramConfig", "EngramForCausalLM", "EngramModel", "EngramTokenizer"]
+
+AutoConfig.register(EngramConfig.model_type, EngramConfig)
+AutoModel.register(EngramConfig, EngramModel)
+AutoModelForCausalLM.register(EngramConfig, EngramForCausalLM)
+AutoTokenizer.register(EngramConfig, fast_tokenizer_class=EngramTokenizer)

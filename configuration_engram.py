@@ -1,0 +1,380 @@
+"""`EngramConfig`: a backbone's config plus the fields of its memory, under DeepSeek's names."""
+
+import difflib
+import math
+from functools import lru_cache
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto import CONFIG_MAPPING
+
+from .hashing_engram import as_token_map, draw_primes
+
+FORMAT_VERSION = 1
+
+# What the two published forms of Engram differ in; see arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "engram_max_ngram_size": 3,
+        "engram_n_heads": 8,
+        "engram_head_dim": 64,
+        "engram_bias": True,
+        "engram_conv_kernel_size": 4,
+        "engram_norm_eps": None,
+        "engram_zero_gate_sign": 0,
+    },
+    "v4.1": {
+        "engram_max_ngram_size": 4,
+        "engram_n_heads": 8,
+        "engram_head_dim": 256,
+        "engram_vocab_size": 16_000_000,
+        "engram_bias": False,
+        "engram_conv_kernel_size": 0,
+        "engram_norm_eps": 1e-20,
+        "engram_zero_gate_sign": 1,
+    },
+}
+# The demo's default: five buckets of every order for each token of the vocabulary.
+_PAPER_BUCKETS_PER_TOKEN = 5
+
+# Plain attributes of the backbone that tools look up on the outermost config. They live in `text_config` alone.
+_FORWARDED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "use_cache",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+@lru_cache(maxsize=32)
+def _primes(num_layers: int, bucket_counts: tuple[int, ...], heads: int) -> list[list[list[int]]]:
+    return draw_primes(num_layers, bucket_counts, heads)
+
+
+@strict
+class EngramConfig(PreTrainedConfig):
+    r"""
+    Configuration of a language model with Engram memory.
+
+    The defaults are the `paper` variant; [`EngramConfig.for_backbone`] fills in either variant for a backbone.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`):
+            Config of the backbone: any registered decoder.
+        engram_layer_ids (`list[int]`):
+            0-based decoder layers that read memory, in the order the hash was laid out (it is not sorted).
+        engram_max_ngram_size (`int`):
+            Largest n-gram order; orders run from 2.
+        engram_vocab_size (`int` or `list[int]`, *optional*):
+            Base bucket count of a head: one number for every order, or one for each order. Five times the vocabulary
+            if not given.
+        engram_n_heads (`int`):
+            Hash heads per order.
+        engram_head_dim (`int`):
+            Width of a table row.
+        engram_pad_token_id (`int`):
+            Token that stands for a look-back that is cut off.
+        engram_compressed_vocab_size (`int`, *optional*):
+            Size of the compressed vocabulary that the hash is drawn for. None: ids are hashed uncompressed.
+        engram_added_tokens (`int`):
+            Compressed ids appended since (tokens added later); the hash keeps the original size.
+        engram_num_embeddings (`list[int]`, *optional*):
+            Rows of each layer's table. Follows from the primes; if given, it is checked.
+        engram_seed (`int`):
+            Seed of the multipliers.
+        engram_bias (`bool`):
+            Whether the key and value projections have a bias.
+        engram_conv_kernel_size (`int`):
+            Taps of the short convolution, 0 for none. Its dilation is the largest n-gram order.
+        engram_norm_eps (`float`, *optional*):
+            Epsilon of the query and key norms; None for that of the dtype they are computed in.
+        engram_conv_norm_eps (`float`):
+            Epsilon of the norm before the convolution.
+        engram_zero_gate_sign (`int`):
+            The sign that a dot product of exactly zero counts as: 1 in DeepSeek-V4.1, 0 in the demo.
+        engram_table_dtype (`str`, *optional*):
+            `"float8_e4m3fn"` for rows stored with a power-of-two scale per 32 channels; None for rows in the model's
+            dtype.
+        engram_format_version (`int`):
+            Version of these fields; a later one than this code knows is refused.
+    """
+
+    model_type = "engram"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (a class attribute by transformers' convention)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    text_config: dict | PreTrainedConfig | None = None
+    engram_layer_ids: list[int] | tuple[int, ...] = (1, 15)
+    engram_max_ngram_size: int = 3
+    engram_vocab_size: int | list[int] | tuple[int, ...] | None = None
+    engram_n_heads: int = 8
+    engram_head_dim: int = 64
+    engram_pad_token_id: int = 2
+    engram_compressed_vocab_size: int | None = None
+    engram_added_tokens: int = 0
+    engram_num_embeddings: list[int] | tuple[int, ...] | None = None
+    engram_seed: int = 0
+    engram_bias: bool = True
+    engram_conv_kernel_size: int = 4
+    engram_norm_eps: float | None = None
+    engram_conv_norm_eps: float = 1e-5
+    engram_zero_gate_sign: int = 0
+    engram_table_dtype: str | None = None
+    engram_format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.text_config, dict):
+            fields = dict(self.text_config)
+            model_type = fields.pop("model_type", None)
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"text_config has model_type {model_type!r}, which this transformers does not know; name a "
+                    "registered decoder, or register it with AutoConfig.register first."
+                )
+            self.text_config = CONFIG_MAPPING[model_type](**fields)
+        elif self.text_config is None:
+            self.text_config = CONFIG_MAPPING["mixtral"]()
+        unknown = [key for key in kwargs if key.startswith("engram_")]
+        if unknown:
+            known = [name for name in type(self).__annotations__ if name.startswith("engram_")]
+            guess = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"did you mean {guess[0]}?" if guess else f"the fields are {', '.join(known)}."
+            raise ValueError(f"EngramConfig has no field {unknown[0]}; {hint}")
+        self.engram_layer_ids = list(self.engram_layer_ids)
+        if self.engram_vocab_size is None:
+            self.engram_vocab_size = _PAPER_BUCKETS_PER_TOKEN * self.text_config.vocab_size
+        # Called here too, so that a bad config is a plain ValueError rather than one wrapped by @strict.
+        self.validate_engram()
+        rows = [sum(map(sum, orders)) for orders in self.primes]
+        if self.engram_num_embeddings is None:
+            self.engram_num_embeddings = rows
+        elif list(self.engram_num_embeddings) != rows:
+            raise ValueError(
+                f"engram_num_embeddings is {list(self.engram_num_embeddings)}, but the primes of engram_vocab_size "
+                f"{self.engram_vocab_size} with {self.engram_n_heads} heads sum to {rows} rows; leave it out, or "
+                "restore the engram_vocab_size that the tables were built with."
+            )
+        # The base class hands its implementations down to sub-configs, unset ones too; a backbone keeps those it has.
+        kept = {
+            f"_{kind}_implementation": getattr(self.text_config, f"_{kind}_implementation", None)
+            for kind in ("attn", "experts")
+            if kwargs.get(f"{kind}_implementation") is None
+        }
+        super().__post_init__(**kwargs)
+        for name, value in kept.items():
+            setattr(self.text_config, name, value)
+
+    def validate_engram(self) -> None:
+        """Part of `@strict` validation: every rule on a field of the memory.
+
+        Raises:
+            ValueError: names the field, its value and what it should be.
+        """
+        layers, ids = self.text_config.num_hidden_layers, self.engram_layer_ids
+        vocab_size = self.text_config.vocab_size
+        counts = self.bucket_counts
+        compressed = self.engram_compressed_vocab_size
+        rules = [
+            (
+                self.engram_format_version <= FORMAT_VERSION,
+                f"engram_format_version is {self.engram_format_version}, this engram-hf reads up to {FORMAT_VERSION}; "
+                "upgrade engram-hf.",
+            ),
+            (
+                not self.text_config.is_encoder_decoder,
+                f"text_config is an encoder-decoder ({self.text_config.model_type}); Engram needs a decoder-only model.",
+            ),
+            (len(ids) > 0, "engram_layer_ids is empty; name at least one decoder layer."),
+            (
+                all(0 <= layer < layers for layer in ids),
+                f"engram_layer_ids {ids} must lie in 0..{layers - 1}, the backbone's {layers} decoder layers (0-based).",
+            ),
+            (len(set(ids)) == len(ids), f"engram_layer_ids {ids} names a layer twice; name each once."),
+            (
+                self.engram_max_ngram_size >= 2,
+                f"engram_max_ngram_size is {self.engram_max_ngram_size}, but the smallest n-gram is 2.",
+            ),
+            (self.engram_n_heads > 0, f"engram_n_heads is {self.engram_n_heads}; it must be positive."),
+            (self.engram_head_dim > 0, f"engram_head_dim is {self.engram_head_dim}; it must be positive."),
+            (
+                len(counts) == self.engram_max_ngram_size - 1,
+                f"engram_vocab_size lists {len(counts)} bucket counts, but orders 2..{self.engram_max_ngram_size} "
+                f"need {self.engram_max_ngram_size - 1}; give one number, or one for each order.",
+            ),
+            (
+                all(count > 0 for count in counts),
+                f"engram_vocab_size is {self.engram_vocab_size}; it must be positive.",
+            ),
+            (
+                0 <= self.engram_pad_token_id < vocab_size,
+                f"engram_pad_token_id is {self.engram_pad_token_id}, outside the vocabulary of {vocab_size} ids; name "
+                "an id of the tokenizer.",
+            ),
+            (
+                compressed is None or 0 < compressed + self.engram_added_tokens <= vocab_size,
+                f"engram_compressed_vocab_size is {compressed} (+ {self.engram_added_tokens} added), but it must lie "
+                f"in 1..{vocab_size}, the backbone's vocabulary; a compressed vocabulary is never larger.",
+            ),
+            (
+                self.engram_added_tokens >= 0,
+                f"engram_added_tokens is {self.engram_added_tokens}; it cannot be negative.",
+            ),
+            (
+                self.engram_conv_kernel_size >= 0,
+                f"engram_conv_kernel_size is {self.engram_conv_kernel_size}; give a number of taps, 0 for no convolution.",
+            ),
+            (
+                self.engram_zero_gate_sign in (0, 1),
+                f"engram_zero_gate_sign is {self.engram_zero_gate_sign}; it must be 0 (the demo) or 1 (V4.1).",
+            ),
+            (
+                self.engram_table_dtype in (None, "float8_e4m3fn"),
+                f"engram_table_dtype is {self.engram_table_dtype!r}; it must be None (the model's dtype) or "
+                "'float8_e4m3fn'.",
+            ),
+            (
+                self.engram_table_dtype is None or self.engram_head_dim % 32 == 0,
+                f"engram_head_dim is {self.engram_head_dim}, but float8 rows have a scale per 32 channels; make it a "
+                "multiple of 32.",
+            ),
+        ]
+        for holds, message in rules:
+            if not holds:
+                raise ValueError(message)
+
+    @property
+    def bucket_counts(self) -> tuple[int, ...]:
+        """Base bucket count of each order 2..N."""
+        counts = self.engram_vocab_size
+        return (counts,) * (self.engram_max_ngram_size - 1) if isinstance(counts, int) else tuple(counts)
+
+    @property
+    def primes(self) -> list[list[list[int]]]:
+        """Bucket sizes `[layer][order][head]`; see [`~hashing_engram.draw_primes`]."""
+        return _primes(len(self.engram_layer_ids), self.bucket_counts, self.engram_n_heads)
+
+    @property
+    def engram_row_width(self) -> int:
+        """Channels a position gathers in one layer: heads of all orders times `engram_head_dim`."""
+        return (self.engram_max_ngram_size - 1) * self.engram_n_heads * self.engram_head_dim
+
+    @property
+    def engram_streams(self) -> int:
+        """Residual streams of the backbone: 1, or the hyper-connections' `hc_mult`."""
+        return getattr(self.text_config, "hc_mult", None) or 1
+
+    @classmethod
+    def for_backbone(
+        cls,
+        text_config: PreTrainedConfig,
+        tokenizer=None,
+        *,
+        layer_ids: list[int],
+        variant: str = "paper",
+        rows: int | None = None,
+        memory_fraction: float | None = None,
+        **engram_fields,
+    ) -> "EngramConfig":
+        """Config for adding memory to a backbone.
+
+        Args:
+            text_config: the backbone's config; of a composite model, its text part is taken.
+            tokenizer: an `EngramTokenizer`, another fast tokenizer or a token map, which gives the compressed
+                vocabulary's size and the pad id; None if the fields say so themselves, or for no compression.
+            layer_ids: decoder layers that get a memory.
+            variant: `"paper"` or `"v4.1"`; any field can be overridden.
+            rows: approximate rows of each layer's table.
+            memory_fraction: share of all parameters that the memory shall have, between 0 and 1 (exclusive).
+            **engram_fields: fields of [`EngramConfig`], by name.
+
+        Raises:
+            ValueError: on a field that breaks a rule, or if both `rows` and `memory_fraction` are given.
+        """
+        if variant not in VARIANTS:
+            raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(map(repr, VARIANTS))}.")
+        if sum(value is not None for value in (rows, memory_fraction, engram_fields.get("engram_vocab_size"))) > 1:
+            raise ValueError("Give one of rows, memory_fraction and engram_vocab_size: each fixes the tables' size.")
+        text_config = text_config.get_text_config(decoder=True)
+        fields = {**VARIANTS[variant], **engram_fields}
+        if tokenizer is not None:
+            fields.setdefault("engram_compressed_vocab_size", int(as_token_map(tokenizer).max()) + 1)
+        if "engram_pad_token_id" not in fields:
+            fields["engram_pad_token_id"] = _first_id(tokenizer, text_config)
+        if rows is not None or memory_fraction is not None:
+            fields["engram_vocab_size"] = 1  # replaced below; everything else is validated first
+        config = cls(text_config=text_config, engram_layer_ids=list(layer_ids), **fields)
+        if memory_fraction is not None:
+            rows = config._rows_for_fraction(memory_fraction)
+        if rows is None:
+            return config
+        heads = (config.engram_max_ngram_size - 1) * config.engram_n_heads
+        fields["engram_vocab_size"] = max(2, round(rows / heads))
+        return cls(text_config=text_config, engram_layer_ids=list(layer_ids), **fields)
+
+    def _rows_for_fraction(self, fraction: float) -> int:
+        """Rows of each table that make the memory `fraction` of all parameters."""
+        if not 0 < fraction < 1:
+            raise ValueError(f"memory_fraction is {fraction}; it must lie between 0 and 1, both excluded.")
+        layers = len(self.engram_layer_ids)
+        memory = _count_parameters(self.text_config) * fraction / (1 - fraction)
+        rows = math.floor((memory / layers - self.parameters_beside_table) / self.engram_head_dim)
+        if rows < self.engram_n_heads:
+            raise ValueError(
+                f"memory_fraction {fraction} is used up by the projections ({self.parameters_beside_table:,} "
+                f"parameters a layer); raise it, or lower engram_head_dim or engram_n_heads."
+            )
+        return rows
+
+    @property
+    def parameters_beside_table(self) -> int:
+        """Parameters of one layer's memory apart from its table."""
+        hidden, streams = self.text_config.hidden_size, self.engram_streams
+        projection = (self.engram_row_width + int(self.engram_bias)) * hidden * (streams + 1)
+        norms = 2 * streams * hidden
+        conv = streams * hidden * (self.engram_conv_kernel_size + 1) if self.engram_conv_kernel_size else 0
+        return projection + norms + conv
+
+
+def _first_id(tokenizer, text_config: PreTrainedConfig) -> int:
+    """The pad id, or the next best special id, of the tokenizer or else of the backbone."""
+    for source in (tokenizer, text_config):
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            value = getattr(source, name, None)
+            value = value[0] if isinstance(value, list) and value else value
+            if isinstance(value, int) and value >= 0:
+                return value
+    return 0
+
+
+def _count_parameters(text_config: PreTrainedConfig) -> int:
+    """Parameters of the causal language model `text_config` describes, without allocating it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(text_config).num_parameters()
+
+
+def _forward_to_text_config(name: str) -> property:
+    def get(self):
+        return getattr(self.text_config, name)
+
+    def set(self, value):
+        setattr(self.text_config, name, value)
+
+    return property(get, set, doc=f"`text_config.{name}`.")
+
+
+for _name in _FORWARDED:
+    setattr(EngramConfig, _name, _forward_to_text_config(_name))
+
+EngramConfig.register_for_auto_class()

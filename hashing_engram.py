@@ -1,0 +1,347 @@
+"""N-gram hashing: which table rows a position reads, as a pure function of token ids.
+
+The layout (prime bucket sizes, multipliers) follows "Conditional Memory via Scalable Lookup" (arXiv 2601.07372), its
+public demo and the DeepSeek-V4.1-Flash release. Shape letters used below:
+
+    B  batch (any leading shape)       L  Engram layers, in the order of `engram_layer_ids`
+    S  positions of this call          N  largest n-gram order; orders run 2..N
+    H  heads per order                 T  heads of all orders, (N - 1) * H, order-major
+"""
+
+import importlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+# A position without a compressed id: padding, an image span, or before the start of the sequence.
+DEAD = -1
+
+_INT64_MAX = np.iinfo(np.int64).max
+_SEED_STRIDE = 10007
+# Deterministic Miller-Rabin witnesses for every integer below 3.3e24 (Sorenson and Webster, 2015).
+_WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+
+
+def is_prime(number: int) -> bool:
+    """Whether `number` is prime (deterministic Miller-Rabin, exact below 3.3e24)."""
+    if number < 2:
+        return False
+    for witness in _WITNESSES:
+        if number % witness == 0:
+            return number == witness
+    odd, twos = number - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for witness in _WITNESSES:
+        power = pow(witness, odd, number)
+        if power in (1, number - 1):
+            continue
+        for _ in range(twos - 1):
+            power = power * power % number
+            if power == number - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def draw_primes(num_layers: int, bucket_counts: Sequence[int], heads: int) -> list[list[list[int]]]:
+    """Bucket sizes `[layer][order][head]`, all distinct primes.
+
+    Every (layer, order) starts at `bucket_counts[order] - 1`, and each head takes the next prime that no earlier head
+    of any layer has taken, so that no two heads of a model share a modulus (`NgramHashMapping` of the demo).
+
+    Args:
+        num_layers: number of Engram layers.
+        bucket_counts: base bucket count of each order 2..N.
+        heads: hash heads per order.
+    """
+    taken: set[int] = set()
+
+    def next_free_prime(candidate: int) -> int:
+        candidate += 1
+        while candidate in taken or not is_prime(candidate):
+            candidate += 1
+        taken.add(candidate)
+        return candidate
+
+    layout = []
+    for _ in range(num_layers):
+        orders = []
+        for count in bucket_counts:
+            sizes, previous = [], count - 1
+            for _ in range(heads):
+                previous = next_free_prime(previous)
+                sizes.append(previous)
+            orders.append(sizes)
+        layout.append(orders)
+    return layout
+
+
+def draw_multipliers(layer_ids: Sequence[int], max_ngram: int, vocab_size: int, seed: int) -> np.ndarray:
+    """Odd hash multipliers, int64 `[L, N]`: one for each layer and look-back distance.
+
+    The bound keeps `id * multiplier` inside int64 for every id below `vocab_size`. NumPy does not promise its random
+    stream for ever, which is why a model stores these numbers and only compares them with a fresh draw.
+
+    Args:
+        layer_ids: 0-based decoder layers with memory; the id itself seeds the draw.
+        max_ngram: N.
+        vocab_size: size of the compressed vocabulary (of the vocabulary, without compression).
+        seed: `engram_seed`; 0 in DeepSeek-V4.1.
+    """
+    bound = max(1, (_INT64_MAX // vocab_size) // 2)
+    draws = [
+        np.random.default_rng(seed + _SEED_STRIDE * layer_id).integers(0, bound, size=max_ngram, dtype=np.int64)
+        for layer_id in layer_ids
+    ]
+    return np.stack(draws) * 2 + 1
+
+
+def hash_ngrams(
+    compressed_ids: torch.Tensor,
+    multipliers: torch.Tensor,
+    primes: torch.Tensor,
+    pad_id: int,
+    sequence_ids: torch.Tensor | None = None,
+    past_ids: torch.Tensor | None = None,
+    past_sequence_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Row ids of every position, for all layers at once.
+
+    `mix_k = c[p] * m_0 ^ c[p-1] * m_1 ^ ... ^ c[p-k] * m_k` in wrapping int64; the heads of order k + 1 read row
+    `mix_k mod prime + offset`. From the first look-back that leaves the sequence, meets a dead position or leaves the
+    packed document, this and every longer look-back counts as `pad_id`; at a dead position all of them do.
+
+    Args:
+        compressed_ids: int64 `[B, S]`, `DEAD` where there is none.
+        multipliers: int64 `[L, N]`.
+        primes: int64 `[L, N - 1, H]`.
+        pad_id: compressed id that stands for a look-back that is cut off.
+        sequence_ids: `[B, S]`, equal within a packed document; None for one document a row.
+        past_ids: int64 `[B, P]`, the compressed ids right before these (P may be anything); None at a start.
+        past_sequence_ids: `[B, P]`, needed if both `sequence_ids` and `past_ids` are given.
+
+    Returns:
+        int64 `[L, B, S, T]`, rows of each layer's own table.
+    """
+    num_orders = primes.shape[1]
+    reach = num_orders  # the longest look-back is N - 1
+    length = compressed_ids.shape[-1]
+    ids = _with_past(compressed_ids, past_ids, reach, DEAD)
+    documents = None if sequence_ids is None else _with_past(sequence_ids, past_sequence_ids, reach, DEAD)
+
+    offsets = row_offsets(primes)
+    head_shape = (primes.shape[0], *[1] * compressed_ids.dim(), primes.shape[2])
+    layer_shape = (-1, *[1] * compressed_ids.dim())
+
+    cut = compressed_ids < 0
+    mix = torch.where(cut, pad_id, compressed_ids) * multipliers[:, 0].view(layer_shape)
+    rows = []
+    for distance in range(1, num_orders + 1):
+        before = slice(reach - distance, reach - distance + length)
+        earlier = ids[..., before]
+        cut = cut | (earlier < 0)
+        if documents is not None:
+            cut = cut | (documents[..., before] != sequence_ids)
+        token = torch.where(cut, pad_id, earlier)
+        mix = mix ^ (token * multipliers[:, distance].view(layer_shape))
+        order = distance - 1
+        buckets = torch.remainder(mix.unsqueeze(-1), primes[:, order].view(head_shape))
+        rows.append(buckets.add_(offsets[:, order].view(head_shape)))
+    return torch.cat(rows, dim=-1)
+
+
+def row_offsets(primes: torch.Tensor) -> torch.Tensor:
+    """First row of every head, int64 `[L, N - 1, H]`: the running sum of the bucket sizes before it in its layer."""
+    flat = primes.flatten(1)
+    return (flat.cumsum(1) - flat).view_as(primes)
+
+
+def _with_past(current: torch.Tensor, past: torch.Tensor | None, reach: int, fill: int) -> torch.Tensor:
+    """`current` `[B, S]` behind exactly `reach` earlier positions, `fill` where the sequence had not begun."""
+    if past is None:
+        past = current.new_empty((*current.shape[:-1], 0))
+    past = past[..., max(past.shape[-1] - reach, 0) :]
+    missing = current.new_full((*current.shape[:-1], reach - past.shape[-1]), fill)
+    return torch.cat([missing, past, current], dim=-1)
+
+
+def as_token_map(source) -> torch.Tensor:
+    """The token map of `source` as an int64 tensor `[V]`: entry `i` is the compressed id of token `i`.
+
+    Args:
+        source: an `EngramTokenizer`, another fast tokenizer (its vocabulary is compressed here, which needs
+            `engram_hf` installed), or the map itself as a tensor, array or list.
+
+    Raises:
+        ValueError: for a slow tokenizer, or a map that is not a surjection onto `0..C-1`.
+    """
+    if hasattr(source, "is_fast"):
+        source = _token_map_of_tokenizer(source)
+    token_map = torch.as_tensor(source, device="cpu").long()
+    if token_map.dim() != 1 or token_map.numel() == 0:
+        raise ValueError(
+            f"A token map is a vector with one entry for each token id, got shape {list(token_map.shape)}."
+        )
+    used = torch.unique(token_map)
+    size = used.numel()
+    if used[0] != 0 or used[-1] != size - 1:
+        raise ValueError(
+            f"A token map uses every compressed id from 0 to its largest, but this one has {size} distinct values "
+            f"between {int(used[0])} and {int(used[-1])}. Take it from EngramTokenizer.token_map."
+        )
+    return token_map
+
+
+def _token_map_of_tokenizer(tokenizer) -> torch.Tensor:
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is a slow (pure Python) tokenizer; vocabulary compression reads the Rust "
+            "tokenizer. Load a fast one, for example with AutoTokenizer.from_pretrained."
+        )
+    if not hasattr(tokenizer, "token_map"):
+        # The one look upwards: the compression lives with the tokenizer, and a model folder works without it.
+        try:
+            wrap = importlib.import_module("engram_hf.tokenization").EngramTokenizer.from_tokenizer
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no token_map: pass an EngramTokenizer, for example "
+                "EngramTokenizer.from_tokenizer(tokenizer) of the package engram-hf."
+            ) from error
+        tokenizer = wrap(tokenizer)
+    return tokenizer.token_map
+
+
+class NgramHasher(nn.Module):
+    """Token ids to row ids. Its buffers are the part of the hash that is saved with the weights.
+
+    Buffers:
+        token_map: int64 `[V]`, compressed id of every token id, `DEAD` where a token has none; None without
+            vocabulary compression.
+        multipliers: int64 `[L, N]`.
+        primes: int64 `[L, N - 1, H]`.
+
+    Args:
+        layer_ids: decoder layers with memory.
+        max_ngram: N.
+        bucket_counts: base bucket count of each order 2..N.
+        heads: H.
+        vocab_size: V, the model's vocabulary.
+        compressed_vocab_size: size the multipliers are drawn for; None for no compression (then V).
+        pad_token_id: token that stands for a look-back that is cut off.
+        seed: of the multipliers.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer_ids: Sequence[int],
+        max_ngram: int,
+        bucket_counts: Sequence[int],
+        heads: int,
+        vocab_size: int,
+        compressed_vocab_size: int | None,
+        pad_token_id: int,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.layer_ids = tuple(layer_ids)
+        self.max_ngram = max_ngram
+        self.bucket_counts = tuple(bucket_counts)
+        self.heads = heads
+        self.hash_vocab_size = vocab_size if compressed_vocab_size is None else compressed_vocab_size
+        self.pad_token_id = pad_token_id
+        self.seed = seed
+        has_map = compressed_vocab_size is not None
+        self.register_buffer("token_map", torch.full((vocab_size,), DEAD) if has_map else None)
+        self.register_buffer("multipliers", torch.empty((len(layer_ids), max_ngram), dtype=torch.int64))
+        self.register_buffer("primes", torch.empty((len(layer_ids), max_ngram - 1, heads), dtype=torch.int64))
+
+    def derive_constants(self) -> dict[str, torch.Tensor]:
+        """The multipliers and primes that the configuration implies, on the CPU."""
+        with torch.device("cpu"):
+            return {
+                "multipliers": torch.from_numpy(
+                    draw_multipliers(self.layer_ids, self.max_ngram, self.hash_vocab_size, self.seed)
+                ),
+                "primes": torch.tensor(draw_primes(len(self.layer_ids), self.bucket_counts, self.heads)),
+            }
+
+    def verify_constants(self) -> None:
+        """Compare the stored multipliers and primes with what the configuration implies.
+
+        Raises:
+            ValueError: they differ, so that the tables would be read as noise.
+        """
+        for name, expected in self.derive_constants().items():
+            if not torch.equal(getattr(self, name).cpu(), expected):
+                raise ValueError(
+                    f"The hash {name} stored with the weights are not those that the config implies (layers "
+                    f"{list(self.layer_ids)}, vocabulary {self.hash_vocab_size}, buckets {list(self.bucket_counts)}, "
+                    f"seed {self.seed}): weights and config.json are not of one model. Restore the config.json that "
+                    "was saved with these weights."
+                )
+
+    @property
+    def has_token_map(self) -> bool:
+        """Whether token ids can be compressed: the map is set, or none is needed."""
+        return self.token_map is None or bool((self.token_map >= 0).any())
+
+    def compress(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Compressed ids, int64, of `input_ids` (any integer dtype and shape).
+
+        Raises:
+            ValueError: on the CPU, for an id that the map does not know. (On an accelerator the check runs there.)
+        """
+        ids = input_ids.long()
+        if self.token_map is None:
+            return ids
+        token_map = self.token_map.to(ids.device)
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._require_known(ids, token_map)
+        compressed = token_map[ids]
+        if ids.device.type == "cuda":
+            torch._assert_async((compressed >= 0).all(), "input_ids holds a token id that the token map does not know")
+        return compressed
+
+    def _require_known(self, ids: torch.Tensor, token_map: torch.Tensor) -> None:
+        if not self.has_token_map:
+            raise ValueError(
+                "This model has no token map yet: call model.set_token_map(tokenizer) with the EngramTokenizer whose "
+                "compressed vocabulary the config names, or load the model with from_pretrained."
+            )
+        outside = (ids < 0) | (ids >= token_map.numel())
+        unknown = outside | (token_map[ids.masked_fill(outside, 0)] < 0)
+        if unknown.any():
+            raise ValueError(
+                f"input_ids holds the token id {int(ids[unknown][0])}, but the token map knows {int((token_map >= 0).sum())} "
+                "ids. Use the tokenizer the model was built with, or extend the map with resize_token_embeddings and "
+                "set_token_map."
+            )
+
+    def pad_id(self) -> int:
+        """Compressed id of the pad token."""
+        return self.pad_token_id if self.token_map is None else int(self.token_map[self.pad_token_id])
+
+    def forward(
+        self,
+        compressed_ids: torch.Tensor,
+        sequence_ids: torch.Tensor | None = None,
+        past_ids: torch.Tensor | None = None,
+        past_sequence_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Row ids `[L, B, S, T]` of compressed ids `[B, S]` (`DEAD` where there is none); see [`hash_ngrams`]."""
+        device = compressed_ids.device
+        pad = self.pad_token_id if self.token_map is None else self.token_map[self.pad_token_id].to(device)
+        return hash_ngrams(
+            compressed_ids,
+            self.multipliers.to(device),
+            self.primes.to(device),
+            pad,
+            sequence_ids,
+            past_ids,
+            past_sequence_ids,
+        )

@@ -1,0 +1,224 @@
+"""The memory of one decoder layer: gated fusion of table rows into the residual streams.
+
+Shape letters: B batch, S positions, G residual streams (1 without hyper-connections), D hidden size, L Engram layers,
+T hash heads of all n-gram orders, W channels of a table row, K taps of the convolution.
+"""
+
+import copyreg
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .cache_engram import EngramHistoryLayer
+from .configuration_engram import EngramConfig
+from .hashing_engram import DEAD
+from .memory_engram import EngramTable
+
+
+class EngramInputs(NamedTuple):
+    """What the memory of every layer needs in one forward; derived from token ids alone."""
+
+    row_ids: torch.Tensor  # [L, B, S, T]
+    alive: torch.Tensor | None = None  # [B, S] bool, False where there is no memory; None if it is everywhere
+    sequence_ids: torch.Tensor | None = None  # [B, S]
+    past_sequence_ids: torch.Tensor | None = None  # [B, past]
+    history: EngramHistoryLayer | None = None
+
+
+class EngramRMSNorm(nn.Module):
+    """Root-mean-square norm over D with its own weight `[G, D]` for every stream."""
+
+    def __init__(self, streams: int, hidden_size: int, eps: float | None, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty((streams, hidden_size), device=device, dtype=dtype))
+
+    def inverse_rms(self, states: torch.Tensor) -> torch.Tensor:
+        """`1 / sqrt(mean(x^2) + eps)` of `[..., G, D]`, one number for each token and stream: `[..., G]`."""
+        eps = torch.finfo(states.dtype).eps if self.eps is None else self.eps
+        return torch.rsqrt(states.square().mean(-1) + eps)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Normalized `states` `[..., G, D]`, in their dtype."""
+        return states * self.inverse_rms(states).unsqueeze(-1) * self.weight.to(states.dtype)
+
+
+class EngramGate(nn.Module):
+    """`sigmoid(sign(x) * sqrt(max(|x|, 1e-6)))` of the scaled dot products `[B, S, G]`.
+
+    A module of its own so that a forward hook can watch the gates open. The root is steep near zero.
+
+    Args:
+        zero_sign: the sign a product of exactly zero counts as (1 in DeepSeek-V4.1, 0 in the demo).
+    """
+
+    def __init__(self, zero_sign: int):
+        super().__init__()
+        self.zero_sign = zero_sign
+
+    def forward(self, dot: torch.Tensor, alive: torch.Tensor | None = None) -> torch.Tensor:
+        """Gates `[B, S, G]`, zero where `alive` `[B, S]` is False."""
+        root = dot.abs().clamp_min(1e-6).sqrt()
+        sign = torch.where(dot >= 0, 1.0, -1.0).to(dot.dtype) if self.zero_sign else torch.sign(dot)
+        gate = torch.sigmoid(sign * root)
+        return gate if alive is None else gate * alive.unsqueeze(-1)
+
+
+class EngramMemory(nn.Module):
+    """One layer's memory: reads rows and adds them, gated, to the residual streams (arXiv 2601.07372, section 2).
+
+        key_g, value = kv_proj(rows)
+        gate_g = gate(<rms(h_g) * w_q, rms(key_g) * w_k> / sqrt(D))
+        u_g    = gate_g * value
+        h_g   <- h_g + u_g [+ silu(conv(rms(u_g)))]
+
+    The convolution (none in V4.1) is depthwise over `G * D` channels and causal, with dilation N. Gates and norms are
+    computed in float32 (float64 for float64 streams), whatever the model's dtype.
+
+    Args:
+        config: of the whole model.
+        index: position of this layer in `config.engram_layer_ids`.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(self, config: EngramConfig, index: int, device=None, dtype=None):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.index = index
+        self.streams, self.hidden_size = config.engram_streams, config.text_config.hidden_size
+        self.table = EngramTable(
+            config.engram_num_embeddings[index], config.engram_head_dim, config.engram_table_dtype, **factory
+        )
+        self.kv_proj = nn.Linear(
+            config.engram_row_width, (self.streams + 1) * self.hidden_size, bias=config.engram_bias, **factory
+        )
+        self.q_norm = EngramRMSNorm(self.streams, self.hidden_size, config.engram_norm_eps, **factory)
+        self.k_norm = EngramRMSNorm(self.streams, self.hidden_size, config.engram_norm_eps, **factory)
+        self.gate = EngramGate(config.engram_zero_gate_sign)
+        self.conv, self.conv_norm = None, None
+        if config.engram_conv_kernel_size:
+            channels = self.streams * self.hidden_size
+            self.conv = nn.Conv1d(
+                channels,
+                channels,
+                config.engram_conv_kernel_size,
+                groups=channels,
+                dilation=config.engram_max_ngram_size,
+                bias=False,
+                **factory,
+            )
+            self.conv_norm = EngramRMSNorm(self.streams, self.hidden_size, config.engram_conv_norm_eps, **factory)
+
+    def forward(self, hidden_states: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
+        """The streams with memory added, in the shape and dtype of `hidden_states` (`[B, S, D]` or `[B, S, G, D]`)."""
+        rows = self.table(inputs.row_ids[self.index], dtype=hidden_states.dtype)
+        return self.fuse(hidden_states, rows, inputs)
+
+    def fuse(self, hidden_states: torch.Tensor, rows: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
+        """As `forward`, with the gathered rows `[B, S, T * W]` given."""
+        streams = hidden_states if hidden_states.dim() == 4 else hidden_states.unsqueeze(-2)
+        keys, value = self._project(rows)
+        precise = torch.promote_types(streams.dtype, torch.float32)
+        gate = self.gate(self._similarity(streams.to(precise), keys.to(precise)), inputs.alive)
+        update = gate.unsqueeze(-1) * value.to(precise).unsqueeze(-2)
+        if self.conv is not None:
+            update = update + F.silu(self._convolve(self.conv_norm(update), inputs))
+        return hidden_states + update.to(hidden_states.dtype).view_as(hidden_states)
+
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Make the memory contribute exactly nothing until it is trained: the value projection becomes zero."""
+        self.kv_proj.weight[self.streams * self.hidden_size :].zero_()
+        if self.kv_proj.bias is not None:
+            self.kv_proj.bias[self.streams * self.hidden_size :].zero_()
+
+    def _project(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys `[B, S, G, D]` and value `[B, S, D]`: one matrix, keys of all streams first (V4.1's `wkv`)."""
+        keys, value = self.kv_proj(rows).split([self.streams * self.hidden_size, self.hidden_size], dim=-1)
+        return keys.unflatten(-1, (self.streams, self.hidden_size)), value
+
+    def _similarity(self, streams: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Scaled dot products `[B, S, G]` of normalized streams and keys, without storing either normalized."""
+        weight = self.q_norm.weight.to(streams.dtype) * self.k_norm.weight.to(streams.dtype)
+        dot = (streams * weight * keys).sum(-1)
+        return dot * self.q_norm.inverse_rms(streams) * self.k_norm.inverse_rms(keys) / math.sqrt(self.hidden_size)
+
+    def _convolve(self, states: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
+        """Depthwise causal convolution of `[B, S, G, D]` that sees neither past the sequence nor past its document.
+
+        Written as K shifted products: documents need a mask for each tap, and no transpose to channels-first is paid.
+        """
+        kernel, (dilation,), length = self.conv.kernel_size[0], self.conv.dilation, states.shape[1]
+        reach = (kernel - 1) * dilation
+        if inputs.history is not None:
+            past = inputs.history.remember_conv_inputs(self.index, states, reach)
+        else:
+            past = states.new_zeros((states.shape[0], reach, *states.shape[2:]))
+        padded = torch.cat([past, states], dim=1)
+        documents = _padded_sequence_ids(inputs, reach)
+        taps = self.conv.weight.to(states.dtype).view(self.streams, self.hidden_size, kernel)
+        mixed = states * taps[..., -1]
+        for tap in range(kernel - 1):
+            window = slice(tap * dilation, tap * dilation + length)
+            product = padded[:, window] * taps[..., tap]
+            if documents is not None:
+                same = documents[:, window] == inputs.sequence_ids
+                product = product * same[..., None, None]
+            mixed = mixed + product
+        return mixed
+
+
+def _padded_sequence_ids(inputs: EngramInputs, reach: int) -> torch.Tensor | None:
+    """Sequence ids `[B, reach + S]`, those of the past in front; `DEAD` before the sequence began."""
+    if inputs.sequence_ids is None:
+        return None
+    current, past = inputs.sequence_ids, inputs.past_sequence_ids
+    if past is not None:
+        current = torch.cat([past[:, max(past.shape[1] - reach, 0) :], current], dim=1)
+    missing = reach + inputs.sequence_ids.shape[1] - current.shape[1]
+    return F.pad(current, (missing, 0), value=DEAD)
+
+
+class EngramDecoderLayerMixin:
+    """Runs a decoder layer's submodule `engram` in front of the layer's own forward.
+
+    Mixed into the class of a listed layer (see [`add_memory_to_layer`]), so that it is still an instance of its class:
+    output recording, gradient checkpointing and device hooks keep working.
+    """
+
+    def forward(self, hidden_states, *args, engram_inputs: EngramInputs | None = None, **kwargs):
+        """The layer's own arguments, plus `engram_inputs`; without those the layer runs without memory."""
+        if engram_inputs is not None:
+            hidden_states = self.engram(hidden_states, engram_inputs)
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time: pickle (spawned workers, deepcopy) rebuilds it from the one it extends.
+        base = type(self).__mro__[2]
+        return _rebuild_layer, (base,), self.__dict__.copy()
+
+
+def _rebuild_layer(base: type[nn.Module]) -> nn.Module:
+    return copyreg.__newobj__(_layer_class_with_memory(base))
+
+
+@functools.cache
+def _layer_class_with_memory(base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Engram{base.__name__}", (EngramDecoderLayerMixin, base), {"__module__": base.__module__})
+
+
+def add_memory_to_layer(layer: nn.Module, config: EngramConfig, index: int) -> None:
+    """Give a decoder layer of the backbone its memory, on the layer's device and in its dtype.
+
+    Raises:
+        ValueError: it has one already.
+    """
+    if isinstance(layer, EngramDecoderLayerMixin):
+        raise ValueError("This backbone already has Engram memory; start from the backbone without it.")
+    like = next(p for p in layer.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    layer.engram = EngramMemory(config, index, device=like.device, dtype=like.dtype)
+    layer.__class__ = _layer_class_with_memory(type(layer))

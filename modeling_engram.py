@@ -1,0 +1,536 @@
+"""Engram memory for any decoder of transformers: the models that carry it.
+
+Listed decoder layers of the backbone get a submodule `engram` and run it on the residual streams before their own
+forward. What they read is decided once per forward, from token ids alone, and travels as one keyword argument.
+
+Shape letters: B batch, S positions, G residual streams, D hidden size, L Engram layers, T hash heads of all orders.
+"""
+
+import inspect
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from .cache_engram import EngramHistoryLayer, attach_history
+from .configuration_engram import EngramConfig
+from .hashing_engram import DEAD, NgramHasher, as_token_map
+from .layer_engram import EngramInputs, EngramMemory, EngramRMSNorm, add_memory_to_layer
+from .memory_engram import EngramTable
+
+
+class EngramPreTrainedModel(PreTrainedModel):
+    """What [`EngramModel`] and [`EngramForCausalLM`] share: loading, initialization and the token map."""
+
+    config_class = EngramConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (transformers' convention)
+    # The backbone checks what it supports itself, with its own message.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers; the stored hash is compared with the config, and no table may be missing.
+
+        Raises:
+            ValueError: tables or hash constants are missing from the checkpoint, or disagree with its config.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = sorted(key for key in info["missing_keys"] if ".engram." in key or "hashing." in key)
+        if missing:
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} tensors of the memory, such as {missing[0]}; complete the folder "
+                "(a shard may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
+            )
+        model.base_model.hashing.verify_constants()
+        return (model, info) if output_loading_info else model
+
+    def initialize_weights(self):
+        """Initialize what was not loaded.
+
+        Memory sits inside layers of the backbone, whose own initialization does not know it, so it goes first.
+        """
+        self._initialize_memory()
+        super().initialize_weights()
+
+    @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def _initialize_memory(self) -> None:
+        for memory in self.base_model.memories().values():
+            for module in memory.modules():
+                self._initialize_weights(module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, EngramTable):
+            _init_table(module, getattr(self.config.text_config, "initializer_range", None) or 0.02)
+        elif isinstance(module, EngramRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, nn.Conv1d):
+            init.zeros_(module.weight)  # the convolution starts as the identity (spec of the paper)
+        elif isinstance(module, NgramHasher):
+            for name, constant in module.derive_constants().items():
+                init.copy_(getattr(module, name), constant)
+            if module.token_map is not None:
+                init.constant_(module.token_map, DEAD)
+        else:
+            super()._init_weights(module)
+
+    def set_token_map(self, tokenizer) -> None:
+        """Tell a model that was built from a config which compressed id each token has.
+
+        On a model that has a map, tokens may be added, but none of the original ids may change.
+
+        Args:
+            tokenizer: `EngramTokenizer`, another fast tokenizer, or the map as a tensor `[V]`.
+
+        Raises:
+            ValueError: the map has another size than the model was built for, or renumbers ids.
+        """
+        self.base_model.replace_token_map(as_token_map(tokenizer))
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As in transformers; the token map grows too, each new token with a compressed id of its own.
+
+        Old ids and the tables keep their meaning. Call `set_token_map(tokenizer)` afterwards if the new tokens should
+        share the ids of tokens they are equal to.
+        """
+        old_size = self.config.vocab_size
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.base_model.resize_token_map(old_size, self.config.vocab_size)
+        return embeddings
+
+
+def _init_table(table: EngramTable, std: float) -> None:
+    if table.scale is None:
+        init.normal_(table.weight, mean=0.0, std=std)
+        return
+    rows = torch.randn(table.weight.shape, device=table.weight.device).mul_(std)
+    init.copy_(table.weight, rows.to(table.weight.dtype))
+    init.copy_(table.scale, torch.ones_like(table.scale, dtype=torch.float32).to(table.scale.dtype))
+
+
+class EngramModel(EngramPreTrainedModel):
+    """A backbone with memory, without a language-model head.
+
+    Args:
+        config: names the backbone in `text_config`.
+        backbone: an instance to use instead of a new one; it is changed in place.
+    """
+
+    def __init__(self, config: EngramConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        if backbone is None:
+            backbone = AutoModel.from_config(config.text_config)
+        config.text_config = backbone.config  # from_config copies; there is to be one
+        self.hashing = NgramHasher(
+            layer_ids=config.engram_layer_ids,
+            max_ngram=config.engram_max_ngram_size,
+            bucket_counts=config.bucket_counts,
+            heads=config.engram_n_heads,
+            vocab_size=config.vocab_size,
+            compressed_vocab_size=config.engram_compressed_vocab_size,
+            pad_token_id=config.engram_pad_token_id,
+            seed=config.engram_seed,
+        )
+        layers = _decoder_layers(backbone, config)
+        for index, layer_id in enumerate(config.engram_layer_ids):
+            add_memory_to_layer(layers[layer_id], config, index)
+        self.backbone = backbone
+        self._no_split_modules = sorted({type(layers[layer_id]).__name__ for layer_id in config.engram_layer_ids})
+        self._takes_image_mask = "image_mask" in inspect.signature(backbone.forward).parameters
+        _inherit_abilities(self, backbone)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's token embedding."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's token embedding."""
+        self.backbone.set_input_embeddings(value)
+
+    def memories(self) -> dict[int, EngramMemory]:
+        """The memory of every listed decoder layer, by layer."""
+        return {layer_id: self.backbone.layers[layer_id].engram for layer_id in self.config.engram_layer_ids}
+
+    def replace_token_map(self, token_map: torch.Tensor) -> None:
+        """Check and install a token map `[V]`; see [`EngramPreTrainedModel.set_token_map`]."""
+        size, hashed = int(token_map.max()) + 1, self.config.engram_compressed_vocab_size
+        current = self.hashing.token_map
+        if current is None:
+            raise ValueError(
+                "This model hashes uncompressed ids (engram_compressed_vocab_size is None), so it takes no token map."
+            )
+        if token_map.numel() > current.numel():
+            raise ValueError(
+                f"The token map has {token_map.numel()} tokens, but the model's vocabulary {current.numel()}; call "
+                "resize_token_embeddings(len(tokenizer)) first."
+            )
+        old = current[: token_map.numel()].cpu()
+        original = (old >= 0) & (old < hashed)
+        is_first = not bool(original.any())
+        expected = hashed + self.config.engram_added_tokens
+        if size < hashed or (is_first and size != expected):
+            raise ValueError(
+                f"The tokenizer compresses to {size} ids, but this model was built for {expected} "
+                "(engram_compressed_vocab_size); every hash depends on that number. Use the tokenizer the model was "
+                "built with."
+            )
+        if not torch.equal(old[original], token_map[original]):
+            raise ValueError(
+                "The tokenizer gives tokens other compressed ids than this model was trained with, which would turn "
+                "its tables into noise. Use the tokenizer saved with the model, or one with tokens added to it."
+            )
+        fresh = torch.full_like(current, DEAD)
+        fresh[: token_map.numel()] = token_map.to(current.device)
+        self.hashing.token_map.copy_(fresh)
+        self.config.engram_added_tokens = size - hashed
+
+    def resize_token_map(self, old_size: int, new_size: int) -> None:
+        """Follow a change of the vocabulary from `old_size` to `new_size` ids."""
+        if new_size == old_size:
+            return
+        config, hashing = self.config, self.hashing
+        device = hashing.multipliers.device
+        if hashing.token_map is None:
+            # The hash was drawn for the old vocabulary; from here on that has to be said.
+            config.engram_compressed_vocab_size = old_size
+            hashing.token_map = torch.arange(old_size, device=device)
+        if new_size > old_size:
+            first = config.engram_compressed_vocab_size + config.engram_added_tokens
+            added = torch.arange(first, first + new_size - old_size, device=device)
+            hashing.token_map = torch.cat([hashing.token_map, added])
+            config.engram_added_tokens += new_size - old_size
+        else:
+            hashing.token_map = hashing.token_map[:new_size].clone()
+
+    def prepare_memory(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        sequence_ids: torch.Tensor | None = None,
+        history: EngramHistoryLayer | None = None,
+    ) -> EngramInputs:
+        """Row ids of all layers, from token ids alone: this can run before, or elsewhere than, the backbone.
+
+        Args:
+            input_ids: `[B, S]`.
+            attention_mask: `[B, past + S]`, 0 for padding; masks of other shapes say nothing about padding here.
+            position_ids: `[B, S]`; a document starts wherever they do not go on by one.
+            image_mask: bool `[B, S]`, True at image positions: no memory there, none looked back through.
+            sequence_ids: `[B, S]`, equal within a packed document; instead of `position_ids`.
+            history: what earlier calls left; extended by this one.
+        """
+        length = input_ids.shape[1]
+        alive = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            alive = attention_mask[:, -length:].to(input_ids.device).bool()
+        if image_mask is not None:
+            text = ~image_mask.to(input_ids.device).bool()
+            alive = text if alive is None else alive & text
+        ids = self.hashing.compress(input_ids if alive is None else input_ids.where(alive, self._pad(input_ids)))
+        if alive is not None:
+            ids = ids.masked_fill(~alive, DEAD)
+        past_length = 0 if history is None else history.get_seq_length()
+        sequence_ids = _sequence_ids(input_ids, position_ids, sequence_ids, past_length)
+        past_ids = past_sequence_ids = None
+        if history is not None:
+            sequence_ids = torch.zeros_like(ids) if sequence_ids is None else sequence_ids
+            past_ids, past_sequence_ids = history.remember_ids(ids, sequence_ids)
+        row_ids = self.hashing(ids, sequence_ids, past_ids, past_sequence_ids)
+        return EngramInputs(row_ids, alive, sequence_ids, past_sequence_ids, history)
+
+    def _pad(self, input_ids: torch.Tensor) -> torch.Tensor:
+        # A padded position may hold anything, even an id without an entry in the map.
+        return input_ids.new_tensor(self.config.engram_pad_token_id)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        image_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """The backbone's forward, with memory; returns the backbone's output.
+
+        Args:
+            input_ids: `[B, S]`; always needed, since memory is addressed by token ids.
+            inputs_embeds: `[B, S, D]`, fed to the backbone instead of the embeddings of `input_ids`.
+            image_mask: bool `[B, S]`, True at image positions, which have no memory.
+            padding_mask: `[B, S]`, 0 for padding, for an `attention_mask` that is not 2-D and so does not tell.
+            **kwargs: anything the backbone takes, and `seq_idx` `[B, S]`, the document of each packed position.
+
+        Raises:
+            ValueError: without `input_ids`, or for a cache that another model filled.
+        """
+        if input_ids is None:
+            raise ValueError(
+                "Engram looks memory up by token id, so input_ids is needed (got None); pass it together with "
+                "inputs_embeds if the embeddings are your own."
+            )
+        if use_cache is None:
+            use_cache = getattr(self.config.text_config, "use_cache", False)
+        if self.training and getattr(self.backbone, "gradient_checkpointing", False):
+            use_cache, past_key_values = False, None  # a replayed layer would store its states twice
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        history = None if past_key_values is None else attach_history(past_key_values, self.config)
+        padding = attention_mask if padding_mask is None else padding_mask
+        memory = self.prepare_memory(input_ids, padding, position_ids, image_mask, kwargs.get("seq_idx"), history)
+        if self._takes_image_mask:
+            kwargs["image_mask"] = image_mask
+        return self.backbone(
+            input_ids=input_ids if inputs_embeds is None else None,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            engram_inputs=memory,
+            **kwargs,
+        )
+
+
+def _sequence_ids(
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    sequence_ids: torch.Tensor | None,
+    past_length: int,
+) -> torch.Tensor | None:
+    """Documents `[B, S]`: as given, or told from where position ids restart."""
+    if sequence_ids is not None:
+        return sequence_ids.to(input_ids.device).long().expand_as(input_ids)
+    if position_ids is None:
+        return None
+    positions = position_ids[0] if position_ids.dim() == 3 else position_ids  # multimodal: the temporal axis
+    index = torch.arange(past_length, past_length + input_ids.shape[1], device=input_ids.device)
+    # Where a document began: the same for all of its positions, and another for the next document.
+    return (index - positions.to(input_ids.device)).expand_as(input_ids)
+
+
+def _decoder_layers(backbone: PreTrainedModel, config: EngramConfig) -> nn.ModuleList:
+    layers = getattr(backbone, "layers", None)
+    expected = config.text_config.num_hidden_layers
+    if not isinstance(layers, nn.ModuleList) or len(layers) < expected:
+        raise ValueError(
+            f"{type(backbone).__name__} has no `layers` with its {expected} decoder layers, so there is nothing to add "
+            "memory to; use a decoder whose model keeps them in a ModuleList `layers`, as Mixtral or Llama do."
+        )
+    return layers
+
+
+def _inherit_abilities(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
+    """What `generate` and `compile` ask of a model is decided by its backbone."""
+    model._is_stateful = backbone._is_stateful
+    model._can_compile_fullgraph = backbone._can_compile_fullgraph
+
+
+class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
+    """A causal language model with memory, on any backbone.
+
+    The backbone's own causal language model (its *host*: `MixtralForCausalLM`, ...) lends its forward, so that its
+    head, logit scaling, loss and auxiliary losses are exactly the host's; the modules are this model's.
+
+    Args:
+        config: names the backbone in `text_config`.
+        host: a causal language model to use instead of a new one; it is changed in place.
+    """
+
+    def __init__(self, config: EngramConfig, host: PreTrainedModel | None = None):
+        super().__init__(config)
+        if host is None:
+            host = AutoModelForCausalLM.from_config(config.text_config)
+        self.model = EngramModel(config, host.base_model)
+        self.lm_head = host.get_output_embeddings()
+        embeddings = self.get_input_embeddings()
+        (embedding_name,) = (name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{embedding_name}.weight"}
+        head_name = next(name for name, module in host.named_children() if module is self.lm_head)
+        # In a tuple, so that torch does not register the host as a submodule: it only lends its forward.
+        self._host = (host,)
+        self._host_names = {host.base_model_prefix: "model", head_name: "lm_head"}
+        self.vocab_size = config.vocab_size
+        _inherit_abilities(self, host)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: "str | PreTrainedModel",
+        tokenizer=None,
+        *,
+        layer_ids: list[int],
+        variant: str = "paper",
+        rows: int | None = None,
+        memory_fraction: float | None = None,
+        **kwargs,
+    ) -> "EngramForCausalLM":
+        """Add memory to a pretrained causal language model, whose logits stay exactly as they are until trained.
+
+        Args:
+            backbone: a causal language model (changed in place), or a name for `AutoModelForCausalLM`.
+            tokenizer, layer_ids, variant, rows, memory_fraction: see [`EngramConfig.for_backbone`].
+            **kwargs: `engram_*` fields of the config; the rest goes to `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            ValueError: see [`EngramConfig.for_backbone`]; or the backbone is an encoder-decoder or has no layers.
+        """
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
+        if isinstance(backbone, PreTrainedModel):
+            if kwargs:
+                raise ValueError(f"{sorted(kwargs)} only apply when the backbone is loaded by name.")
+            host = backbone
+        else:
+            host = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
+        config = EngramConfig.for_backbone(
+            host.config,
+            tokenizer,
+            layer_ids=layer_ids,
+            variant=variant,
+            rows=rows,
+            memory_fraction=memory_fraction,
+            **fields,
+        )
+        config.dtype = host.dtype
+        for module in host.modules():
+            module._is_hf_initialized = True  # its weights are trained ones
+        model = cls(config, host)
+        model.generation_config = host.generation_config
+        for memory in model.model.memories().values():
+            memory.silence()
+        if tokenizer is not None and config.engram_compressed_vocab_size is not None:
+            model.set_token_map(tokenizer)
+        return model.train(host.training)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's token embedding."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's token embedding."""
+        self.model.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """See [`EngramPreTrainedModel.resize_token_embeddings`]."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self._host[0].vocab_size = self.config.vocab_size
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ):
+        """The host's forward, with memory; returns the host's output.
+
+        Args:
+            input_ids: `[B, S]`; always needed, since memory is addressed by token ids.
+            inputs_embeds: `[B, S, D]`, fed to the backbone instead of the embeddings of `input_ids`.
+            labels: `[B, S]`, -100 where there is no loss.
+            logits_to_keep: compute logits of the last so many positions only (0: all), or of these positions.
+            **kwargs: `image_mask`, `seq_idx` (see [`EngramModel.forward`]) and anything the host takes.
+        """
+        host = self._host[0]
+        for host_name, own_name in self._host_names.items():
+            # Adapters and resizing replace our modules; the host follows.
+            module = getattr(self, own_name)
+            if host._modules[host_name] is not module:
+                host._modules[host_name] = module
+        return host.forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, attention_mask=None, inputs_embeds=None, image_mask=None, **kwargs
+    ):
+        """As in transformers, and what memory needs besides: ids beside embeddings, and masks of just these positions."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        embeds = inputs.get("inputs_embeds")
+        length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
+        if embeds is not None and input_ids.shape[1] >= length:
+            inputs["input_ids"] = input_ids[:, -length:]
+        if image_mask is not None:
+            generated = input_ids.shape[1] - image_mask.shape[1]
+            inputs["image_mask"] = F.pad(image_mask, (0, generated), value=False)[:, -length:]
+        if attention_mask is not None and inputs.get("attention_mask") is not attention_mask:
+            # For a static cache the mask became 4-D, which no longer says what is padding.
+            inputs["padding_mask"] = attention_mask[:, -length:]
+        return inputs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        # Assisted decoding asks the cache to record its past before the first forward; the history must be there.
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, Cache):
+            history = attach_history(cache, self.config)
+            if generation_config.is_assistant:
+                history.activate_past_recording()
+
+    @torch.no_grad()
+    def engram_gates(self, input_ids: torch.LongTensor, **kwargs) -> dict[int, torch.Tensor]:
+        """How far the memory's gates open for a text: one forward, watched.
+
+        Args:
+            input_ids: `[B, S]`.
+            **kwargs: of `forward`.
+
+        Returns:
+            Gates `[B, S, G]` between 0 and 1, by decoder layer.
+        """
+        gates, hooks = {}, []
+        for layer_id, memory in self.model.memories().items():
+            hooks.append(
+                memory.gate.register_forward_hook(
+                    lambda _module, _args, gate, layer_id=layer_id: gates.__setitem__(layer_id, gate)
+                )
+            )
+        try:
+            self(input_ids, use_cache=False, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return gates
+
+
+EngramModel.register_for_auto_class("AutoModel")
+EngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")

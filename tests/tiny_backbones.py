@@ -1,0 +1,116 @@
+"""Tiny configs of every backbone the suite runs on, and Engram models on them whose memory really does something."""
+
+import torch
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV4Config,
+    Glm4MoeConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from engram_hf import EngramConfig, EngramForCausalLM
+
+VOCAB = 128
+LAYER_IDS = [1, 2]
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+
+
+def _moe(**fields):
+    return {**_COMMON, "moe_intermediate_size": 24, "num_experts_per_tok": 2, **fields}
+
+
+BACKBONES = {
+    "mixtral": lambda: MixtralConfig(**_COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_moe(num_experts=4, head_dim=8)),
+    "olmoe": lambda: OlmoeConfig(**_COMMON, num_experts=4, num_experts_per_tok=2),
+    "gpt_oss": lambda: GptOssConfig(
+        **_COMMON, num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=8
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **_moe(**_MLA, n_routed_experts=4, n_group=2, topk_group=1, n_shared_experts=1, first_k_dense_replace=1)
+    ),
+    "deepseek_v4": lambda: DeepseekV4Config(
+        **_moe(
+            num_key_value_heads=1,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            head_dim=16,
+            qk_rope_head_dim=8,
+            q_lora_rank=16,
+            o_lora_rank=8,
+            o_groups=2,
+            index_n_heads=2,
+            index_head_dim=16,
+            index_topk=64,
+            sliding_window=16,
+            layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+            mlp_layer_types=["hash_moe", "moe", "moe"],
+            compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        )
+    ),
+    "glm4_moe": lambda: Glm4MoeConfig(
+        **_moe(n_routed_experts=4, n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1, head_dim=8)
+    ),
+    "granitemoe": lambda: GraniteMoeConfig(
+        **_COMMON, num_local_experts=4, num_experts_per_tok=2, logits_scaling=2.0, residual_multiplier=0.5
+    ),
+    "llama": lambda: LlamaConfig(**_COMMON),
+    "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=8),
+}
+MOE_WITH_AUX_LOSS = ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "deepseek_v4"]
+
+
+def engram_config(name: str, variant: str = "paper", **fields) -> EngramConfig:
+    """A small memory on the backbone `name`: two layers, a few hundred rows."""
+    size = {"engram_n_heads": 2, "engram_head_dim": 8, "engram_vocab_size": 97, **fields}
+    return EngramConfig.for_backbone(BACKBONES[name](), layer_ids=LAYER_IDS, variant=variant, **size)
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every parameter a value that matters: zero convolutions and unit norms make most equalities hold emptily."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+            else:
+                scale = 1.0 if ".table." in name else 0.3 if ".engram." in name else 0.15
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def build(name: str, variant: str = "paper", *, seed: int = 0, **fields) -> EngramForCausalLM:
+    """A float32 Engram model in eval mode whose memory changes its logits."""
+    torch.manual_seed(seed)
+    return randomize(EngramForCausalLM(engram_config(name, variant, **fields)), seed).eval()
+
+
+def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    """Token ids without the special ones (pad, BOS, EOS)."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,108 @@
+"""A saved folder is all that is needed: nothing here lets the child processes import `engram_hf`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from engram_hf.tokenization import EngramTokenizer
+
+# Refusing the import is stronger than hiding the path: an editable install adds its own finder.
+PRELUDE = """
+import json, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "engram_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+try:
+    import engram_hf
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("engram_hf could be imported")
+from transformers import AutoTokenizer
+def load(folder, **kwargs):
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=True, **kwargs)
+def describe(tok):
+    ids = tok(["The café", "ＴＨＥ ＣＡＦＥ 👩‍🚀"], padding=True, return_tensors="pt")["input_ids"]
+    return {"ids": ids.tolist(), "compressed": tok.compress(ids).tolist(), "map": tok.token_map.tolist(),
+            "size": tok.compressed_vocab_size, "module": type(tok).__module__, "class": type(tok).__name__,
+            "summary": str(tok.compression_summary())}
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run code after PRELUDE in a fresh process, elsewhere, with its own module cache; returns what it prints."""
+
+    def _run(code: str) -> dict:
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir(exist_ok=True)
+        environment = {
+            "PATH": "",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUTF8": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", PRELUDE + code],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    return _run
+
+
+def test_load_use_grow_save_and_load_again_without_the_package(plain, tmp_path, run):
+    here = EngramTokenizer.from_tokenizer(plain)
+    here.save_pretrained(tmp_path / "first")
+    there = run(f"""
+tok = load({str(tmp_path / "first")!r})
+first = describe(tok)
+tok.add_tokens(["RETURN!", "<more>"])
+tok.save_pretrained({str(tmp_path / "second")!r})
+again = load({str(tmp_path / "second")!r})
+import copy, pickle
+assert pickle.dumps(copy.deepcopy(tok))
+print(json.dumps([first, describe(tok), describe(again), type(tok).from_tokenizer(tok) is tok]))
+""")
+    first, grown, again, idempotent = there
+    ids = here(["The café", "ＴＨＥ ＣＡＦＥ 👩‍🚀"], padding=True, return_tensors="pt")["input_ids"]
+    assert first["ids"] == ids.tolist() and first["compressed"] == here.compress(ids).tolist()
+    assert first["map"] == here.token_map.tolist() and first["summary"] == str(here.compression_summary())
+    assert first["class"] == "EngramTokenizer" and first["module"].startswith("transformers_modules.")
+    assert grown["map"] == again["map"] and grown["map"][: len(here)] == first["map"]
+    assert len(grown["map"]) == len(here) + 2
+    assert idempotent
+    back = EngramTokenizer.from_pretrained(tmp_path / "second")
+    assert back.token_map.tolist() == grown["map"]
+
+
+def test_a_wrong_map_is_an_error_there_too(plain, tmp_path, run):
+    EngramTokenizer.from_tokenizer(plain).save_pretrained(tmp_path / "saved")
+    plain.add_tokens(["<not mapped>"])
+    plain.backend_tokenizer.save(str(tmp_path / "saved" / "tokenizer.json"))
+    message = run(f"""
+try:
+    load({str(tmp_path / "saved")!r})
+except ValueError as error:
+    print(json.dumps(str(error)))
+""")
+    assert "token ids but the tokenizer beside it has" in message
+
+
+def test_the_class_of_a_saved_folder_is_recognised_by_the_installed_one(plain, tmp_path):
+    EngramTokenizer.from_tokenizer(plain).save_pretrained(tmp_path)
+    remote = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(remote).__module__.startswith("transformers_modules.")
+    assert EngramTokenizer.from_tokenizer(remote) is remote
+    assert torch.equal(remote.token_map, EngramTokenizer.from_tokenizer(plain).token_map)

@@ -1,0 +1,280 @@
+"""`EngramTokenizer`: any fast tokenizer, plus the compressed ids that Engram's n-grams are made of."""
+
+import copy
+import inspect
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
+
+from .vocabulary_compression import TOKEN_MAP_FILE, build_token_map, read_token_map, write_token_map
+
+# What tells `from_pretrained` where files are, and so has to reach every file it looks for.
+LOCATION_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+# Settings that a tokenizer class may give as class attributes (Llama pads on the left). They are saved explicitly,
+# because the class that reloads them is this one.
+CLASS_SETTINGS = (
+    "clean_up_tokenization_spaces",
+    "model_input_names",
+    "padding_side",
+    "split_special_tokens",
+    "truncation_side",
+)
+
+# Methods in which a tokenizer class builds or saves its Rust tokenizer. The finished one is taken over, so that losing
+# them loses nothing; any other Python override changes what the tokenizer does and would be lost silently.
+BUILDING_METHODS = {"__init__", "__getstate__", "__setstate__", "_post_init", "save_pretrained", "save_vocabulary"}
+
+# The vocabulary and merges from which a tokenizer class built its Rust tokenizer, large and of no further use.
+BUILDING_STATE = ("_vocab", "_merges")
+
+
+class EngramTokenizer(PreTrainedTokenizerFast):
+    """A fast tokenizer that also maps its token ids to the compressed ids of its vocabulary.
+
+    Encoding, decoding, special and added tokens, chat template, padding and truncation are those of the tokenizer it
+    was made from. `len(tokenizer)` ids map onto `compressed_vocab_size` ids, by the algorithm of the Engram paper
+    (arXiv 2601.07372, "tokenizer compression"): ids that decode to the same text up to case, accents, width and
+    surrounding spaces share one.
+
+        >>> from engram_hf.tokenization import EngramTokenizer
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = models.WordLevel({"the": 0, "The": 1, "café": 2, "CAFE": 3, "?": 4}, unk_token="?")
+        >>> plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))
+        >>> tokenizer = EngramTokenizer.from_tokenizer(plain)
+        >>> tokenizer.token_map
+        tensor([0, 0, 1, 1, 2])
+        >>> tokenizer.compress([[1, 3], [2]])
+        [[0, 1], [1]]
+        >>> tokenizer.compressed_tokens(1)
+        ['café', 'CAFE']
+
+    The map grows with the tokenizer: a token added later joins the group of equal tokens or gets the next free
+    compressed id, and no earlier id changes. `save_pretrained` stores the map, with digests, as
+    `engram_token_map.safetensors`; loading verifies it and never builds another one in its place.
+    """
+
+    _token_map: np.ndarray | None = None  # int64 [ids]; None until first asked for
+    _mapped_tokens = 0  # `len(self)` when `_token_map` was made, to notice tokens added since
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "EngramTokenizer":
+        """An `EngramTokenizer` that does what `tokenizer` does; `tokenizer` itself is left alone.
+
+        An `EngramTokenizer` is returned as it is. Raises `ValueError` for a tokenizer that is not fast, or whose class
+        overrides encoding or decoding in Python: only what the Rust tokenizer does can be taken over.
+        """
+        if any(base.__name__ == EngramTokenizer.__name__ for base in type(tokenizer).__mro__):
+            return tokenizer  # by name: the class that comes with a saved folder is another object
+        _check_can_be_wrapped(tokenizer)
+        wrapped = cls.__new__(cls)
+        # Not `cls(**init_kwargs)`: that would rebuild the post-processor and forget what was changed since.
+        state = {name: value for name, value in vars(tokenizer).items() if name not in BUILDING_STATE}
+        vars(wrapped).update(copy.deepcopy(state))
+        wrapped.SPECIAL_TOKENS_ATTRIBUTES = list(tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
+        wrapped.init_kwargs.update({name: getattr(wrapped, name) for name in CLASS_SETTINGS})
+        wrapped._update_token_map()
+        return wrapped
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *init_inputs: Any, **kwargs: Any
+    ) -> "EngramTokenizer":
+        """Load a saved `EngramTokenizer`, or any other fast tokenizer and wrap it.
+
+        Arguments are those of `AutoTokenizer.from_pretrained`. Raises `ValueError` if a saved token map is damaged or
+        missing or does not belong to the tokenizer beside it.
+        """
+        location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
+        declared = get_tokenizer_config(pretrained_model_name_or_path, **location).get("tokenizer_class")
+        is_ours = declared in (cls.__name__, EngramTokenizer.__name__)
+        # `_from_auto`: `AutoTokenizer` has already chosen this class, asking it again would not end.
+        if is_ours or kwargs.get("_from_auto", False):
+            tokenizer = super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
+        else:
+            plain = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
+            tokenizer = cls.from_tokenizer(plain)
+        tokenizer._load_token_map(pretrained_model_name_or_path, location, required=is_ours)
+        return tokenizer
+
+    @property
+    def token_map(self) -> torch.Tensor:
+        """The compressed id of every token id, int64 `[len(tokenizer)]`, a copy.
+
+        A vocabulary whose ids have holes has entries up to its largest id; a hole counts as the empty text.
+        """
+        return torch.from_numpy(self._current_token_map().copy())
+
+    @property
+    def compressed_vocab_size(self) -> int:
+        """How many compressed ids there are; they are `0..compressed_vocab_size-1`."""
+        return int(self._current_token_map().max(initial=-1)) + 1
+
+    def compress(self, ids: Any) -> Any:
+        """The compressed ids of `ids`, in the kind and shape they come in.
+
+        `ids` is an integer, a list or tuple (nested as deep as wanted, also ragged), a NumPy array or a torch tensor
+        of any shape and integer dtype, which the result keeps, as it keeps the device. Raises `ValueError` for ids
+        this tokenizer does not have, and for anything but integers.
+        """
+        return _look_up(self._current_token_map(), ids)
+
+    def compressed_tokens(self, compressed_id: int) -> list[str]:
+        """The vocabulary strings of all tokens with this compressed id, by token id (see `convert_tokens_to_ids`)."""
+        token_map = self._current_token_map()
+        if not 0 <= compressed_id < self.compressed_vocab_size:
+            raise ValueError(
+                f"There is no compressed id {compressed_id}: they are 0 to {self.compressed_vocab_size - 1}; "
+                "tokenizer.compress(token_id) gives the one of a token."
+            )
+        tokens = self.convert_ids_to_tokens(np.flatnonzero(token_map == compressed_id))
+        return [token for token in tokens if token is not None]
+
+    def compression_summary(self, examples: int = 5) -> "CompressionSummary":
+        """How far the vocabulary shrinks, and the `examples` largest groups of tokens that became one."""
+        token_map = self._current_token_map()
+        sizes = np.bincount(token_map)
+        largest = np.argsort(-sizes, kind="stable")[:examples]
+        groups = {int(group): self._decode_alone(np.flatnonzero(token_map == group)) for group in largest}
+        return CompressionSummary(len(token_map), len(sizes), int((sizes > 1).sum()), groups)
+
+    def _decode_alone(self, ids: np.ndarray) -> tuple[str, ...]:
+        return tuple(self._tokenizer.decode_batch(ids[:, None].tolist(), skip_special_tokens=False))
+
+    def _current_token_map(self) -> np.ndarray:
+        if self._token_map is None or len(self) != self._mapped_tokens:
+            self._update_token_map()
+        return self._token_map
+
+    def _update_token_map(self) -> None:
+        self._token_map = build_token_map(self._tokenizer, self._token_map)
+        self._mapped_tokens = len(self)
+
+    def _load_token_map(self, name_or_path: str | os.PathLike, location: dict[str, Any], required: bool) -> None:
+        path = cached_file(
+            name_or_path,
+            TOKEN_MAP_FILE,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **location,
+        )
+        if path is not None:
+            # Loading itself adds special tokens that the configuration or the caller names; they extend the map.
+            self._token_map = read_token_map(path, self._tokenizer, may_be_new=self.all_special_tokens)
+            self._mapped_tokens = len(self)
+        elif required:
+            raise ValueError(
+                f"{name_or_path} holds an EngramTokenizer without its {TOKEN_MAP_FILE}: put that file back, or load "
+                "the folder with PreTrainedTokenizerFast and make a new map with EngramTokenizer.from_tokenizer."
+            )
+
+    # Not in `save_pretrained`: `push_to_hub` uploads what changes between its two ends, and this runs between them.
+    def _save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        file_names: tuple[str, ...],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        saved = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        path = os.path.join(save_directory, prefix + TOKEN_MAP_FILE)
+        write_token_map(path, self._current_token_map(), self._tokenizer)
+        return (*saved, path)
+
+
+@dataclass(frozen=True)
+class CompressionSummary:
+    """What vocabulary compression did to a tokenizer; print it.
+
+    `groups` maps compressed ids to the decoded texts of their tokens, the largest groups first.
+    """
+
+    token_count: int
+    compressed_count: int
+    merged_groups: int
+    groups: dict[int, tuple[str, ...]]
+
+    @property
+    def reduction(self) -> float:
+        """The share of the vocabulary that compression saves, 0 to 1."""
+        return 1 - self.compressed_count / self.token_count if self.token_count else 0.0
+
+    def __str__(self) -> str:
+        head = f"{self.token_count:,} token ids -> {self.compressed_count:,} compressed ids"
+        lines = [f"{head} ({self.reduction:.2%} fewer), {self.merged_groups:,} groups of more than one token"]
+        for compressed_id, texts in self.groups.items():
+            shown = " ".join(map(repr, texts[:8])) + (" ..." if len(texts) > 8 else "")
+            lines.append(f"  {compressed_id:>7}: {len(texts)} tokens  {shown}")
+        return "\n".join(lines)
+
+
+def _check_can_be_wrapped(tokenizer: Any) -> None:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"EngramTokenizer wraps fast tokenizers (transformers.PreTrainedTokenizerFast), got {type(tokenizer).__name__}: "
+            "load the fast version of this tokenizer, or convert it to a tokenizer.json first."
+        )
+    overrides = _python_overrides(type(tokenizer))
+    if overrides:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does part of its work in Python ({', '.join(overrides)}), which a wrapper of "
+            "its Rust tokenizer would lose: if you can do without, wrap what PreTrainedTokenizerFast.from_pretrained loads."
+        )
+
+
+def _python_overrides(tokenizer_class: type) -> list[str]:
+    """Methods of `PreTrainedTokenizerFast` that `tokenizer_class` replaces, other than to build or save itself."""
+    subclasses = tokenizer_class.__mro__[: tokenizer_class.__mro__.index(PreTrainedTokenizerFast)]
+    defined = {name for cls in subclasses for name, value in vars(cls).items() if inspect.isfunction(value)}
+    return sorted(name for name in defined - BUILDING_METHODS if hasattr(PreTrainedTokenizerFast, name))
+
+
+def _look_up(token_map: np.ndarray, ids: Any) -> Any:
+    if isinstance(ids, torch.Tensor):
+        _check_integer(not ids.is_floating_point() and ids.dtype != torch.bool, ids.dtype)
+        found = _look_up(token_map, ids.cpu().numpy())
+        return torch.from_numpy(found).to(ids.device)
+    if isinstance(ids, (list, tuple)):
+        if any(isinstance(item, (list, tuple, np.ndarray, torch.Tensor)) for item in ids):
+            return type(ids)([_look_up(token_map, item) for item in ids])
+        return type(ids)(_look_up(token_map, np.asarray(ids)).tolist()) if ids else ids
+    array = np.asarray(ids)
+    _check_ids(array, len(token_map))
+    # A compressed id is never larger than its token id, so the dtype of the ids always holds it.
+    found = np.asarray(token_map[array], dtype=array.dtype)
+    return found if isinstance(ids, np.ndarray) else found.item()
+
+
+def _check_integer(is_integer: bool, dtype: Any) -> None:
+    if not is_integer:
+        raise ValueError(f"compress takes integer token ids, got {dtype}: pass tokenizer(...)['input_ids'].")
+
+
+def _check_ids(ids: np.ndarray, count: int) -> None:
+    _check_integer(ids.dtype.kind in "iu", ids.dtype)
+    if ids.size and not (ids.min() >= 0 and ids.max() < count):
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise ValueError(
+            f"Token ids of this tokenizer are 0 to {count - 1}, got {wrong}: compress takes input ids, "
+            "without the -100 of labels, of this very tokenizer."
+        )
+
+
+EngramTokenizer.register_for_auto_class("AutoTokenizer")

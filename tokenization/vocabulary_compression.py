@@ -1,0 +1,218 @@
+"""Vocabulary compression: which token ids count as the same token for Engram's n-grams, and the file that keeps it.
+
+Every token id gets a *key* (its decoded text, normalized until case, accents, width and surrounding spaces no longer
+tell); ids with equal keys share one *compressed id*, and compressed ids number the keys in order of first appearance.
+Source: "tokenizer compression" in arXiv 2601.07372 and the `CompressedTokenizer` of its public demo. Every hash
+multiplier of a trained table depends on the size of the result, so it must be exact to the last id.
+
+    token map: integers [ids], token id -> compressed id, never larger than the token id itself
+
+All functions take the raw Rust `tokenizers.Tokenizer`: clean-up and special-token handling of the Python classes above
+it must not reach the keys.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tokenizers import Regex, Tokenizer, normalizers
+
+UNDECODABLE = "\ufffd"  # what decoding puts in place of bytes that are no complete UTF-8 character
+LONE_SPACE = "\ue000"  # stands for a text of exactly one space while spaces are stripped
+SEPARATOR = "\ue001"  # a starter that neither composes, decomposes nor has case: text cannot interact across it
+CHUNK = 512  # texts per joined call; a reserved character in one text sends only its chunk the slow way
+
+# What Rust's `char::is_whitespace` strips. `str.strip()` alone would also strip U+001C to U+001F.
+WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+SPACES = re.compile(r"[ \t\r\n]+")
+
+FOLD = [normalizers.NFKC(), normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+FOLDER = normalizers.Sequence(FOLD)
+NORMALIZER = normalizers.Sequence(
+    [
+        *FOLD,
+        normalizers.Replace(Regex(SPACES.pattern), " "),
+        normalizers.Replace(Regex("^ $"), LONE_SPACE),
+        normalizers.Strip(),
+        normalizers.Replace(LONE_SPACE, " "),
+    ]
+)
+
+
+def reference_token_keys(tokenizer: Tokenizer, count: int) -> list[str]:
+    """The keys of ids `0..count-1`, one call per id: the definition that `token_keys` has to equal."""
+    keys = []
+    for token_id in range(count):
+        text = tokenizer.decode([token_id], skip_special_tokens=False)
+        if UNDECODABLE in text:
+            keys.append(tokenizer.id_to_token(token_id))
+        else:
+            keys.append(NORMALIZER.normalize_str(text) or text)
+    return keys
+
+
+def token_keys(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """The keys of ids `0..len(texts)-1` from their decoded `texts` (see `token_texts`), in few calls."""
+    normalized = normalize_all(texts)
+    return [
+        tokenizer.id_to_token(token_id) if UNDECODABLE in text else key or text
+        for token_id, (text, key) in enumerate(zip(texts, normalized, strict=True))
+    ]
+
+
+def token_texts(tokenizer: Tokenizer) -> list[str]:
+    """Every id decoded alone, special tokens included: one text per id, `len(tokenizer)` of them.
+
+    An id without a token decodes to what no ids at all decode to, the empty text. Such a hole means that some token's
+    id lies at or past the number of tokens; the list then runs to the largest id, so that every id has an entry.
+    """
+    count = tokenizer.get_vocab_size(with_added_tokens=True)
+    texts = _decode_each(tokenizer, range(count))
+    nothing = tokenizer.decode([])
+    if any(text == nothing and tokenizer.id_to_token(token_id) is None for token_id, text in enumerate(texts)):
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+        texts += _decode_each(tokenizer, range(count, largest + 1))
+    return texts
+
+
+def _decode_each(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    return tokenizer.decode_batch(list(zip(ids)), skip_special_tokens=False)
+
+
+def normalize_all(texts: Sequence[str]) -> list[str]:
+    """`NORMALIZER.normalize_str` of every text, without a call for every text.
+
+    ASCII has no other normal form, no accents, and one lower case, so Python's own `lower` is the same. The rest goes
+    through the Rust normalizer many texts at a time.
+    """
+    ascii_texts = iter([_squeeze(text.lower()) for text in texts if text.isascii()])
+    other_texts = iter(_normalize_joined([text for text in texts if not text.isascii()]))
+    return [next(ascii_texts if text.isascii() else other_texts) for text in texts]
+
+
+def _normalize_joined(texts: Sequence[str]) -> list[str]:
+    result = []
+    for start in range(0, len(texts), CHUNK):
+        chunk = texts[start : start + CHUNK]
+        pieces = FOLDER.normalize_str(SEPARATOR.join(chunk)).split(SEPARATOR)
+        if len(pieces) != len(chunk) or any(LONE_SPACE in text for text in chunk):
+            result += [NORMALIZER.normalize_str(text) for text in chunk]
+        else:
+            result += map(_squeeze, pieces)
+    return result
+
+
+def _squeeze(text: str) -> str:
+    """The steps of `NORMALIZER` after folding. Stripping first leaves the costly substitution to the few that need it."""
+    stripped = text.strip(WHITESPACE)
+    if not stripped:
+        return " " if SPACES.fullmatch(text) else ""
+    return stripped if stripped.isalnum() else SPACES.sub(" ", stripped)
+
+
+def number_keys(keys: Iterable[str], known: np.ndarray) -> np.ndarray:
+    """Compressed ids of `keys`, int64 `[len(keys)]`; the first `len(known)` of them stay what `known` says.
+
+    A later key that an earlier id has joins that id's group; a new one gets the next free number. With an empty
+    `known` this numbers by first appearance, and numbering in two steps gives what one step gives.
+    """
+    keys = list(keys)
+    result = known.tolist()
+    numbers: dict[str, int] = {}
+    for key, number in zip(keys, result, strict=False):
+        numbers.setdefault(key, number)
+    free = max(result, default=-1) + 1
+    for key in keys[len(result) :]:
+        number = numbers.setdefault(key, free)
+        free += number == free
+        result.append(number)
+    return np.asarray(result, dtype=np.int64)
+
+
+def build_token_map(tokenizer: Tokenizer, known: np.ndarray | None = None) -> np.ndarray:
+    """The token map of `tokenizer`, int64 `[ids]`, keeping the entries of a map made `known` for its first ids.
+
+    Raises `ValueError` if `known` covers more ids than the tokenizer has.
+    """
+    known = np.empty(0, dtype=np.int64) if known is None else known
+    texts = token_texts(tokenizer)
+    if len(known) > len(texts):
+        raise ValueError(
+            f"The token map covers {len(known)} ids but the tokenizer now has {len(texts)}: tokens were taken away; "
+            "wrap the smaller tokenizer anew with EngramTokenizer.from_tokenizer."
+        )
+    return number_keys(token_keys(tokenizer, texts), known)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+# One int32 tensor `token_map` [ids] in a safetensors file, and three strings in its header: the version of this layout,
+# the SHA-256 of the tensor's little-endian bytes, and the SHA-256 of the vocabulary that the map was made for.
+
+TOKEN_MAP_FILE = "engram_token_map.safetensors"
+TENSOR = "token_map"
+FORMAT_VERSION = "1"
+REMEDY = (
+    "put back the tokenizer.json it was saved with, or make a new map by wrapping the tokenizer with "
+    "EngramTokenizer.from_tokenizer (tables trained with the old map do not fit a new one)."
+)
+
+
+def write_token_map(path: str | os.PathLike, token_map: np.ndarray, tokenizer: Tokenizer) -> None:
+    """Write `token_map` and its digests to `path`, complete or not at all (written beside its name, then renamed)."""
+    values = token_map.astype("<i4")
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "map_sha256": map_digest(values),
+        "vocabulary_sha256": vocabulary_digest(tokenizer, len(values)),
+    }
+    unfinished = Path(f"{path}.unfinished")
+    save_file({TENSOR: values}, unfinished, metadata=metadata)
+    os.replace(unfinished, path)
+
+
+def read_token_map(path: str | os.PathLike, tokenizer: Tokenizer, may_be_new: Iterable[str] = ()) -> np.ndarray:
+    """The map stored at `path`, int64 `[ids]`, verified to be whole and to belong to `tokenizer`.
+
+    Tokens past the stored map's end are accepted, and the map extended over them, only if named in `may_be_new`.
+    Raises `ValueError` if the file is damaged, of another version, or belongs to another vocabulary.
+    """
+    values, metadata = _read_file(path)
+    if metadata.get("format_version") != FORMAT_VERSION:
+        found = metadata.get("format_version")
+        raise ValueError(f"{path} has format version {found}, expected {FORMAT_VERSION}: update this code.")
+    if values.ndim != 1 or values.dtype != np.int32 or map_digest(values) != metadata.get("map_sha256"):
+        raise ValueError(f"{path} is damaged (its token map does not have the recorded digest): fetch it again.")
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    ids = max(vocabulary.values(), default=-1) + 1
+    beyond = {token for token, token_id in vocabulary.items() if token_id >= len(values)}
+    if ids < len(values) or not beyond.issubset(may_be_new):
+        raise ValueError(f"{path} maps {len(values)} token ids but the tokenizer beside it has {ids}: {REMEDY}")
+    if vocabulary_digest(tokenizer, len(values)) != metadata.get("vocabulary_sha256"):
+        raise ValueError(f"{path} belongs to a tokenizer with other tokens under the same ids: {REMEDY}")
+    token_map = values.astype(np.int64)
+    return build_token_map(tokenizer, token_map) if beyond else token_map
+
+
+def _read_file(path: str | os.PathLike) -> tuple[np.ndarray, dict[str, str]]:
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.get_tensor(TENSOR), file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable token map ({error}): fetch it again.") from error
+
+
+def map_digest(values: np.ndarray) -> str:
+    """SHA-256 of a token map as little-endian int32, in hex."""
+    return hashlib.sha256(values.astype("<i4").tobytes()).hexdigest()
+
+
+def vocabulary_digest(tokenizer: Tokenizer, count: int) -> str:
+    """SHA-256 over the vocabulary strings of ids `0..count-1` (null for an id without a token), in hex."""
+    tokens = [tokenizer.id_to_token(token_id) for token_id in range(count)]
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
