@@ -1,0 +1,87 @@
+"""Two processes on the CPU compute what one computes on the whole batch: DDP, Trainer, and FSDP2 with sharded tables."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_backbones import LAYER_IDS, build, random_ids
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def worker(folder: Path, rank: int, size: int, port: int) -> subprocess.Popen:
+    """Start a process of a group, with the environment that torchrun would give it."""
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    settings = {"OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1, "GLOO_SOCKET_IFNAME": "lo", **group}
+    return subprocess.Popen(
+        [sys.executable, str(WORKER), str(folder)],
+        env={**os.environ, **{name: str(value) for name, value in settings.items()}},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[tuple[str, int], dict[str, torch.Tensor]]:
+    """What the worker wrote, by the way it ran and the number of processes."""
+    folder = tmp_path_factory.mktemp("distributed")
+    build("mixtral").save_pretrained(folder / "model")
+    ids = random_ids(4, 12, seed=3)
+    labels = ids.clone()
+    labels[:, :3] = -100  # the same number in each row: a plain loop averages over processes
+    save_file({"input_ids": ids, "labels": labels}, folder / "rows.safetensors")
+    # One and two processes, at the same time; started directly, which saves torchrun's own process.
+    workers = [
+        worker(folder, rank, size, port) for size, port in ((1, free_port()), (2, free_port())) for rank in range(size)
+    ]
+    try:
+        for process in workers:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in workers:
+            process.kill()  # one that waits for another that failed
+    return {
+        (name, int(processes)): load_file(path)
+        for path in folder.glob("*_[12].safetensors")
+        for name, _, processes in [path.stem.rpartition("_")]
+    }
+
+
+@pytest.mark.parametrize("run", ["accelerate_loop", "fsdp2"])
+def test_two_processes_have_the_logits_gradients_and_step_of_one(results, run):
+    one, two = results["accelerate_loop", 1], results[run, 2]
+    gradients = [key for key in one if key.startswith("grad.")]
+    assert len(gradients) == len([key for key in one if key.startswith("after.")]) == (len(one) - 1) / 2
+    for key, expected in one.items():
+        torch.testing.assert_close(
+            two[key], expected, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )
+        assert not key.startswith("grad.") or expected.abs().max() > 0
+
+
+def test_the_trainer_has_the_weights_of_one_process(results):
+    for key, expected in results["trainer", 1].items():
+        torch.testing.assert_close(results["trainer", 2][key], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(results["trainer", 1]["after.lm_head.weight"], results["fsdp2", 1]["after.lm_head.weight"])
+
+
+def test_every_parameter_is_sharded_the_tables_too(results):
+    two = results["fsdp2", 2]
+    names = [key.removeprefix("after.") for key in two if key.startswith("after.")]
+    assert {f"local.{name}" for name in names} == {key for key in two if key.startswith("local.")}
+    for layer in LAYER_IDS:
+        name = f"model.backbone.layers.{layer}.engram.table.weight"
+        rows = two[f"after.{name}"].shape[0]
+        assert two[f"local.{name}"].item() == (rows + 1) // 2

@@ -1,0 +1,56 @@
+"""Optimizer groups as in the Engram paper: tables learn faster than the backbone and do not decay."""
+
+import re
+
+from torch import nn
+
+# The paper trains tables at five times the backbone's learning rate (arXiv 2601.07372, pre-training setup).
+TABLE_LR_SCALE = 5.0
+
+# By name and not by class: the classes of a remote-code model are not the installed ones, and PEFT, DDP and FSDP wrap
+# modules but keep their names. Row adapters are submodules of their table, so they count as tables too.
+_TABLE = re.compile(r"(^|\.)engram\.table\.")
+
+
+def engram_parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, table_lr_scale: float = TABLE_LR_SCALE
+) -> list[dict]:
+    """Parameter groups for an Adam-like optimizer; parameters that are frozen now are left out.
+
+        groups = engram_parameter_groups(model, lr=3e-4, weight_decay=0.1)
+        trainer = Trainer(model, args, train_dataset=..., optimizers=(torch.optim.AdamW(groups), None))
+
+    Tables and row adapters get `lr * table_lr_scale` and no weight decay: a row is read rarely, and decay, which acts
+    at every step, would forget it in between. Norms, biases and other vectors do not decay either.
+
+    Args:
+        model: an Engram model, plain or wrapped (PEFT, DDP, compiled).
+        lr: learning rate of the backbone and of the memory's projections, norms and convolution.
+        weight_decay: of the matrices.
+        table_lr_scale: learning rate of the tables, in units of `lr`.
+
+    Raises:
+        ValueError: the model has nothing to train.
+    """
+    decayed, undecayed, tables = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if _TABLE.search(name):
+            tables.append(parameter)
+        else:
+            (decayed if _decays(name, parameter) else undecayed).append(parameter)
+    groups = [
+        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
+        {"params": undecayed, "lr": lr, "weight_decay": 0.0},
+        {"params": tables, "lr": lr * table_lr_scale, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("Every parameter of this model is frozen; set requires_grad on what shall be trained first.")
+    return groups
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    # Norms of the memory have a weight for each residual stream, so the number of dimensions alone does not tell.
+    return parameter.dim() > 1 and "norm" not in name and not name.endswith("bias")
