@@ -1,0 +1,676 @@
+"""The DeepSeek-V4.1 text backbone: everything of the language model but its Engram memory.
+
+Letters used for shapes: B rows, S tokens of this call, T cached tokens, H heads, D channels of a head (and of a latent),
+G compressed positions, K of them read by one query, N residual streams. `hidden` is the model's width.
+
+Where a class computes what transformers' DeepSeek-V4 computes, it is that class or derives from it. What differs:
+
+* hyper-connections run in a single pass: a sublayer's input is collapsed with the collapse weights (`pre`) that the
+  *previous* sublayer produced, so `pre` travels beside the streams;
+* compressed latents are computed by a few layers and read by the layers after them, as are the choices which of them a
+  query reads. They travel as explicit arguments too, so gradient checkpointing sees them;
+* the cached values are rounded to FP8 and FP4 (`rounding_deepseek_v41`);
+* attention reads the window and the chosen compressed positions, in blocks of queries. A [S, S] matrix never exists.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, initialization
+from transformers.integrations import use_experts_implementation
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4Experts,
+    DeepseekV4ForCausalLM,
+    DeepseekV4GroupedLinear,
+    DeepseekV4HyperConnection,
+    DeepseekV4MLP,
+    DeepseekV4PreTrainedModel,
+    DeepseekV4RMSNorm,
+    DeepseekV4RotaryEmbedding,
+    DeepseekV4TopKRouter,
+    apply_rotary_pos_emb,
+)
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache_deepseek_v41 import DeepseekV41CacheLayer, RowLayout, gather_rows, layer_cache, row_layout
+from .configuration_deepseek_v41 import DeepseekV41TextConfig
+from .rounding_deepseek_v41 import round_fp8, round_mxfp4, round_nvfp4
+
+# Elements of the largest intermediate of one block of queries: 64 MB in float32.
+_BLOCK_ELEMENTS = 1 << 24
+_SMALLEST_BLOCK = 64
+
+
+class SharedAttention(NamedTuple):
+    """What a layer hands to the layers after it about compressed positions."""
+
+    latents: torch.Tensor | None = None  # [B, G, D] compressed latents, rotated and rounded
+    index_keys: torch.Tensor | None = None  # [B, G, index_head_dim]
+    first: torch.Tensor | None = None  # [B, S] slot where each token's sequence begins; None: 0
+    selected: torch.Tensor | None = None  # [B, S, K] int32 slots that a query reads, -1 for none
+    candidates: torch.Tensor | None = None  # [B, S, blocks] int32, counted from `first`, -1 for none; None: all
+
+
+def rotate(latents: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the last channels of `[B, S, D]`, or of each head of `[B, S, H, D]`, by the tokens' angles."""
+    if latents.dim() == 3:
+        return rotate(latents.unsqueeze(2), cos, sin).squeeze(2)
+    return apply_rotary_pos_emb(latents, cos, sin, unsqueeze_dim=2)
+
+
+def project(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """`linear(x)` for the projections that transformers keeps in float32 when a model is loaded in float16."""
+    return linear(x.float()) if linear.weight.dtype == torch.float32 else linear(x)
+
+
+def largest(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of the `k` largest of float32 `[..., n]`; of equal scores, the first.
+
+    Index scores tie exactly (every head cut off by the relu), and `torch.topk` breaks ties by the length of its input:
+    decoding in chunks would then choose other positions than a full forward. The sort key is the score's bits in
+    an order that integers share, above the index counted down.
+    """
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    countdown = torch.arange(scores.shape[-1], 0, -1, device=scores.device)
+    return ((ordered.long() << 32) | countdown).topk(k, dim=-1, sorted=False).indices
+
+
+class DeepseekV41Compressor(nn.Module):
+    """Pools `ratio` tokens into one latent, on the layers that are KV sources.
+
+    A softmax over the group, channel by channel, weighs its tokens. Ratio 1 is a projection without gate.
+    """
+
+    def __init__(self, config: DeepseekV41TextConfig, ratio: int):
+        super().__init__()
+        self.ratio = ratio
+        self.kv_proj = nn.Linear(config.hidden_size, config.head_dim, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.head_dim, bias=False) if ratio > 1 else None
+        self.kv_norm = DeepseekV4RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self, x: torch.Tensor, last: torch.Tensor, state: DeepseekV41CacheLayer, layout: RowLayout
+    ) -> torch.Tensor:
+        """Latents `[B, n, D]` of the groups that end at the tokens `last` `[B, n]` of `x` `[B, S, hidden]`.
+
+        A group may have begun in an earlier call: `state` keeps its tokens.
+        """
+        values = project(self.kv_proj, x)
+        if self.gate_proj is None:
+            return self.kv_norm(gather_rows(values, last).to(x.dtype))
+        projected = torch.cat([values, project(self.gate_proj, x)], dim=-1).float()
+        tokens = state.update_tail(projected, layout)
+        back = torch.arange(1 - self.ratio, 1, device=x.device) + tokens.shape[1] - x.shape[1]
+        # Slots without a group point anywhere; the cache drops what is computed for them.
+        values, gates = gather_rows(tokens, (last[..., None] + back).clamp(min=0)).chunk(2, dim=-1)
+        return self.kv_norm((values * gates.softmax(dim=2)).sum(dim=2).to(x.dtype))
+
+
+class DeepseekV41Indexer(nn.Module):
+    """Chooses the compressed positions that a query reads, on the layers that are index sources.
+
+    Scores are `sum_h relu(q_h . k) * w_h`, in float32. The choice is a step function, so nothing here gets a gradient.
+    """
+
+    def __init__(self, config: DeepseekV41TextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.num_heads, self.head_dim = config.index_n_heads, config.index_head_dim
+        self.is_candidate_source = layer_idx == config.candidate_source_layer_id
+        self.scaling = self.head_dim**-0.5 * self.num_heads**-0.5
+        self.q_b_proj = nn.Linear(config.q_lora_rank, self.num_heads * self.head_dim, bias=False)
+        self.weights_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        if layer_idx in config.kv_source_layer_ids:
+            self.k_proj = nn.Linear(config.head_dim, self.head_dim, bias=False)
+            self.k_norm = DeepseekV4RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    @torch.no_grad()
+    def keys(self, latents: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Index keys `[B, n, head_dim]` of unrotated latents `[B, n, D]` at the angles of their groups."""
+        keys = rotate(self.k_norm(project(self.k_proj, latents).to(latents.dtype)), cos, sin)
+        return round_mxfp4(keys) if self.config.cache_rounding else keys
+
+    @torch.no_grad()
+    def forward(
+        self,
+        x: torch.Tensor,
+        q_latent: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        visible: torch.Tensor,
+        shared: SharedAttention,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Choose for `x` `[B, S, hidden]`, whose queries see `visible` `[B, S]` compressed positions.
+
+        Returns `selected` `[B, S, K]` and, from the candidate source on, `candidates` `[B, S, blocks]` (see
+        [`SharedAttention`]).
+        """
+        available = shared.index_keys.shape[1]
+        if shared.candidates is None and available <= self._unrestricted():
+            return self._everything(visible, shared), None
+        query = rotate(self.q_b_proj(q_latent).view(*x.shape[:2], self.num_heads, self.head_dim), cos, sin)
+        query = round_mxfp4(query) if self.config.cache_rounding else query
+        weights = project(self.weights_proj, x).float() * self.scaling
+        blocks = self._blocks(x, available if shared.candidates is None else self._candidate_positions())
+        with maybe_autocast(x.device.type, enabled=False):  # near ties are decided in float32
+            chosen = [
+                self._choose(query[:, block].float(), weights[:, block], visible[:, block], block, shared)
+                for block in blocks
+            ]
+        selected, candidates = zip(*chosen, strict=True)
+        if self.is_candidate_source and candidates[0] is not None:
+            return torch.cat(selected, dim=1), torch.cat(candidates, dim=1)
+        return torch.cat(selected, dim=1), shared.candidates
+
+    def _candidate_positions(self) -> int:
+        return self.config.candidate_topk_blocks * self.config.candidate_block_size
+
+    def _unrestricted(self) -> int:
+        """So many compressed positions need no choice."""
+        topk = self.config.index_topk
+        return min(topk, self._candidate_positions()) if self.is_candidate_source else topk
+
+    def _blocks(self, x: torch.Tensor, keys: int) -> list[slice]:
+        """Cut S queries so that scoring `keys` keys for a block stays within bounds."""
+        batch, length = x.shape[:2]
+        step = max(1, _BLOCK_ELEMENTS // (batch * keys * (self.num_heads + self.head_dim)))
+        return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+    def _everything(self, visible: torch.Tensor, shared: SharedAttention) -> torch.Tensor:
+        places = torch.arange(shared.index_keys.shape[1], device=visible.device)
+        return self._slots(places.expand(*visible.shape, -1), visible, shared.first)
+
+    def _slots(self, places: torch.Tensor, visible: torch.Tensor, first: torch.Tensor | None) -> torch.Tensor:
+        """From places in the sequence `[B, Q, K]` to slots, -1 where a place is not visible."""
+        slots = places if first is None else places + first[..., None]
+        return torch.where((places >= 0) & (places < visible[..., None]), slots, -1).int()
+
+    def _choose(self, query, weights, visible, block, shared: SharedAttention):
+        first = None if shared.first is None else shared.first[:, block]
+        if shared.candidates is not None:
+            places, scores = self._score_candidates(query, weights, shared.candidates[:, block], first, shared)
+        else:
+            places, scores = self._score_all(query, weights, first, shared)
+        scores = scores.masked_fill((places < 0) | (places >= visible[..., None]), float("-inf"))
+        candidates = self._best_blocks(scores, visible) if self.is_candidate_source else None
+        best = largest(scores, min(self.config.index_topk, scores.shape[-1]))
+        places = places.expand_as(scores).gather(-1, best)
+        return self._slots(places, visible, first), candidates
+
+    def _score_all(self, query, weights, first, shared: SharedAttention):
+        """Scores `[B, Q, G]` of all keys, by place in the query's sequence; and the places."""
+        heads = query.flatten(1, 2) @ shared.index_keys.float().transpose(1, 2)
+        heads = heads.relu_().view(*query.shape[:3], -1)
+        scores = (weights.unsqueeze(2) @ heads).squeeze(2)
+        places = torch.arange(scores.shape[-1], device=scores.device)
+        if first is not None:
+            slots = (first[..., None] + places).clamp(max=scores.shape[-1] - 1)
+            scores = scores.gather(-1, slots)
+        return places, scores
+
+    def _score_candidates(self, query, weights, candidates, first, shared: SharedAttention):
+        """Scores `[B, Q, blocks * block]` of the keys in the candidate blocks, and their places in the sequence."""
+        inside = torch.arange(self.config.candidate_block_size, device=query.device)
+        blocks = candidates.long()[..., None]
+        places = torch.where(blocks < 0, -1, blocks * len(inside) + inside).flatten(2)
+        slots = places if first is None else places + first[..., None]
+        keys = gather_rows(shared.index_keys, slots.clamp(0, shared.index_keys.shape[1] - 1)).float()
+        heads = (query @ keys.transpose(2, 3)).relu_()
+        return places, (weights.unsqueeze(2) @ heads).squeeze(2)
+
+    def _best_blocks(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor | None:
+        """Ascending ids of the best candidate blocks of masked scores `[B, Q, G]`; a block is as good as its best key."""
+        size, keep = self.config.candidate_block_size, self.config.candidate_topk_blocks
+        if scores.shape[-1] <= size * keep:
+            return None
+        scores = F.pad(scores, (0, -scores.shape[-1] % size), value=float("-inf")).unflatten(-1, (-1, size)).amax(-1)
+        newest = (visible[..., None] - 1).div(size, rounding_mode="floor").clamp(min=0)
+        scores = scores.scatter(-1, newest, float("inf"))
+        best = largest(scores, keep)
+        known = scores.gather(-1, best) > float("-inf")
+        return torch.where(known, best, -1).sort(dim=-1).values.int()
+
+
+class DeepseekV41Attention(nn.Module):
+    """Attention over a sliding window and chosen compressed positions, in one softmax with a sink per head.
+
+    Keys and values are one latent that all heads share. Queries come from a low-rank projection, without a norm behind
+    `q_b_proj` (DeepSeek-V4 has one). Compressed latents come from the latest KV source.
+    """
+
+    def __init__(self, config: DeepseekV41TextConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.ratio = config.compress_ratios[layer_idx]
+        # Layers with compressed positions use one set of angles for window, queries and compressed positions.
+        self.rope_type = "compress" if self.ratio else "main"
+        self.scaling = self.head_dim**-0.5
+        self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+        self.q_a_norm = DeepseekV4RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, self.num_heads * self.head_dim, bias=False)
+        self.kv_proj = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.kv_norm = DeepseekV4RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.o_a_proj = DeepseekV4GroupedLinear(
+            self.num_heads * self.head_dim // config.o_groups, config.o_groups * config.o_lora_rank, config.o_groups
+        )
+        self.o_b_proj = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
+        self.sinks = nn.Parameter(torch.empty(self.num_heads))
+        is_kv_source = layer_idx in config.kv_source_layer_ids
+        self.compressor = DeepseekV41Compressor(config, self.ratio) if is_kv_source else None
+        self.indexer = DeepseekV41Indexer(config, layer_idx) if layer_idx in config.index_source_layer_ids else None
+        self.rotary_emb = DeepseekV4RotaryEmbedding(config) if is_kv_source else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        shared: SharedAttention,
+        layout: RowLayout,
+        position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        past_key_values: Cache | None = None,
+    ) -> tuple[torch.Tensor, SharedAttention]:
+        """`[B, S, hidden]` to `[B, S, hidden]`, and what later layers share.
+
+        `position_embeddings` are the cosines and sines `[B, S, rotary / 2]` of the tokens in compacted order, by kind of
+        layer.
+        """
+        # Without a cache the state of this call alone is needed, and forgotten with it.
+        state = DeepseekV41CacheLayer() if past_key_values is None else layer_cache(past_key_values, self.layer_idx)
+        cos, sin = position_embeddings[self.rope_type]
+        x = layout.compact(hidden_states)
+        q_latent = self.q_a_norm(self.q_a_proj(x))
+        query = rotate(self.q_b_proj(q_latent).view(*x.shape[:2], self.num_heads, self.head_dim), cos, sin)
+        latents = rotate(self.kv_norm(self.kv_proj(x)), cos, sin)
+        latents = round_fp8(latents) if self.config.cache_rounding else latents
+        history = max(self.config.sliding_window, self.ratio) - 1
+        window, _ = state.update(latents.unsqueeze(1), layout=layout, history=history)
+        if self.compressor is not None:
+            shared = self._compress(x, state, layout)
+        if self.indexer is not None:
+            visible = (layout.positions + 1) // self.ratio
+            selected, candidates = self.indexer(x, q_latent, cos, sin, visible, shared)
+            shared = shared._replace(selected=selected, candidates=candidates)
+        read = shared if self.ratio else SharedAttention()
+        output = self._attend(query, window.squeeze(1), layout.positions, read.latents, read.selected)
+        output = rotate(output, cos, -sin).reshape(*x.shape[:2], self.config.o_groups, -1)
+        output = self.o_b_proj(self.o_a_proj(output).flatten(2))
+        return layout.restore(output), shared
+
+    def _compress(self, x: torch.Tensor, state: DeepseekV41CacheLayer, layout: RowLayout) -> SharedAttention:
+        """Pool the groups that complete in this call, and return all compressed positions so far."""
+        groups = state.close_groups(layout, self.ratio)
+        latents = self.compressor(x, groups.last, state, layout)
+        begins = layout.positions.gather(1, groups.last) - (self.ratio - 1)
+        cos, sin = self.rotary_emb(x.new_empty(0, dtype=torch.float32), begins, layer_type=self.rope_type)
+        keys = state.append("index_keys", self.indexer.keys(latents, cos, sin), groups.slots)
+        latents = rotate(latents, cos, sin)
+        latents = round_nvfp4(latents) if self.config.cache_rounding else latents
+        return SharedAttention(state.append("latents", latents, groups.slots), keys, groups.first)
+
+    def _attend(self, query, window, positions, latents, selected) -> torch.Tensor:
+        """Attention of all queries `[B, S, H, D]`, block by block; see `_attend_block`."""
+        length, cached = query.shape[1], window.shape[1] - query.shape[1]
+        reach = self.config.sliding_window - 1
+        step = self._block_length(query, 0 if selected is None else selected.shape[-1])
+        # Recomputing a block in the backward pass keeps the gathered latents of one block alive, not of all.
+        recompute = length > step and torch.is_grad_enabled() and query.requires_grad
+        outputs = []
+        for start in range(0, length, step):
+            block = slice(start, min(start + step, length))
+            first = max(0, cached + start - reach)
+            arguments = (
+                query[:, block],
+                window[:, first : cached + block.stop],
+                positions[:, block],
+                latents,
+                None if selected is None else selected[:, block],
+            )
+            if recompute:
+                outputs.append(
+                    checkpoint(self._attend_block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                )
+            else:
+                outputs.append(self._attend_block(*arguments))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _block_length(self, query: torch.Tensor, selected: int) -> int:
+        window = self.config.sliding_window
+        per_query = selected * self.head_dim + self.num_heads * (selected + 2 * window)
+        affordable = max(1, _BLOCK_ELEMENTS // (query.shape[0] * per_query))
+        # Much longer than the window, most of a block's window scores would be masked.
+        return min(affordable, max(window, _SMALLEST_BLOCK))
+
+    def _attend_block(
+        self,
+        query: torch.Tensor,
+        window: torch.Tensor,
+        positions: torch.Tensor,
+        latents: torch.Tensor | None,
+        selected: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of Q consecutive queries.
+
+        Args:
+            query: `[B, Q, H, D]`.
+            window: `[B, M, D]`, the latents of the tokens up to the last query's own.
+            positions: `[B, Q]`, the queries' places in their sequences.
+            latents, selected: `[B, G, D]` and `[B, Q, K]`, or None.
+
+        Returns: `[B, Q, H, D]`.
+        """
+        batch, queries = query.shape[:2]
+        scores = (query.flatten(1, 2) @ window.transpose(1, 2)).view(batch, queries, self.num_heads, -1)
+        hidden = ~self._sees(positions, window.shape[1])
+        read = selected is not None and latents.shape[1] > 0
+        if read:
+            chosen = gather_rows(latents, selected.clamp(min=0).long())
+            scores = torch.cat([scores, query @ chosen.transpose(2, 3)], dim=-1)
+            hidden = torch.cat([hidden, selected < 0], dim=-1)
+        scores = (scores.float() * self.scaling).masked_fill(hidden.unsqueeze(2), float("-inf"))
+        sinks = self.sinks.float()[:, None].expand(batch, queries, -1, 1)
+        weights = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1].to(query.dtype)
+        output = (weights[..., : window.shape[1]].flatten(1, 2) @ window).view_as(query)
+        return output + weights[..., window.shape[1] :] @ chosen if read else output
+
+    def _sees(self, positions: torch.Tensor, length: int) -> torch.Tensor:
+        """Which of the last `length` tokens each query sees, `[B, Q, length]`: its window, within its sequence."""
+        queries = positions.shape[1]
+        places = torch.arange(length, device=positions.device)
+        distance = places[length - queries :, None] - places
+        near = (distance >= 0) & (distance < self.config.sliding_window)
+        return near & (distance <= positions[..., None])
+
+
+class DeepseekV41HyperConnection(DeepseekV4HyperConnection):
+    """The mixer of one sublayer: how streams become its successor's input, and its output becomes streams."""
+
+    def forward(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights from the streams `[B, S, N, hidden]`, in float32.
+
+        Returns `pre` `[B, S, N]` (collapses the streams for the *next* sublayer), `post` `[B, S, N]` and `comb`
+        `[B, S, N, N]`, whose rows and columns sum to 1.
+        """
+        with maybe_autocast(streams.device.type, enabled=False):
+            mixes = F.linear(self.input_norm(streams.flatten(2).float()), self.fn.float())
+        count = self.hc_mult
+        groups = zip(
+            *(x.split([count, count, count * count], dim=-1) for x in (mixes, self.base.float())), strict=True
+        )
+        pre, post, comb = (mix * scale + base for (mix, base), scale in zip(groups, self.scale.float(), strict=True))
+        comb = comb.unflatten(-1, (count, count)).softmax(dim=-1) + self.hc_eps
+        comb = comb / (comb.sum(dim=-2, keepdim=True) + self.hc_eps)
+        for _ in range(self.hc_sinkhorn_iters - 1):
+            comb = comb / (comb.sum(dim=-1, keepdim=True) + self.hc_eps)
+            comb = comb / (comb.sum(dim=-2, keepdim=True) + self.hc_eps)
+        return pre.sigmoid() + self.hc_eps, 2 * post.sigmoid(), comb
+
+
+def collapse(streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
+    """`[B, S, N, hidden]` and weights `[B, S, N]` to `[B, S, hidden]`, summed in float32."""
+    return (pre.unsqueeze(-1) * streams).sum(dim=2).to(streams.dtype)
+
+
+def expand(streams: torch.Tensor, output: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    """New streams `post_k * output + sum_j comb[j, k] * stream_j`, summed in float32."""
+    with maybe_autocast(streams.device.type, enabled=False):
+        kept = comb.transpose(2, 3) @ streams.float()
+    return (post.unsqueeze(-1) * output.unsqueeze(2) + kept).to(streams.dtype)
+
+
+class DeepseekV41MLP(DeepseekV4MLP):
+    """The shared expert: DeepSeek-V4's, in float32 between the projections."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.gate_proj(x).float().clamp(max=self.limit)
+        up = self.up_proj(x).float().clamp(min=-self.limit, max=self.limit)
+        return self.down_proj((self.act_fn(gate) * up).to(x.dtype))
+
+
+# DeepSeek-V4's class is decorated already; transformers looks for the decorator in the model's own module before it
+# lets anybody choose an implementation.
+@use_experts_implementation
+class DeepseekV41Experts(DeepseekV4Experts):
+    """The routed experts: DeepSeek-V4's, in float32 between the projections."""
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return super()._apply_gate(gate_up.float()).to(gate_up.dtype)
+
+
+class DeepseekV41TopKRouter(DeepseekV4TopKRouter):
+    """DeepSeek-V4's router in float32, with a second bias for image tokens."""
+
+    def __init__(self, config: DeepseekV41TextConfig):
+        super().__init__(config)
+        self.e_score_correction_bias_vl = nn.Buffer(torch.zeros(self.num_experts))
+
+    def forward(
+        self, hidden_states: torch.Tensor, image_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Route `[B, S, hidden]`; `image_mask` `[B, S]` marks the tokens that take the second bias.
+
+        Returns logits `[B * S, experts]`, and weights and expert ids `[B * S, top_k]`. The bias chooses, the unbiased
+        scores weigh.
+        """
+        flat = hidden_states.reshape(-1, self.hidden_dim)
+        with maybe_autocast(flat.device.type, enabled=False):
+            logits = F.linear(flat.float(), self.weight.float())
+        scores = self.score_fn(logits)
+        bias = self.e_score_correction_bias
+        if image_mask is not None:
+            bias = torch.where(image_mask.reshape(-1, 1), self.e_score_correction_bias_vl, bias)
+        indices = torch.topk(scores + bias, self.top_k, dim=-1, sorted=False).indices
+        weights = scores.gather(1, indices)
+        return logits, weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * self.routed_scaling_factor, indices
+
+
+class DeepseekV41SparseMoeBlock(nn.Module):
+    """Routed experts and one shared expert."""
+
+    def __init__(self, config: DeepseekV41TextConfig):
+        super().__init__()
+        self.gate = DeepseekV41TopKRouter(config)
+        self.experts = DeepseekV41Experts(config)
+        self.shared_experts = DeepseekV41MLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, image_mask: torch.Tensor | None = None) -> torch.Tensor:
+        _, weights, indices = self.gate(hidden_states, image_mask)
+        routed = self.experts(hidden_states.flatten(0, 1), indices, weights)
+        return routed.view_as(hidden_states) + self.shared_experts(hidden_states)
+
+
+class DeepseekV41DecoderLayer(GradientCheckpointingLayer):
+    """Attention and mixture of experts, on residual streams."""
+
+    def __init__(self, config: DeepseekV41TextConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.self_attn = DeepseekV41Attention(config, layer_idx)
+        self.mlp = DeepseekV41SparseMoeBlock(config)
+        self.input_layernorm = DeepseekV4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekV4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attn_hc = DeepseekV41HyperConnection(config)
+        self.ffn_hc = DeepseekV41HyperConnection(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        pre: torch.Tensor,
+        *shared: torch.Tensor | None,
+        layout: RowLayout,
+        position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        image_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """From streams `[B, S, N, hidden]` and their collapse weights `[B, S, N]` to the next layer's.
+
+        Everything that carries gradients is positional, as checkpointing wants it: `shared` are the fields of
+        [`SharedAttention`]. Returns `(streams, pre, *shared)`. Further keywords are accepted for layers that are
+        extended from outside and ignored here.
+        """
+        attention_input = self.input_layernorm(collapse(hidden_states, pre))
+        output, shared = self.self_attn(
+            attention_input, SharedAttention(*shared), layout, position_embeddings, past_key_values
+        )
+        pre, post, comb = self.attn_hc(hidden_states)
+        hidden_states = expand(hidden_states, output, post, comb)
+        output = self.mlp(self.post_attention_layernorm(collapse(hidden_states, pre)), image_mask)
+        pre, post, comb = self.ffn_hc(hidden_states)
+        return expand(hidden_states, output, post, comb), pre, *shared
+
+
+class DeepseekV41PreTrainedModel(DeepseekV4PreTrainedModel):
+    """What transformers wants to know about the architecture.
+
+    Attention weights are not among the recorded outputs: a query's keys are its own choice, so there is no matrix to
+    return. The attention is neither SDPA nor a flash kernel (a sink per head, and keys gathered for each query).
+    """
+
+    config: DeepseekV41TextConfig
+    config_class = DeepseekV41TextConfig
+    _no_split_modules = ["DeepseekV41DecoderLayer"]  # noqa: RUF012
+    _supports_attention_backend = False
+    # The cache can be rolled back, so assisted decoding works.
+    _is_stateful = False
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": OutputRecorder(DeepseekV41TopKRouter, index=0),
+        "hidden_states": DeepseekV41DecoderLayer,
+    }
+    # Float32 in the release.
+    _keep_in_fp32_modules_strict = ["attn_hc", "ffn_hc", "sinks", "e_score_correction_bias"]  # noqa: RUF012
+    # Not quantized in the release: transformers' FP8 loader leaves out what is listed here.
+    _keep_in_fp32_modules = [  # noqa: RUF012
+        "self_attn.compressor.kv_proj",
+        "self_attn.compressor.gate_proj",
+        "self_attn.indexer.k_proj",
+        "self_attn.indexer.weights_proj",
+    ]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, DeepseekV41TopKRouter):
+            initialization.zeros_(module.e_score_correction_bias_vl)
+        elif isinstance(module, DeepseekV41Attention):
+            initialization.zeros_(module.sinks)
+
+
+class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
+    """The DeepSeek-V4.1 decoder, from token ids to the state after the final norm."""
+
+    def __init__(self, config: DeepseekV41TextConfig):
+        super().__init__(config)
+        # No `padding_idx`: where the mask is 1, the pad id is an ordinary token and learns.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DeepseekV41DecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = DeepseekV4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekV4RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        image_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: `[B, S]`; or `inputs_embeds` `[B, S, hidden]`.
+            attention_mask: `[B, cached + S]`, nonzero where a token is real. Padding may stand on either side.
+            position_ids: `[B, S]`, counting up by one; a 0 inside a row starts another sequence there, of which the
+                tokens before it see nothing and are not seen (packed rows). By default the real tokens are counted.
+            past_key_values: made by `DynamicCache(config=config)`.
+            image_mask: `[B, S]` bool, where the router treats a token as part of an image.
+            kwargs: handed to every layer.
+
+        Returns:
+            `last_hidden_state` `[B, S, hidden]`, the cache, and on request `hidden_states` (the streams
+            `[B, S, N, hidden]` that enter each layer, then `last_hidden_state`) and `router_logits`.
+
+        Raises:
+            ValueError: for inputs of another shape, position ids that skip, and a cache of another model.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if image_mask is not None and image_mask.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"`image_mask` must have one entry per token, {list(inputs_embeds.shape[:2])}; got "
+                f"{list(image_mask.shape)}."
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        layout = row_layout(inputs_embeds, attention_mask, position_ids, layer_cache(past_key_values, 0))
+        streams = inputs_embeds.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
+        pre = F.one_hot(
+            inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long), self.config.hc_mult
+        ).float()
+        shared = SharedAttention()
+        angles = self._position_embeddings(layout)
+        for layer in self.layers:
+            streams, pre, *shared = layer(
+                streams,
+                pre,
+                *shared,
+                layout=layout,
+                position_embeddings=angles,
+                image_mask=None if image_mask is None else image_mask.bool(),
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        hidden_states = self.norm(collapse(streams, pre))
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _position_embeddings(self, layout: RowLayout) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Cosines and sines by kind of layer. In float32 whatever the model's dtype: bfloat16 angles are coarse."""
+        like = layout.positions.new_empty(0, dtype=torch.float32)
+        return {kind: self.rotary_emb(like, layout.positions, layer_type=kind) for kind in ("main", "compress")}
+
+
+class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausalLM):
+    """The backbone with a language-model head; DeepSeek-V4's forward, loss and auxiliary loss around our decoder."""
+
+    def __init__(self, config: DeepseekV41TextConfig):
+        # Past DeepSeek-V4's constructor, which would build DeepSeek-V4's decoder.
+        super(DeepseekV4ForCausalLM, self).__init__(config)
+        self.model = DeepseekV41TextModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.n_routed_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.post_init()
+
+    def prepare_inputs_for_generation(self, input_ids, *args, image_mask=None, **kwargs):
+        """As usual; an `image_mask` of the prompt is cut to the tokens of this step, and generated tokens are text."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if image_mask is not None:
+            ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            missing = max(0, input_ids.shape[1] - image_mask.shape[1])
+            inputs["image_mask"] = F.pad(image_mask, (0, missing))[:, -ids.shape[1] :]
+        return inputs
+
+
+# The keys are our own config class, so nothing of a later transformers release is replaced.
+AutoModel.register(DeepseekV41TextConfig, DeepseekV41TextModel, exist_ok=True)
+AutoModelForCausalLM.register(DeepseekV41TextConfig, DeepseekV41TextForCausalLM, exist_ok=True)
+
+__all__ = ["DeepseekV41PreTrainedModel", "DeepseekV41TextForCausalLM", "DeepseekV41TextModel"]
