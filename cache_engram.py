@@ -9,15 +9,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD
 
-# Past convolution inputs kept beyond what the next token needs, so that a few rejected tokens can be cropped away.
-_ROLLBACK = 32
-
 
 class EngramHistoryLayer(CacheLayerMixin):
     """The memory's state, kept as one more layer of the backbone's `Cache`.
 
     It holds the compressed ids and sequence ids of all past positions (16 bytes each) and, for the convolution, the
     last inputs of every Engram layer. Being a cache layer, it is reordered, expanded, cropped and reset with the rest.
+    As with sliding-window layers, positions that are to be cropped away must come after `activate_past_recording()`.
 
     Args:
         owner: what must agree for a cache to be reused; see [`attach_history`].
@@ -35,6 +33,7 @@ class EngramHistoryLayer(CacheLayerMixin):
         self.ids: torch.Tensor | None = None  # [B, past]
         self.sequence_ids: torch.Tensor | None = None  # [B, past]
         self.conv_inputs: dict[int, torch.Tensor] = {}  # layer -> [B, kept, G, D]
+        self.conv_reach = 0
 
     def remember_ids(self, ids: torch.Tensor, sequence_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append compressed ids and sequence ids `[B, S]`; returns those before them, `[B, past]` each."""
@@ -55,40 +54,48 @@ class EngramHistoryLayer(CacheLayerMixin):
 
     def remember_conv_inputs(self, layer: int, inputs: torch.Tensor, reach: int) -> torch.Tensor:
         """Append convolution inputs `[B, S, G, D]` of an Engram layer; returns the `reach` before them."""
-        kept = self.conv_inputs.get(layer)
-        if kept is None:
-            kept = inputs.new_zeros((inputs.shape[0], reach, *inputs.shape[2:]))
-        kept = kept.to(inputs.device)
-        joined = torch.cat([kept, inputs], dim=1)
-        self.conv_inputs[layer] = joined if self.record_past else joined[:, -(reach + _ROLLBACK) :]
-        self._conv_reach = reach
-        return kept[:, -reach:]
+        self.conv_reach = reach
+        if layer not in self.conv_inputs:
+            self.conv_inputs[layer] = inputs.new_zeros((inputs.shape[0], reach, *inputs.shape[2:]))
+        kept = self.conv_inputs[layer].to(inputs.device)
+        if self.record_past:
+            self.conv_inputs[layer] = torch.cat([kept, inputs], dim=1)
+        else:
+            self.conv_inputs[layer] = _last(torch.cat([kept, _last(inputs, reach)], dim=1), reach)
+        return _last(kept, reach)
 
     def activate_past_recording(self) -> None:
         """Keep all convolution inputs until the next `crop`, however far that goes back."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` positions (a negative number, as in transformers' caches).
+        """Forget the last `-tokens_to_remove` positions.
 
         Raises:
-            ValueError: the convolution inputs before them are no longer held.
+            ValueError: for a positive number, or if the convolution inputs before them are no longer held.
         """
-        remove = abs(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of positions to forget, got {tokens_to_remove}.")
         if self.ids is None:
             return
-        length = self.ids.shape[1]
-        for layer, kept in self.conv_inputs.items():
-            remaining = kept.shape[1] - remove
-            if remaining < self._conv_reach:
-                raise ValueError(
-                    f"This cache can forget at most {kept.shape[1] - self._conv_reach} positions, not {remove}: older "
-                    "states of the memory's convolution were dropped. Call activate_past_recording() on the cache "
-                    "before the positions that are to be forgotten."
-                )
-            keep_at_most = self._conv_reach + _ROLLBACK
-            self.conv_inputs[layer] = kept[:, max(remaining - keep_at_most, 0) : remaining]
-        self.ids, self.sequence_ids = self.ids[:, : length - remove], self.sequence_ids[:, : length - remove]
+        remaining = self.ids.shape[1] + tokens_to_remove
+        if remaining <= 0:
+            self.reset()
+            return
+        self.conv_inputs = {
+            layer: self._crop_conv(kept, -tokens_to_remove) for layer, kept in self.conv_inputs.items()
+        }
+        self.ids, self.sequence_ids = self.ids[:, :remaining], self.sequence_ids[:, :remaining]
+
+    def _crop_conv(self, kept: torch.Tensor, remove: int) -> torch.Tensor:
+        spare = kept.shape[1] - self.conv_reach
+        if remove > spare:
+            raise ValueError(
+                f"This cache can forget at most {spare} positions, not {remove}: what the memory's convolution saw "
+                "before them was dropped. Call activate_past_recording() on the cache before the positions that are to "
+                "be forgotten."
+            )
+        return _last(kept[:, : kept.shape[1] - remove], self.conv_reach)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -201,10 +208,15 @@ class StaticEngramHistoryLayer(EngramHistoryLayer):
         return 0 if self.length is None else self.length
 
 
+def _last(states: torch.Tensor, count: int) -> torch.Tensor:
+    """The last `count` positions of `[B, S, ...]` (all, if there are fewer)."""
+    return states[:, max(states.shape[1] - count, 0) :]
+
+
 def _roll_in(state: torch.Tensor, new: torch.Tensor) -> None:
     """Push `new` `[B, S, ...]` into `state` `[B, reach, ...]`, in place."""
     reach = state.shape[1]
-    state.copy_(torch.cat([state, new.detach().to(state.dtype)], dim=1)[:, -reach:] if reach else state)
+    state.copy_(_last(torch.cat([state, _last(new.detach(), reach).to(state.dtype)], dim=1), reach))
 
 
 def attach_history(cache: Cache, config: EngramConfig) -> EngramHistoryLayer:
@@ -213,25 +225,24 @@ def attach_history(cache: Cache, config: EngramConfig) -> EngramHistoryLayer:
     Raises:
         ValueError: the cache was filled without this memory, or by another model.
     """
-    if not isinstance(getattr(cache, "layers", None), list):
+    layers = getattr(cache, "layers", None)
+    if not isinstance(layers, list):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__}; Engram needs a transformers Cache with layers."
         )
-    num_layers = config.text_config.num_hidden_layers
-    owner = (tuple(config.engram_layer_ids), config.engram_max_ngram_size, config.engram_compressed_vocab_size)
-    for layer in cache.layers:
-        if isinstance(layer, EngramHistoryLayer):
-            if layer.owner != owner or cache.layers.index(layer) != num_layers:
-                raise ValueError(
-                    "past_key_values belongs to another Engram model (its layers, n-grams or vocabulary differ); "
-                    "pass this model's own cache, or None to start afresh."
-                )
-            return layer
-    if cache.get_seq_length() > 0:
+    found = [layer for layer in layers if isinstance(layer, EngramHistoryLayer)]
+    history = found[0] if found else _append_history(cache, config)
+    if history.owner != _owner(config) or history is not layers[config.text_config.num_hidden_layers]:
         raise ValueError(
-            f"past_key_values already holds {cache.get_seq_length()} positions that this model's memory did not see "
-            "(it was filled by another model, such as the bare backbone); pass this model's own cache, or None."
+            "past_key_values belongs to another Engram model (its layers, n-grams or vocabulary differ); pass this "
+            "model's own cache, or None to start afresh."
         )
+    _require_same_past(cache, history)
+    return history
+
+
+def _append_history(cache: Cache, config: EngramConfig) -> EngramHistoryLayer:
+    num_layers = config.text_config.num_hidden_layers
     if cache.layer_class_to_replicate is not None:
         # Such a cache adds layers as they are used; ours must come after all of them.
         while len(cache.layers) < num_layers:
@@ -241,9 +252,31 @@ def attach_history(cache: Cache, config: EngramConfig) -> EngramHistoryLayer:
             f"past_key_values has {len(cache.layers)} layers, but the backbone has {num_layers}; build it from this "
             "model's config, for example DynamicCache(config=model.config)."
         )
-    history = EngramHistoryLayer(owner)
+    history = EngramHistoryLayer(_owner(config))
     if any(isinstance(layer, StaticLayer) for layer in cache.layers):
         conv_reach = max(config.engram_conv_kernel_size - 1, 0) * config.engram_max_ngram_size
-        history = StaticEngramHistoryLayer(owner, max(config.engram_max_ngram_size - 1, conv_reach))
+        history = StaticEngramHistoryLayer(_owner(config), max(config.engram_max_ngram_size - 1, conv_reach))
     cache.layers.append(history)
     return history
+
+
+def _owner(config: EngramConfig) -> tuple:
+    """What two models must share for one to go on from the other's state."""
+    return (
+        tuple(config.engram_layer_ids),
+        config.engram_max_ngram_size,
+        config.engram_compressed_vocab_size,
+        config.engram_conv_kernel_size,
+        config.engram_streams * config.text_config.hidden_size,
+    )
+
+
+def _require_same_past(cache: Cache, history: EngramHistoryLayer) -> None:
+    seen, held = history.get_seq_length(), cache.get_seq_length()
+    if isinstance(seen, torch.Tensor):
+        return  # a static cache that this memory has seen; comparing would wait for the device at every step
+    if seen != held:
+        raise ValueError(
+            f"past_key_values holds {int(held)} positions, of which this model's memory saw {seen} (another model, "
+            "such as the bare backbone, filled or cropped it); pass this model's own cache, or None to start afresh."
+        )

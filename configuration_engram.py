@@ -1,15 +1,18 @@
 """`EngramConfig`: a backbone's config plus the fields of its memory, under DeepSeek's names."""
 
 import difflib
-import math
+import itertools
+from bisect import bisect_left
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
-from .hashing_engram import as_token_map, draw_primes
+from .hashing_engram import as_token_map, draw_primes, is_prime
 
 FORMAT_VERSION = 1
 
@@ -96,7 +99,7 @@ class EngramConfig(PreTrainedConfig):
         engram_conv_kernel_size (`int`):
             Taps of the short convolution, 0 for none. Its dilation is the largest n-gram order.
         engram_norm_eps (`float`, *optional*):
-            Epsilon of the query and key norms; None for that of the dtype they are computed in.
+            Epsilon of the query and key norms; None for float32's (1.2e-7), the default of `torch.nn.RMSNorm`.
         engram_conv_norm_eps (`float`):
             Epsilon of the norm before the convolution.
         engram_zero_gate_sign (`int`):
@@ -132,37 +135,14 @@ class EngramConfig(PreTrainedConfig):
     engram_format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
-        if isinstance(self.text_config, dict):
-            fields = dict(self.text_config)
-            model_type = fields.pop("model_type", None)
-            if model_type not in CONFIG_MAPPING:
-                raise ValueError(
-                    f"text_config has model_type {model_type!r}, which this transformers does not know; name a "
-                    "registered decoder, or register it with AutoConfig.register first."
-                )
-            self.text_config = CONFIG_MAPPING[model_type](**fields)
-        elif self.text_config is None:
-            self.text_config = CONFIG_MAPPING["mixtral"]()
-        unknown = [key for key in kwargs if key.startswith("engram_")]
-        if unknown:
-            known = [name for name in type(self).__annotations__ if name.startswith("engram_")]
-            guess = difflib.get_close_matches(unknown[0], known, n=1)
-            hint = f"did you mean {guess[0]}?" if guess else f"the fields are {', '.join(known)}."
-            raise ValueError(f"EngramConfig has no field {unknown[0]}; {hint}")
+        self._refuse_unknown(kwargs)
+        self.text_config = _as_decoder_config(self.text_config)
         self.engram_layer_ids = list(self.engram_layer_ids)
         if self.engram_vocab_size is None:
             self.engram_vocab_size = _PAPER_BUCKETS_PER_TOKEN * self.text_config.vocab_size
         # Called here too, so that a bad config is a plain ValueError rather than one wrapped by @strict.
         self.validate_engram()
-        rows = [sum(map(sum, orders)) for orders in self.primes]
-        if self.engram_num_embeddings is None:
-            self.engram_num_embeddings = rows
-        elif list(self.engram_num_embeddings) != rows:
-            raise ValueError(
-                f"engram_num_embeddings is {list(self.engram_num_embeddings)}, but the primes of engram_vocab_size "
-                f"{self.engram_vocab_size} with {self.engram_n_heads} heads sum to {rows} rows; leave it out, or "
-                "restore the engram_vocab_size that the tables were built with."
-            )
+        self._set_rows()
         # The base class hands its implementations down to sub-configs, unset ones too; a backbone keeps those it has.
         kept = {
             f"_{kind}_implementation": getattr(self.text_config, f"_{kind}_implementation", None)
@@ -173,83 +153,96 @@ class EngramConfig(PreTrainedConfig):
         for name, value in kept.items():
             setattr(self.text_config, name, value)
 
+    def _refuse_unknown(self, extras: dict[str, Any]) -> None:
+        if self.engram_format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"engram_format_version is {self.engram_format_version}, this engram-hf reads up to {FORMAT_VERSION}; "
+                "upgrade engram-hf."
+            )
+        unknown = [key for key in extras if key.startswith("engram_")]
+        if unknown:
+            # Compared without the prefix, which alone would make any two names similar.
+            known = {
+                key.removeprefix("engram_"): key for key in type(self).__annotations__ if key.startswith("engram_")
+            }
+            guess = difflib.get_close_matches(unknown[0].removeprefix("engram_"), known, n=1)
+            hint = f"did you mean {known[guess[0]]}?" if guess else f"the fields are {', '.join(known.values())}."
+            raise ValueError(f"EngramConfig has no field {unknown[0]}; {hint}")
+
+    def _set_rows(self) -> None:
+        rows = [sum(map(sum, orders)) for orders in self.primes]
+        if self.engram_num_embeddings not in (None, rows, tuple(rows)):
+            raise ValueError(
+                f"engram_num_embeddings is {list(self.engram_num_embeddings)}, but the primes of engram_vocab_size "
+                f"{self.engram_vocab_size} with {self.engram_n_heads} heads sum to {rows} rows; leave it out, or "
+                "restore the engram_vocab_size that the tables were built with."
+            )
+        self.engram_num_embeddings = rows
+
     def validate_engram(self) -> None:
         """Part of `@strict` validation: every rule on a field of the memory.
 
         Raises:
             ValueError: names the field, its value and what it should be.
         """
-        layers, ids = self.text_config.num_hidden_layers, self.engram_layer_ids
-        vocab_size = self.text_config.vocab_size
-        counts = self.bucket_counts
-        compressed = self.engram_compressed_vocab_size
-        rules = [
-            (
-                self.engram_format_version <= FORMAT_VERSION,
-                f"engram_format_version is {self.engram_format_version}, this engram-hf reads up to {FORMAT_VERSION}; "
-                "upgrade engram-hf.",
-            ),
-            (
-                not self.text_config.is_encoder_decoder,
-                f"text_config is an encoder-decoder ({self.text_config.model_type}); Engram needs a decoder-only model.",
-            ),
-            (len(ids) > 0, "engram_layer_ids is empty; name at least one decoder layer."),
-            (
-                all(0 <= layer < layers for layer in ids),
-                f"engram_layer_ids {ids} must lie in 0..{layers - 1}, the backbone's {layers} decoder layers (0-based).",
-            ),
-            (len(set(ids)) == len(ids), f"engram_layer_ids {ids} names a layer twice; name each once."),
-            (
-                self.engram_max_ngram_size >= 2,
-                f"engram_max_ngram_size is {self.engram_max_ngram_size}, but the smallest n-gram is 2.",
-            ),
-            (self.engram_n_heads > 0, f"engram_n_heads is {self.engram_n_heads}; it must be positive."),
-            (self.engram_head_dim > 0, f"engram_head_dim is {self.engram_head_dim}; it must be positive."),
-            (
-                len(counts) == self.engram_max_ngram_size - 1,
-                f"engram_vocab_size lists {len(counts)} bucket counts, but orders 2..{self.engram_max_ngram_size} "
-                f"need {self.engram_max_ngram_size - 1}; give one number, or one for each order.",
-            ),
-            (
-                all(count > 0 for count in counts),
-                f"engram_vocab_size is {self.engram_vocab_size}; it must be positive.",
-            ),
-            (
-                0 <= self.engram_pad_token_id < vocab_size,
-                f"engram_pad_token_id is {self.engram_pad_token_id}, outside the vocabulary of {vocab_size} ids; name "
-                "an id of the tokenizer.",
-            ),
-            (
-                compressed is None or 0 < compressed + self.engram_added_tokens <= vocab_size,
-                f"engram_compressed_vocab_size is {compressed} (+ {self.engram_added_tokens} added), but it must lie "
-                f"in 1..{vocab_size}, the backbone's vocabulary; a compressed vocabulary is never larger.",
-            ),
-            (
-                self.engram_added_tokens >= 0,
-                f"engram_added_tokens is {self.engram_added_tokens}; it cannot be negative.",
-            ),
-            (
-                self.engram_conv_kernel_size >= 0,
-                f"engram_conv_kernel_size is {self.engram_conv_kernel_size}; give a number of taps, 0 for no convolution.",
-            ),
-            (
-                self.engram_zero_gate_sign in (0, 1),
-                f"engram_zero_gate_sign is {self.engram_zero_gate_sign}; it must be 0 (the demo) or 1 (V4.1).",
-            ),
-            (
-                self.engram_table_dtype in (None, "float8_e4m3fn"),
-                f"engram_table_dtype is {self.engram_table_dtype!r}; it must be None (the model's dtype) or "
-                "'float8_e4m3fn'.",
-            ),
-            (
-                self.engram_table_dtype is None or self.engram_head_dim % 32 == 0,
-                f"engram_head_dim is {self.engram_head_dim}, but float8 rows have a scale per 32 channels; make it a "
-                "multiple of 32.",
-            ),
-        ]
-        for holds, message in rules:
+        for holds, message in itertools.chain(self._hash_rules(), self._fusion_rules()):
             if not holds:
                 raise ValueError(message)
+
+    def _hash_rules(self) -> Iterator[tuple[bool, str]]:
+        layers, ids = self.text_config.num_hidden_layers, self.engram_layer_ids
+        yield len(ids) > 0, "engram_layer_ids is empty; name at least one decoder layer."
+        yield (
+            all(0 <= layer < layers for layer in ids),
+            f"engram_layer_ids {ids} must lie in 0..{layers - 1}, the backbone's {layers} decoder layers (0-based).",
+        )
+        yield len(set(ids)) == len(ids), f"engram_layer_ids {ids} names a layer twice; name each once."
+        largest = self.engram_max_ngram_size
+        yield largest >= 2, f"engram_max_ngram_size is {largest}, but the smallest n-gram is 2; give 2 or more."
+        yield self.engram_n_heads > 0, f"engram_n_heads is {self.engram_n_heads}; it must be positive."
+        counts = self.bucket_counts
+        yield (
+            len(counts) == largest - 1,
+            f"engram_vocab_size lists {len(counts)} bucket counts, but orders 2..{largest} need {largest - 1}; give "
+            "one number, or one for each order.",
+        )
+        yield min(counts) > 0, f"engram_vocab_size is {self.engram_vocab_size}; it must be positive."
+        vocab_size = self.text_config.vocab_size
+        yield (
+            0 <= self.engram_pad_token_id < vocab_size,
+            f"engram_pad_token_id is {self.engram_pad_token_id}, outside the vocabulary of {vocab_size} ids; name an "
+            "id of the tokenizer.",
+        )
+        compressed, added = self.engram_compressed_vocab_size, self.engram_added_tokens
+        yield added >= 0, f"engram_added_tokens is {added}; it must be 0 or more."
+        yield (
+            compressed is None or 0 < compressed <= vocab_size - added,
+            f"engram_compressed_vocab_size is {compressed} (+ {added} added), but it must lie in 1..{vocab_size}, the "
+            "backbone's vocabulary; take it from EngramTokenizer.compressed_vocab_size.",
+        )
+        yield self.engram_seed >= 0, f"engram_seed is {self.engram_seed}; it must be 0 or more."
+
+    def _fusion_rules(self) -> Iterator[tuple[bool, str]]:
+        width, kernel = self.engram_head_dim, self.engram_conv_kernel_size
+        yield width > 0, f"engram_head_dim is {width}; it must be positive."
+        yield kernel >= 0, f"engram_conv_kernel_size is {kernel}; give a number of taps, 0 for no convolution."
+        for name in ("engram_norm_eps", "engram_conv_norm_eps"):
+            # Zero is no epsilon: a position without memory is all zeros, and its norm would be NaN.
+            eps = getattr(self, name)
+            yield eps is None or eps > 0, f"{name} is {eps}; it must be positive."
+        yield (
+            self.engram_zero_gate_sign in (0, 1),
+            f"engram_zero_gate_sign is {self.engram_zero_gate_sign}; it must be 0 (the demo) or 1 (V4.1).",
+        )
+        table_dtype = self.engram_table_dtype
+        yield (
+            table_dtype in (None, "float8_e4m3fn"),
+            f"engram_table_dtype is {table_dtype!r}; it must be None (the model's dtype) or 'float8_e4m3fn'.",
+        )
+        yield (
+            table_dtype is None or width % 32 == 0,
+            f"engram_head_dim is {width}, but float8 rows have a scale per 32 channels; make it a multiple of 32.",
+        )
 
     @property
     def bucket_counts(self) -> tuple[int, ...]:
@@ -303,36 +296,56 @@ class EngramConfig(PreTrainedConfig):
             raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(map(repr, VARIANTS))}.")
         if sum(value is not None for value in (rows, memory_fraction, engram_fields.get("engram_vocab_size"))) > 1:
             raise ValueError("Give one of rows, memory_fraction and engram_vocab_size: each fixes the tables' size.")
+        if not isinstance(text_config, PreTrainedConfig):
+            raise ValueError(
+                f"text_config is a {type(text_config).__name__}; give the backbone's config, for example "
+                "AutoConfig.from_pretrained(name)."
+            )
         text_config = text_config.get_text_config(decoder=True)
-        fields = {**VARIANTS[variant], **engram_fields}
+        fields = {**VARIANTS[variant], "engram_layer_ids": list(layer_ids), **engram_fields}
         if tokenizer is not None:
-            fields.setdefault("engram_compressed_vocab_size", int(as_token_map(tokenizer).max()) + 1)
-        if "engram_pad_token_id" not in fields:
-            fields["engram_pad_token_id"] = _first_id(tokenizer, text_config)
-        if rows is not None or memory_fraction is not None:
-            fields["engram_vocab_size"] = 1  # replaced below; everything else is validated first
-        config = cls(text_config=text_config, engram_layer_ids=list(layer_ids), **fields)
+            fields.setdefault("engram_compressed_vocab_size", _compressed_size(tokenizer, text_config))
+        fields.setdefault("engram_pad_token_id", _first_id(tokenizer, text_config))
+        if rows is None and memory_fraction is None:
+            return cls(text_config=text_config, **fields)
+        # With any size first: every other field is checked before the size is searched for.
+        smallest = cls(text_config=text_config, **{**fields, "engram_vocab_size": 1})
         if memory_fraction is not None:
-            rows = config._rows_for_fraction(memory_fraction)
-        if rows is None:
-            return config
-        heads = (config.engram_max_ngram_size - 1) * config.engram_n_heads
-        fields["engram_vocab_size"] = max(2, round(rows / heads))
-        return cls(text_config=text_config, engram_layer_ids=list(layer_ids), **fields)
+            rows = smallest._rows_for_fraction(memory_fraction)
+        return cls(text_config=text_config, **{**fields, "engram_vocab_size": smallest._buckets_for_rows(rows)})
 
     def _rows_for_fraction(self, fraction: float) -> int:
         """Rows of each table that make the memory `fraction` of all parameters."""
         if not 0 < fraction < 1:
             raise ValueError(f"memory_fraction is {fraction}; it must lie between 0 and 1, both excluded.")
-        layers = len(self.engram_layer_ids)
         memory = _count_parameters(self.text_config) * fraction / (1 - fraction)
-        rows = math.floor((memory / layers - self.parameters_beside_table) / self.engram_head_dim)
-        if rows < self.engram_n_heads:
+        rows = round((memory / len(self.engram_layer_ids) - self.parameters_beside_table) / self.engram_head_dim)
+        if rows <= 0:
             raise ValueError(
-                f"memory_fraction {fraction} is used up by the projections ({self.parameters_beside_table:,} "
-                f"parameters a layer); raise it, or lower engram_head_dim or engram_n_heads."
+                f"memory_fraction {fraction} is used up by the projections ({self.parameters_beside_table:,} parameters a "
+                "layer); raise it, or lower engram_head_dim or engram_n_heads."
             )
         return rows
+
+    def _buckets_for_rows(self, rows: int) -> int:
+        """The `engram_vocab_size` whose tables have nearest to `rows` rows each.
+
+        With one bucket count for every order, the layout takes just the first so many primes from it upwards.
+        """
+        layers = len(self.engram_layer_ids)
+        heads = layers * (self.engram_max_ngram_size - 1) * self.engram_n_heads
+
+        def total(first: int) -> int:
+            return sum(itertools.islice(filter(is_prime, itertools.count(first)), heads))
+
+        if rows * layers < total(1):
+            raise ValueError(
+                f"The tables would have {rows} rows each, but distinct primes for {heads} heads in {layers} layers sum to "
+                f"at least {total(1) // layers} a layer; raise rows (or memory_fraction), or lower engram_n_heads."
+            )
+        candidates = range(1, rows * layers // heads + 1)
+        above = bisect_left(candidates, rows * layers, key=total)
+        return min(candidates[max(above - 1, 0) : above + 1], key=lambda first: abs(total(first) - rows * layers))
 
     @property
     def parameters_beside_table(self) -> int:
@@ -355,10 +368,49 @@ def _first_id(tokenizer, text_config: PreTrainedConfig) -> int:
     return 0
 
 
+def _compressed_size(tokenizer, text_config: PreTrainedConfig) -> int:
+    token_map = as_token_map(tokenizer)
+    if token_map.numel() > text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {token_map.numel()} ids, but the backbone's vocab_size is {text_config.vocab_size}; "
+            "resize the backbone with resize_token_embeddings(len(tokenizer)) first."
+        )
+    return int(token_map.max()) + 1
+
+
+def _as_decoder_config(text_config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    """The backbone's config as an object; Mixtral's if there is none.
+
+    Raises:
+        ValueError: it is of no registered model type, or not that of one decoder.
+    """
+    if text_config is None:
+        text_config = CONFIG_MAPPING["mixtral"]()
+    if isinstance(text_config, dict):
+        fields = dict(text_config)
+        model_type = fields.pop("model_type", None)
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"text_config has model_type {model_type!r}, which this transformers does not know; name a registered "
+                "decoder, or register it with AutoConfig.register first."
+            )
+        text_config = CONFIG_MAPPING[model_type](**fields)
+    if text_config.is_encoder_decoder:
+        raise ValueError(
+            f"text_config is an encoder-decoder ({text_config.model_type}); give the config of a decoder-only model."
+        )
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        if not hasattr(text_config, name):
+            raise ValueError(
+                f"text_config ({text_config.model_type}) has no {name}; give the config of one decoder, which in a "
+                "composite model is config.get_text_config()."
+            )
+    return text_config
+
+
 def _count_parameters(text_config: PreTrainedConfig) -> int:
     """Parameters of the causal language model `text_config` describes, without allocating it."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM  # here, so that reading a config does not load the model code
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(text_config).num_parameters()

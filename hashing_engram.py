@@ -8,6 +8,7 @@ public demo and the DeepSeek-V4.1-Flash release. Shape letters used below:
     H  heads per order                 T  heads of all orders, (N - 1) * H, order-major
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
 
@@ -59,10 +60,11 @@ def draw_primes(num_layers: int, bucket_counts: Sequence[int], heads: int) -> li
         heads: hash heads per order.
     """
     taken: set[int] = set()
+    known_prime = functools.cache(is_prime)  # every (layer, order) walks over the same numbers again
 
     def next_free_prime(candidate: int) -> int:
         candidate += 1
-        while candidate in taken or not is_prime(candidate):
+        while candidate in taken or not known_prime(candidate):
             candidate += 1
         taken.add(candidate)
         return candidate
@@ -126,32 +128,34 @@ def hash_ngrams(
 
     Returns:
         int64 `[L, B, S, T]`, rows of each layer's own table.
+
+    Raises:
+        ValueError: `past_ids` and `sequence_ids` are given without `past_sequence_ids`.
     """
-    num_orders = primes.shape[1]
-    reach = num_orders  # the longest look-back is N - 1
-    length = compressed_ids.shape[-1]
+    if past_ids is not None and sequence_ids is not None and past_sequence_ids is None:
+        raise ValueError(
+            "past_ids and sequence_ids came without past_sequence_ids, so the document of the past is not known; give "
+            "all three."
+        )
+    reach, length, lead = primes.shape[1], compressed_ids.shape[-1], [1] * compressed_ids.dim()
     ids = _with_past(compressed_ids, past_ids, reach, DEAD)
     documents = None if sequence_ids is None else _with_past(sequence_ids, past_sequence_ids, reach, DEAD)
-
-    offsets = row_offsets(primes)
-    head_shape = (primes.shape[0], *[1] * compressed_ids.dim(), primes.shape[2])
-    layer_shape = (-1, *[1] * compressed_ids.dim())
+    factors = multipliers.unflatten(1, (reach + 1, *lead))  # [L, N, 1...]
+    moduli = primes.unflatten(1, (reach, *lead))  # [L, N - 1, 1..., H]
 
     cut = compressed_ids < 0
-    mix = torch.where(cut, pad_id, compressed_ids) * multipliers[:, 0].view(layer_shape)
-    rows = []
-    for distance in range(1, num_orders + 1):
+    mix = torch.where(cut, pad_id, compressed_ids) * factors[:, 0]
+    buckets = []
+    for distance in range(1, reach + 1):
         before = slice(reach - distance, reach - distance + length)
         earlier = ids[..., before]
         cut = cut | (earlier < 0)
         if documents is not None:
             cut = cut | (documents[..., before] != sequence_ids)
-        token = torch.where(cut, pad_id, earlier)
-        mix = mix ^ (token * multipliers[:, distance].view(layer_shape))
-        order = distance - 1
-        buckets = torch.remainder(mix.unsqueeze(-1), primes[:, order].view(head_shape))
-        rows.append(buckets.add_(offsets[:, order].view(head_shape)))
-    return torch.cat(rows, dim=-1)
+        mix = mix ^ (torch.where(cut, pad_id, earlier) * factors[:, distance])
+        buckets.append(torch.remainder(mix.unsqueeze(-1), moduli[:, distance - 1]))
+    offsets = row_offsets(primes).flatten(1).unflatten(1, (*lead, -1))
+    return torch.cat(buckets, dim=-1).add_(offsets)
 
 
 def row_offsets(primes: torch.Tensor) -> torch.Tensor:
@@ -181,11 +185,13 @@ def as_token_map(source) -> torch.Tensor:
     """
     if hasattr(source, "is_fast"):
         source = _token_map_of_tokenizer(source)
-    token_map = torch.as_tensor(source, device="cpu").long()
-    if token_map.dim() != 1 or token_map.numel() == 0:
+    token_map = torch.as_tensor(source, device="cpu")
+    if token_map.dim() != 1 or token_map.numel() == 0 or token_map.is_floating_point():
         raise ValueError(
-            f"A token map is a vector with one entry for each token id, got shape {list(token_map.shape)}."
+            f"A token map is an integer vector with one entry for each token id, got {token_map.dtype} of shape "
+            f"{list(token_map.shape)}; take it from EngramTokenizer.token_map."
         )
+    token_map = token_map.long()
     used = torch.unique(token_map)
     size = used.numel()
     if used[0] != 0 or used[-1] != size - 1:
@@ -257,8 +263,9 @@ class NgramHasher(nn.Module):
         self.seed = seed
         has_map = compressed_vocab_size is not None
         self.register_buffer("token_map", torch.full((vocab_size,), DEAD) if has_map else None)
-        self.register_buffer("multipliers", torch.empty((len(layer_ids), max_ngram), dtype=torch.int64))
-        self.register_buffer("primes", torch.empty((len(layer_ids), max_ngram - 1, heads), dtype=torch.int64))
+        # Zeros until `derive_constants` or a checkpoint fills them: on the meta device there is nothing to derive into.
+        self.register_buffer("multipliers", torch.zeros((len(layer_ids), max_ngram), dtype=torch.int64))
+        self.register_buffer("primes", torch.zeros((len(layer_ids), max_ngram - 1, heads), dtype=torch.int64))
 
     def derive_constants(self) -> dict[str, torch.Tensor]:
         """The multipliers and primes that the configuration implies, on the CPU."""
@@ -297,34 +304,33 @@ class NgramHasher(nn.Module):
             ValueError: on the CPU, for an id that the map does not know. (On an accelerator the check runs there.)
         """
         ids = input_ids.long()
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._require_known(ids)
         if self.token_map is None:
             return ids
-        token_map = self.token_map.to(ids.device)
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._require_known(ids, token_map)
-        compressed = token_map[ids]
+        compressed = self.token_map.to(ids.device)[ids]
         if ids.device.type == "cuda":
-            torch._assert_async((compressed >= 0).all(), "input_ids holds a token id that the token map does not know")
+            known = (ids >= 0) & (compressed >= 0)
+            torch._assert_async(known.all(), "input_ids holds a token id that the token map does not know")
         return compressed
 
-    def _require_known(self, ids: torch.Tensor, token_map: torch.Tensor) -> None:
+    def _require_known(self, ids: torch.Tensor) -> None:
+        size = self.hash_vocab_size if self.token_map is None else self.token_map.numel()
+        unknown = (ids < 0) | (ids >= size)
+        if self.token_map is not None:
+            unknown |= self.token_map.to(ids.device)[ids.masked_fill(unknown, 0)] < 0
+        if not unknown.any():
+            return
         if not self.has_token_map:
             raise ValueError(
                 "This model has no token map yet: call model.set_token_map(tokenizer) with the EngramTokenizer whose "
                 "compressed vocabulary the config names, or load the model with from_pretrained."
             )
-        outside = (ids < 0) | (ids >= token_map.numel())
-        unknown = outside | (token_map[ids.masked_fill(outside, 0)] < 0)
-        if unknown.any():
-            raise ValueError(
-                f"input_ids holds the token id {int(ids[unknown][0])}, but the token map knows {int((token_map >= 0).sum())} "
-                "ids. Use the tokenizer the model was built with, or extend the map with resize_token_embeddings and "
-                "set_token_map."
-            )
-
-    def pad_id(self) -> int:
-        """Compressed id of the pad token."""
-        return self.pad_token_id if self.token_map is None else int(self.token_map[self.pad_token_id])
+        known = size if self.token_map is None else int((self.token_map >= 0).sum())
+        raise ValueError(
+            f"input_ids holds the token id {int(ids[unknown][0])}, but the memory knows {known} ids. Use the tokenizer "
+            "the model was built with, or extend the vocabulary with resize_token_embeddings and set_token_map."
+        )
 
     def forward(
         self,

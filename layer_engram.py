@@ -30,17 +30,23 @@ class EngramInputs(NamedTuple):
 
 
 class EngramRMSNorm(nn.Module):
-    """Root-mean-square norm over D with its own weight `[G, D]` for every stream."""
+    """Root-mean-square norm over D with its own weight `[G, D]` for every stream.
+
+    Args:
+        streams, hidden_size: G and D.
+        eps: added to the mean square; None for float32's, which `torch.nn.RMSNorm` takes by default (also for float64
+            states here, so that both precisions compute the same function).
+        device, dtype: of the weight.
+    """
 
     def __init__(self, streams: int, hidden_size: int, eps: float | None, device=None, dtype=None):
         super().__init__()
-        self.eps = eps
+        self.eps = torch.finfo(torch.float32).eps if eps is None else eps
         self.weight = nn.Parameter(torch.empty((streams, hidden_size), device=device, dtype=dtype))
 
     def inverse_rms(self, states: torch.Tensor) -> torch.Tensor:
         """`1 / sqrt(mean(x^2) + eps)` of `[..., G, D]`, one number for each token and stream: `[..., G]`."""
-        eps = torch.finfo(states.dtype).eps if self.eps is None else self.eps
-        return torch.rsqrt(states.square().mean(-1) + eps)
+        return torch.rsqrt(states.square().mean(-1) + self.eps)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Normalized `states` `[..., G, D]`, in their dtype."""
@@ -68,6 +74,42 @@ class EngramGate(nn.Module):
         return gate if alive is None else gate * alive.unsqueeze(-1)
 
 
+class EngramConv(nn.Conv1d):
+    """Depthwise causal convolution over positions that sees neither past the sequence nor past its document.
+
+    Computed as K shifted products: documents need a mask for each tap, and no transpose to channels-first is paid.
+
+    Args:
+        streams, hidden_size: G and D; each of the G * D channels has taps of its own.
+        kernel_size, dilation: K taps, so many positions apart.
+        device, dtype: of the weight `[G * D, 1, K]`.
+    """
+
+    def __init__(self, streams: int, hidden_size: int, kernel_size: int, dilation: int, device=None, dtype=None):
+        channels = streams * hidden_size
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(channels, channels, kernel_size, groups=channels, dilation=dilation, bias=False, **factory)
+        self.reach = (kernel_size - 1) * dilation
+
+    def forward(self, padded: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
+        """Outputs `[B, S, G, D]` of `padded` `[B, reach + S, G, D]`, whose first positions are the past.
+
+        Args:
+            documents: `[B, reach + S]`, equal within a document; None for one.
+        """
+        length = padded.shape[1] - self.reach
+        taps = self.weight.to(padded.dtype).view(*padded.shape[2:], -1)
+        mixed = padded[:, self.reach :] * taps[..., -1]
+        for tap in range(self.kernel_size[0] - 1):
+            window = slice(tap * self.dilation[0], tap * self.dilation[0] + length)
+            earlier = padded[:, window]
+            if documents is not None:
+                same = documents[:, window] == documents[:, self.reach :]
+                earlier = earlier * same[..., None, None]
+            mixed = torch.addcmul(mixed, earlier, taps[..., tap])
+        return mixed
+
+
 class EngramMemory(nn.Module):
     """One layer's memory: reads rows and adds them, gated, to the residual streams (arXiv 2601.07372, section 2).
 
@@ -77,7 +119,8 @@ class EngramMemory(nn.Module):
         h_g   <- h_g + u_g [+ silu(conv(rms(u_g)))]
 
     The convolution (none in V4.1) is depthwise over `G * D` channels and causal, with dilation N. Gates and norms are
-    computed in float32 (float64 for float64 streams), whatever the model's dtype.
+    computed in float32 (float64 for float64 streams), whatever the model's dtype. At a dead position the gate is zero,
+    so that nothing of it enters the convolution; what earlier positions send there still arrives.
 
     Args:
         config: of the whole model.
@@ -101,16 +144,8 @@ class EngramMemory(nn.Module):
         self.gate = EngramGate(config.engram_zero_gate_sign)
         self.conv, self.conv_norm = None, None
         if config.engram_conv_kernel_size:
-            channels = self.streams * self.hidden_size
-            self.conv = nn.Conv1d(
-                channels,
-                channels,
-                config.engram_conv_kernel_size,
-                groups=channels,
-                dilation=config.engram_max_ngram_size,
-                bias=False,
-                **factory,
-            )
+            kernel, dilation = config.engram_conv_kernel_size, config.engram_max_ngram_size
+            self.conv = EngramConv(self.streams, self.hidden_size, kernel, dilation, **factory)
             self.conv_norm = EngramRMSNorm(self.streams, self.hidden_size, config.engram_conv_norm_eps, **factory)
 
     def forward(self, hidden_states: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
@@ -142,34 +177,16 @@ class EngramMemory(nn.Module):
         return keys.unflatten(-1, (self.streams, self.hidden_size)), value
 
     def _similarity(self, streams: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Scaled dot products `[B, S, G]` of normalized streams and keys, without storing either normalized."""
-        weight = self.q_norm.weight.to(streams.dtype) * self.k_norm.weight.to(streams.dtype)
-        dot = (streams * weight * keys).sum(-1)
-        return dot * self.q_norm.inverse_rms(streams) * self.k_norm.inverse_rms(keys) / math.sqrt(self.hidden_size)
+        """Scaled dot products `[B, S, G]` of normalized streams and keys."""
+        return (self.q_norm(streams) * self.k_norm(keys)).sum(-1) / math.sqrt(self.hidden_size)
 
     def _convolve(self, states: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
-        """Depthwise causal convolution of `[B, S, G, D]` that sees neither past the sequence nor past its document.
-
-        Written as K shifted products: documents need a mask for each tap, and no transpose to channels-first is paid.
-        """
-        kernel, (dilation,), length = self.conv.kernel_size[0], self.conv.dilation, states.shape[1]
-        reach = (kernel - 1) * dilation
+        """The convolution of `[B, S, G, D]`, with what earlier calls left in front; remembers `states` for later ones."""
         if inputs.history is not None:
-            past = inputs.history.remember_conv_inputs(self.index, states, reach)
+            past = inputs.history.remember_conv_inputs(self.index, states, self.conv.reach)
         else:
-            past = states.new_zeros((states.shape[0], reach, *states.shape[2:]))
-        padded = torch.cat([past, states], dim=1)
-        documents = _padded_sequence_ids(inputs, reach)
-        taps = self.conv.weight.to(states.dtype).view(self.streams, self.hidden_size, kernel)
-        mixed = states * taps[..., -1]
-        for tap in range(kernel - 1):
-            window = slice(tap * dilation, tap * dilation + length)
-            product = padded[:, window] * taps[..., tap]
-            if documents is not None:
-                same = documents[:, window] == inputs.sequence_ids
-                product = product * same[..., None, None]
-            mixed = mixed + product
-        return mixed
+            past = states.new_zeros((states.shape[0], self.conv.reach, *states.shape[2:]))
+        return self.conv(torch.cat([past, states], dim=1), _padded_sequence_ids(inputs, self.conv.reach))
 
 
 def _padded_sequence_ids(inputs: EngramInputs, reach: int) -> torch.Tensor | None:
@@ -197,9 +214,10 @@ class EngramDecoderLayerMixin:
         return super().forward(hidden_states, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):
-        # The class is made at run time: pickle (spawned workers, deepcopy) rebuilds it from the one it extends.
-        base = type(self).__mro__[2]
-        return _rebuild_layer, (base,), self.__dict__.copy()
+        # The class is made at run time: pickle (spawned workers) rebuilds it from the one it extends.
+        mro = type(self).__mro__
+        base = mro[mro.index(EngramDecoderLayerMixin) + 1]
+        return _rebuild_layer, (base,), self.__getstate__()
 
 
 def _rebuild_layer(base: type[nn.Module]) -> nn.Module:

@@ -6,6 +6,8 @@ forward. What they read is decided once per forward, from token ids alone, and t
 Shape letters: B batch, S positions, G residual streams, D hidden size, L Engram layers, T hash heads of all orders.
 """
 
+import copy
+import dataclasses
 import inspect
 
 import torch
@@ -14,12 +16,19 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 
 from .cache_engram import EngramHistoryLayer, attach_history
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD, NgramHasher, as_token_map
 from .layer_engram import EngramInputs, EngramMemory, EngramRMSNorm, add_memory_to_layer
 from .memory_engram import EngramTable
+
+_AUTO_MAP = {
+    "AutoConfig": "configuration_engram.EngramConfig",
+    "AutoModel": "modeling_engram.EngramModel",
+    "AutoModelForCausalLM": "modeling_engram.EngramForCausalLM",
+}
 
 
 class EngramPreTrainedModel(PreTrainedModel):
@@ -60,6 +69,15 @@ class EngramPreTrainedModel(PreTrainedModel):
         model.base_model.hashing.verify_constants()
         return (model, info) if output_loading_info else model
 
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        mapping = load_config.weight_mapping or []
+        mapping = [*mapping, *_undo_renamings_of_memory(model, mapping)]
+        load_config = dataclasses.replace(load_config, weight_mapping=mapping)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+
     def initialize_weights(self):
         """Initialize what was not loaded.
 
@@ -73,12 +91,13 @@ class EngramPreTrainedModel(PreTrainedModel):
     def _initialize_memory(self) -> None:
         for memory in self.base_model.memories().values():
             for module in memory.modules():
-                self._initialize_weights(module)
+                # Custom code, to transformers: what a checkpoint filled is left alone without drawing anything.
+                self._initialize_weights(module, is_custom_code=True)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, EngramTable):
-            _init_table(module, getattr(self.config.text_config, "initializer_range", None) or 0.02)
+            module.reset_parameters(getattr(self.config.text_config, "initializer_range", None) or 0.02)
         elif isinstance(module, EngramRMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, nn.Conv1d):
@@ -109,20 +128,45 @@ class EngramPreTrainedModel(PreTrainedModel):
 
         Old ids and the tables keep their meaning. Call `set_token_map(tokenizer)` afterwards if the new tokens should
         share the ids of tokens they are equal to.
+
+        Raises:
+            ValueError: the vocabulary would become smaller than what the hash was drawn for.
         """
         old_size = self.config.vocab_size
+        smallest = max(self.base_model.hashing.hash_vocab_size, self.config.engram_pad_token_id + 1)
+        if new_num_tokens is not None and new_num_tokens < min(smallest, old_size):
+            raise ValueError(
+                f"new_num_tokens is {new_num_tokens}, but this model's memory hashes {smallest} ids; its vocabulary "
+                "cannot become smaller than that."
+            )
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.base_model.resize_token_map(old_size, self.config.vocab_size)
         return embeddings
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; whichever class is saved, every Auto class can open the folder as remote code."""
+        self.config.auto_map = dict(_AUTO_MAP)
+        # Under the names of the modules: `Trainer` resumes by `load_state_dict`, and would silently skip experts that had
+        # been split and renamed as the backbone's own hub layout has them (transformers issue 48805).
+        kwargs.setdefault("save_original_format", False)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
-def _init_table(table: EngramTable, std: float) -> None:
-    if table.scale is None:
-        init.normal_(table.weight, mean=0.0, std=std)
-        return
-    rows = torch.randn(table.weight.shape, device=table.weight.device).mul_(std)
-    init.copy_(table.weight, rows.to(table.weight.dtype))
-    init.copy_(table.scale, torch.ones_like(table.scale, dtype=torch.float32).to(table.scale.dtype))
+
+def _undo_renamings_of_memory(model: PreTrainedModel, mapping: list[WeightTransform]) -> list[WeightRenaming]:
+    """Renamings that give the memory its names back, to be applied after those of the backbone.
+
+    A backbone whose checkpoints have other names than its modules renames every key below it that fits a pattern, and
+    the memory's may fit by accident: DeepSeek-V4 turns each `q_norm` into `q_a_norm`.
+    """
+    renamings = [copy.deepcopy(transform) for transform in mapping if isinstance(transform, WeightRenaming)]
+    undo = {}
+    for key in model.state_dict():
+        renamed = key
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        if ".engram." in key and renamed != key:
+            undo[renamed.split(".engram.")[1]] = key.split(".engram.")[1]
+    return [WeightRenaming(f".engram.{renamed}", f".engram.{name}") for renamed, name in undo.items()]
 
 
 class EngramModel(EngramPreTrainedModel):
@@ -207,18 +251,17 @@ class EngramModel(EngramPreTrainedModel):
         if new_size == old_size:
             return
         config, hashing = self.config, self.hashing
-        device = hashing.multipliers.device
         if hashing.token_map is None:
             # The hash was drawn for the old vocabulary; from here on that has to be said.
             config.engram_compressed_vocab_size = old_size
-            hashing.token_map = torch.arange(old_size, device=device)
-        if new_size > old_size:
-            first = config.engram_compressed_vocab_size + config.engram_added_tokens
-            added = torch.arange(first, first + new_size - old_size, device=device)
-            hashing.token_map = torch.cat([hashing.token_map, added])
-            config.engram_added_tokens += new_size - old_size
-        else:
-            hashing.token_map = hashing.token_map[:new_size].clone()
+            hashing.token_map = torch.arange(old_size, device=hashing.multipliers.device)
+        token_map = hashing.token_map[:new_size]
+        first = max(config.engram_compressed_vocab_size, int(token_map.max()) + 1)
+        added = torch.arange(first, first + max(new_size - old_size, 0), device=token_map.device)
+        if not hashing.has_token_map:
+            added = torch.full_like(added, DEAD)
+        hashing.token_map = torch.cat([token_map, added])
+        config.engram_added_tokens = max(int(hashing.token_map.max()) + 1 - config.engram_compressed_vocab_size, 0)
 
     def prepare_memory(
         self,
@@ -239,15 +282,12 @@ class EngramModel(EngramPreTrainedModel):
             sequence_ids: `[B, S]`, equal within a packed document; instead of `position_ids`.
             history: what earlier calls left; extended by this one.
         """
-        length = input_ids.shape[1]
-        alive = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            alive = attention_mask[:, -length:].to(input_ids.device).bool()
-        if image_mask is not None:
-            text = ~image_mask.to(input_ids.device).bool()
-            alive = text if alive is None else alive & text
-        ids = self.hashing.compress(input_ids if alive is None else input_ids.where(alive, self._pad(input_ids)))
-        if alive is not None:
+        alive = _alive(input_ids, attention_mask, image_mask)
+        if alive is None:
+            ids = self.hashing.compress(input_ids)
+        else:
+            # A padded position may hold anything, even an id without an entry in the map.
+            ids = self.hashing.compress(input_ids.masked_fill(~alive, self.config.engram_pad_token_id))
             ids = ids.masked_fill(~alive, DEAD)
         past_length = 0 if history is None else history.get_seq_length()
         sequence_ids = _sequence_ids(input_ids, position_ids, sequence_ids, past_length)
@@ -257,10 +297,6 @@ class EngramModel(EngramPreTrainedModel):
             past_ids, past_sequence_ids = history.remember_ids(ids, sequence_ids)
         row_ids = self.hashing(ids, sequence_ids, past_ids, past_sequence_ids)
         return EngramInputs(row_ids, alive, sequence_ids, past_sequence_ids, history)
-
-    def _pad(self, input_ids: torch.Tensor) -> torch.Tensor:
-        # A padded position may hold anything, even an id without an entry in the map.
-        return input_ids.new_tensor(self.config.engram_pad_token_id)
 
     def forward(
         self,
@@ -314,11 +350,24 @@ class EngramModel(EngramPreTrainedModel):
         )
 
 
+def _alive(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, image_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Positions `[B, S]` that are neither padding nor image; None if that is all of them."""
+    alive = None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        alive = attention_mask[:, -input_ids.shape[1] :].to(input_ids.device).bool()
+    if image_mask is not None:
+        text = ~image_mask.to(input_ids.device).bool()
+        alive = text if alive is None else alive & text
+    return alive
+
+
 def _sequence_ids(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor | None,
     sequence_ids: torch.Tensor | None,
-    past_length: int,
+    past_length: int | torch.Tensor,
 ) -> torch.Tensor | None:
     """Documents `[B, S]`: as given, or told from where position ids restart."""
     if sequence_ids is not None:
@@ -326,7 +375,7 @@ def _sequence_ids(
     if position_ids is None:
         return None
     positions = position_ids[0] if position_ids.dim() == 3 else position_ids  # multimodal: the temporal axis
-    index = torch.arange(past_length, past_length + input_ids.shape[1], device=input_ids.device)
+    index = torch.arange(input_ids.shape[1], device=input_ids.device) + past_length  # a tensor in a static cache
     # Where a document began: the same for all of its positions, and another for the next document.
     return (index - positions.to(input_ids.device)).expand_as(input_ids)
 
@@ -365,13 +414,12 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             host = AutoModelForCausalLM.from_config(config.text_config)
         self.model = EngramModel(config, host.base_model)
         self.lm_head = host.get_output_embeddings()
+        self._host_names = _host_parts(host)
         embeddings = self.get_input_embeddings()
-        (embedding_name,) = (name for name, module in self.named_modules() if module is embeddings)
+        embedding_name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{embedding_name}.weight"}
-        head_name = next(name for name, module in host.named_children() if module is self.lm_head)
         # In a tuple, so that torch does not register the host as a submodule: it only lends its forward.
         self._host = (host,)
-        self._host_names = {host.base_model_prefix: "model", head_name: "lm_head"}
         self.vocab_size = config.vocab_size
         _inherit_abilities(self, host)
         self.post_init()
@@ -479,19 +527,32 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids, *args, attention_mask=None, inputs_embeds=None, image_mask=None, **kwargs
+        self,
+        input_ids,
+        *args,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        image_mask=None,
+        **kwargs,
     ):
         """As in transformers, and what memory needs besides: ids beside embeddings, and masks of just these positions."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            input_ids,
+            *args,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
         embeds = inputs.get("inputs_embeds")
         length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
         if embeds is not None and input_ids.shape[1] >= length:
             inputs["input_ids"] = input_ids[:, -length:]
         if image_mask is not None:
-            generated = input_ids.shape[1] - image_mask.shape[1]
-            inputs["image_mask"] = F.pad(image_mask, (0, generated), value=False)[:, -length:]
+            start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            generated = max(start + length - image_mask.shape[1], 0)
+            inputs["image_mask"] = F.pad(image_mask, (0, generated), value=False)[:, start : start + length]
         if attention_mask is not None and inputs.get("attention_mask") is not attention_mask:
             # For a static cache the mask became 4-D, which no longer says what is padding.
             inputs["padding_mask"] = attention_mask[:, -length:]
@@ -505,6 +566,14 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             history = attach_history(cache, self.config)
             if generation_config.is_assistant:
                 history.activate_past_recording()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Not supported: `generate_batch` keeps its state in paged blocks, where the memory's history has no place.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("Engram models do not support continuous batching (generate_batch); call generate instead.")
 
     @torch.no_grad()
     def engram_gates(self, input_ids: torch.LongTensor, **kwargs) -> dict[int, torch.Tensor]:
@@ -530,6 +599,20 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             for hook in hooks:
                 hook.remove()
         return gates
+
+
+def _host_parts(host: PreTrainedModel) -> dict[str, str]:
+    """Names of the host's two parts, its base model and its head, to what they are called here."""
+    head = host.get_output_embeddings()
+    names = {name: "lm_head" for name, module in host.named_children() if module is head}
+    names[host.base_model_prefix] = "model"
+    left_out = [name for name, _ in host.named_parameters() if name.split(".")[0] not in names]
+    if head is None or left_out:
+        raise ValueError(
+            f"{type(host).__name__} is more than a base model and a head (it also has {left_out or 'no head'}); Engram "
+            "needs a plain causal language model."
+        )
+    return names
 
 
 EngramModel.register_for_auto_class("AutoModel")

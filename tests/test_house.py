@@ -1,0 +1,200 @@
+"""The shape of the house: which file may import which, what is public, what a checkpoint is made of."""
+
+import ast
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_backbones import build
+
+import engram_hf
+
+ROOT = Path(engram_hf.__file__).parent
+
+# Flat files go to the Hub beside the weights. Of each family, a file imports only files that stand before it.
+FAMILIES = [
+    [
+        "hashing_engram",
+        "configuration_engram",
+        "table_format_engram",
+        "memory_engram",
+        "table_files_engram",
+        "residency_engram",
+        "prefetch_engram",
+        "table_check_engram",
+        "cache_engram",
+        "layer_engram",
+        "card_engram",
+        "modeling_engram",
+    ],
+    [
+        "configuration_deepseek_v41",
+        "rounding_deepseek_v41",
+        "cache_deepseek_v41",
+        "modeling_deepseek_v41",
+    ],
+]
+# What whoever loads a model with remote code is sure to have.
+INSTALLED_WITH_TRANSFORMERS = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "huggingface_hub"}
+ROOMS_THAT_ARE_NOT_INSTALLED = {"tests", "benchmarks", "examples", "docs"}
+
+
+def flat_files() -> list[Path]:
+    return sorted(path for path in ROOT.glob("*.py") if path.stem not in ("__init__", "setup"))
+
+
+def installed_files() -> list[Path]:
+    rooms = [path for path in ROOT.iterdir() if (path / "__init__.py").is_file()]
+    return flat_files() + [path for room in rooms for path in sorted(room.rglob("*.py"))]
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """Every import of a file, inside functions too: the number of leading dots, and the module."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found += [(node.level, name) for name in names]
+    return found
+
+
+def setup_arguments() -> dict:
+    (call,) = (node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if _is_setup(node))
+    return {word.arg: ast.literal_eval(word.value) for word in call.keywords if _is_literal(word.value)}
+
+
+def _is_setup(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and getattr(node.func, "id", None) == "setup"
+
+
+def _is_literal(node: ast.AST) -> bool:
+    return not any(isinstance(part, (ast.Call, ast.Name)) for part in ast.walk(node))
+
+
+# --- arrows
+
+
+def test_every_flat_file_has_its_place():
+    assert sorted(path.stem for path in flat_files()) == sorted(name for family in FAMILIES for name in family)
+
+
+@pytest.mark.parametrize("path", flat_files(), ids=lambda path: path.stem)
+def test_flat_files_import_one_way(path):
+    """`trust_remote_code` follows `from .name import`, one dot and one name; a circle would not even load."""
+    (family,) = (family for family in FAMILIES if path.stem in family)
+    before = family[: family.index(path.stem)]
+    relative = [("." * level + module) for level, module in imports(path) if level]
+    assert [name for name in relative if name not in {f".{module}" for module in before}] == []
+
+
+@pytest.mark.parametrize("path", flat_files(), ids=lambda path: path.stem)
+def test_flat_files_need_nothing_that_transformers_does_not_bring(path):
+    packages = {module.partition(".")[0] for level, module in imports(path) if not level}
+    assert packages - INSTALLED_WITH_TRANSFORMERS - sys.stdlib_module_names == set()
+
+
+def test_the_tokenizer_needs_nothing_of_the_model():
+    """Its two files stand alone beside a saved tokenizer."""
+    for path in sorted((ROOT / "tokenization").glob("*.py")):
+        assert [module for level, module in imports(path) if level > 1 or module.startswith("engram_hf")] == []
+
+
+def test_nothing_installed_imports_what_is_not():
+    for path in installed_files():
+        names = {module.removeprefix("engram_hf.").partition(".")[0] for level, module in imports(path) if level != 1}
+        assert names & ROOMS_THAT_ARE_NOT_INSTALLED == set(), path
+
+
+# --- what is public
+
+
+def test_public_names():
+    assert engram_hf.__all__ == ["EngramConfig", "EngramForCausalLM", "EngramModel", "EngramTokenizer"]
+    assert all(hasattr(engram_hf, name) for name in engram_hf.__all__)
+
+
+HASH = {"model.hashing.multipliers", "model.hashing.primes"}
+BACKBONE = {
+    "lm_head.weight",
+    "model.backbone.embed_tokens.weight",
+    "model.backbone.norm.weight",
+    *(
+        f"model.backbone.layers.{layer}.{name}.weight"
+        for layer in range(3)
+        for name in (
+            "input_layernorm",
+            "mlp.down_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "post_attention_layernorm",
+            "self_attn.k_proj",
+            "self_attn.o_proj",
+            "self_attn.q_proj",
+            "self_attn.v_proj",
+        )
+    ),
+}
+MEMORY = {
+    "paper": {
+        "table.weight": (408, 8),
+        "kv_proj.weight": (64, 32),
+        "kv_proj.bias": (64,),
+        "q_norm.weight": (1, 32),
+        "k_norm.weight": (1, 32),
+        "conv.weight": (32, 1, 4),
+        "conv_norm.weight": (1, 32),
+    },
+    "v4.1": {
+        "table.weight": (630, 8),
+        "kv_proj.weight": (64, 48),
+        "q_norm.weight": (1, 32),
+        "k_norm.weight": (1, 32),
+    },
+}
+
+
+@pytest.mark.parametrize("variant", MEMORY)
+def test_names_of_a_checkpoint(variant):
+    """A renamed tensor orphans every checkpoint in the world: this list changes with the format version only."""
+    state = build("llama", variant).state_dict()
+    memory = {f"model.backbone.layers.{layer}.engram.{name}" for layer in (1, 2) for name in MEMORY[variant]}
+    assert set(state) == HASH | BACKBONE | memory
+    shapes = {name: tuple(state[f"model.backbone.layers.1.engram.{name}"].shape) for name in MEMORY[variant]}
+    assert shapes == MEMORY[variant]
+
+
+def test_names_that_compression_and_float8_rows_add():
+    state = build("llama", engram_compressed_vocab_size=100).state_dict()
+    assert "model.hashing.token_map" in state
+    state = build("llama", "v4.1", engram_table_dtype="float8_e4m3fn", engram_head_dim=32).state_dict()
+    assert {name for name in state if name.endswith("table.scale")} == {
+        "model.backbone.layers.1.engram.table.scale",
+        "model.backbone.layers.2.engram.table.scale",
+    }
+
+
+# --- the package
+
+
+def test_every_room_is_installed():
+    rooms = sorted(path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file())
+    packages = setup_arguments()["packages"]
+    assert sorted(packages) == ["engram_hf", *(f"engram_hf.{room}" for room in rooms)]
+    assert not {name.partition(".")[2] for name in packages} & ROOMS_THAT_ARE_NOT_INSTALLED
+
+
+def test_python_versions_agree():
+    """The oldest version is said three times and has to parse every file that is installed."""
+    oldest = (3, 11)
+    arguments = setup_arguments()
+    assert arguments["python_requires"] == importlib.metadata.metadata("engram-hf")["Requires-Python"] == ">=3.11"
+    prefix = "Programming Language :: Python :: 3."
+    named = [int(line.removeprefix(prefix)) for line in arguments["classifiers"] if line.startswith(prefix)]
+    assert named == [11, 12, 13]
+    assert 'target-version = "py311"' in (ROOT / "pyproject.toml").read_text()
+    for path in installed_files():
+        ast.parse(path.read_text(encoding="utf-8"), filename=str(path), feature_version=oldest)
+    assert sys.version_info >= oldest
