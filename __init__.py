@@ -2,7 +2,9 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from . import modeling_deepseek_v41  # noqa: F401 (its import registers the V4.1 backbone)
 from .configuration_engram import EngramConfig
+from .convert_scripts import direct_loading
 from .modeling_engram import EngramForCausalLM, EngramModel
 from .tokenization import EngramTokenizer
 
@@ -13,3 +15,4 @@ AutoConfig.register(EngramConfig.model_type, EngramConfig)
 AutoModel.register(EngramConfig, EngramModel)
 AutoModelForCausalLM.register(EngramConfig, EngramForCausalLM)
 AutoTokenizer.register(EngramConfig, fast_tokenizer_class=EngramTokenizer)
+direct_loading.register()

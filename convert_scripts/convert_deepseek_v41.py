@@ -1,0 +1,113 @@
+"""Convert a DeepSeek-V4.1 checkpoint to an Engram model that transformers loads.
+
+    python -m engram_hf.convert_scripts.convert_deepseek_v41 deepseek-ai/DeepSeek-V4.1-Flash ./v41
+
+Streaming (memory does not grow with the checkpoint), resumable (repeat the command after an interruption), verified (names,
+dtypes and shapes before the first byte, checksums after the last).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .command_line import local_folder, run_command
+from .safetensors_files import ConversionError
+from .streaming import Plan, Stopwatch, format_bytes, free_bytes, read_manifest, run_plan, verify_files
+
+TEMPLATE = Path(__file__).with_name("chat_template_deepseek_v41.jinja")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments; needs no heavy import, so that `--help` is quick."""
+    parser = argparse.ArgumentParser(prog="convert_deepseek_v41", description=__doc__.splitlines()[0])
+    parser.add_argument("source", help="folder or Hub id of the upstream checkpoint; it is only read")
+    parser.add_argument("target", type=Path, help="new or empty folder, or one where this conversion was interrupted")
+    parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep",
+                        help="keep: FP8/FP4 as released (default); otherwise dequantize all but the memory tables")  # fmt: skip
+    parser.add_argument("--layers", type=int, metavar="N", help="convert the first N decoder layers only")
+    parser.add_argument(
+        "--link-tables", action="store_true", help="link the shards of memory tables instead of copying"
+    )
+    parser.add_argument("--dequantize-tables", action="store_true", help="apply --dtype to the memory tables too")
+    parser.add_argument("--dry-run", action="store_true", help="check the source, print what would be written, stop")
+    parser.add_argument(
+        "--verify-only", action="store_true", help="compare a finished TARGET with SOURCE and its checksums"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    return parser
+
+
+def plan_conversion(folder: Path, options) -> Plan:
+    """Check a checkpoint folder against its own config and plan its conversion (`options`: `ImportOptions`)."""
+    from .deepseek_v41 import DEEPSEEK_V41
+    from .deepseek_v41_config import additions, check_config, first_layers, to_engram_config
+    from .import_plan import plan_import
+    from .safetensors_files import read_checkpoint, read_json
+    from .tensor_rules import bind, check_tensors
+
+    config = read_json(folder / "config.json")
+    check_config(config)
+    source = read_checkpoint(folder)
+    bindings = bind(DEEPSEEK_V41, config["text_config"])
+    check_tensors(DEEPSEEK_V41, bindings, source.tensors)
+    if options.layers is not None:
+        config = first_layers(config, options.layers)
+        bindings = bind(DEEPSEEK_V41, config["text_config"])
+    ours = to_engram_config(config, options.dtype, options.dequantize_tables)
+    ours_alone = additions(ours, folder, {"chat_template.jinja": TEMPLATE.read_bytes()})
+    return plan_import(DEEPSEEK_V41, source, config, bindings, options, ours_alone)
+
+
+def convert(source: str, target: Path, options, revision: str | None = None) -> None:
+    """Convert `source`, a folder or Hub id, into `target`."""
+    from .tensor_parts import single_threaded_tensors
+
+    watch = Stopwatch()
+    plan = plan_conversion(local_folder(source, revision), options)
+    with single_threaded_tensors():
+        written = run_plan(plan, target)
+    print(watch.report(f"{target}: wrote", written) if written else f"{target}: already complete")
+
+
+def verify(source: str, target: Path, revision: str | None = None) -> None:
+    """Check that `target` is a complete, undamaged conversion of `source`."""
+    from .import_plan import ImportOptions
+
+    watch = Stopwatch()
+    manifest = read_manifest(target)
+    plan = plan_conversion(local_folder(source, revision), ImportOptions(**manifest["options"]))
+    if plan.fingerprint != manifest["fingerprint"]:
+        raise ConversionError(
+            f"{target} is a conversion of another checkpoint than {source}, or of another version of it."
+        )
+    print(watch.report(f"{target}: verified", verify_files(target, manifest)))
+
+
+def dry_run(source: str, target: Path, options, revision: str | None = None) -> None:
+    """Print the files a conversion would write and the disk it needs."""
+    plan = plan_conversion(local_folder(source, revision), options)
+    for file in plan.files:
+        print(f"{format_bytes(file.size):>10}  {file.name}" + (f" -> {file.link}" if file.link else ""))
+    print(
+        f"{format_bytes(plan.bytes_to_write)} to write, {format_bytes(free_bytes(target))} free on the disk of {target}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    given = build_parser().parse_args(arguments)
+
+    def command() -> None:
+        from .import_plan import ImportOptions
+
+        if given.verify_only:
+            return verify(given.source, given.target, given.revision)
+        options = ImportOptions(given.dtype, given.link_tables, given.dequantize_tables, given.layers)
+        action = dry_run if given.dry_run else convert
+        return action(given.source, given.target, options, given.revision)
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

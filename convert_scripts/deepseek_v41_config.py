@@ -1,0 +1,203 @@
+"""DeepSeek-V4.1's config.json, both ways, and what it implies: fewer layers, the constants of the n-gram hash.
+
+Upstream nests everything of the language model, Engram's fields included, in `text_config`. Ours is an `EngramConfig`: the
+backbone in `text_config`, Engram's fields on top under the same names, and the quantization in transformers' terms.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from ..configuration_deepseek_v41 import DeepseekV41TextConfig
+from ..configuration_engram import VARIANTS, EngramConfig
+from ..hashing_engram import DEAD, NgramHasher
+from ..table_format_engram import NAMES, TableDescription, describe_table
+from ..tokenization.vocabulary_compression import (
+    FORMAT_VERSION,
+    TENSOR,
+    TOKEN_MAP_FILE,
+    build_token_map,
+    map_digest,
+    vocabulary_digest,
+)
+from .deepseek_v41 import DEEPSEEK_V41
+from .import_plan import Additions
+from .safetensors_files import ConversionError, header_bytes
+from .streaming import Literal, Tensor
+from .tensor_rules import unquantized_modules
+
+# Where the hash constants stand in our state dict.
+HASHING = "model.hashing"
+
+_QUANTIZATION = {"quant_method": "fp8", "weight_block_size": [32, 32], "scale_fmt": "ue8m0", "expert_dtype": "fp4"}
+_ENGRAM_FIELDS = (
+    "engram_layer_ids",
+    "engram_max_ngram_size",
+    "engram_vocab_size",
+    "engram_n_heads",
+    "engram_head_dim",
+    "engram_pad_token_id",
+    "engram_compressed_vocab_size",
+    "engram_num_embeddings",
+)
+
+
+def check_config(config: Mapping) -> None:
+    """Refuse a config that is not a DeepSeek-V4.1 in the storage the table describes."""
+    if config.get("model_type") != DEEPSEEK_V41.name or not isinstance(config.get("text_config"), Mapping):
+        raise ConversionError(
+            f"config.json has model_type {config.get('model_type')!r}, expected {DEEPSEEK_V41.name!r} with a text_config; "
+            f"is SOURCE a DeepSeek-V4.1 checkpoint?"
+        )
+    found = config.get("quantization_config") or {}
+    for key, expected in _QUANTIZATION.items():
+        if found.get(key) != expected:
+            raise ConversionError(
+                f"quantization_config of config.json has {key} = {found.get(key)!r}, the release's is {expected!r}; "
+                f"other storage is not supported."
+            )
+    missing = [name for name in _ENGRAM_FIELDS if name not in config["text_config"]]
+    if missing:
+        raise ConversionError(f"text_config of config.json lacks {missing[0]!r}; is it a DeepSeek-V4.1 config?")
+
+
+def first_layers(config: Mapping, count: int) -> dict:
+    """The config of the first `count` layers. Draft layers keep their compress ratios, which stand at the list's end."""
+    text = dict(config["text_config"])
+    total = text["num_hidden_layers"]
+    if not 1 <= count <= total:
+        raise ConversionError(f"--layers is {count}, expected 1 to {total}, the layers of the checkpoint.")
+    ratios = text["compress_ratios"]
+    rows = dict(zip(text["engram_layer_ids"], text["engram_num_embeddings"], strict=True))
+    if not any(layer < count for layer in rows):
+        raise ConversionError(
+            f"--layers is {count}, but the first memory is in layer {min(rows)}; keep at least {min(rows) + 1} layers."
+        )
+    text |= {"num_hidden_layers": count, "compress_ratios": ratios[:count] + ratios[total:]}
+    for name in ("kv_source_layer_ids", "index_source_layer_ids", "engram_layer_ids"):
+        text[name] = [layer for layer in text[name] if layer < count]
+    text["engram_num_embeddings"] = [rows[layer] for layer in text["engram_layer_ids"]]
+    if (text["candidate_source_layer_id"] or 0) >= count:
+        text["candidate_source_layer_id"] = None
+    return {**config, "text_config": text}
+
+
+def to_engram_config(config: Mapping, dtype: str, dequantize_tables: bool) -> EngramConfig:
+    """Our config of an upstream one; `dtype` as in `ImportOptions`.
+
+    Raises:
+        ConversionError: a field breaks a rule, for example a row count that is not the sum of the hash's primes.
+    """
+    text = {key: value for key, value in config["text_config"].items() if not key.startswith("engram_")}
+    fields = {key: value for key, value in config["text_config"].items() if key.startswith("engram_")}
+    text.pop("model_type", None)
+    try:
+        ours = EngramConfig(
+            text_config=DeepseekV41TextConfig(**text),
+            **{**VARIANTS["v4.1"], **fields},
+            engram_table_dtype=None if dequantize_tables else "float8_e4m3fn",
+            image_token_id=config.get("image_token_id"),
+            architectures=["EngramForCausalLM"],
+            dtype="bfloat16" if dtype == "keep" else dtype,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConversionError(f"config.json of the checkpoint is not valid: {error}") from error
+    if dtype == "keep":
+        # `fp8` modules replace all linear ones that are not named here.
+        skipped = {"modules_to_not_convert": unquantized_modules(DEEPSEEK_V41)}
+        ours.quantization_config = {**config["quantization_config"], **skipped}
+    return ours
+
+
+def to_upstream_config(ours: Mapping) -> dict:
+    """The upstream config of our config.json, for a model without the record of a release."""
+    text = {key: copy.deepcopy(value) for key, value in ours["text_config"].items() if not key.startswith("_")}
+    text |= {name: ours[name] for name in _ENGRAM_FIELDS}
+    rope = DeepseekV41TextConfig(**{key: value for key, value in text.items() if key != "model_type"})
+    for derived in ("rope_parameters", "layer_types", "dtype", "transformers_version", "architectures"):
+        text.pop(derived, None)
+    text["rope_scaling"] = rope.upstream_rope_scaling
+    return {
+        "architectures": ["DeepseekV41ForCausalLM"],
+        "model_type": DEEPSEEK_V41.name,
+        "dtype": "bfloat16",
+        "image_token_id": ours.get("image_token_id"),
+        "bos_token_id": text.get("bos_token_id"),
+        "eos_token_id": text.get("eos_token_id"),
+        "pad_token_id": text.get("pad_token_id"),
+        "tie_word_embeddings": False,
+        "quantization_config": {"fmt": "e4m3", "activation_scheme": "dynamic", **_QUANTIZATION},
+        "text_config": text,
+    }
+
+
+def build_hasher(config: EngramConfig, tokenizer: Tokenizer) -> NgramHasher:
+    """The n-gram hash: token map from the checkpoint's tokenizer, multipliers and primes from the config.
+
+    Raises:
+        ConversionError: the tokenizer's compressed vocabulary is not of the size the tables were trained with.
+    """
+    token_map = torch.from_numpy(build_token_map(tokenizer))
+    found, expected = int(token_map.max()) + 1, config.engram_compressed_vocab_size
+    if found != expected or len(token_map) > config.vocab_size:
+        raise ConversionError(
+            f"tokenizer.json compresses {len(token_map)} ids to {found}, the tables were trained with {expected} of "
+            f"{config.vocab_size}; use the tokenizer of this very release."
+        )
+    hasher = NgramHasher(
+        layer_ids=config.engram_layer_ids,
+        max_ngram=config.engram_max_ngram_size,
+        bucket_counts=config.bucket_counts,
+        heads=config.engram_n_heads,
+        vocab_size=config.vocab_size,
+        compressed_vocab_size=config.engram_compressed_vocab_size,
+        pad_token_id=config.engram_pad_token_id,
+        seed=config.engram_seed,
+    )
+    hasher.token_map[: len(token_map)] = token_map
+    for name, value in hasher.derive_constants().items():
+        getattr(hasher, name).copy_(value)
+    return hasher
+
+
+def additions(config: EngramConfig, folder: Path, documents: Mapping[str, bytes]) -> Additions:
+    """What a conversion adds to the release's tensors: `documents`, the config, and all that follows from the tokenizer."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConversionError(
+            f"{path} does not exist; the n-gram hash needs the release's tokenizer beside its weights."
+        )
+    tokenizer = Tokenizer.from_file(str(path))
+    hasher = build_hasher(config, tokenizer)
+    own = {"config.json": config.to_json_string().encode("utf-8"), TOKEN_MAP_FILE: _token_map_file(hasher, tokenizer)}
+    tensors = [
+        Tensor(f"{HASHING}.{name}", "I64", tuple(buffer.shape), [Literal(buffer.numpy().tobytes())])
+        for name, buffer in hasher.named_buffers()
+    ]
+    return Additions({**documents, **own}, tensors, _describe_tables(config, hasher))
+
+
+def _token_map_file(hasher: NgramHasher, tokenizer: Tokenizer) -> bytes:
+    """The map as `EngramTokenizer` keeps it beside its `tokenizer.json`.
+
+    Not by `write_token_map`: the order in which safetensors writes metadata changes from run to run, and a conversion that
+    is started again must give the same bytes.
+    """
+    values = hasher.token_map[hasher.token_map != DEAD].numpy().astype("<i4")
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "map_sha256": map_digest(values),
+        "vocabulary_sha256": vocabulary_digest(tokenizer, len(values)),
+    }
+    return header_bytes([(TENSOR, "I32", values.shape)], metadata) + values.tobytes()
+
+
+def _describe_tables(config: EngramConfig, hasher: NgramHasher) -> dict[int, TableDescription]:
+    dtype = "F8_E4M3" if config.engram_table_dtype else NAMES[config.dtype]
+    return {
+        layer: describe_table(hasher, index, width=config.engram_head_dim, dtype=dtype)
+        for index, layer in enumerate(config.engram_layer_ids)
+    }

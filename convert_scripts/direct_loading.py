@@ -1,0 +1,228 @@
+"""The tensor table as transformers' weight conversions: loading without converting.
+
+`stored_form_conversions` lets `from_pretrained` read the folders that an import with `--dtype keep` writes: experts quantized
+and stacked, memory tables quantized. `upstream_conversions` adds the release's own names, so that an upstream folder loads.
+
+transformers applies renamings first (the FP8 quantizer's `.scale` -> `.weight_scale_inv` before ours), then at most one
+converter. Without a GPU its FP8 quantizer dequantizes while it loads.
+"""
+
+import re
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
+
+from ..configuration_engram import EngramConfig
+from ..modeling_engram import EngramForCausalLM
+from ..tokenization import EngramTokenizer
+from ..tokenization.tokenization_engram import LOCATION_ARGUMENTS
+from .deepseek_v41 import DEEPSEEK_V41
+from .deepseek_v41_config import HASHING, check_config, to_engram_config
+from .number_formats import FP4_ROWS, FP8_BLOCKS, decode
+from .safetensors_files import ConversionError, enumerate_names
+from .tensor_rules import Family, Rule
+
+_NO_NAME = "$^"  # an end before a beginning
+
+
+class LoadingConverter(WeightConverter):
+    """A converter that saving ignores: a model is saved under its own names, in the form it has in memory."""
+
+    __slots__ = ()
+
+    def reverse_transform(self) -> WeightConverter:
+        """A converter that matches no name."""
+        return WeightConverter(_NO_NAME, "unused", [TakeAsIs()])
+
+
+class LoadingRenaming(WeightRenaming):
+    """A renaming that saving ignores."""
+
+    __slots__ = ()
+
+    def reverse_transform(self) -> WeightRenaming:
+        """A renaming that matches no name."""
+        return WeightRenaming(_NO_NAME, "unused")
+
+
+class TakeStacked(ConversionOps):
+    """Experts already stacked `[E, R, C]`, with or without a scale: kept where the module has one, else dequantized."""
+
+    # transformers' loader leaves the dtypes of a converter's inputs alone if one of its operations says it is a quantizer's.
+    hf_quantizer = True
+
+    @torch.no_grad()
+    def convert(self, input_dict, target_patterns, full_layer_name=None, model=None, **kwargs):
+        """`input_dict`: pattern -> list of one tensor; see `ConversionOps.convert`."""
+        target = target_patterns[0]
+        tensors = {
+            ("scale" if key.endswith("_scale_inv$") else "weight"): _only(value) for key, value in input_dict.items()
+        }
+        weight, scale = tensors["weight"], tensors.get("scale")
+        parameter = _parameter(model, full_layer_name)
+        if scale is None:
+            return {target: _as_parameter(weight, parameter)}
+        if _parameter(model, f"{full_layer_name}_scale_inv") is not None:
+            return {target: weight, f"{target}_scale_inv": scale}
+        storage = FP4_ROWS if weight.dtype == torch.int8 else FP8_BLOCKS
+        dtype = torch.bfloat16 if parameter is None else parameter.dtype
+        pairs = zip(weight.view(torch.uint8), scale.view(torch.uint8), strict=True)
+        return {target: torch.stack([decode(*pair, storage).to(dtype) for pair in pairs])}
+
+
+class TakeAsIs(ConversionOps):
+    """A tensor, unchanged, in the dtype of its parameter."""
+
+    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
+        """`input_dict`: pattern -> list of one tensor; see `ConversionOps.convert`."""
+        (values,) = input_dict.values()
+        return {full_layer_name: _as_parameter(_only(values), _parameter(model, full_layer_name))}
+
+
+def _only(value):
+    return value[0] if isinstance(value, list) else value
+
+
+def _as_parameter(value: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tensor:
+    """`value` in its parameter's dtype: transformers before 5.20 leaves a quantized checkpoint's floats as they are stored."""
+    return value if parameter is None or value.dtype.itemsize == 1 else value.to(parameter.dtype)
+
+
+def _parameter(model: torch.nn.Module | None, name: str | None) -> torch.Tensor | None:
+    if model is None or name is None:
+        return None
+    module, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(module), leaf, None)
+
+
+def stored_form_conversions(family: Family) -> list[LoadingConverter]:
+    """Conversions for folders of ours whose weights are kept quantized; in any other folder they change nothing."""
+    stacked = [
+        LoadingConverter([rf"{re.escape(name)}_scale_inv$", rf"{re.escape(name)}$"], name, [TakeStacked()])
+        for name in (_leaf(rule) for rule in family.rules if rule.is_stacked)
+    ]
+    return [*stacked, *_table_conversions(), _full_precision_conversion(family)]
+
+
+def _leaf(rule: Rule) -> str:
+    """Our name below the layer, or below the model, of a rule's tensor."""
+    return rule.ours.split("{layer}.")[-1].removeprefix("model.backbone.")
+
+
+def _table_conversions() -> list[LoadingConverter]:
+    """The FP8 quantizer takes any `X.scale` for the scale of a linear weight `X.weight`, and would dequantize a whole table.
+
+    (A pattern that ends in `$` is one it does not recognize as a weight's.)
+    """
+    return [
+        LoadingConverter(r"engram\.table\.weight_scale_inv$", "engram.table.scale", [TakeAsIs()]),
+        LoadingConverter(r"engram\.table\.weight$", "engram.table.weight", [TakeAsIs()]),
+    ]
+
+
+def _full_precision_conversion(family: Family) -> LoadingConverter:
+    """What the release keeps in full precision: the FP8 quantizer would pass it through in the file's dtype, not the model's."""
+    weights = (_leaf(rule) for rule in family.rules if rule.storage.block is None and rule.ours.endswith(".weight"))
+    stems = "|".join(re.escape(name.removesuffix(".weight")) for name in weights)
+    return LoadingConverter(rf"\b({stems})\.weight$", r"\1.weight", [TakeAsIs()])
+
+
+def upstream_conversions(family: Family) -> list[LoadingRenaming | LoadingConverter]:
+    """Conversions for folders with upstream names: the family's table, then `stored_form_conversions`."""
+    renamings = [_renaming(rule) for rule in family.rules if not rule.is_stacked]
+    stacked = [rule for rule in family.rules if rule.is_stacked]
+    renamings += [_stacked_renaming(rule) for rule in stacked]
+    return renamings + [_merge(rule) for rule in stacked] + stored_form_conversions(family)
+
+
+def _renaming(rule: Rule) -> LoadingRenaming:
+    """A quantized weight's renaming covers its scale too: both follow the same stem."""
+    source, target = rule.upstream[0], rule.ours
+    if rule.storage.block:
+        source, target = source.removesuffix("weight"), target.removesuffix("weight")
+    pattern = re.escape(source).replace(r"\{layer\}", r"(\d+)")
+    return LoadingRenaming(f"^{pattern}" + ("" if rule.storage.block else "$"), target.replace("{layer}", r"\1"))
+
+
+def _stacked_renaming(rule: Rule) -> LoadingRenaming:
+    """`...experts.E.w1.` keeps its expert and leaf; only what stands before them is renamed."""
+    prefix, leaves = rule.upstream[0].split("{expert}")[0], "|".join(_part_name(name) for name in rule.upstream)
+    pattern = re.escape(prefix).replace(r"\{layer\}", r"(\d+)")
+    target = rule.ours.rpartition(".")[0].replace("{layer}", r"\1")
+    return LoadingRenaming(rf"^{pattern}(?=\d+\.(?:{leaves})\.)", f"{target}.")
+
+
+def _part_name(upstream: str) -> str:
+    return upstream.split("{expert}.")[1].removesuffix(".weight")
+
+
+def _merge(rule: Rule) -> LoadingConverter:
+    """Experts joined as transformers joins DeepSeek-V4's; its quantizer adds the scales, or dequantizes first."""
+    prefix = re.escape(_leaf(rule).rpartition(".")[0])
+    sources = [rf"{prefix}.*.{_part_name(name)}.weight" for name in rule.upstream]
+    operations = [MergeModulelist(dim=0)] + ([Concatenate(dim=1)] if len(sources) > 1 else [])
+    return LoadingConverter(sources, _leaf(rule), operations)
+
+
+class DeepseekV41Config(EngramConfig):
+    """The release's config.json, read as ours."""
+
+    model_type = DEEPSEEK_V41.name
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """`config_dict` in the release's layout; see `PreTrainedConfig.from_dict`."""
+        check_config(config_dict)
+        ours = to_engram_config(config_dict, "keep", dequantize_tables=False).to_dict()
+        return super().from_dict({**ours, "model_type": cls.model_type}, **kwargs)
+
+
+class DeepseekV41ForCausalLM(EngramForCausalLM):
+    """Loads a folder in the release's layout; what comes out is an ordinary `EngramForCausalLM`."""
+
+    config_class = DeepseekV41Config
+    _keys_to_ignore_on_load_unexpected = [rf"^{re.escape(prefix)}" for prefix in DEEPSEEK_V41.carried]  # noqa: RUF012
+
+    _keys_to_ignore_on_load_missing = [rf"^{re.escape(HASHING)}\."]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As in transformers. The hash, which the release does not store, follows from its config and its tokenizer.
+
+        Raises:
+            ValueError: a tensor is missing, or the tokenizer's compressed vocabulary is not the one of the tables.
+        """
+        load = PreTrainedModel.from_pretrained.__func__
+        model, info = load(cls, pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ConversionError(
+                f"{pretrained_model_name_or_path} lacks the weights of {enumerate_names(info['missing_keys'])}; fetch the "
+                f"missing files."
+            )
+        location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
+        model.set_token_map(EngramTokenizer.from_pretrained(pretrained_model_name_or_path, **location))
+        # From here on nothing tells it from a converted one, and it is saved as one.
+        model.__class__, model.config.__class__ = EngramForCausalLM, EngramConfig
+        return (model, info) if output_loading_info else model
+
+
+def register() -> None:
+    """Let the Auto classes load the release's folders, and kept quantized ones of ours.
+
+    A transformers release with a `deepseek_v41` of its own keeps its place.
+    """
+    for name in ("EngramModel", "EngramForCausalLM"):
+        register_checkpoint_conversion_mapping(name, stored_form_conversions(DEEPSEEK_V41), overwrite=True)
+    if DeepseekV41Config.model_type not in CONFIG_MAPPING:
+        AutoConfig.register(DeepseekV41Config.model_type, DeepseekV41Config)
+        AutoModelForCausalLM.register(DeepseekV41Config, DeepseekV41ForCausalLM)
+        name = DeepseekV41ForCausalLM.__name__
+        register_checkpoint_conversion_mapping(name, upstream_conversions(DEEPSEEK_V41), overwrite=True)

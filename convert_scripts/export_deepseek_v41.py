@@ -1,0 +1,91 @@
+"""Export an Engram model with the DeepSeek-V4.1 backbone in the release's own layout, as serving engines load it.
+
+    python -m engram_hf.convert_scripts.export_deepseek_v41 ./v41 ./upstream
+
+An unmodified conversion comes back byte for byte. Tensors in floats (a dequantized or fine-tuned model) are quantized by the
+release's rules. A model saved after training has lost the record of the release; `--record` names the converted folder it
+was trained from, for the vision tower, the draft layers and the shards.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .command_line import local_folder, run_command
+from .safetensors_files import ConversionError
+from .streaming import Plan, Stopwatch, format_bytes, free_bytes, read_manifest, run_plan, verify_files
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments; needs no heavy import, so that `--help` is quick."""
+    parser = argparse.ArgumentParser(prog="export_deepseek_v41", description=__doc__.splitlines()[0])
+    parser.add_argument("source", help="folder or Hub id of the Engram model; it is only read")
+    parser.add_argument("target", type=Path, help="new or empty folder, or one where this export was interrupted")
+    parser.add_argument(
+        "--record", type=Path, help="converted folder whose record of the release to follow (default: SOURCE)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check the source, print what would be written, stop")
+    parser.add_argument("--verify-only", action="store_true", help="compare a finished TARGET with its checksums")
+    return parser
+
+
+def plan(folder: Path, record: Path) -> Plan:
+    """Check a model folder against its config and plan its export."""
+    from .deepseek_v41 import DEEPSEEK_V41
+    from .deepseek_v41_config import to_upstream_config
+    from .export_plan import plan_export, read_model
+    from .safetensors_files import read_json
+    from .tensor_rules import bind
+
+    ours = read_json(folder / "config.json")
+    text = ours.get("text_config") or {}
+    if ours.get("model_type") != "engram" or text.get("model_type") != "deepseek_v41_text":
+        raise ConversionError(
+            f"{folder} holds a {ours.get('model_type')!r} with the backbone {text.get('model_type')!r}; only an 'engram' model "
+            f"with the backbone 'deepseek_v41_text' has a DeepSeek-V4.1 form."
+        )
+    config = to_upstream_config(ours)
+    bindings = bind(DEEPSEEK_V41, config["text_config"])
+    return plan_export(DEEPSEEK_V41, read_model(folder, record), record, config, bindings, {})
+
+
+def export(source: str, target: Path, record: Path | None = None) -> None:
+    """Export `source`, a folder or Hub id, into `target`."""
+    from .tensor_parts import single_threaded_tensors
+
+    watch = Stopwatch()
+    folder = local_folder(source)
+    planned = plan(folder, record or folder)
+    with single_threaded_tensors():
+        written = run_plan(planned, target)
+    print(watch.report(f"{target}: wrote", written) if written else f"{target}: already complete")
+
+
+def dry_run(source: str, target: Path, record: Path | None = None) -> None:
+    """Print the files an export would write and the disk it needs."""
+    folder = local_folder(source)
+    planned = plan(folder, record or folder)
+    for file in planned.files:
+        print(f"{format_bytes(file.size):>10}  {file.name}")
+    print(
+        f"{format_bytes(planned.bytes_to_write)} to write, {format_bytes(free_bytes(target))} free on the disk of {target}"
+    )
+
+
+def verify(target: Path) -> None:
+    """Check that `target` is a complete, undamaged export."""
+    watch = Stopwatch()
+    print(watch.report(f"{target}: verified", verify_files(target, read_manifest(target))))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    given = build_parser().parse_args(arguments)
+    if given.verify_only:
+        return run_command(lambda: verify(given.target))
+    action = dry_run if given.dry_run else export
+    return run_command(lambda: action(given.source, given.target, given.record))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""Ours to upstream: the release's names, dtypes and shards from a model folder of ours.
+
+Where the folder has the record that an import leaves (`upstream/`: the header of each shard and the release's documents) the
+export follows it, so that an unmodified conversion comes back byte for byte. Without one it follows the release's shard rule:
+embedding, one shard a layer, final norm and head, one shard for each Engram layer.
+
+Every tensor may be in the release's quantized form, which is copied, or in floats, which are quantized by its rules.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..table_format_engram import MANIFEST_NAME as TABLES_NAME
+from ..table_format_engram import TableFormatError, read_manifest
+from .import_plan import RECORD_FOLDER, SHARED_DOCUMENTS, aligned, describe_source
+from .safetensors_files import (
+    INDEX_NAME,
+    Checkpoint,
+    ConversionError,
+    Shard,
+    TensorSpan,
+    enumerate_names,
+    parse_head,
+    read_checkpoint,
+    read_shard,
+)
+from .streaming import Copy, OutputFile, Part, Plan, Tensor, copy_of, json_bytes, tensor_file
+from .tensor_rules import Binding, Family, UpstreamTensor, iterate_upstream
+
+# Parts of our state dict that upstream derives from the config.
+DERIVED = re.compile(r"model\.hashing\.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder of ours: its tensors by state-dict name, tables included, and the carried ones by upstream name."""
+
+    folder: Path
+    tensors: dict[str, TensorSpan]
+    carried: dict[str, TensorSpan]
+    shards: dict[str, Shard]
+
+
+def read_model(folder: Path, record: Path) -> Model:
+    """Read the headers of a model folder; carried tensors come from `record`, which may be the same folder."""
+    source = _read_weights(folder)
+    shards = dict(source.shards)
+    tensors = dict(source.tensors)
+    if (folder / TABLES_NAME).is_file():
+        tensors |= _read_tables(folder, shards)
+    carried = {path.name: read_shard(path) for path in sorted(record.glob("carried-*.safetensors"))}
+    spans = {name: span for shard in carried.values() for name, span in shard.tensors.items()}
+    return Model(folder, tensors, spans, shards | carried)
+
+
+def _read_weights(folder: Path) -> Checkpoint:
+    single = folder / "model.safetensors"
+    if (folder / INDEX_NAME).is_file() or not single.is_file():
+        return read_checkpoint(folder)
+    shard = read_shard(single)
+    return Checkpoint(folder, {single.name: shard}, dict(shard.tensors))
+
+
+def _read_tables(folder: Path, shards: dict[str, Shard]) -> dict[str, TensorSpan]:
+    """The tables that the folder's manifest names, under their names in a state dict."""
+    try:
+        entries = read_manifest(folder / TABLES_NAME)
+    except TableFormatError as error:
+        raise ConversionError(str(error)) from error
+    return {
+        f"model.backbone.layers.{layer}.engram.table.{kind}": _read_piece(folder, entry[kind], shards)
+        for layer, entry in entries.items()
+        for kind in ("weight", "scale")
+        if kind in entry
+    }
+
+
+def _read_piece(folder: Path, pieces: list[dict], shards: dict[str, Shard]) -> TensorSpan:
+    if len(pieces) != 1:
+        raise ConversionError(
+            f"{folder / TABLES_NAME} splits a table in {len(pieces)}; save the model with whole tables."
+        )
+    file, tensor = pieces[0]["file"], pieces[0]["tensor"]
+    shard = shards.setdefault(file, read_shard(folder / file))
+    if tensor not in shard.tensors:
+        raise ConversionError(
+            f"{folder / TABLES_NAME} names {tensor!r} in {file}, which does not hold it; convert again."
+        )
+    return shard.tensors[tensor]
+
+
+def plan_export(
+    family: Family, model: Model, record: Path, config: Mapping, bindings: list[Binding], options: Mapping
+) -> Plan:
+    """Plan the upstream folder.
+
+    Args:
+        record: folder whose `upstream/` holds the record to follow; without one, the release's shard rule.
+        config: the upstream config, for a folder without a record.
+        bindings: the tensors of that config.
+    """
+    sources = {tensor.name: (binding, tensor) for binding, tensor in iterate_upstream(bindings)}
+    _check_model(model, bindings)
+    if (record / RECORD_FOLDER).is_dir():
+        files = _recorded_shards(family, model, record / RECORD_FOLDER, sources)
+        documents = _recorded_documents(record / RECORD_FOLDER)
+    else:
+        files = _ruled_shards(model, bindings, sources)
+        documents = [*_shared(model.folder)]
+        files_of = {name: file.name for file in files for name in file.tensors}
+        total = sum(file.size - file.parts[0].size for file in files)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files_of.items()))}
+        made = {"config.json": json_bytes(config), INDEX_NAME: json_bytes(index)}
+        return Plan(files + documents, made, _facts(family, model, options))
+    return Plan(files + documents, {}, _facts(family, model, options))
+
+
+def _facts(family: Family, model: Model, options: Mapping) -> dict:
+    source = Checkpoint(model.folder, model.shards, model.tensors)
+    return {"family": family.name, "direction": "export", "options": dict(options), "source": describe_source(source)}
+
+
+def _check_model(model: Model, bindings: list[Binding]) -> None:
+    expected = {name for binding in bindings for name in (binding.ours, binding.ours_scale) if name}
+    unknown = [name for name in model.tensors if name not in expected and not DERIVED.match(name)]
+    if unknown:
+        raise ConversionError(
+            f"{model.folder} holds {enumerate_names(unknown)}, which has no place upstream; merge adapters into the model "
+            f"(merge_and_unload) and save it again."
+        )
+    for binding in bindings:
+        _check_binding(model, binding)
+
+
+def _check_binding(model: Model, binding: Binding) -> None:
+    span = model.tensors.get(binding.ours)
+    if span is None:
+        raise ConversionError(f"{model.folder} lacks the tensor {binding.ours!r}; export a complete model.")
+    storage = binding.rule.storage
+    stored = storage.block is not None and span.dtype == storage.dtype
+    if not stored and span.dtype not in ("BF16", "F16", "F32"):
+        raise ConversionError(
+            f"tensor {binding.ours!r} of {span.path} is {span.dtype}, expected floats or the release's own quantized form; save "
+            f"the model in one of them."
+        )
+    shape = storage.weight_shape(binding.shape) if stored else binding.shape
+    if span.shape != shape:
+        raise ConversionError(f"tensor {binding.ours!r} is {list(span.shape)}, the config asks for {list(shape)}.")
+    scale = model.tensors.get(binding.ours_scale)
+    if stored != (scale is not None):
+        problem = "has no scale" if stored else f"is {span.dtype} but has a scale"
+        raise ConversionError(f"tensor {binding.ours!r} of {span.path} {problem}; save the model again.")
+    if stored and (scale.dtype, scale.shape) != ("F8_E8M0", storage.scale_shape(binding.shape)):
+        raise ConversionError(
+            f"tensor {binding.ours_scale!r} is {scale.dtype} {list(scale.shape)}, expected F8_E8M0 "
+            f"{list(storage.scale_shape(binding.shape))}; save the model again."
+        )
+
+
+def _recorded_shards(
+    family: Family, model: Model, folder: Path, sources: dict[str, tuple[Binding, UpstreamTensor]]
+) -> list[OutputFile]:
+    files, placed = [], set()
+    for path in sorted(folder.glob("*.safetensors.header")):
+        spans = parse_head(path, path.read_bytes())
+        tensors = []
+        for span in sorted(spans.values(), key=lambda span: span.offset):
+            part = _carried_part(model, span) if family.is_carried(span.name) else _recorded_part(model, span, sources)
+            tensors.append(Tensor(span.name, span.dtype, span.shape, [part]))
+        placed |= spans.keys()
+        files.append(tensor_file(path.name.removesuffix(".header"), tensors, head=path.read_bytes()))
+    missing = sources.keys() - placed
+    if missing:
+        raise ConversionError(f"the record in {folder} has no place for {enumerate_names(missing)}; convert again.")
+    return files
+
+
+def _carried_part(model: Model, span: TensorSpan) -> Part:
+    found = model.carried.get(span.name)
+    if found is None or (found.dtype, found.shape) != (span.dtype, span.shape):
+        raise ConversionError(
+            f"{span.name!r}, which the model does not use but the release holds, is not in a carried-*.safetensors beside the record; convert again."
+        )
+    return copy_of(found)
+
+
+def _recorded_part(model: Model, span: TensorSpan, sources: dict[str, tuple[Binding, UpstreamTensor]]) -> Part:
+    if span.name not in sources or (span.dtype, span.shape) != (
+        sources[span.name][1].dtype,
+        sources[span.name][1].shape,
+    ):
+        raise ConversionError(
+            f"the record has {span.name!r} as {span.dtype} {list(span.shape)}, the config of {model.folder} does not; the "
+            f"record belongs to another model."
+        )
+    return upstream_part(model, *sources[span.name])
+
+
+def upstream_part(model: Model, binding: Binding, tensor: UpstreamTensor) -> Part:
+    """The bytes of one upstream tensor: copied where ours is stored as upstream is, quantized where it is in floats."""
+    storage, ours = binding.rule.storage, model.tensors[binding.ours]
+    if storage.block is None:
+        from .tensor_parts import cast
+
+        return cast(ours, storage.dtype)
+    if ours.dtype == storage.dtype:
+        return copy_of(_slice(model.tensors[binding.ours_scale] if tensor.is_scale else ours, binding, tensor))
+    from .tensor_parts import encoded
+
+    return encoded(_slice(ours, binding, tensor), storage, tensor.is_scale)
+
+
+def _slice(span: TensorSpan, binding: Binding, tensor: UpstreamTensor) -> TensorSpan:
+    """The rows of ours that one upstream tensor holds; scales have one row for every block of rows."""
+    matrix = span if tensor.expert is None else span[tensor.expert]
+    rows = matrix.shape[0] // len(binding.rule.upstream)
+    start = tensor.part * rows
+    return matrix.rows(start, start + rows)
+
+
+def _recorded_documents(folder: Path) -> list[OutputFile]:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".header"]
+    return [OutputFile(path.relative_to(folder).as_posix(), [Copy(path, 0, path.stat().st_size)]) for path in paths]
+
+
+def _shared(folder: Path) -> list[OutputFile]:
+    names = [name for name in (*SHARED_DOCUMENTS, "chat_template.jinja") if (folder / name).is_file()]
+    return [OutputFile(name, [Copy(folder / name, 0, (folder / name).stat().st_size)]) for name in names]
+
+
+def _ruled_shards(
+    model: Model, bindings: list[Binding], sources: dict[str, tuple[Binding, UpstreamTensor]]
+) -> list[OutputFile]:
+    """The release's rule: embedding first, then one layer a shard, then norm and head, then one Engram layer a shard."""
+    groups: dict[tuple[int, int], list[Tensor]] = {}
+    for binding, tensor in sources.values():
+        part = upstream_part(model, binding, tensor)
+        groups.setdefault(_shard_key(binding, tensor), []).append(
+            Tensor(tensor.name, tensor.dtype, tensor.shape, [part])
+        )
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    return [tensor_file(name, aligned(groups[key])) for name, key in zip(names, sorted(groups), strict=True)]
+
+
+def _shard_key(binding: Binding, tensor: UpstreamTensor) -> tuple[int, int]:
+    if binding.layer is None:
+        return (0, 0) if tensor.name.startswith("embed.") else (2, 0)
+    return (3 if ".engram." in tensor.name else 1, binding.layer)

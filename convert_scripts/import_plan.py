@@ -1,0 +1,280 @@
+"""Upstream to ours: which files a conversion writes and what their bytes are made of.
+
+The target folder holds
+
+- `model-00001-of-00041.safetensors`, ... and their index: the state dict without memory tables, the first file for what belongs to
+  no layer, then one file a layer;
+- `engram-layer-00001.safetensors`, ...: the memory table of one layer, a copy or, linked, the upstream shard itself;
+  `engram_tables.json` says under which tensor names either way;
+- `carried-00001-of-00005.safetensors`, ...: upstream tensors the model does not use, under upstream names and in no index;
+- `upstream/`: the release's documents and the header of each of its shards, from which an export rebuilds it.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..table_format_engram import FORMAT_VERSION as TABLE_FORMAT_VERSION
+from ..table_format_engram import MANIFEST_NAME as TABLES_NAME
+from ..table_format_engram import METADATA_KEY, PAGE, TableDescription
+from .safetensors_files import INDEX_NAME, ITEM_BYTES, Checkpoint, ConversionError, Shard, TensorSpan, header_bytes
+from .streaming import MANIFEST_NAME, Copy, OutputFile, Part, Plan, Tensor, copy_of, json_bytes, tensor_file
+from .tensor_rules import Binding, Family
+
+RECORD_FOLDER = "upstream"
+# Documents every loader looks for beside the weights.
+SHARED_DOCUMENTS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+DTYPES = {"keep": None, "bfloat16": "BF16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What the user chose.
+
+    Args:
+        dtype: `"keep"` leaves quantized weights as they are, `"bfloat16"` and `"float32"` dequantize them. Tensors which the
+            release keeps in float32 stay float32.
+        link_tables: reference the upstream shards that hold memory tables instead of copying them.
+        dequantize_tables: apply `dtype` to memory tables too. Otherwise they stay quantized and rows are dequantized after
+            they are gathered.
+        layers: convert the first `layers` decoder layers only; None for all.
+    """
+
+    dtype: str = "keep"
+    link_tables: bool = False
+    dequantize_tables: bool = False
+    layers: int | None = None
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ConversionError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}.")
+        if self.dequantize_tables and (self.link_tables or self.dtype == "keep"):
+            raise ConversionError("dequantized tables need a dtype other than 'keep', and cannot be linked.")
+
+    def target_dtype(self, binding: Binding) -> str | None:
+        """The dtype a binding's values are converted to; None where they keep the release's."""
+        if binding.rule.file == "table" and not self.dequantize_tables:
+            return None
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What of ours no upstream tensor makes.
+
+    Args:
+        documents: files beside the weights: config, chat template, token map.
+        tensors: of the state dict: the constants of the hash.
+        tables: what each layer's table says about itself.
+    """
+
+    documents: Mapping[str, bytes]
+    tensors: list[Tensor]
+    tables: Mapping[int, TableDescription]
+
+
+def plan_import(
+    family: Family,
+    source: Checkpoint,
+    config: Mapping,
+    bindings: list[Binding],
+    options: ImportOptions,
+    additions: Additions,
+) -> Plan:
+    """Plan the whole target folder.
+
+    Args:
+        config: the upstream config the target corresponds to (that of fewer layers than `source` has, for a prefix).
+        bindings: the tensors to convert, checked against `source`.
+    """
+    used = {tensor.name for binding in bindings for tensor in binding.upstream}
+    kept = _keep_tensors(source, lambda name: name in used or family.is_carried(name))
+    models = _model_files(source, bindings, options, additions.tensors)
+    tables, entries = _table_files(source, bindings, options, additions.tables)
+    own = {
+        INDEX_NAME: _index([*models, *(table for table in tables if not table.link)]),
+        TABLES_NAME: json_bytes({"format_version": TABLE_FORMAT_VERSION, "tables": entries}),
+    }
+    record = _record_documents(source, config, kept)
+    facts = {
+        "family": family.name,
+        "direction": "import",
+        "options": vars(options),
+        "source": describe_source(source),
+    }
+    files = [*models, *tables, *_carried_files(family, kept), *_record_files(source)]
+    return Plan(files, _shared_documents(source) | dict(additions.documents) | own | record, facts)
+
+
+def describe_source(source: Checkpoint) -> dict[str, dict]:
+    """Size and header digest of every shard, digests of the documents: what tells two sources apart."""
+    shards = {
+        file: {"size": shard.size, "header_sha256": hashlib.sha256(shard.head).hexdigest()}
+        for file, shard in source.shards.items()
+    }
+    present = (name for name in ("config.json", INDEX_NAME, *SHARED_DOCUMENTS) if (source.folder / name).is_file())
+    documents = {name: {"sha256": hashlib.sha256((source.folder / name).read_bytes()).hexdigest()} for name in present}
+    return shards | documents
+
+
+def _model_files(
+    source: Checkpoint, bindings: list[Binding], options: ImportOptions, extra: list[Tensor]
+) -> list[OutputFile]:
+    groups: dict[int, list[Tensor]] = defaultdict(list)
+    groups[-1] += extra
+    for binding in bindings:
+        if binding.rule.file == "model":
+            groups[-1 if binding.layer is None else binding.layer] += import_tensors(source, binding, options)
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    return [tensor_file(name, aligned(groups[key])) for name, key in zip(names, sorted(groups), strict=True)]
+
+
+def aligned(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors in the order of safetensors' own writer: wide dtypes first, so that every one is aligned; then by name."""
+    return sorted(tensors, key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.name))
+
+
+def import_tensors(source: Checkpoint, binding: Binding, options: ImportOptions) -> list[Tensor]:
+    """Our tensor of a binding, with its scale where it stays quantized."""
+    storage, dtype = binding.rule.storage, options.target_dtype(binding)
+    weights = [source.tensors[tensor.name] for tensor in binding.weights]
+    scales = [source.tensors[tensor.name] for tensor in binding.scales]
+    if storage.block is None:
+        dtype = storage.dtype if dtype is None or storage.dtype == "F32" else dtype
+        return [Tensor(binding.ours, dtype, binding.shape, [_cast(span, dtype) for span in weights])]
+    if dtype is None:
+        weight = Tensor(binding.ours, storage.dtype, storage.weight_shape(binding.shape), list(map(copy_of, weights)))
+        return [
+            weight,
+            Tensor(binding.ours_scale, "F8_E8M0", storage.scale_shape(binding.shape), list(map(copy_of, scales))),
+        ]
+    return [Tensor(binding.ours, dtype, binding.shape, _decoded(binding, weights, scales, dtype))]
+
+
+def _cast(span: TensorSpan, dtype: str) -> Part:
+    if span.dtype == dtype:
+        return copy_of(span)
+    from .tensor_parts import cast
+
+    return cast(span, dtype)
+
+
+def _decoded(binding: Binding, weights: list[TensorSpan], scales: list[TensorSpan], dtype: str) -> list[Part]:
+    from .tensor_parts import decoded
+
+    pairs = zip(weights, scales, strict=True)
+    return [decoded(weight, scale, binding.rule.storage, binding.part_shape, dtype) for weight, scale in pairs]
+
+
+def _table_files(
+    source: Checkpoint, bindings: list[Binding], options: ImportOptions, tables: Mapping[int, TableDescription]
+) -> tuple[list[OutputFile], dict[str, dict]]:
+    """The table files and the entries of their manifest (`docs/engram-table-format.md`)."""
+    files, entries = [], {}
+    for binding in bindings:
+        if binding.rule.file == "table":
+            make = _linked_table if options.link_tables else _copied_table
+            file, names, more = make(source, binding, options, tables[binding.layer])
+            files.append(file)
+            rows = [0, binding.shape[0]]
+            pieces = {kind: [{"file": file.name, "tensor": tensor, "rows": rows}] for kind, tensor in names.items()}
+            entries[str(binding.layer)] = pieces | more
+    return files, entries
+
+
+def _table_name(binding: Binding) -> str:
+    return f"engram-layer-{binding.layer:05d}.safetensors"
+
+
+def _copied_table(
+    source: Checkpoint, binding: Binding, options: ImportOptions, description: TableDescription
+) -> tuple[OutputFile, dict[str, str], dict]:
+    """A file in the table format: rows first, on a page; then their scales."""
+    tensors = import_tensors(source, binding, options)
+    described = ((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
+    head = header_bytes(described, {METADATA_KEY: description.to_json()}, PAGE)
+    return tensor_file(_table_name(binding), tensors, head), description.tensors, {}
+
+
+def _linked_table(
+    source: Checkpoint, binding: Binding, options: ImportOptions, description: TableDescription
+) -> tuple[OutputFile, dict[str, str], dict]:
+    """The upstream shard as it is; the manifest says what the file does not."""
+    weight, scale = source.tensors[binding.weights[0].name], source.tensors[binding.scales[0].name]
+    if weight.path != scale.path:
+        raise ConversionError(
+            f"{weight.name!r} and {scale.name!r} lie in different shards and cannot be linked as one table; "
+            f"convert without --link-tables."
+        )
+    shard = source.shards[weight.path.name]
+    tensors = {span.name: (span.dtype, span.shape) for span in shard.tensors.values()}
+    members = {key: value for key, value in vars(description).items() if key not in ("rows", "tensors")}
+    names = {"weight": weight.name, "scale": scale.name}
+    return OutputFile(_table_name(binding), tensors=tensors, link=shard.path), names, {"description": members}
+
+
+def _index(models: list[OutputFile]) -> bytes:
+    weight_map = {name: file.name for file in models for name in file.tensors}
+    total = sum(file.size - file.parts[0].size for file in models)
+    return json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _keep_tensors(source: Checkpoint, is_kept) -> dict[str, Shard]:
+    """The shards with the tensors the target corresponds to; a shard that loses some gets a new header."""
+    kept = {}
+    for file, shard in source.shards.items():
+        spans = sorted((span for span in shard.tensors.values()), key=lambda span: span.offset)
+        remaining = [span for span in spans if is_kept(span.name)]
+        if not remaining:
+            continue
+        complete = len(remaining) == len(spans)
+        head = shard.head if complete else header_bytes((span.name, span.dtype, span.shape) for span in remaining)
+        kept[file] = Shard(shard.path, head, {span.name: span for span in remaining})
+    return kept
+
+
+def _carried_files(family: Family, kept: dict[str, Shard]) -> list[OutputFile]:
+    groups = []
+    for shard in kept.values():
+        spans = [span for span in shard.tensors.values() if family.is_carried(span.name)]
+        if spans:
+            groups.append([Tensor(span.name, span.dtype, span.shape, [copy_of(span)]) for span in spans])
+    names = [f"carried-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    return [tensor_file(name, tensors) for name, tensors in zip(names, groups, strict=True)]
+
+
+def _shared_documents(source: Checkpoint) -> dict[str, bytes]:
+    present = [name for name in SHARED_DOCUMENTS if (source.folder / name).is_file()]
+    return {name: (source.folder / name).read_bytes() for name in present}
+
+
+def _record_files(source: Checkpoint) -> list[OutputFile]:
+    """The release's other files, whatever they are: licence, encoder, model card."""
+    files = []
+    for path in sorted(source.folder.rglob("*")):
+        relative = path.relative_to(source.folder)
+        written = relative.as_posix() in ("config.json", INDEX_NAME, MANIFEST_NAME)
+        hidden = any(name.startswith(".") for name in relative.parts)
+        if path.is_file() and not (written or hidden or path.suffix == ".safetensors"):
+            files.append(OutputFile(f"{RECORD_FOLDER}/{relative.as_posix()}", [Copy(path, 0, path.stat().st_size)]))
+    return files
+
+
+def _record_documents(source: Checkpoint, config: Mapping, kept: dict[str, Shard]) -> dict[str, bytes]:
+    heads = {f"{RECORD_FOLDER}/{file}.header": shard.head for file, shard in kept.items()}
+    names = ("config.json", INDEX_NAME)
+    if sum(len(shard.tensors) for shard in kept.values()) == len(source.tensors):
+        originals = {name: (source.folder / name).read_bytes() for name in names}
+    else:
+        weight_map = {name: file for file, shard in kept.items() for name in shard.tensors}
+        total = sum(span.size for shard in kept.values() for span in shard.tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        originals = dict(zip(names, (json_bytes(config), json_bytes(index)), strict=True))
+    return heads | {f"{RECORD_FOLDER}/{name}": data for name, data in originals.items()}

@@ -1,0 +1,132 @@
+"""The release's quantized number formats, decoded and encoded in float32.
+
+E4M3 and E2M1 values are stored next to a power of two per block, an E8M0 byte `e` that means `2^(e - 127)`. Two E2M1 codes
+share a byte, the even column in the low nibble; a code's magnitudes are 0, .5, 1, 1.5, 2, 3, 4, 6, bit 3 is the sign.
+
+Encoding follows the release: with `a` the largest magnitude of a block, the scale is the smallest power of two that is at
+least `max(a, floor) / limit` (found from the float's exponent bits, not by a logarithm), values are divided by it, clamped to
+the limit, and rounded to the nearest code, ties to the even code.
+
+Shapes: values `[R, C]`, weights `[R, C]` (E4M3) or `[R, C / 2]` (E2M1), scales `[ceil(R / block rows), ceil(C / block columns)]`;
+weights and scales are passed as the bytes they are stored in, `uint8`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+E4M3_LIMIT = 448.0
+E2M1_LIMIT = 6.0
+# Weights get no floor beyond the smallest scale that is a normal number: what was decoded must encode to the same values.
+SMALLEST_NORMAL = 2.0**-126
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# Half-way points between neighbouring magnitudes: a value exactly there goes to the neighbour with the even code, which is
+# the lower one for the first kind and the upper one for the second.
+_TIES_DOWN = (0.25, 1.25, 2.5, 5.0)
+_TIES_UP = (0.75, 1.75, 3.5)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a matrix is stored: the weight's dtype and, if it is quantized, the block that shares one E8M0 scale."""
+
+    dtype: str
+    block: tuple[int, int] | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Two E2M1 codes in a byte."""
+        return self.dtype == "I8"
+
+    def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in which values of `shape` are stored."""
+        return (*shape[:-1], shape[-1] // 2) if self.is_packed else shape
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales of values of `shape`."""
+        rows, columns = self.block
+        return (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns))
+
+
+BF16 = Storage("BF16")
+F32 = Storage("F32")
+FP8_BLOCKS = Storage("F8_E4M3", (32, 32))
+FP8_ROWS = Storage("F8_E4M3", (1, 32))
+FP4_ROWS = Storage("I8", (1, 32))
+
+
+def decode(weight: torch.Tensor, scale: torch.Tensor, storage: Storage) -> torch.Tensor:
+    """Values `[R, C]` in float32 of quantized bytes."""
+    codes = _unpack_e2m1(weight) if storage.is_packed else weight.view(torch.float8_e4m3fn).float()
+    factors = scale.view(torch.float8_e8m0fnu).float()
+    return codes * _spread(factors, storage.block, codes.shape)
+
+
+def encode(values: torch.Tensor, storage: Storage, floor: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantized bytes of `values` `[R, C]`, float32: weight and scale. `floor` as in `encode_scale`."""
+    scale = encode_scale(values, storage, floor)
+    return encode_weight(values, scale, storage), scale
+
+
+def encode_scale(values: torch.Tensor, storage: Storage, floor: float | None = None) -> torch.Tensor:
+    """The scales of `values`.
+
+    Args:
+        values: `[R, C]`, float32.
+        storage: a quantized storage.
+        floor: the least maximum a block is taken to have; by default the least that has a normal scale. The release's FP8
+            activations use 1e-4.
+    """
+    limit = _limit(storage)
+    largest = _block_maximum(values, storage.block)
+    return _power_of_two_above(largest.clamp_min(limit * SMALLEST_NORMAL if floor is None else floor) / limit)
+
+
+def encode_weight(values: torch.Tensor, scale: torch.Tensor, storage: Storage) -> torch.Tensor:
+    """The weight bytes of `values` `[R, C]` under given scales."""
+    limit = _limit(storage)
+    factors = scale.view(torch.float8_e8m0fnu).float()
+    scaled = (values / _spread(factors, storage.block, values.shape)).clamp(-limit, limit)
+    return _pack_e2m1(scaled) if storage.is_packed else scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _limit(storage: Storage) -> float:
+    return E2M1_LIMIT if storage.is_packed else E4M3_LIMIT
+
+
+def _spread(factors: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> torch.Tensor:
+    rows, columns = shape
+    return factors.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+
+
+def _block_maximum(values: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Largest magnitude of every block; a block cut off by the edge is filled up with zeros."""
+    rows, columns = values.shape
+    padded = F.pad(values.abs(), (0, -columns % block[1], 0, -rows % block[0]))
+    return padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).amax(dim=(1, 3))
+
+
+def _power_of_two_above(values: torch.Tensor) -> torch.Tensor:
+    """E8M0 bytes of the smallest powers of two that are at least `values` (positive float32)."""
+    bits = values.contiguous().view(torch.int32)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+    return exponent.to(torch.uint8)
+
+
+def _unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
+    """Both values of every byte from one look-up: four times as fast as splitting the nibbles first."""
+    magnitudes = torch.tensor(_E2M1)
+    pairs = torch.stack((magnitudes.repeat(16), magnitudes.repeat_interleave(16)), dim=-1)
+    return pairs.index_select(0, packed.flatten().int()).view(packed.shape[0], -1)
+
+
+def _pack_e2m1(values: torch.Tensor) -> torch.Tensor:
+    magnitudes = values.abs()
+    codes = torch.signbit(values).to(torch.uint8) << 3
+    for point in _TIES_DOWN:
+        codes += magnitudes > point
+    for point in _TIES_UP:
+        codes += magnitudes >= point
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)

@@ -1,0 +1,216 @@
+"""Tensor rules: one declarative table that import, export, verification and direct loading all read.
+
+A `Rule` says which upstream tensors make one of ours, on which layers it exists, how wide it is in terms of the config, and
+how the release stores it. A `Family` is a table of rules with the dimensions they speak of; another upstream layout is another
+`Family`, the code here does not change. `bind` fills the placeholders in for one config; what it returns, `Binding`s, lists
+every tensor that must exist, with dtype and shape.
+
+Placeholders in names: `{layer}` and, for experts which we keep stacked in one tensor, `{expert}`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from .number_formats import Storage
+from .safetensors_files import ConversionError, TensorSpan, enumerate_names
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor of ours and the upstream tensors it is made of.
+
+    Args:
+        ours: our name of the weight.
+        upstream: upstream names of the weight's parts. Several parts stand one after another in rows; if the names hold
+            `{expert}`, each expert's parts are joined like that and the experts stacked in front.
+        shape: dimensions of *one* part, as names the family's geometry knows.
+        storage: how the release stores a part; a quantized weight has a scale beside it.
+        where: name of the set of layers that have it, as the family's geometry knows it.
+        file: `"model"`, or `"table"` for memory tables, which get files of their own.
+    """
+
+    ours: str
+    upstream: tuple[str, ...]
+    shape: tuple[str, ...]
+    storage: Storage
+    where: str = "layers"
+    file: str = "model"
+
+    @property
+    def is_stacked(self) -> bool:
+        return "{expert}" in self.upstream[0]
+
+    @property
+    def ours_scale(self) -> str | None:
+        """Our name of the scale: what transformers' FP8 modules call it; a table keeps a `scale` beside its `weight`."""
+        if self.storage.block is None:
+            return None
+        return self.ours.removesuffix("weight") + "scale" if self.file == "table" else f"{self.ours}_scale_inv"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a config means for a table: sizes of named dimensions (a list: one per entry of `engram` layers) and layer sets."""
+
+    dimensions: Mapping[str, int | Mapping[int, int]]
+    layer_sets: Mapping[str, tuple[int, ...]]
+    experts: int
+
+    def size(self, name: str, layer: int | None) -> int:
+        value = self.dimensions[name]
+        return value[layer] if isinstance(value, Mapping) else value
+
+
+@dataclass(frozen=True)
+class Family:
+    """An upstream checkpoint layout.
+
+    Args:
+        name: `model_type` of the upstream config.
+        rules: the table.
+        carried: prefixes of upstream names the model does not use; they are kept byte for byte.
+        geometry: computes the `Geometry` of an upstream text config.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    carried: tuple[str, ...]
+    geometry: Callable[[Mapping], Geometry] = field(repr=False)
+
+    def is_carried(self, name: str) -> bool:
+        return name.startswith(self.carried)
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamTensor:
+    """One upstream tensor as the table expects it: of ours, the `part`-th of equal runs of rows, after `expert` is chosen."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    expert: int | None
+    part: int
+    is_scale: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A rule on one layer: our tensor, and its upstream weights and scales in the order of ours' bytes."""
+
+    rule: Rule
+    layer: int | None
+    ours: str
+    ours_scale: str | None
+    part_shape: Shape
+    shape: Shape
+    weights: tuple[UpstreamTensor, ...]
+    scales: tuple[UpstreamTensor, ...]
+
+    @property
+    def upstream(self) -> tuple[UpstreamTensor, ...]:
+        return self.weights + self.scales
+
+
+def bind(family: Family, text_config: Mapping) -> list[Binding]:
+    """All tensors that a checkpoint with this config has, in the order of layers and of the table."""
+    geometry = family.geometry(text_config)
+    flat = [_bind_one(rule, geometry, None) for rule in family.rules if "{layer}" not in rule.ours]
+    layered = [rule for rule in family.rules if "{layer}" in rule.ours]
+    for layer in geometry.layer_sets["layers"]:
+        flat += [_bind_one(rule, geometry, layer) for rule in layered if layer in geometry.layer_sets[rule.where]]
+    return flat
+
+
+def _bind_one(rule: Rule, geometry: Geometry, layer: int | None) -> Binding:
+    part_shape = tuple(geometry.size(name, layer) for name in rule.shape)
+    experts = range(geometry.experts) if rule.is_stacked else [None]
+    shape = (part_shape[0] * len(rule.upstream), *part_shape[1:])
+    weights, scales = [], []
+    for expert in experts:
+        for index, pattern in enumerate(rule.upstream):
+            name = pattern.format(layer=layer, expert=expert)
+            place = (expert, index)
+            weights.append(
+                UpstreamTensor(name, rule.storage.dtype, rule.storage.weight_shape(part_shape), *place, is_scale=False)
+            )
+            if rule.storage.block:
+                scale_shape = rule.storage.scale_shape(part_shape)
+                scales.append(UpstreamTensor(scale_name(name), "F8_E8M0", scale_shape, *place, is_scale=True))
+    return Binding(
+        rule,
+        layer,
+        rule.ours.format(layer=layer),
+        rule.ours_scale and rule.ours_scale.format(layer=layer),
+        part_shape,
+        (geometry.experts, *shape) if rule.is_stacked else shape,
+        tuple(weights),
+        tuple(scales),
+    )
+
+
+def scale_name(weight_name: str) -> str:
+    """The upstream name of a quantized weight's scale."""
+    return weight_name.removesuffix("weight") + "scale"
+
+
+def check_tensors(family: Family, bindings: list[Binding], tensors: Mapping[str, TensorSpan]) -> None:
+    """Check that the tensors are exactly those the table asks for, in dtype and shape, plus well-formed carried ones."""
+    _check_scales_and_weights(tensors)
+    expected = {tensor.name: tensor for binding in bindings for tensor in binding.upstream}
+    unknown = [name for name in tensors if name not in expected and not family.is_carried(name)]
+    if unknown:
+        raise ConversionError(
+            f"the checkpoint holds {enumerate_names(unknown)}, which a {family.name} with this config does not have; "
+            f"is the config.json that of these weights?"
+        )
+    missing = expected.keys() - tensors.keys()
+    if missing:
+        raise ConversionError(
+            f"the checkpoint lacks {enumerate_names(missing)}, which its config asks for; fetch it again, or correct the config."
+        )
+    for name, tensor in expected.items():
+        _check_tensor(tensor, tensors[name])
+
+
+def _check_tensor(expected: UpstreamTensor, found: TensorSpan) -> None:
+    if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+        raise ConversionError(
+            f"tensor {found.name!r} of {found.path} is {found.dtype} {list(found.shape)}, the config asks for "
+            f"{expected.dtype} {list(expected.shape)}; fetch the file again, or correct the config."
+        )
+
+
+def _check_scales_and_weights(tensors: Mapping[str, TensorSpan]) -> None:
+    """A scale has its weight and a quantized weight its scale: among carried tensors too, which no table describes."""
+    known = {"BF16", "F32", "F8_E4M3", "F8_E8M0", "I8"}
+    for name, span in tensors.items():
+        if span.dtype not in known:
+            raise ConversionError(f"tensor {name!r} of {span.path} is {span.dtype}, expected one of {sorted(known)}.")
+        if span.dtype in ("F8_E4M3", "I8") and scale_name(name) not in tensors:
+            raise ConversionError(
+                f"tensor {name!r} of {span.path} is quantized, but its scale {scale_name(name)!r} is missing; fetch it again."
+            )
+        if span.dtype == "F8_E8M0" and name.removesuffix("scale") + "weight" not in tensors:
+            raise ConversionError(
+                f"tensor {name!r} of {span.path} is a scale, but its weight is missing; fetch it again."
+            )
+
+
+def unquantized_modules(family: Family) -> list[str]:
+    """Names, relative to a decoder layer or the model, of linear modules the release keeps in full precision.
+
+    transformers' FP8 quantizer replaces every other linear module.
+    """
+    names = (rule.ours.split("{layer}.")[-1] for rule in family.rules if rule.storage.block is None)
+    return sorted(
+        {name.removesuffix(".weight") for name in names if name.endswith(("_proj.weight", "lm_head.weight"))}
+    )
+
+
+def iterate_upstream(bindings: list[Binding]) -> Iterator[tuple[Binding, UpstreamTensor]]:
+    """Every upstream tensor with the binding it belongs to."""
+    for binding in bindings:
+        for tensor in binding.upstream:
+            yield binding, tensor

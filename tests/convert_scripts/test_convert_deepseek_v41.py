@@ -1,0 +1,487 @@
+"""The conversion command: what it writes, what it refuses, and that an interruption leaves no trace."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from checkpoint_tools import contents, write_safetensors
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from engram_hf.convert_scripts import convert_deepseek_v41
+from engram_hf.convert_scripts.command_line import run_command
+from engram_hf.convert_scripts.safetensors_files import read_checkpoint
+from engram_hf.table_format_engram import read_tables
+from engram_hf.tokenization import EngramTokenizer
+
+
+def run(source, target, *options):
+    return convert_deepseek_v41.main([str(source), str(target), *options])
+
+
+def tensors_of(folder, pattern="*.safetensors"):
+    loaded = {}
+    for path in sorted(folder.glob(pattern)):
+        loaded |= load_file(path)
+    return loaded
+
+
+# --- what it writes ---
+
+
+def test_keeps_quantized_bytes(tiny, converted):
+    ours, upstream = tensors_of(converted, "model-*"), tensors_of(tiny)
+    layer = "model.backbone.layers.4"
+    q_b = ours[f"{layer}.self_attn.q_b_proj.weight"]
+    assert q_b.dtype == torch.float8_e4m3fn
+    assert torch.equal(q_b.view(torch.uint8), upstream["layers.4.attn.wq_b.weight"].view(torch.uint8))
+    scale = ours[f"{layer}.self_attn.q_b_proj.weight_scale_inv"]
+    assert scale.dtype == torch.float8_e8m0fnu
+    assert torch.equal(scale.view(torch.uint8), upstream["layers.4.attn.wq_b.scale"].view(torch.uint8))
+
+
+def test_stacks_experts_gate_before_up(tiny, converted):
+    ours, upstream = tensors_of(converted, "model-*"), tensors_of(tiny)
+    experts = "model.backbone.layers.4.mlp.experts"
+    gate_up, scale = ours[f"{experts}.gate_up_proj"], ours[f"{experts}.gate_up_proj_scale_inv"]
+    assert gate_up.dtype == torch.int8 and gate_up.shape == (8, 128, 32) and scale.shape == (8, 128, 2)
+    for expert in range(8):
+        for half, name in enumerate(("w1", "w3")):
+            rows = slice(64 * half, 64 * half + 64)
+            stem = f"layers.4.ffn.experts.{expert}.{name}"
+            assert torch.equal(gate_up[expert, rows], upstream[f"{stem}.weight"])
+            assert torch.equal(scale[expert, rows].view(torch.uint8), upstream[f"{stem}.scale"].view(torch.uint8))
+        assert torch.equal(ours[f"{experts}.down_proj"][expert], upstream[f"layers.4.ffn.experts.{expert}.w2.weight"])
+
+
+def test_hash_constants_are_the_golden_ones(golden, converted):
+    ours = tensors_of(converted, "model-00001-*")
+    with safe_open(golden / "deepseek_v41_tiny" / "golden.safetensors", "pt") as file:
+        assert torch.equal(ours["model.hashing.token_map"], file.get_tensor("engram.token_map").long())
+        assert torch.equal(ours["model.hashing.multipliers"], file.get_tensor("engram.multipliers"))
+        assert torch.equal(ours["model.hashing.primes"].flatten(1), file.get_tensor("engram.primes"))
+
+
+def test_index_names_every_tensor_of_the_model_and_no_other(converted):
+    checkpoint = read_checkpoint(converted)
+    names = set(checkpoint.tensors)
+    assert not any(name.startswith(("vision.", "aligner.", "mtp.", "image_")) for name in names)
+    files = {span.path.name for span in checkpoint.tensors.values()}
+    on_disk = {
+        path.name for pattern in ("model-*.safetensors", "engram-*.safetensors") for path in converted.glob(pattern)
+    }
+    assert files == on_disk
+
+
+def test_table_index_leads_to_the_tables(tiny, converted):
+    tables = json.loads((converted / "engram_tables.json").read_text(encoding="utf-8"))
+    upstream = tensors_of(tiny)
+    assert tables["format_version"] == 1 and set(tables["tables"]) == {"1", "4"}
+    for layer, kinds in tables["tables"].items():
+        for kind in ("weight", "scale"):
+            (piece,) = kinds[kind]
+            found = load_file(converted / piece["file"])[piece["tensor"]].view(torch.uint8)
+            expected = upstream[f"layers.{layer}.engram.embed.{kind}"].view(torch.uint8)
+            assert piece["rows"] == [0, len(expected)] and torch.equal(found, expected)
+
+
+def test_carries_what_the_model_does_not_use(tiny, converted):
+    carried, upstream = tensors_of(converted, "carried-*"), tensors_of(tiny)
+    expected = {name for name in upstream if name.startswith(("vision.", "aligner.", "mtp.", "image_"))}
+    assert set(carried) == expected and len(expected) == 87
+    assert all(torch.equal(carried[n].view(torch.uint8), upstream[n].view(torch.uint8)) for n in expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dequantizes_to_the_golden_values(golden, tiny, tmp_path, dtype):
+    assert run(tiny, tmp_path / "out", "--dtype", dtype, "--dequantize-tables") == 0
+    ours = tensors_of(tmp_path / "out", "[em]*-0*.safetensors")
+    layer = "model.backbone.layers.4."
+    places = {
+        "attn.wo_a.weight": ours[f"{layer}self_attn.o_a_proj.weight"],
+        "ffn.shared_experts.w2.weight": ours[f"{layer}mlp.shared_experts.down_proj.weight"],
+        "ffn.experts.5.w1.weight": ours[f"{layer}mlp.experts.gate_up_proj"][5, :64],
+        "engram.embed.weight": ours[f"{layer}engram.table.weight"],
+        "engram.wkv.weight": ours[f"{layer}engram.kv_proj.weight"],
+    }
+    with safe_open(golden / "deepseek_v41_tiny" / "golden.safetensors", "pt") as file:
+        for name, values in places.items():
+            assert values.dtype == getattr(torch, dtype)
+            assert torch.equal(values.float(), file.get_tensor(f"dequantized.layers.4.{name}")), name
+    assert ours[f"{layer}attn_hc.fn"].dtype == torch.float32
+    assert not any("scale_inv" in name or name.endswith("table.scale") for name in ours)
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in config and config["dtype"] == dtype
+    assert config.get("engram_table_dtype") is None
+
+
+def test_tables_stay_quantized_unless_asked(tiny, tmp_path):
+    assert run(tiny, tmp_path / "out", "--dtype", "bfloat16") == 0
+    table = load_file(tmp_path / "out" / "engram-layer-00004.safetensors")
+    assert table["model.backbone.layers.4.engram.table.weight"].dtype == torch.float8_e4m3fn
+    assert len(table) == 2
+
+
+def test_linked_tables_are_the_upstream_shards(tiny, tmp_path):
+    assert run(tiny, tmp_path / "out", "--link-tables") == 0
+    linked, original = tmp_path / "out" / "engram-layer-00001.safetensors", tiny / "model-00013-of-00014.safetensors"
+    assert linked.samefile(original)
+    piece = json.loads((tmp_path / "out" / "engram_tables.json").read_text())["tables"]["1"]["weight"][0]
+    assert piece["tensor"] == "layers.1.engram.embed.weight"
+    shutil.rmtree(tmp_path / "out")
+    assert original.is_file()
+
+
+def test_layers_are_a_prefix(tiny, tmp_path):
+    assert run(tiny, tmp_path / "out", "--layers", "4") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    text = config["text_config"]
+    assert text["num_hidden_layers"] == 4 and text["compress_ratios"] == [0, 0, 2, 2, 0]
+    assert text["kv_source_layer_ids"] == [2] and text["candidate_source_layer_id"] is None
+    assert config["engram_layer_ids"] == [1] and config["engram_num_embeddings"] == [1916]
+    names = set(read_checkpoint(tmp_path / "out").tensors)
+    assert any(".layers.3." in name for name in names) and not any(".layers.4." in name for name in names)
+
+
+def test_dry_run_writes_nothing(tiny, tmp_path, capsys):
+    assert run(tiny, tmp_path / "out", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "model-00010-of-00010.safetensors" in printed and "to write" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_needs_no_checkpoint(capsys):
+    with pytest.raises(SystemExit) as stop:
+        convert_deepseek_v41.main(["--help"])
+    assert stop.value.code == 0 and "--link-tables" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [(), ("--link-tables",), ("--dtype", "bfloat16", "--dequantize-tables")])
+def test_tables_follow_the_table_format(tiny, tmp_path, options):
+    assert run(tiny, tmp_path / "out", *options) == 0
+    tables = read_tables(tmp_path / "out")
+    assert sorted(tables) == [1, 4] and [table.num_rows for table in tables.values()] == [1916, 2148]
+    for table in tables.values():
+        assert table.description is not None and table.description.width == 32
+        assert table.dtype == ("BF16" if "--dtype" in options else "F8_E4M3")
+        assert "--link-tables" in options or table.parts[0].weight.offset % 4096 == 0
+
+
+def test_the_token_map_lies_beside_the_tokenizer(golden, converted):
+    tokenizer = EngramTokenizer.from_pretrained(converted)
+    with safe_open(golden / "deepseek_v41_tiny" / "golden.safetensors", "pt") as file:
+        assert torch.equal(tokenizer.token_map, file.get_tensor("engram.token_map").long())
+    assert (converted / "engram_token_map.safetensors").is_file()
+
+
+# --- verification ---
+
+
+def test_verifies_a_finished_conversion(tiny, converted, capsys):
+    assert run(tiny, converted, "--verify-only") == 0
+    assert "verified" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["model-00004-of-00010.safetensors", "engram-layer-00004.safetensors", "config.json"])
+def test_verification_finds_one_changed_byte(tiny, converted, tmp_path, capsys, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(converted, copy)
+    data = bytearray((copy / name).read_bytes())
+    data[-3] ^= 1
+    (copy / name).write_bytes(data)
+    assert run(tiny, copy, "--verify-only") == 1
+    assert name in capsys.readouterr().err
+
+
+def test_verification_wants_the_same_source(checkpoint, converted, capsys):
+    checkpoint.edit_text_config(lambda text: text.update(routed_scaling_factor=2.0))
+    assert run(checkpoint.folder, converted, "--verify-only") == 1
+    assert "another checkpoint" in capsys.readouterr().err
+
+
+# --- what it refuses ---
+
+
+def remove(name):
+    return lambda checkpoint: (
+        checkpoint.rewrite(checkpoint.shard_of(name), lambda tensors: tensors.pop(name)),
+        checkpoint.edit_index(lambda index: index.pop(name)),
+    )
+
+
+def reshape(name, change):
+    return lambda checkpoint: checkpoint.rewrite(checkpoint.shard_of(name), lambda tensors: change(tensors[name]))
+
+
+def one_row_less(tensor):
+    _, shape, content = tensor
+    tensor[1:] = [[shape[0] - 1, *shape[1:]], content[: len(content) // shape[0] * (shape[0] - 1)]]
+
+
+def other_dtype(tensor):
+    tensor[0] = {"BF16": "F16", "F8_E4M3": "F8_E8M0", "F32": "I32", "I8": "U8"}[tensor[0]]
+
+
+def edit_text(**changes):
+    return lambda checkpoint: checkpoint.edit_text_config(lambda text: text.update(changes))
+
+
+def merge_two_tokens(checkpoint):
+    """A tokenizer whose special token is a full-width letter, which compresses to the same id as the letter itself."""
+    path = checkpoint.folder / "tokenizer.json"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("<｜User｜>", "ａ"), encoding="utf-8")
+
+
+REFUSED = {
+    "weight without scale": (remove("layers.3.attn.wkv.scale"), "its scale 'layers.3.attn.wkv.scale' is missing"),
+    "scale without weight": (remove("layers.3.attn.wkv.weight"), "its weight is missing"),
+    "expert without scale": (remove("layers.3.ffn.experts.2.w1.scale"), "is missing"),
+    "carried weight without scale": (remove("mtp.0.main_proj.scale"), "is missing"),
+    "table without scale": (remove("layers.1.engram.embed.scale"), "is missing"),
+    "missing tensor": (remove("layers.3.attn_norm.weight"), "lacks 'layers.3.attn_norm.weight'"),
+    "missing expert": (remove("layers.3.ffn.gate.bias_vl"), "lacks"),
+    "table row off by one": (reshape("layers.4.engram.embed.weight", one_row_less), r"F8_E4M3 \[2147, 32\]"),
+    "matrix row off by one": (reshape("layers.0.attn.wq_a.weight", one_row_less), r"asks for F8_E4M3 \[64, 64\]"),
+    "scale row off by one": (reshape("layers.0.attn.wq_b.scale", one_row_less), "asks for F8_E8M0"),
+    "norm off by one": (reshape("norm.weight", one_row_less), r"asks for BF16 \[64\]"),
+    "half instead of bfloat": (reshape("layers.0.attn_norm.weight", other_dtype), "is F16"),
+    "scale dtype for a weight": (reshape("layers.0.attn.wq_a.weight", other_dtype), "layers.0.attn.wq_a.weight"),
+    "integers for a sink": (reshape("layers.0.attn.attn_sink", other_dtype), "is I32"),
+    "unsigned experts": (reshape("layers.0.ffn.experts.1.w2.weight", other_dtype), "is U8"),
+    "row count is not the primes' sum": (edit_text(engram_vocab_size=320), "primes"),
+    "other compressed vocabulary": (edit_text(engram_compressed_vocab_size=884), "compresses 1536 ids to 885"),
+    "other tokenizer": (merge_two_tokens, "use the tokenizer of this very release"),
+    "no tokenizer": (lambda checkpoint: (checkpoint.folder / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
+    "no config": (lambda checkpoint: (checkpoint.folder / "config.json").unlink(), "config.json does not exist"),
+    "other model": (lambda checkpoint: checkpoint.edit_json("config.json", lambda c: c.update(model_type="llama")), "'llama'"),
+    "other blocks": (
+        lambda checkpoint: checkpoint.edit_json(
+            "config.json", lambda c: c["quantization_config"].update(weight_block_size=[128, 128])
+        ),
+        "weight_block_size",
+    ),
+    "config lacks a field": (lambda checkpoint: checkpoint.edit_text_config(lambda text: text.pop("q_lora_rank")), "q_lora_rank"),
+    "layer out of range": (edit_text(num_hidden_layers=8), "does not have"),
+    "truncated shard": (lambda checkpoint: os.truncate(checkpoint.shards[4], 100_000), "truncated"),
+    "missing shard": (lambda checkpoint: checkpoint.shards[4].unlink(), "not in the folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_checkpoints_are_refused_before_anything_is_written(checkpoint, tmp_path, capsys, case):
+    damage, words = REFUSED[case]
+    damage(checkpoint)
+    before = contents(checkpoint.folder)
+    assert run(checkpoint.folder, tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert re.search(words, captured.err), captured.err
+    assert not (tmp_path / "out").exists()
+    assert contents(checkpoint.folder) == before
+
+
+def test_every_tensor_is_needed(checkpoint, tmp_path, capsys):
+    """A sample of single tensors, each left out in turn."""
+    draw = random.Random(3)
+    index = json.loads((checkpoint.folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+    for name in draw.sample([name for name in index if name.startswith("layers.")], 12):
+        path, whole = checkpoint.shard_of(name), checkpoint.shard_of(name).read_bytes()
+        remove(name)(checkpoint)
+        assert run(checkpoint.folder, tmp_path / "out") == 1
+        assert name.rpartition(".")[0] in capsys.readouterr().err
+        path.write_bytes(whole)
+        checkpoint.edit_index(lambda weight_map, name=name, path=path: weight_map.update({name: path.name}))
+    assert run(checkpoint.folder, tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("layers", ["0", "-1", "10", "1"])
+def test_impossible_prefixes(tiny, tmp_path, capsys, layers):
+    assert run(tiny, tmp_path / "out", "--layers", layers) == 1
+    assert f"--layers is {layers}" in capsys.readouterr().err
+
+
+def test_what_is_no_source(tmp_path, capsys):
+    for source in (tmp_path / "nowhere", "./a/b", "just-a-name"):
+        assert run(source, tmp_path / "out") == 1
+        assert "neither a folder nor a Hub id" in capsys.readouterr().err
+
+
+def test_a_hub_id_is_fetched_once_and_read_from_the_cache(tiny, tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, revision=None: fetched.append((name, revision)) or str(tiny)
+    )
+    assert run("deepseek-ai/Tiny", tmp_path / "out", "--revision", "abc") == 0
+    assert fetched == [("deepseek-ai/Tiny", "abc")]
+
+
+def test_errors_of_the_system_are_one_line_too(tmp_path, capsys):
+    assert run_command(lambda: (tmp_path / "gone").read_bytes()) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "gone" in message and message.count("\n") == 1
+
+
+# --- the target folder ---
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tiny, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert run(tiny, tmp_path / "out") == 1
+    assert "is not empty (it holds notes.txt)" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == {"notes.txt": b"mine"}
+
+
+def test_a_file_in_the_way(tiny, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert run(tiny, tmp_path / "out") == 1
+    assert "cannot be read or written" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(tiny, capsys):
+    """`/proc` is one for everybody, root included."""
+    assert run(tiny, "/proc/engram-conversion") == 1
+    assert "cannot be read or written" in capsys.readouterr().err
+
+
+def test_a_second_run_finds_the_work_done(tiny, tmp_path, capsys):
+    assert run(tiny, tmp_path / "out") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert run(tiny, tmp_path / "out") == 0
+    assert "already complete" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_another_conversion_does_not_overwrite_a_finished_one(tiny, tmp_path, capsys):
+    assert run(tiny, tmp_path / "out") == 0
+    before = contents(tmp_path / "out")
+    assert run(tiny, tmp_path / "out", "--dtype", "bfloat16") == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
+def test_too_small_a_disk_is_noticed_before_writing(checkpoint, tmp_path, capsys):
+    """A draft tensor larger than the free disk, in a sparse file."""
+    free = shutil.disk_usage(tmp_path).free
+    path = checkpoint.folder / "model-00015-of-00015.safetensors"
+    count = free // 2 + 10**6
+    write_safetensors(path, {"mtp.0.large": ["BF16", [count], b""]})
+    head = path.read_bytes().replace(b'"data_offsets": [0, 0]', f'"data_offsets": [0, {2 * count}]'.encode())[8:]
+    path.write_bytes(len(head).to_bytes(8, "little") + head)
+    os.truncate(path, 8 + len(head) + 2 * count)
+    checkpoint.edit_index(lambda index: index.update({"mtp.0.large": path.name}))
+    assert run(checkpoint.folder, tmp_path / "out") == 1
+    assert "free some space or choose another disk" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == {}
+
+
+def test_a_full_disk_leaves_no_half_file_and_resumes(tiny, converted, tmp_path, capsys):
+    """A limit on the size of files fails a write half-way, as a full disk or a quota does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
+    try:
+        assert run(tiny, tmp_path / "out") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "is full or a quota is reached" in capsys.readouterr().err
+    assert_only_whole_files(tmp_path / "out", contents(converted), parts=False)
+    assert run(tiny, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == contents(converted)
+
+
+def assert_only_whole_files(folder, expected, parts=True):
+    """Under final names nothing but finished files; `.part` files only after a kill."""
+    found = contents(folder) if folder.exists() else {}
+    final = {
+        name: data for name, data in found.items() if not name.endswith(".part") and name != ".conversion-journal"
+    }
+    assert parts or not any(name.endswith(".part") for name in found)
+    for name, data in final.items():
+        assert data == expected[name], name
+
+
+def run_and_die(source, target, moment, events):
+    """Convert, but die without notice at the `moment`-th time a file is opened, renamed or removed after planning.
+
+    Sources are opened once for each piece that is copied, so moments lie inside files, between them, and around renames.
+    """
+
+    def count(event, arguments):
+        if event in ("open", "os.rename", "os.remove", "os.mkdir") and target.exists():
+            events.value += 1
+            if events.value == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    run(source, target)
+
+
+def test_killed_at_20_random_moments(tiny, converted, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["engram_hf.convert_scripts.deepseek_v41_config"])
+    expected = contents(converted)
+
+    def die_at(moment, target):
+        events = context.Value("i", 0)
+        process = context.Process(target=run_and_die, args=(tiny, target, moment, events))
+        process.start()
+        process.join()
+        return process.exitcode, events.value
+
+    code, events = die_at(-1, tmp_path / "whole")
+    assert code == 0 and contents(tmp_path / "whole") == expected
+    draw, target, states = random.Random(5), tmp_path / "out", set()
+    for attempt in range(20):
+        # Every other time on top of what the last one left, so that resuming is interrupted as well.
+        if attempt % 2 == 0:
+            shutil.rmtree(target, ignore_errors=True)
+        code, _ = die_at(draw.randrange(1, events if attempt % 2 == 0 else events // 3), target)
+        assert code in (-signal.SIGKILL, 0)
+        states.add(frozenset(contents(target)))
+        assert_only_whole_files(target, expected)
+        if attempt % 2:
+            assert run(tiny, target) == 0
+            assert contents(target) == expected
+    assert len(states) >= 15
+
+
+def test_an_interrupted_conversion_of_another_source_is_not_mixed(tiny, checkpoint, tmp_path, capsys):
+    target = tmp_path / "out"
+    assert run(tiny, target) == 0
+    (target / "conversion_manifest.json").unlink()
+    (target / ".conversion-journal").write_text('{"fingerprint": "other"}\n')
+    assert run(tiny, target) == 1
+    assert "another source or with other options" in capsys.readouterr().err
+
+
+def test_a_torn_journal_line_counts_as_absent(tiny, converted, tmp_path):
+    target = tmp_path / "out"
+    manifest = json.loads((converted / "conversion_manifest.json").read_text(encoding="utf-8"))
+    target.mkdir()
+    name = "model-00001-of-00010.safetensors"
+    (target / name).write_bytes(b"not what the torn line would have promised")
+    torn = json.dumps({"name": name, "size": 42, "crc32": "0" * 8})[:-9]
+    (target / ".conversion-journal").write_text(json.dumps({"fingerprint": manifest["fingerprint"]}) + "\n" + torn)
+    assert run(tiny, target) == 0
+    assert contents(target) == contents(converted)
+
+
+def test_two_conversions_into_one_folder_at_once(tiny, tmp_path, capsys):
+    import fcntl
+
+    target = tmp_path / "out"
+    target.mkdir()
+    with (target / ".conversion-journal").open("w") as held:
+        held.write('{"fingerprint": "x"}\n')
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run(tiny, target) == 1
+    assert "another conversion is writing" in capsys.readouterr().err

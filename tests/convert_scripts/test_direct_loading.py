@@ -1,0 +1,145 @@
+"""Loading the release's folder, and kept quantized folders of ours, through the Auto classes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import engram_hf.modeling_deepseek_v41  # noqa: F401 (registers the backbone)
+from engram_hf.convert_scripts import convert_deepseek_v41, export_deepseek_v41
+from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
+from engram_hf.convert_scripts.direct_loading import DeepseekV41Config, register, upstream_conversions
+from engram_hf.convert_scripts.safetensors_files import read_checkpoint
+from engram_hf.convert_scripts.tensor_rules import bind
+
+register()
+
+
+@pytest.fixture(scope="module")
+def truth(golden):
+    names = [f"{case}.{what}" for case in ("full", "long") for what in ("input_ids", "logits")]
+    with safe_open(golden / "deepseek_v41_tiny" / "golden.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def float32(tiny, tmp_path_factory):
+    target = tmp_path_factory.mktemp("float32") / "tiny"
+    assert convert_deepseek_v41.main([str(tiny), str(target), "--dtype", "float32"]) == 0
+    return target
+
+
+def load(folder, **options):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def assert_golden_logits(model, truth):
+    for case in ("full", "long"):
+        with torch.no_grad():
+            logits = model(truth[f"{case}.input_ids"], use_cache=False).logits
+        assert (logits - truth[f"{case}.logits"]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["tiny", "converted", "float32"])
+def test_golden_logits(request, truth, kind):
+    """The release itself, its conversion with quantized weights, and dequantized."""
+    model = load(request.getfixturevalue(kind), dtype=torch.float32)
+    assert (type(model).__name__, type(model.config).__name__) == ("EngramForCausalLM", "EngramConfig")
+    assert_golden_logits(model, truth)
+
+
+def test_the_release_and_its_conversion_are_one_model(tiny, converted):
+    direct, through = load(tiny, dtype=torch.bfloat16), load(converted, dtype=torch.bfloat16)
+    ours, theirs = through.state_dict(), direct.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].dtype == theirs[name].dtype for name in ours)
+    assert all(torch.equal(ours[name].float(), theirs[name].float()) for name in ours)
+    assert direct.config.to_dict().keys() == through.config.to_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["tiny", "converted"])
+def test_saves_as_an_ordinary_model(request, truth, tmp_path, kind):
+    load(request.getfixturevalue(kind), dtype=torch.float32).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == "engram"
+    assert_golden_logits(load(tmp_path), truth)
+
+
+def test_a_prefix_has_the_streams_of_the_whole(golden, tiny, tmp_path):
+    assert convert_deepseek_v41.main([str(tiny), str(tmp_path / "out"), "--layers", "5", "--dtype", "float32"]) == 0
+    model = load(tmp_path / "out")
+    with safe_open(golden / "deepseek_v41_tiny" / "golden.safetensors", "pt") as file:
+        ids, expected = file.get_tensor("long.input_ids"), file.get_tensor("long.layers.4.streams")
+    seen = []
+    model.model.backbone.layers[4].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    assert (seen[0] - expected).abs().max() < 1e-4
+
+
+def test_a_saved_model_exports_to_the_releases_values(tiny, converted, tmp_path):
+    """Load, save after training would have changed it, export with the conversion's record: the release's logits again."""
+    load(tiny, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    arguments = [str(tmp_path / "saved"), str(tmp_path / "back"), "--record", str(converted)]
+    assert export_deepseek_v41.main(arguments) == 0
+    original, back = (
+        load(tiny, dtype=torch.float32).state_dict(),
+        load(tmp_path / "back", dtype=torch.float32).state_dict(),
+    )
+    assert all(torch.equal(original[name].float(), back[name].float()) for name in original)
+
+
+def test_the_tokenizer_of_a_conversion_has_the_template(converted):
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == "<｜begin▁of▁sentence｜><｜User｜>a<｜Assistant｜></think>"
+
+
+def test_config_of_the_release(tiny):
+    config = AutoConfig.from_pretrained(tiny)
+    assert isinstance(config, DeepseekV41Config)
+    assert config.engram_layer_ids == [1, 4] and config.text_config.num_hidden_layers == 9
+
+
+def test_a_missing_shard_tensor_is_named(tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    gone = "model-00004-of-00014.safetensors"
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != gone}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"lacks the weights of 'model\.backbone\.layers\.2\."):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_another_tokenizer_is_refused(tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("<｜User｜>", "ａ"), encoding="utf-8")
+    with pytest.raises(ValueError, match="884"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_the_mapping_is_the_table(tiny):
+    """Every upstream name of the table, through transformers' renamings and converters, becomes the table's name."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = upstream_conversions(DEEPSEEK_V41)
+    renamings = [item for item in conversions if isinstance(item, WeightRenaming)]
+    converters = [item for item in conversions if isinstance(item, WeightConverter)]
+    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
+    seen = set()
+    for binding in bind(DEEPSEEK_V41, config["text_config"]):
+        for tensor in binding.weights:
+            renamed, _ = rename_source_key(tensor.name, renamings, converters)
+            assert renamed == binding.ours, tensor.name
+            seen.add(tensor.name)
+    weights = {name for name in read_checkpoint(tiny).tensors if not name.endswith(".scale")}
+    assert seen == {name for name in weights if not name.startswith(DEEPSEEK_V41.carried)}
