@@ -17,15 +17,16 @@ setup(
     python_requires=">=3.11",
     # Listed by name, so that tests, benchmarks and examples are never installed.
     packages=[
+        "engram_cli",
         "engram_hf",
-        "engram_hf.cli",
         "engram_hf.convert_scripts",
         "engram_hf.tokenization",
         "engram_hf.training",
     ],
-    package_dir={"engram_hf": "."},
+    # The command line stands beside the package: `engram --help` must not wait for torch, which `engram_hf` imports.
+    package_dir={"engram_hf": ".", "engram_cli": "cli"},
     package_data={"engram_hf.convert_scripts": ["*.jinja"]},
-    entry_points={"console_scripts": ["engram = engram_hf.cli.main:main"]},
+    entry_points={"console_scripts": ["engram = engram_cli.main:main"]},
     install_requires=[
         "torch>=2.10",
         "transformers>=5.17",

@@ -1,0 +1,168 @@
+"""The model card that `push_to_hub` writes: which backbone, which memory, how large, how to load it."""
+
+import os
+import re
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from .configuration_engram import EngramConfig
+from .memory_engram import EngramTable
+
+# How transformers' `create_and_tag_model_card` describes a repository that had no card.
+_PLACEHOLDER = "This model card has been automatically generated."
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COUNT_PREFIXES, _BYTE_PREFIXES = "kMBT", "kMGT"
+_LICENCE_FIELDS = ("license", "license_name", "license_link")
+
+
+def model_card(config: EngramConfig, repo_id: str | None = None, **metadata: Any) -> str:
+    """A model card: the YAML block that the Hub reads, and what a reader wants to know first.
+
+    Args:
+        config: of the model the card describes.
+        repo_id: Hub id of the model, for the title and the loading example.
+        **metadata: fields of `huggingface_hub.ModelCardData`, such as `license`, `base_model` or `language`. `tags`
+            are added to the card's own.
+    """
+    model_type = config.text_config.model_type
+    tags = list(dict.fromkeys(["engram", model_type, *(metadata.pop("tags", None) or ())]))
+    fields = {"library_name": "transformers", "pipeline_tag": "text-generation", **metadata}
+    data = ModelCardData(tags=tags, **fields)
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(config, repo_id or 'path/to/this/model', data)}"
+
+
+def write_model_card(
+    path: str | os.PathLike, config: EngramConfig, repo_id: str, token: str | bool | None = None
+) -> None:
+    """Replace the placeholder card that transformers saved at `path`; a card with any other text is left alone.
+
+    The backbone is named as base model, with its licence, if `config` remembers it as a repository that the Hub knows.
+
+    Args:
+        path: the README.md about to be uploaded.
+        config: of the model.
+        repo_id: where it is going.
+        token: as in `push_to_hub`.
+    """
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    if _PLACEHOLDER not in card.text:
+        return
+    text = model_card(config, repo_id, tags=card.data.tags, **_provenance(config.text_config, token))
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _provenance(text_config: PreTrainedConfig, token: str | bool | None) -> dict[str, Any]:
+    """`base_model` and the licence fields, as far as the Hub knows the repository the backbone was loaded from."""
+    name = text_config.name_or_path or ""
+    if not _HUB_ID.fullmatch(name) or os.path.exists(name):
+        return {}
+    try:
+        card = HfApi(token=token).model_info(name).card_data
+    except (HfHubHTTPError, HFValidationError):
+        # A relative path looks like a Hub id, and a repository may be gone: then there is nothing to point at.
+        return {}
+    stated = {} if card is None else card.to_dict()
+    return {"base_model": name, **{field: stated[field] for field in _LICENCE_FIELDS if stated.get(field)}}
+
+
+def _body(config: EngramConfig, repo_id: str, data: ModelCardData) -> str:
+    layers = _enumerate(config.engram_layer_ids)
+    facts = "\n".join(f"| {name} | {fact} |" for name, fact in _facts(config, data.base_model).items())
+    return f"""# {repo_id.split("/")[-1]}
+
+A `{config.text_config.model_type}` language model with [Engram](https://arxiv.org/abs/2601.07372) memory: decoder layers
+{layers} add rows of large tables to what they compute, and hashes of the last {_orders(config)} tokens say which rows.
+
+| | |
+|---|---|
+{facts}
+
+## Loading
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True, device_map="auto")
+```
+
+The model's code lies beside its weights, which is what `trust_remote_code` allows to run. Memory is addressed by token ids:
+use this repository's tokenizer, and pass `input_ids` even where you pass `inputs_embeds`.
+
+## Licence
+
+{_licence_sentence(data)}
+"""
+
+
+def _facts(config: EngramConfig, base_model: str | None) -> dict[str, str]:
+    text = config.text_config
+    backbone, memory = _backbone_parameters(text), _memory_parameters(config)
+    source = f"[{base_model}](https://huggingface.co/{base_model}), " if base_model else ""
+    rows = _enumerate([f"{count:,}" for count in config.engram_num_embeddings])
+    compressed = config.engram_compressed_vocab_size
+    vocabulary = "not compressed" if compressed is None else f"{text.vocab_size:,} ids, {compressed:,} for n-grams"
+    return {
+        "Backbone": f"{source}`{text.model_type}`, {text.num_hidden_layers} layers, {_amount(backbone)} parameters",
+        "Memory": f"{_amount(memory)} parameters, {memory / (memory + backbone):.1%} of the model",
+        "Memory layers": f"{_enumerate(config.engram_layer_ids)} (counted from 0)",
+        "N-grams": f"{_orders(config)} tokens, {config.engram_n_heads} hash heads each",
+        "Tables": f"{rows} rows of {config.engram_head_dim} {_table_dtype(config)}, {_amount(_table_bytes(config), _BYTE_PREFIXES)}B",
+        "Vocabulary": vocabulary,
+    }
+
+
+def _licence_sentence(data: ModelCardData) -> str:
+    if data.license is None:
+        return "That of the backbone; name it in the `license` field at the top of this file."
+    name = getattr(data, "license_name", None) or data.license
+    link = getattr(data, "license_link", None)
+    stated = f"[{name}]({link})" if link else f"`{name}`"
+    return f"{stated}, as the backbone's." if data.base_model else f"{stated}."
+
+
+def _backbone_parameters(text_config: PreTrainedConfig) -> int:
+    # Counted from the config, since loaded weights may be quantized or packed.
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(text_config).num_parameters()
+
+
+def _memory_parameters(config: EngramConfig) -> int:
+    beside = len(config.engram_layer_ids) * config.parameters_beside_table
+    return sum(config.engram_num_embeddings) * config.engram_head_dim + beside
+
+
+def _table_dtype(config: EngramConfig) -> str:
+    return config.engram_table_dtype or str(config.dtype or torch.float32).removeprefix("torch.")
+
+
+def _table_bytes(config: EngramConfig) -> int:
+    """Bytes of all rows with their scales, from what one row takes."""
+    dtype = None if config.engram_table_dtype else getattr(torch, _table_dtype(config))
+    row = EngramTable(1, config.engram_head_dim, config.engram_table_dtype, device="meta", dtype=dtype)
+    return sum(config.engram_num_embeddings) * sum(parameter.nbytes for parameter in row.parameters())
+
+
+def _orders(config: EngramConfig) -> str:
+    largest = config.engram_max_ngram_size
+    return f"2 to {largest}" if largest > 2 else "2"
+
+
+def _amount(number: int, prefixes: str = _COUNT_PREFIXES) -> str:
+    """`number` with three digits and a decimal prefix: `46.7 B`."""
+    value, prefix = float(number), ""
+    for larger in prefixes:
+        if value < 999.5:
+            break
+        value, prefix = value / 1000, larger
+    return f"{value:.3g} {prefix}"
+
+
+def _enumerate(items) -> str:
+    *most, last = map(str, items)
+    return f"{', '.join(most)} and {last}" if most else last

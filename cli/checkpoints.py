@@ -1,0 +1,41 @@
+"""`engram convert` and `engram export`: to and from other checkpoint layouts, by the scripts in `convert_scripts`."""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+# Command, layout: the script, and what it does.
+SCRIPTS = {
+    ("convert", "deepseek-v4.1"): ("convert_deepseek_v41", "a DeepSeek-V4.1 checkpoint to a model of this package"),
+    ("convert", "demo"): ("convert_engram_demo", "memory of the public Engram demo, put onto a backbone"),
+    ("export", "deepseek-v4.1"): ("export_deepseek_v41", "a model with the V4.1 backbone in the release's own layout"),
+}
+_SUMMARY = {
+    "convert": "make a model from a checkpoint in another layout",
+    "export": "write a model in another layout",
+}
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands of this module to an argparse subparsers object."""
+    for command, summary in _SUMMARY.items():
+        parser = commands.add_parser(
+            command,
+            help=summary,
+            description=f"{summary.capitalize()}. `engram {command} LAYOUT --help` shows the arguments of each.",
+        )
+        layouts = parser.add_subparsers(title="layouts", metavar="LAYOUT", required=True)
+        for (of, layout), (_, what) in SCRIPTS.items():
+            if of == command:
+                layouts.add_parser(layout, help=what, add_help=False)
+
+
+def is_for_script(arguments: Sequence[str]) -> bool:
+    """Whether a script is to parse the rest of the command line."""
+    return tuple(arguments[:2]) in SCRIPTS
+
+
+def run_script(command: str, layout: str, *arguments: str) -> int:
+    """Run the script of a layout with its own arguments; returns its exit status."""
+    module, _ = SCRIPTS[command, layout]
+    return importlib.import_module(f"engram_hf.convert_scripts.{module}").main(list(arguments))

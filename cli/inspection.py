@@ -1,0 +1,117 @@
+"""`engram inspect` and `engram card`: what a folder holds, from its config and file headers alone."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .folders import is_model, read_config, read_stored_tables, require_folder, weight_files
+from .output import columns, print_json, size
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands of this module to an argparse subparsers object."""
+    inspect = commands.add_parser(
+        "inspect",
+        help="what memory a model or a folder of tables holds",
+        description="Show layers, rows, bytes and dtypes of the memory in a folder, and where it would live when loaded. "
+        "Reads the config and file headers, no weights.",
+    )
+    inspect.add_argument("folder", help="a saved model, or a folder with engram_tables.json")
+    inspect.add_argument("--json", action="store_true", help="print one JSON document")
+    inspect.set_defaults(run=run_inspect)
+    card = commands.add_parser(
+        "card",
+        help="the model card of a model, as push_to_hub writes it",
+        description="Print a model card (README.md) for a model folder that is uploaded by other means than push_to_hub.",
+    )
+    card.add_argument("folder", help="a saved model")
+    card.add_argument("--repo-id", help="Hub id of the model, for the loading example")
+    card.add_argument("--base-model", help="Hub id of the backbone")
+    card.add_argument("--license", help="licence identifier, such as apache-2.0")
+    card.set_defaults(run=run_card)
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    """Print what `options.folder` holds."""
+    found = describe_folder(require_folder(options.folder))
+    if options.json:
+        print_json(found)
+        return
+    tables = [{**table, "bytes": size(table["bytes"])} for table in found.pop("tables")]
+    for name, value in found.items():
+        print(f"{name.replace('_', ' '):<16}{_for_people(value)}")
+    print()
+    print(columns(list(tables[0]), [list(table.values()) for table in tables]))
+
+
+def run_card(options: argparse.Namespace) -> None:
+    """Print the card of the model in `options.folder`."""
+    from engram_hf.card_engram import model_card
+
+    fields = {"base_model": options.base_model, "license": options.license}
+    config = read_config(require_folder(options.folder))
+    print(model_card(config, options.repo_id, **{name: value for name, value in fields.items() if value}), end="")
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """Facts about a model folder or table folder, as JSON values; the tables last.
+
+    Raises:
+        ValueError: it is neither, or something in it is broken.
+    """
+    from engram_hf.residency_engram import choose_residency, free_host_memory
+
+    tables = read_stored_tables(folder)
+    in_tables = sum(table.size for table in tables.values())
+    facts: dict[str, Any] = {"folder": str(folder)}
+    if is_model(folder):
+        facts |= _describe_model(folder, in_tables)
+    return {
+        **facts,
+        "table_bytes": in_tables,
+        "residency": {"auto": choose_residency(in_tables, free_host_memory(), None), "options": _residencies()},
+        "tables": [
+            {
+                "layer": table.layer,
+                "rows": table.num_rows,
+                "width": table.width,
+                "dtype": table.dtype,
+                "files": " ".join(dict.fromkeys(part.file.path.name for part in table.parts)),
+                "bytes": table.size,
+            }
+            for table in tables.values()
+        ],
+    }
+
+
+def _describe_model(folder: Path, in_tables: int) -> dict[str, Any]:
+    config = read_config(folder)
+    text = config.text_config
+    stored = sum(path.stat().st_size for path in weight_files(folder))
+    return {
+        "backbone": f"{text.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size}",
+        "memory_layers": list(config.engram_layer_ids),
+        "ngrams": list(range(2, config.engram_max_ngram_size + 1)),
+        "heads": config.engram_n_heads,
+        "token_ids": config.vocab_size,
+        "compressed_ids": config.engram_compressed_vocab_size,
+        "weight_bytes": stored,
+        "table_share": round(in_tables / stored, 4),
+    }
+
+
+def _residencies() -> list[str]:
+    """What `engram_residency` can be on this machine, `auto` apart."""
+    import torch
+
+    return ["resident", "mapped", *(["pinned"] if torch.cuda.is_available() else [])]
+
+
+def _for_people(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"auto is {value['auto']}; can be {', '.join(value['options'])}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.1%}"
+    return "none" if value is None else f"{value:,}" if isinstance(value, int) else value

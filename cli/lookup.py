@@ -1,0 +1,156 @@
+"""`engram lookup`: which rows of which tables a text reads."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .folders import read_config, read_stored_tables, require_folder, weight_files
+from .output import print_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from engram_hf.configuration_engram import EngramConfig
+    from engram_hf.hashing_engram import NgramHasher
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands of this module to an argparse subparsers object."""
+    lookup = commands.add_parser(
+        "lookup",
+        help="which rows a text reads: tokens, compressed ids, n-grams, row ids and norms",
+        description="Tokenize a text and show what each position reads from memory. Only those rows are read from disk.",
+    )
+    lookup.add_argument("folder", help="a saved model with its tokenizer")
+    lookup.add_argument("text")
+    lookup.add_argument("--json", action="store_true", help="print one JSON document")
+    lookup.set_defaults(run=run_lookup)
+
+
+def run_lookup(options: argparse.Namespace) -> None:
+    """Print what `options.text` reads."""
+    positions = look_up(require_folder(options.folder), options.text)
+    if options.json:
+        print_json(positions)
+        return
+    for index, position in enumerate(positions):
+        same = " ".join(map(repr, position["same"]))
+        print(f"{index}  {position['token']!r}  id {position['id']}, compressed {position['compressed']} ({same})")
+        for ngram in position["ngrams"]:
+            print(f"   {ngram['order']}-gram  {' '.join('(cut)' if t is None else repr(t) for t in ngram['tokens'])}")
+            for layer in ngram["layers"]:
+                rows = "  ".join(f"{row:,}" for row in layer["rows"])
+                norms = "  ".join(f"{norm:.3g}" for norm in layer["norms"])
+                print(f"      layer {layer['layer']:<3} rows {rows}   norms {norms}")
+
+
+def look_up(folder: Path, text: str) -> list[dict[str, Any]]:
+    """For every token of `text`: its ids, and its n-grams with the rows they read in every layer, one a head.
+
+    A token of an n-gram is None where the look-back leaves the text; the pad id stands there.
+
+    Raises:
+        ValueError: the folder is no complete model with its tokenizer, or they do not belong together.
+    """
+    import torch
+
+    from engram_hf.tokenization import EngramTokenizer
+
+    config = read_config(folder)
+    hasher = read_hasher(folder, config)
+    tokenizer = EngramTokenizer.from_pretrained(folder)
+    ids = tokenizer(text)["input_ids"]
+    if not ids:
+        raise ValueError("The text has no tokens; give at least one word.")
+    compressed = hasher.compress(torch.tensor([ids]))
+    row_ids = hasher(compressed)[:, 0]
+    norms = _row_norms(folder, config, row_ids)
+    # [layer, position, order, head]
+    by_head = (*row_ids.shape[:2], config.engram_max_ngram_size - 1, config.engram_n_heads)
+    row_ids, norms = row_ids.view(by_head), norms.view(by_head)
+    tokens = [tokenizer.decode([token]) for token in ids]
+    return [
+        {
+            "token": tokens[at],
+            "id": ids[at],
+            "compressed": int(compressed[0, at]),
+            "same": _same_tokens(tokenizer, hasher, int(compressed[0, at]), ids[at]),
+            "ngrams": [
+                {"order": order + 2, "tokens": _window(tokens, at, order + 2)}
+                | {"layers": _reads(config, row_ids[:, at, order], norms[:, at, order])}
+                for order in range(by_head[2])
+            ],
+        }
+        for at in range(len(ids))
+    ]
+
+
+def _window(tokens: list[str], at: int, order: int) -> list[str | None]:
+    """The last `order` tokens up to position `at`; None before the beginning."""
+    return [tokens[index] if index >= 0 else None for index in range(at - order + 1, at + 1)]
+
+
+def _reads(config: "EngramConfig", row_ids: "torch.Tensor", norms: "torch.Tensor") -> list[dict[str, Any]]:
+    """Rows and norms `[L, H]` of one n-gram, by layer."""
+    layers = zip(config.engram_layer_ids, row_ids.tolist(), norms.tolist(), strict=True)
+    return [{"layer": layer, "rows": rows, "norms": values} for layer, rows, values in layers]
+
+
+def read_hasher(folder: Path, config: "EngramConfig") -> "NgramHasher":
+    """The hash of a saved model, with the constants and the token map stored beside its weights.
+
+    Raises:
+        ValueError: they are missing, or not those of the config.
+    """
+    from safetensors import safe_open
+
+    from engram_hf.hashing_engram import NgramHasher
+    from engram_hf.table_format_engram import read_header
+
+    hasher = NgramHasher(
+        layer_ids=config.engram_layer_ids,
+        max_ngram=config.engram_max_ngram_size,
+        bucket_counts=config.bucket_counts,
+        heads=config.engram_n_heads,
+        vocab_size=config.vocab_size,
+        compressed_vocab_size=config.engram_compressed_vocab_size,
+        pad_token_id=config.engram_pad_token_id,
+        seed=config.engram_seed,
+    )
+    state = {}
+    for path in weight_files(folder):
+        names = [name for name in read_header(path).tensors if ".hashing." in f".{name}"]
+        with safe_open(path, framework="pt") as file:
+            state |= {name.rpartition(".")[2]: file.get_tensor(name) for name in names}
+    if missing := sorted(hasher.state_dict().keys() - state.keys()):
+        raise ValueError(f"{folder} lacks the hash tensors {', '.join(missing)}; complete it (a shard may be absent).")
+    hasher.load_state_dict(state)
+    hasher.verify_constants()
+    return hasher
+
+
+def _row_norms(folder: Path, config: "EngramConfig", row_ids: "torch.Tensor") -> "torch.Tensor":
+    """Euclidean norms `[L, S, T]` of the rows `row_ids` `[L, S, T]`."""
+    import torch
+
+    from engram_hf.memory_engram import read_rows
+    from engram_hf.residency_engram import MappedRows
+
+    tables = read_stored_tables(folder)
+    norms = []
+    for layer, rows in zip(config.engram_layer_ids, row_ids, strict=True):
+        if layer not in tables:
+            raise ValueError(f"{folder} has no table for layer {layer}; complete it (a shard may be absent).")
+        source = MappedRows(tables[layer])
+        if source.num_rows <= int(rows.max()):
+            raise ValueError(f"The table of layer {layer} has only {source.num_rows} rows; `engram check` says more.")
+        norms.append(read_rows(source, rows).unflatten(-1, (-1, source.width)).norm(dim=-1))
+    return torch.stack(norms)
+
+
+def _same_tokens(tokenizer, hasher: "NgramHasher", compressed: int, token_id: int) -> list[str]:
+    """Up to eight tokens with this compressed id."""
+    if hasher.token_map is None:
+        return [tokenizer.decode([token_id])]
+    same = (hasher.token_map == compressed).nonzero().flatten()[:8].tolist()
+    return [tokenizer.decode([token]) for token in same]

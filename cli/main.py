@@ -1,0 +1,58 @@
+"""Entry point of the command `engram`: what it can do, and how an error ends."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from . import checkpoints, inspection, lookup, tables, vocabulary
+
+EPILOG = """\
+examples:
+  engram inspect ./model                          what memory a model has, and where it would live
+  engram lookup ./model "the capital of France"   which rows a text reads
+  engram quantize ./model ./smaller --dtype int8  store its tables in one byte a number
+  engram check ./model                            verify table files against the format
+
+exit status: 0 done, 1 bad input (one sentence on the error stream), 2 wrong usage.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="engram",
+        description="Look at, check and convert language models with Engram memory.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for group in (inspection, lookup, tables, vocabulary, checkpoints):
+        group.add_commands(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status.
+
+    Args:
+        arguments: as on the command line; None for those of this process.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if checkpoints.is_for_script(arguments):
+            return checkpoints.run_script(*arguments)
+        options = build_parser().parse_args(arguments)
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (`| head`) has enough; closing the stream at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"engram: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("engram: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,137 @@
+"""Engram in a few minutes, from the Python standard library's sources to a model that loads anywhere.
+
+Trains a tokenizer, a small mixture-of-experts model with memory and its twin without, compares their loss on files
+that neither has seen, reloads the model in a fresh process, and shows which tokens opened the memory's gate.
+
+    python examples/quickstart.py [--output out/quickstart] [--steps N] [--seed N] [--quick]
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+# Must be set before torch starts its threads: those that wait for others then sleep. On a machine that has other work
+# too, they otherwise burn the very cores that the awaited threads need, and a step takes several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+EXAMPLES = Path(__file__).parent
+PROMPT = "class Reader:\n    def __init__(self, stream, encoding=None):\n        self."
+SENTENCE = "for name, value in self.__dict__.items():"
+THREADS = 2
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="training steps of each model")
+    parser.add_argument("--seed", type=int, default=0, help="of the data order and the weights (default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model and a few steps: checks that all of it runs"
+    )
+    args = parser.parse_args()
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps is {args.steps}, but each model needs at least one step of training")
+    run(args.output, args.seed, args.steps, args.quick)
+
+
+def run(output: Path, seed: int, steps: int | None, quick: bool) -> None:
+    """The whole tour; everything it writes lies under `output`."""
+    started = time.perf_counter()
+    # Only now: `--help` does not wait for torch.
+    import torch
+    from rich.console import Console
+    from stdlib_text import read_sources, token_blocks, train_tokenizer
+    from transformers.utils import logging
+    from twin_models import QUICK, Size, build_twin, build_with_memory, count_parameters, train
+
+    logging.disable_progress_bar()  # of loading and saving; the Trainer has its own
+    torch.set_num_threads(THREADS)
+    size = QUICK if quick else Size()
+    size = replace(size, steps=steps or size.steps)
+    console = Console()
+
+    console.rule("1. Text and tokenizer", align="left")
+    sources, unseen = read_sources()
+    sources = sources[: size.files]
+    console.print(f"{len(sources)} files of the standard library to train on, {len(unseen)} held out")
+    tokenizer = train_tokenizer(sources, size.vocab_size)
+    console.print(str(tokenizer.compression_summary(examples=3)), markup=False, highlight=False, soft_wrap=True)
+    blocks = {
+        "train": token_blocks(tokenizer, sources, size.block, seed),
+        "held_out": token_blocks(tokenizer, unseen, size.block, seed)[: size.held_out_blocks],
+    }
+
+    console.rule("2. Two models, one training", align="left")
+    model = build_with_memory(size, tokenizer, seed)
+    active, _ = count_parameters(model)
+    twin = build_twin(size, tokenizer, seed, active)
+    console.print("The twin's experts are wider: a token uses as many parameters as with memory.")
+    results = [
+        train(twin, "without memory", size, blocks, output, seed),
+        train(model, "with memory", size, blocks, output, seed),
+    ]
+    console.print(comparison(*results))
+    rows = sum(memory.table.weight.numel() for memory in model.model.memories().values())
+    read = len(model.model.memories()) * model.config.engram_row_width
+    console.print(f"The tables hold {rows:,} parameters, of which a token reads {read}.")
+
+    console.rule("3. Saved, and reloaded in a process that has never seen engram-hf", align="left")
+    folder = output / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    console.print(continued(folder.resolve()), markup=False, highlight=False, soft_wrap=True, style="green")
+
+    console.rule("4. Which tokens open the gate", align="left")
+    picture = output / "gates.png"
+    show_gates(console, model, tokenizer, picture)
+
+    console.rule(align="left")
+    console.print(f"model and tokenizer  {folder}\ngates                {picture}", highlight=False)
+    console.print(f"elapsed              {time.perf_counter() - started:.1f} s", highlight=False)
+
+
+def comparison(without, with_memory):
+    """The table of the two runs."""
+    from rich.table import Table
+
+    table = Table("", without.title, with_memory.title, "difference")
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def row(label: str, name: str, form: str, relative: bool = True) -> None:
+        first, second = getattr(without, name), getattr(with_memory, name)
+        difference = f"{second / first - 1:+.2%}" if relative else f"{second - first:+{form}}"
+        table.add_row(label, f"{first:{form}}", f"{second:{form}}", difference)
+
+    row("active parameters", "active", ",")
+    row("all parameters", "total", ",")
+    row("tokens trained on", "tokens", ",")
+    row("training, seconds", "seconds", ".1f")
+    row("training, processor seconds", "processor_seconds", ".1f")
+    row("held-out loss, nats/token", "loss", ".4f", relative=False)
+    row("held-out perplexity", "perplexity", ".2f")
+    return table
+
+
+def continued(folder: Path) -> str:
+    """A continuation of the prompt by the model in `folder`, made by a fresh Python."""
+    command = [sys.executable, "-X", "utf8", str(EXAMPLES / "continue_text.py"), str(folder), PROMPT]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout.rstrip()
+
+
+def show_gates(console, model, tokenizer, picture: Path) -> None:
+    """Draw the gates of one line of Python in the terminal, and save them as a picture."""
+    from gate_picture import draw_in_terminal, read_gates, save_picture
+
+    tokens, gates = read_gates(model.eval(), tokenizer, SENTENCE)
+    console.print(draw_in_terminal(tokens, gates))
+    save_picture(tokens, gates, picture)
+
+
+if __name__ == "__main__":
+    main()

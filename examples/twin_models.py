@@ -1,0 +1,197 @@
+"""A small mixture-of-experts model with Engram memory, and its twin without: same active parameters, same training."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    ProgressCallback,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from engram_hf import EngramConfig, EngramForCausalLM, EngramTokenizer
+from engram_hf.training import engram_parameter_groups
+
+
+@dataclass(frozen=True)
+class Size:
+    """What decides how long everything takes."""
+
+    files: int | None = None  # of the training text; None for all
+    vocab_size: int = 4096
+    hidden_size: int = 192
+    layers: int = 4
+    experts: int = 8
+    expert_width: int = 192
+    memory_heads: int = 4
+    memory_width: int = 32
+    rows: int = 80_000  # of each layer's table, about
+    block: int = 128
+    batch: int = 4
+    steps: int = 800
+    held_out_blocks: int = 512
+    learning_rate: float = 1.5e-3  # at 800 steps better than 1e-3 for either; 6e-4 and 3e-3 did worse in shorter runs
+
+
+QUICK = Size(
+    files=40,
+    vocab_size=512,
+    hidden_size=64,
+    layers=3,
+    experts=4,
+    expert_width=32,
+    memory_heads=2,
+    memory_width=16,
+    rows=2000,
+    block=64,
+    steps=3,
+    held_out_blocks=8,
+)
+
+
+def backbone_config(size: Size, tokenizer: EngramTokenizer, expert_width: int) -> Qwen3MoeConfig:
+    """A Qwen3-MoE of a few million parameters; every token uses two experts a layer."""
+    return Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden_size,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.hidden_size // 32,
+        num_key_value_heads=size.hidden_size // 64,
+        head_dim=32,
+        num_experts=size.experts,
+        num_experts_per_tok=2,
+        moe_intermediate_size=expert_width,
+        max_position_embeddings=4 * size.block,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        # The grouped kernel wants widths in multiples of 16 bytes; the twin's experts get whatever width makes it equal.
+        experts_implementation="eager",
+    )
+
+
+def build_with_memory(size: Size, tokenizer: EngramTokenizer, seed: int) -> EngramForCausalLM:
+    """The backbone with the paper's memory on two layers."""
+    set_seed(seed)
+    config = EngramConfig.for_backbone(
+        backbone_config(size, tokenizer, size.expert_width),
+        tokenizer,
+        layer_ids=[1, 2],
+        variant="paper",
+        rows=size.rows,
+        engram_n_heads=size.memory_heads,
+        engram_head_dim=size.memory_width,
+    )
+    model = EngramForCausalLM(config)
+    model.set_token_map(tokenizer)
+    return model
+
+
+def build_twin(size: Size, tokenizer: EngramTokenizer, seed: int, active: int) -> Qwen3MoeForCausalLM:
+    """The backbone alone, its experts widened until a token uses `active` parameters, as it does with memory."""
+    narrow, wider = (
+        count_parameters(_backbone(size, tokenizer, seed, width))[0]
+        for width in (size.expert_width, size.expert_width + 1)
+    )
+    extra = round((active - narrow) / (wider - narrow))
+    return _backbone(size, tokenizer, seed, size.expert_width + extra)
+
+
+def _backbone(size: Size, tokenizer: EngramTokenizer, seed: int, expert_width: int) -> Qwen3MoeForCausalLM:
+    set_seed(seed)
+    return Qwen3MoeForCausalLM(backbone_config(size, tokenizer, expert_width))
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Parameters that one token uses, and all of them.
+
+    Idle are the experts that the router did not choose and the table rows that no hash head reads. The embedding is
+    the output head too, so it is in use as a whole.
+    """
+    config, total, active = model.config.get_text_config(), 0, 0
+    for name, parameter in model.named_parameters():
+        used = parameter.numel()
+        if ".experts." in name:
+            used = used * config.num_experts_per_tok // config.num_experts
+        elif name.endswith("engram.table.weight"):
+            used = model.config.engram_row_width
+        total, active = total + parameter.numel(), active + used
+    return active, total
+
+
+class LossOnBar(ProgressCallback):
+    """The Trainer's own progress bar, with the loss beside it instead of a line of log for every entry."""
+
+    def __init__(self, title: str):
+        super().__init__()
+        self.title = title
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.training_bar.set_description(self.title)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training run came to."""
+
+    title: str
+    active: int
+    total: int
+    tokens: int
+    seconds: float
+    processor_seconds: float  # does not grow with what else the machine does
+    loss: float  # nats a token, on the held-out files
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss."""
+        return math.exp(self.loss)
+
+
+def train(model, title: str, size: Size, blocks: dict[str, list], output: Path, seed: int) -> Outcome:
+    """Train `model` with a stock Trainer on `blocks["train"]`, then measure it on `blocks["held_out"]`."""
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=size.steps,
+        per_device_train_batch_size=size.batch,
+        per_device_eval_batch_size=8 * size.batch,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, size.steps // 10),
+        logging_steps=max(1, size.steps // 20),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=False,
+        train_sampling_strategy="sequential",
+        dataloader_pin_memory=False,
+        use_cpu=True,
+        seed=seed,
+    )
+    groups = engram_parameter_groups(model, size.learning_rate, weight_decay=0.1)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=blocks["train"],
+        eval_dataset=blocks["held_out"],
+        optimizers=(torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True), None),
+    )
+    trainer.pop_callback(ProgressCallback)
+    trainer.add_callback(LossOnBar(title))
+    clock, processor = time.perf_counter(), time.process_time()
+    trainer.train()
+    seconds, processor_seconds = time.perf_counter() - clock, time.process_time() - processor
+    loss = trainer.evaluate()["eval_loss"]
+    tokens = size.steps * size.batch * size.block
+    return Outcome(title, *count_parameters(model), tokens, seconds, processor_seconds, loss)

@@ -1,0 +1,352 @@
+"""The command `engram`, as a newcomer types it."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_backbones import BACKBONES, randomize
+from tiny_tokenizer import make_tokenizer
+from transformers import LlamaConfig
+
+from engram_hf import EngramConfig, EngramForCausalLM
+from engram_hf.cli.main import main
+from engram_hf.memory_engram import dequantize_rows, quantize_rows
+
+ROOT = Path(__file__).parents[2]
+TEXT = "the café THE cafe w7"
+COMMANDS = ["inspect", "card", "lookup", "check", "quantize", "compress", "convert", "export"]
+SCRIPTS = [["convert", "deepseek-v4.1"], ["convert", "demo"], ["export", "deepseek-v4.1"]]
+
+
+def make_config(**sizes) -> EngramConfig:
+    sizes = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": 499, **sizes}
+    return EngramConfig.for_backbone(BACKBONES["mixtral"](), make_tokenizer(), layer_ids=[1, 2], **sizes)
+
+
+@pytest.fixture(scope="module")
+def model() -> EngramForCausalLM:
+    model = randomize(EngramForCausalLM(make_config())).eval()
+    model.set_token_map(make_tokenizer())
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory) -> Path:
+    """The model with its tables among the weights; not to be changed."""
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_files(saved, tmp_path_factory) -> Path:
+    """The model with its tables in files of their own; not to be changed."""
+    folder = tmp_path_factory.mktemp("with_files")
+    EngramForCausalLM.from_pretrained(saved, engram_residency="mapped").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(with_files, tmp_path) -> Path:
+    """A copy of `with_files` to damage."""
+    return Path(shutil.copytree(with_files, tmp_path / "copy"))
+
+
+@pytest.fixture
+def engram(capsys):
+    """Run a command; what it printed. It has to end well."""
+
+    def run(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def complaint(capsys):
+    """Run a command that has to fail; its one sentence."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 1
+        captured = capsys.readouterr()
+        (sentence,) = captured.err.splitlines()
+        assert sentence.startswith("engram: ") and not captured.out
+        return sentence
+
+    return run
+
+
+def logits(model: EngramForCausalLM) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**make_tokenizer()(TEXT, return_tensors="pt")).logits
+
+
+# Help and usage
+
+
+def test_help_needs_no_heavy_import():
+    code = """
+import sys
+from cli.main import main
+try:
+    main(["--help"])
+finally:
+    heavy = {"torch", "transformers", "numpy", "safetensors", "engram_hf"} & set(sys.modules)
+    assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("words", [*([command] for command in COMMANDS), *SCRIPTS], ids=" ".join)
+def test_every_command_has_help(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["inspekt"], ["lookup", "folder"], ["quantize", "a", "b", "--dtype", "int3"], ["convert", "gguf"]]
+)
+def test_wrong_usage_ends_with_2(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert "usage: engram" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module_and_stops_quietly_when_nobody_reads(saved):
+    command = [sys.executable, "-m", "engram_hf.cli", "compress", str(saved)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == 1
+    assert "Traceback" not in errors and "Exception ignored" not in errors
+
+
+# inspect, card, compress
+
+
+@pytest.mark.parametrize("folder", ["saved", "with_files"])
+def test_inspect_says_what_is_there(engram, model, folder, request):
+    folder = request.getfixturevalue(folder)
+    found = json.loads(engram("inspect", folder, "--json"))
+    tables = [memory.table.weight for memory in model.model.memories().values()]
+    assert [table["rows"] for table in found["tables"]] == [len(table) for table in tables]
+    assert [table["bytes"] for table in found["tables"]] == [table.nbytes for table in tables]
+    assert {(table["layer"], table["dtype"], table["width"]) for table in found["tables"]} == {
+        (1, "F32", 32),
+        (2, "F32", 32),
+    }
+    assert all((folder / table["files"]).exists() for table in found["tables"])
+    assert found["table_bytes"] == sum(table.nbytes for table in tables)
+    assert found["compressed_ids"] == make_tokenizer().compressed_vocab_size
+    assert found["backbone"] == "mixtral, 3 layers of width 32"
+    assert found["residency"]["auto"] in found["residency"]["options"]
+
+
+def test_inspect_for_people(engram, saved, model):
+    lines = engram("inspect", saved).splitlines()
+    assert "memory layers   1, 2" in lines
+    rows = f"{model.config.engram_num_embeddings[0]:,}"
+    assert any(line.split()[:4] == ["1", rows, "32", "F32"] for line in lines)
+
+
+def test_inspect_a_folder_of_tables_alone(engram, copy):
+    (copy / "config.json").unlink()
+    found = json.loads(engram("inspect", copy, "--json"))
+    assert [table["layer"] for table in found["tables"]] == [1, 2] and "backbone" not in found
+
+
+def test_card(engram, saved):
+    card = engram("card", saved, "--repo-id", "me/model", "--license", "mit")
+    assert "\nlicense: mit\n" in card and '"me/model"' in card
+
+
+def test_compress(engram, saved):
+    assert engram("compress", saved, "--examples", "1") == str(make_tokenizer().compression_summary(1)) + "\n"
+
+
+# lookup
+
+
+@pytest.mark.parametrize("folder", ["saved", "with_files"])
+def test_lookup_reads_what_the_model_reads(engram, model, folder, request):
+    positions = json.loads(engram("lookup", request.getfixturevalue(folder), TEXT, "--json"))
+    ids = make_tokenizer()(TEXT, return_tensors="pt")["input_ids"]
+    row_ids = model.model.prepare_memory(ids).row_ids[:, 0]
+    heads = model.config.engram_n_heads
+    for index, (layer, memory) in enumerate(model.model.memories().items()):
+        for at, position in enumerate(positions):
+            found = [ngram["layers"][index] for ngram in position["ngrams"]]
+            assert [entry["layer"] for entry in found] == [layer] * 2
+            assert [row for entry in found for row in entry["rows"]] == row_ids[index, at].tolist()
+            norms = memory.table.weight[row_ids[index, at]].norm(dim=-1).view(-1, heads)
+            torch.testing.assert_close(torch.tensor([entry["norms"] for entry in found]), norms)
+
+
+def test_lookup_names_tokens_and_ngrams(engram, saved):
+    the, cafe, again, *_ = json.loads(engram("lookup", saved, TEXT, "--json"))
+    assert (the["token"], the["id"], the["compressed"]) == ("the", 4, again["compressed"])
+    assert cafe["same"] == ["café", "Café", "cafe", "CAFE"]
+    assert [ngram["tokens"] for ngram in cafe["ngrams"]] == [["the", "café"], [None, "the", "café"]]
+
+
+def test_lookup_of_equal_words_is_equal(engram, saved):
+    plain, loud = (json.loads(engram("lookup", saved, text, "--json")) for text in ("the café", "THE CAFE"))
+    rows = [[ngram["layers"] for position in found for ngram in position["ngrams"]] for found in (plain, loud)]
+    assert rows[0] == rows[1]
+
+
+def test_lookup_for_people(engram, saved):
+    lines = engram("lookup", saved, "the café").splitlines()
+    assert lines[0] == "0  'the'  id 4, compressed 4 ('the' 'THE')"
+    assert "   3-gram  (cut) 'the' 'café'" in lines
+
+
+def test_lookup_reads_only_the_rows_it_needs(engram, tmp_path):
+    config = make_config(engram_vocab_size=4_000_000)
+    model = EngramForCausalLM(make_config())
+    model.set_token_map(make_tokenizer())
+    config.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    hashing = model.model.hashing.state_dict() | {"primes": torch.tensor(config.primes)}
+    save_file({f"model.hashing.{name}": tensor for name, tensor in hashing.items()}, tmp_path / "model-1.safetensors")
+    for layer, rows in zip(config.engram_layer_ids, config.engram_num_embeddings, strict=True):
+        sparse_table(tmp_path / f"model-layer-{layer}.safetensors", layer, rows)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (position,) = json.loads(engram("lookup", tmp_path, "the", "--json"))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown * 1024 < 100e6 < 2e9 < sum(config.engram_num_embeddings) * 32 * 4
+    assert max(max(layer["rows"]) for ngram in position["ngrams"] for layer in ngram["layers"]) > 8_000_000
+
+
+def sparse_table(path: Path, layer: int, rows: int) -> None:
+    """A table of zeros that takes no space on the disk."""
+    size = rows * 32 * 4
+    entry = {"dtype": "F32", "shape": [rows, 32], "data_offsets": [0, size]}
+    header = json.dumps({f"model.backbone.layers.{layer}.engram.table.weight": entry}).encode()
+    header += b" " * (-len(header) % 8)  # as safetensors does itself
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + size)
+
+
+# check, quantize
+
+
+@pytest.mark.parametrize("folder", ["saved", "with_files"])
+def test_check_of_a_sound_model(engram, folder, request):
+    folder = request.getfixturevalue(folder)
+    assert engram("check", folder, "--rows").splitlines()[-1] == f"{folder}: all well"
+
+
+def test_check_finds_a_damaged_file(complaint, copy):
+    path = copy / "engram-layer-00002.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    assert "engram-layer-00002.safetensors" in complaint("check", copy)
+
+
+def test_check_finds_another_models_config(complaint, copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["engram_seed"] = 1
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "engram_tables.json").unlink()
+    for path in copy.glob("engram-layer-*"):
+        path.rename(path.with_name(f"model-{path.name}"))
+    assert "multipliers" in complaint("check", copy)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+@pytest.mark.parametrize("folder", ["saved", "with_files"])
+def test_quantize_a_model(engram, model, tmp_path, dtype, folder, request):
+    target = tmp_path / "target"
+    report = engram("quantize", request.getfixturevalue(folder), target, "--dtype", dtype)
+    assert "relative error" in report
+    engram("check", target, "--rows")
+    smaller = EngramForCausalLM.from_pretrained(target, engram_residency="resident").eval()
+    assert smaller.config.engram_table_dtype == dtype
+    for layer, memory in model.model.memories().items():
+        values, scale = quantize_rows(memory.table.weight.detach(), dtype)
+        table = smaller.model.memories()[layer].table
+        assert torch.equal(table.weight.view(torch.uint8), values.view(torch.uint8))
+        assert torch.equal(table.scale.view(torch.uint8), scale.view(torch.uint8))
+        relative = (dequantize_rows(values, scale) - memory.table.weight).norm() / memory.table.weight.norm()
+        assert f"{relative.item():.2%}" in report
+    torch.testing.assert_close(logits(smaller), logits(model), rtol=0, atol=0.15)
+    mapped = EngramForCausalLM.from_pretrained(target, engram_residency="mapped").eval()
+    assert torch.equal(logits(mapped), logits(smaller))
+    assert sum(path.stat().st_size for path in target.glob("*.safetensors")) < 0.6 * (
+        sum(path.stat().st_size for path in request.getfixturevalue(folder).glob("*.safetensors"))
+    )
+
+
+def test_quantize_a_folder_of_tables_alone(engram, copy, tmp_path):
+    (copy / "config.json").unlink()
+    target = tmp_path / "target"
+    engram("quantize", copy, target, "--dtype", "int8")
+    assert "token map checked" in engram("check", target, "--rows")
+    with safe_open(target / "engram-layer-00001.safetensors", framework="pt") as file:
+        names = list(file.keys())
+        assert {file.get_tensor(name).dtype for name in names} == {torch.int8, torch.float32}
+
+
+def test_quantize_refuses_what_is_quantized_and_what_is_there(engram, complaint, saved, tmp_path):
+    engram("quantize", saved, tmp_path / "once")
+    assert "already" in complaint("quantize", saved, tmp_path / "once")
+    assert main(["quantize", str(tmp_path / "once"), str(tmp_path / "twice")]) == 1
+    assert not (tmp_path / "twice" / "engram_tables.json").exists()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["inspect", "{empty}"], "holds no memory tables"),
+        (["inspect", "nowhere"], "is not a folder"),
+        (["inspect", "org/model"], "hf download org/model"),
+        (["inspect", "{file}"], "is not a folder"),
+        (["check", "{empty}"], "cannot be read"),
+        (["quantize", "{empty}", "{empty}/new"], "holds no memory tables"),
+        (["lookup", "{empty}", "text"], "no config.json"),
+        (["card", "{plain}"], "plain 'llama' model"),
+        (["compress", "{empty}"], "{empty}"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence(complaint, tmp_path, command, said):
+    places = {name: tmp_path / name for name in ("empty", "plain", "file")}
+    places["empty"].mkdir()
+    places["file"].touch()
+    LlamaConfig().save_pretrained(places["plain"])
+    assert said.format(**places) in complaint(*(word.format(**places) for word in command))
+
+
+def test_lookup_without_hash_or_text(complaint, saved, copy):
+    assert "no tokens" in complaint("lookup", saved, "")
+    (copy / "model.safetensors").unlink()
+    assert "lacks the hash tensors multipliers, primes, token_map" in complaint("lookup", copy, TEXT)
+
+
+def test_scripts_get_their_arguments(golden, tmp_path, capsys):
+    upstream = golden / "deepseek_v41_tiny" / "full"
+    source = upstream if upstream.is_dir() else golden / "deepseek_v41_tiny"
+    assert main(["convert", "deepseek-v4.1", str(source), str(tmp_path / "target"), "--dry-run"]) == 0
+    assert "to write" in capsys.readouterr().out
+    assert main(["export", "deepseek-v4.1", str(tmp_path), str(tmp_path / "target")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
