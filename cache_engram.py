@@ -166,9 +166,9 @@ class StaticEngramHistoryLayer(EngramHistoryLayer):
     def remember_ids(self, ids: torch.Tensor, sequence_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As in [`EngramHistoryLayer`], but what is returned is `[B, reach]`, `DEAD` before the beginning."""
         if self.ids is None:
-            self.ids = ids.new_full((ids.shape[0], self.reach), DEAD)
-            self.sequence_ids = torch.full_like(self.ids, DEAD)
-            self.length = ids.new_zeros(())
+            self.ids = _fixed(ids.new_full((ids.shape[0], self.reach), DEAD))
+            self.sequence_ids = _fixed(torch.full_like(self.ids, DEAD))
+            self.length = _fixed(ids.new_zeros(()))
         self._require_batch(ids)
         past = self.ids.clone(), self.sequence_ids.clone()
         _roll_in(self.ids, ids)
@@ -179,7 +179,7 @@ class StaticEngramHistoryLayer(EngramHistoryLayer):
     def remember_conv_inputs(self, layer: int, inputs: torch.Tensor, reach: int) -> torch.Tensor:
         """As in [`EngramHistoryLayer`]."""
         if layer not in self.conv_inputs:
-            self.conv_inputs[layer] = inputs.new_zeros((inputs.shape[0], reach, *inputs.shape[2:]))
+            self.conv_inputs[layer] = _fixed(inputs.new_zeros((inputs.shape[0], reach, *inputs.shape[2:])))
         past = self.conv_inputs[layer].clone()
         _roll_in(self.conv_inputs[layer], inputs)
         return past
@@ -206,6 +206,13 @@ class StaticEngramHistoryLayer(EngramHistoryLayer):
     def get_seq_length(self) -> "int | torch.Tensor":
         """Positions seen so far."""
         return 0 if self.length is None else self.length
+
+
+def _fixed(state: torch.Tensor) -> torch.Tensor:
+    """`state`, marked as staying where it is: CUDA graphs only write to tensors that do."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(state)
+    return state
 
 
 def _last(states: torch.Tensor, count: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ T hash heads of all n-gram orders, W channels of a table row, K taps of the conv
 import copyreg
 import functools
 import math
+import types
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class EngramInputs(NamedTuple):
     sequence_ids: torch.Tensor | None = None  # [B, S]
     past_sequence_ids: torch.Tensor | None = None  # [B, past]
     history: EngramHistoryLayer | None = None
+    readers: set[int] | None = None  # memories that read these inputs, noted as they do
 
 
 class EngramRMSNorm(nn.Module):
@@ -150,6 +152,8 @@ class EngramMemory(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
         """The streams with memory added, in the shape and dtype of `hidden_states` (`[B, S, D]` or `[B, S, G, D]`)."""
+        if inputs.readers is not None:
+            inputs.readers.add(self.index)
         rows = self.table(inputs.row_ids[self.index], dtype=hidden_states.dtype)
         return self.fuse(hidden_states, rows, inputs)
 
@@ -229,14 +233,31 @@ def _layer_class_with_memory(base: type[nn.Module]) -> type[nn.Module]:
     return type(f"Engram{base.__name__}", (EngramDecoderLayerMixin, base), {"__module__": base.__module__})
 
 
-def add_memory_to_layer(layer: nn.Module, config: EngramConfig, index: int) -> None:
-    """Give a decoder layer of the backbone its memory, on the layer's device and in its dtype.
+def add_memory_to_layer(layer: nn.Module, config: EngramConfig, index: int, dtype: torch.dtype | None = None) -> None:
+    """Give a decoder layer of the backbone its memory, on the layer's device.
+
+    Args:
+        layer: changed in place; from now on of a class that extends its own.
+        config, index: as of [`EngramMemory`].
+        dtype: of the memory's parameters; None for torch's default.
 
     Raises:
-        ValueError: it has one already.
+        ValueError: it has one already, its weights are offloaded, or its forward was replaced.
     """
     if isinstance(layer, EngramDecoderLayerMixin):
         raise ValueError("This backbone already has Engram memory; start from the backbone without it.")
-    like = next(p for p in layer.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
-    layer.engram = EngramMemory(config, index, device=like.device, dtype=like.dtype)
+    device = next(layer.parameters()).device
+    layer.engram = EngramMemory(config, index, device=device, dtype=dtype)
     layer.__class__ = _layer_class_with_memory(type(layer))
+    _renew_wrapped_forward(layer)
+
+
+def _renew_wrapped_forward(layer: nn.Module) -> None:
+    # A hook of accelerate (`device_map`) keeps the forward it wraps on the instance, which would go past the memory.
+    if "_old_forward" in vars(layer):
+        layer._old_forward = types.MethodType(type(layer).forward, layer)
+    elif "forward" in vars(layer):
+        raise ValueError(
+            f"The forward of a {type(layer).__mro__[2].__name__} was replaced on the instance, so its memory would never "
+            "run; add memory before other tools wrap the backbone."
+        )

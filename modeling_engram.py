@@ -9,6 +9,7 @@ Shape letters: B batch, S positions, G residual streams, D hidden size, L Engram
 import copy
 import dataclasses
 import inspect
+import os
 
 import torch
 from torch import nn
@@ -69,6 +70,7 @@ class EngramPreTrainedModel(PreTrainedModel):
         model.base_model.hashing.verify_constants()
         return (model, info) if output_loading_info else model
 
+    # The one place where the names of what is loaded can be told after all submodels have had their say.
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         mapping = load_config.weight_mapping or []
@@ -193,8 +195,10 @@ class EngramModel(EngramPreTrainedModel):
             seed=config.engram_seed,
         )
         layers = _decoder_layers(backbone, config)
+        # Not a layer's: some backbones keep part of each layer in float32, and quantized ones most in a byte.
+        dtype = backbone.get_input_embeddings().weight.dtype
         for index, layer_id in enumerate(config.engram_layer_ids):
-            add_memory_to_layer(layers[layer_id], config, index)
+            add_memory_to_layer(layers[layer_id], config, index, dtype)
         self.backbone = backbone
         self._no_split_modules = sorted({type(layers[layer_id]).__name__ for layer_id in config.engram_layer_ids})
         self._takes_image_mask = "image_mask" in inspect.signature(backbone.forward).parameters
@@ -215,36 +219,37 @@ class EngramModel(EngramPreTrainedModel):
 
     def replace_token_map(self, token_map: torch.Tensor) -> None:
         """Check and install a token map `[V]`; see [`EngramPreTrainedModel.set_token_map`]."""
-        size, hashed = int(token_map.max()) + 1, self.config.engram_compressed_vocab_size
         current = self.hashing.token_map
         if current is None:
             raise ValueError(
                 "This model hashes uncompressed ids (engram_compressed_vocab_size is None), so it takes no token map."
             )
-        if token_map.numel() > current.numel():
+        if not self.config.engram_pad_token_id < token_map.numel() <= current.numel():
             raise ValueError(
-                f"The token map has {token_map.numel()} tokens, but the model's vocabulary {current.numel()}; call "
+                f"The token map has {token_map.numel()} tokens, but the model's vocabulary {current.numel()} (its pad "
+                f"token is {self.config.engram_pad_token_id}); for more tokens, call "
                 "resize_token_embeddings(len(tokenizer)) first."
             )
-        old = current[: token_map.numel()].cpu()
-        original = (old >= 0) & (old < hashed)
-        is_first = not bool(original.any())
+        self._require_same_ids(token_map, current[: token_map.numel()].cpu())
+        current.fill_(DEAD)
+        current[: token_map.numel()] = token_map.to(current.device)
+        self.config.engram_added_tokens = int(token_map.max()) + 1 - self.config.engram_compressed_vocab_size
+
+    def _require_same_ids(self, token_map: torch.Tensor, current: torch.Tensor) -> None:
+        size, hashed = int(token_map.max()) + 1, self.config.engram_compressed_vocab_size
+        original = (current >= 0) & (current < hashed)
         expected = hashed + self.config.engram_added_tokens
-        if size < hashed or (is_first and size != expected):
+        if size < hashed or (size != expected and not original.any()):
             raise ValueError(
                 f"The tokenizer compresses to {size} ids, but this model was built for {expected} "
                 "(engram_compressed_vocab_size); every hash depends on that number. Use the tokenizer the model was "
                 "built with."
             )
-        if not torch.equal(old[original], token_map[original]):
+        if not torch.equal(current[original], token_map[original]):
             raise ValueError(
                 "The tokenizer gives tokens other compressed ids than this model was trained with, which would turn "
                 "its tables into noise. Use the tokenizer saved with the model, or one with tokens added to it."
             )
-        fresh = torch.full_like(current, DEAD)
-        fresh[: token_map.numel()] = token_map.to(current.device)
-        self.hashing.token_map.copy_(fresh)
-        self.config.engram_added_tokens = size - hashed
 
     def resize_token_map(self, old_size: int, new_size: int) -> None:
         """Follow a change of the vocabulary from `old_size` to `new_size` ids."""
@@ -296,7 +301,7 @@ class EngramModel(EngramPreTrainedModel):
             sequence_ids = torch.zeros_like(ids) if sequence_ids is None else sequence_ids
             past_ids, past_sequence_ids = history.remember_ids(ids, sequence_ids)
         row_ids = self.hashing(ids, sequence_ids, past_ids, past_sequence_ids)
-        return EngramInputs(row_ids, alive, sequence_ids, past_sequence_ids, history)
+        return EngramInputs(row_ids, alive, sequence_ids, past_sequence_ids, history, readers=set())
 
     def forward(
         self,
@@ -338,7 +343,7 @@ class EngramModel(EngramPreTrainedModel):
         memory = self.prepare_memory(input_ids, padding, position_ids, image_mask, kwargs.get("seq_idx"), history)
         if self._takes_image_mask:
             kwargs["image_mask"] = image_mask
-        return self.backbone(
+        outputs = self.backbone(
             input_ids=input_ids if inputs_embeds is None else None,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -348,6 +353,12 @@ class EngramModel(EngramPreTrainedModel):
             engram_inputs=memory,
             **kwargs,
         )
+        if not memory.readers:
+            raise ValueError(
+                f"{type(self.backbone).__name__} ran without memory: it does not hand keyword arguments on to its layers, "
+                "so Engram cannot reach them; use another backbone."
+            )
+        return outputs
 
 
 def _alive(
@@ -381,6 +392,11 @@ def _sequence_ids(
 
 
 def _decoder_layers(backbone: PreTrainedModel, config: EngramConfig) -> nn.ModuleList:
+    if "past_key_values" not in inspect.signature(backbone.forward).parameters:
+        raise ValueError(
+            f"{type(backbone).__name__} keeps no past_key_values, where the memory's history lives; use a backbone with "
+            "a transformers Cache."
+        )
     layers = getattr(backbone, "layers", None)
     expected = config.text_config.num_hidden_layers
     if not isinstance(layers, nn.ModuleList) or len(layers) < expected:
@@ -427,7 +443,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     @classmethod
     def from_backbone(
         cls,
-        backbone: "str | PreTrainedModel",
+        backbone: str | os.PathLike | PreTrainedModel,
         tokenizer=None,
         *,
         layer_ids: list[int],
@@ -439,7 +455,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         """Add memory to a pretrained causal language model, whose logits stay exactly as they are until trained.
 
         Args:
-            backbone: a causal language model (changed in place), or a name for `AutoModelForCausalLM`.
+            backbone: a causal language model (changed in place), or a name or folder for `AutoModelForCausalLM`.
             tokenizer, layer_ids, variant, rows, memory_fraction: see [`EngramConfig.for_backbone`].
             **kwargs: `engram_*` fields of the config; the rest goes to `AutoModelForCausalLM.from_pretrained`.
 
@@ -453,6 +469,11 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             host = backbone
         else:
             host = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
+        if any(parameter.is_meta for parameter in host.parameters()):
+            raise ValueError(
+                "Some of the backbone's weights are offloaded; add memory with all of them loaded, save the model, and "
+                "load that with a device_map."
+            )
         config = EngramConfig.for_backbone(
             host.config,
             tokenizer,
@@ -466,12 +487,19 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         for module in host.modules():
             module._is_hf_initialized = True  # its weights are trained ones
         model = cls(config, host)
+        model.model.hashing.to(host.device)
         model.generation_config = host.generation_config
         for memory in model.model.memories().values():
             memory.silence()
         if tokenizer is not None and config.engram_compressed_vocab_size is not None:
             model.set_token_map(tokenizer)
         return model.train(host.training)
+
+    def _replicate_for_data_parallel(self):
+        # Replicas run at the same time, each in a host that holds its own parts.
+        replica = super()._replicate_for_data_parallel()
+        replica._host = (self._host[0]._replicate_for_data_parallel(),)
+        return replica
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's token embedding."""

@@ -399,10 +399,17 @@ def test_a_layer_with_memory_is_still_of_its_class(decoder_layer, config):
     assert type(other) is type(decoder_layer)
 
 
-def test_memory_takes_the_dtype_and_device_of_its_layer(config):
-    layer = MixtralDecoderLayer(BACKBONES["mixtral"](), layer_idx=1).to(torch.bfloat16).to("meta")
-    add_memory_to_layer(layer, config, index=0)
+def test_memory_takes_the_device_of_its_layer_and_the_dtype_it_is_given(config):
+    layer = MixtralDecoderLayer(BACKBONES["mixtral"](), layer_idx=1).to("meta")
+    add_memory_to_layer(layer, config, index=0, dtype=torch.bfloat16)
     assert {(p.dtype, p.device.type) for p in layer.engram.parameters()} == {(torch.bfloat16, "meta")}
+
+
+def test_a_layer_whose_forward_was_replaced_is_refused(config):
+    layer = MixtralDecoderLayer(BACKBONES["mixtral"](), layer_idx=1)
+    layer.forward = lambda hidden_states, **kwargs: hidden_states
+    with pytest.raises(ValueError, match="forward of a MixtralDecoderLayer was replaced"):
+        add_memory_to_layer(layer, config, index=0)
 
 
 def test_a_second_memory_is_refused(decoder_layer, config):

@@ -1,6 +1,9 @@
 """Tiny configs of every backbone the suite runs on, and Engram models on them whose memory really does something."""
 
+import functools
+
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DeepseekV3Config,
     DeepseekV4Config,
@@ -10,11 +13,12 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 
-from engram_hf import EngramConfig, EngramForCausalLM
+from engram_hf import EngramConfig, EngramForCausalLM, EngramTokenizer
 
 VOCAB = 128
 LAYER_IDS = [1, 2]
@@ -111,6 +115,28 @@ def build(name: str, variant: str = "paper", *, seed: int = 0, **fields) -> Engr
     return randomize(EngramForCausalLM(engram_config(name, variant, **fields)), seed).eval()
 
 
+@functools.cache
+def built(name: str, variant: str = "paper") -> EngramForCausalLM:
+    """As `build`, once a run: for tests that leave the model as it is."""
+    return build(name, variant)
+
+
 def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     """Token ids without the special ones (pad, BOS, EOS)."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer() -> EngramTokenizer:
+    """120 ids of `VOCAB`, 58 words of which are there twice: `word7` and `Word7` share a compressed id."""
+    tokens = ["<pad>", "<bos>", "<eos>", "<unk>"] + [f"{word}{i}" for i in range(58) for word in ("word", "Word")]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+    return EngramTokenizer.from_tokenizer(wrapped)

@@ -1,0 +1,99 @@
+"""What two layers of memory cost a small Mixtral: prefill and decoding, against its bare backbone.
+
+    python benchmarks/memory_cost.py
+
+Both models run in turn, in one process, on the same weights outside the memory. Printed are the medians, and the ratio
+of the two in each pair of runs (its median), which is steadier than the times are.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, MixtralConfig
+
+from engram_hf import EngramForCausalLM
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", default="paper", choices=("paper", "v4.1"))
+    parser.add_argument("--rows", type=int, default=200_000, help="rows of each of the two tables")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512, help="prompt tokens of each row")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+
+    bare, engram = build_models(arguments)
+    active = 8 * (4 * 512**2 + 2 * 3 * 512 * 1792)
+    print(f"Mixtral, hidden 512, 8 layers, {active / 1e6:.0f}M active parameters, {torch.get_num_threads()} threads")
+    print(f"memory in layers 1 and 4, {arguments.variant}, {arguments.rows:,} rows of {arguments.head_dim} each")
+    prompt = torch.randint(3, bare.config.vocab_size, (arguments.batch, arguments.length))
+    with torch.inference_mode():
+        compare("prefill", f"{arguments.batch} x {arguments.length}", prefill, bare, engram, prompt, arguments.repeats)
+        work = f"{arguments.new_tokens} tokens after 64"
+        tokens = prompt[:1, : 64 + arguments.new_tokens]
+        compare("decoding", work, decode, bare, engram, tokens, arguments.repeats)
+
+
+def build_models(arguments: argparse.Namespace) -> tuple[torch.nn.Module, torch.nn.Module]:
+    config = MixtralConfig(
+        vocab_size=32_000,
+        hidden_size=512,
+        intermediate_size=1792,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    )
+    torch.manual_seed(0)
+    bare = AutoModelForCausalLM.from_config(config).eval()
+    host = AutoModelForCausalLM.from_config(config).eval()
+    host.load_state_dict(bare.state_dict())
+    engram = EngramForCausalLM.from_backbone(
+        host,
+        layer_ids=[1, 4],
+        variant=arguments.variant,
+        rows=arguments.rows,
+        engram_head_dim=arguments.head_dim,
+        engram_pad_token_id=0,
+    )
+    return bare, engram
+
+
+def prefill(model: torch.nn.Module, prompt: torch.Tensor) -> None:
+    model(prompt, use_cache=True, logits_to_keep=1)
+
+
+def decode(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    """Feeds `tokens` `[1, 64 + N]` one by one after the first 64; seconds of the N steps."""
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :64], past_key_values=cache, logits_to_keep=1)
+    start = time.perf_counter()
+    for step in range(64, tokens.shape[1]):
+        model(tokens[:, step : step + 1], past_key_values=cache, logits_to_keep=1)
+    return time.perf_counter() - start
+
+
+def compare(name: str, work: str, run: Callable, bare, engram, inputs: torch.Tensor, repeats: int) -> None:
+    seconds = {bare: [], engram: []}
+    for _ in range(repeats + 1):
+        for model, taken in seconds.items():
+            start = time.perf_counter()
+            inner = run(model, inputs)
+            taken.append(time.perf_counter() - start if inner is None else inner)
+    pairs = list(zip(*seconds.values(), strict=True))[1:]  # the first pair warms up
+    ratio = statistics.median(with_memory / without for without, with_memory in pairs)
+    without, with_memory = (statistics.median(times) for times in zip(*pairs, strict=True))
+    print(
+        f"{name:9}{work:22}bare {without * 1e3:8.1f} ms   with memory {with_memory * 1e3:8.1f} ms   ratio {ratio:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""The memory's layer in a cache: it follows everything that is done to the cache, and refuses what it cannot know."""
+
+import copy
+
+import pytest
+import torch
+from tiny_backbones import BACKBONES, VOCAB, build, built, random_ids
+from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, StaticCache
+
+from engram_hf.cache_engram import EngramHistoryLayer, StaticEngramHistoryLayer, attach_history
+
+EXACT = {"rtol": 0, "atol": 1e-5}
+# One backbone with plain layers, one whose layers slide: both kinds are rolled back with ours.
+NAMES = ["mixtral", "gpt_oss"]
+
+
+@pytest.fixture(params=NAMES)
+def model(request):
+    return built(request.param)
+
+
+@pytest.fixture
+def mixtral():
+    return built("mixtral")
+
+
+@torch.no_grad()
+def read(model, ids: torch.Tensor, cache, **kwargs) -> torch.Tensor:
+    return model(ids, past_key_values=cache, **kwargs).logits
+
+
+def read_alone(model, ids: torch.Tensor, last: int) -> torch.Tensor:
+    """Logits of the `last` positions of `ids`, without a cache."""
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits[:, -last:]
+
+
+def filled_cache(model, ids: torch.Tensor, recording: bool = True) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    attach_history(cache, model.config)
+    if recording:
+        cache.activate_past_recording()
+    read(model, ids, cache)
+    return cache
+
+
+@pytest.mark.parametrize("removed", [1, 2, 7, 18])
+def test_cropped_positions_are_forgotten(model, removed):
+    ids, others = random_ids(2, 20), random_ids(2, 5, seed=5)
+    cache = filled_cache(model, ids)
+    cache.crop(-removed)
+    kept = ids[:, : 20 - removed]
+    assert cache.layers[-1].get_seq_length() == kept.shape[1]
+    torch.testing.assert_close(read(model, others, cache), read_alone(model, torch.cat([kept, others], 1), 5), **EXACT)
+
+
+def test_cropping_goes_on_and_on(model):
+    """Read three, forget two, over and over, as assisted decoding does."""
+    ids = random_ids(1, 30)
+    cache = filled_cache(model, ids[:, :10])
+    cache.crop(0)
+    for position in range(10, 20):
+        logits = read(model, torch.cat([ids[:, position : position + 1], random_ids(1, 2, seed=position)], 1), cache)
+        torch.testing.assert_close(logits[:, :1], read_alone(model, ids[:, : position + 1], 1), **EXACT)
+        cache.crop(-2)
+    held = cache.layers[-1].conv_inputs.values()
+    assert {states.shape[1] for states in held} == {9}, "a crop also gives back what no next token needs"
+
+
+def test_cropping_everything_is_a_reset(mixtral):
+    ids = random_ids(1, 12)
+    cache = filled_cache(mixtral, ids)
+    cache.crop(-12)
+    torch.testing.assert_close(read(mixtral, ids, cache), read_alone(mixtral, ids, 12), **EXACT)
+
+
+def test_what_the_convolution_needs_is_gone_without_recording(mixtral):
+    cache = filled_cache(mixtral, random_ids(1, 20), recording=False)
+    with pytest.raises(ValueError, match=r"forget at most 0 positions, not 3.*activate_past_recording"):
+        cache.layers[-1].crop(-3)
+    assert cache.layers[-1].get_seq_length() == 20
+
+
+def test_without_a_convolution_nothing_has_to_be_recorded():
+    model, ids = built("mixtral", "v4.1"), random_ids(1, 20)
+    cache = filled_cache(model, ids, recording=False)
+    cache.crop(-15)
+    torch.testing.assert_close(read(model, ids[:, 5:], cache), read_alone(model, ids, 15), **EXACT)
+
+
+def test_a_positive_crop_is_refused(mixtral):
+    cache = filled_cache(mixtral, random_ids(1, 5))
+    with pytest.raises(ValueError, match="minus the number of positions"):
+        cache.layers[-1].crop(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1, 2])), [1, 2]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ],
+    ids=["reorder", "select", "repeat"],
+)
+def test_rows_of_the_batch_move_with_the_cache(model, change, rows):
+    ids, others = random_ids(3, 14), random_ids(len(rows), 4, seed=5)
+    cache = filled_cache(model, ids, recording=False)
+    change(cache)
+    torch.testing.assert_close(
+        read(model, others, cache), read_alone(model, torch.cat([ids[rows], others], 1), 4), **EXACT
+    )
+
+
+def test_rows_that_did_not_move_would_show(mixtral):
+    ids, others = random_ids(3, 14), random_ids(3, 4, seed=5)
+    cache, order = filled_cache(mixtral, ids, recording=False), torch.tensor([2, 0, 0])
+    for layer in cache.layers[:-1]:
+        layer.reorder_cache(order)
+    alone = read_alone(mixtral, torch.cat([ids[order], others], 1), 4)
+    assert (read(mixtral, others, cache) - alone).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices"])
+def test_an_unused_cache_can_be_changed_too(mixtral, change):
+    cache = DynamicCache(config=mixtral.config)
+    history = attach_history(cache, mixtral.config)
+    getattr(history, change)(torch.tensor([0]))
+    history.batch_repeat_interleave(3)
+    history.crop(-1)
+    ids = random_ids(2, 6)
+    torch.testing.assert_close(read(mixtral, ids, cache), read_alone(mixtral, ids, 6), **EXACT)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=32)])
+def test_a_reset_cache_is_a_new_one(mixtral, make):
+    cache = make(config=mixtral.config)
+    read(mixtral, random_ids(2, 11, seed=3), cache)
+    cache.reset()
+    ids = random_ids(2, 9)
+    torch.testing.assert_close(read(mixtral, ids, cache), read_alone(mixtral, ids, 9), **EXACT)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
+def test_chunks_in_a_static_cache_are_the_whole(model, size):
+    ids = random_ids(2, 20)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    chunks = torch.cat([read(model, chunk, cache) for chunk in ids.split(size, 1)], 1)
+    torch.testing.assert_close(chunks, read_alone(model, ids, 20), **EXACT)
+    assert isinstance(cache.layers[-1], StaticEngramHistoryLayer)
+
+
+def test_a_static_cache_keeps_its_tensors(mixtral):
+    """Compiled code has their addresses."""
+    cache = StaticCache(config=mixtral.config, max_cache_len=32)
+    read(mixtral, random_ids(1, 5), cache)
+    history = cache.layers[-1]
+    tensors = [history.ids, history.sequence_ids, history.length, *history.conv_inputs.values()]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    read(mixtral, random_ids(1, 1), cache)
+    cache.reset()
+    now = [history.ids, history.sequence_ids, history.length, *history.conv_inputs.values()]
+    assert [tensor.data_ptr() for tensor in now] == addresses and cache.is_compileable
+    with pytest.raises(ValueError, match="static cache cannot forget"):
+        history.crop(-1)
+
+
+def test_a_static_cache_cuts_documents_as_a_dynamic_one(mixtral):
+    ids, positions = random_ids(1, 12), torch.cat([torch.arange(5), torch.arange(7)])[None]
+    results = []
+    for cache in (DynamicCache(config=mixtral.config), StaticCache(config=mixtral.config, max_cache_len=16)):
+        history = attach_history(cache, mixtral.config)
+        for start in (0, 4, 7):
+            stop = {0: 4, 4: 7, 7: 12}[start]
+            window = slice(start, stop)
+            memory = mixtral.model.prepare_memory(ids[:, window], position_ids=positions[:, window], history=history)
+            results.append(memory.row_ids)
+    assert all(torch.equal(one, two) for one, two in zip(results[:3], results[3:], strict=True))
+    whole = mixtral.model.prepare_memory(ids, position_ids=positions).row_ids
+    assert torch.equal(torch.cat(results[:3], 2), whole)
+
+
+def test_a_cache_that_adds_layers_as_they_come(mixtral):
+    ids, cache = random_ids(2, 12), DynamicCache()
+    chunks = torch.cat([read(mixtral, chunk, cache) for chunk in ids.split(5, 1)], 1)
+    torch.testing.assert_close(chunks, read_alone(mixtral, ids, 12), **EXACT)
+
+
+def test_a_copied_cache_goes_its_own_way(mixtral):
+    """A prompt is read once and continued twice."""
+    ids, cache = random_ids(1, 8), DynamicCache(config=mixtral.config)
+    read(mixtral, ids, cache)
+    for seed in (1, 2):
+        more = random_ids(1, 4, seed=seed)
+        branch = read(mixtral, more, copy.deepcopy(cache))
+        torch.testing.assert_close(branch, read_alone(mixtral, torch.cat([ids, more], 1), 4), **EXACT)
+
+
+def test_it_is_a_layer_like_the_others(mixtral):
+    cache = filled_cache(mixtral, random_ids(2, 6), recording=False)
+    history = cache.layers[-1]
+    assert isinstance(history, EngramHistoryLayer)
+    assert len(cache) == mixtral.config.num_hidden_layers + 1
+    assert cache.get_seq_length() == history.get_seq_length() == 6
+    assert history.get_mask_sizes(3) == (9, 0) and history.get_max_length() == cache.get_max_length() == -1
+    assert cache.is_croppable and not cache.is_compileable and cache.is_initialized
+    with pytest.raises(TypeError, match="asked to store keys and values"):
+        cache.update(torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8), len(cache) - 1)
+
+
+def test_the_cache_of_the_bare_backbone_is_refused(mixtral):
+    ids, bare = random_ids(1, 6), AutoModelForCausalLM.from_config(BACKBONES["mixtral"]()).eval()
+    cache = bare(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"holds 6 positions, of which this model's memory saw 0.*bare backbone"):
+        mixtral(ids, past_key_values=cache)
+    cache = StaticCache(config=mixtral.config, max_cache_len=16)
+    read(bare, ids, cache)
+    with pytest.raises(ValueError, match=r"holds 6 positions, of which this model's memory saw 0"):
+        mixtral(ids, past_key_values=cache)
+
+
+def test_a_cache_that_went_on_without_the_memory_is_refused(mixtral):
+    cache = filled_cache(mixtral, random_ids(1, 6))
+    for layer in cache.layers[:-1]:
+        layer.crop(-2)
+    with pytest.raises(ValueError, match="holds 4 positions, of which this model's memory saw 6"):
+        read(mixtral, random_ids(1, 1), cache)
+
+
+def test_the_cache_of_another_engram_model_is_refused(mixtral):
+    other = build("mixtral", engram_max_ngram_size=4)
+    cache = filled_cache(other, random_ids(1, 6))
+    with pytest.raises(ValueError, match="belongs to another Engram model"):
+        mixtral(random_ids(1, 1), past_key_values=cache)
+
+
+def test_the_cache_of_another_batch_is_refused(mixtral):
+    cache = filled_cache(mixtral, random_ids(2, 6))
+    with pytest.raises(ValueError, match="holds 2 sequences, but this call brings 3"):
+        mixtral(random_ids(3, 1), past_key_values=cache)
+
+
+def test_a_cache_for_another_number_of_layers_is_refused(mixtral):
+    config = BACKBONES["mixtral"]()
+    config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match="has 5 layers, but the backbone has 3"):
+        mixtral(random_ids(1, 4), past_key_values=DynamicCache(config=config))
+
+
+def test_a_cache_without_layers_is_refused(mixtral):
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    with pytest.raises(ValueError, match="past_key_values is a EncoderDecoderCache"):
+        mixtral(random_ids(1, 4), past_key_values=cache)
+
+
+def test_reading_into_a_cache_keeps_little_of_the_convolution(mixtral):
+    cache = DynamicCache(config=mixtral.config)
+    read(mixtral, torch.randint(3, VOCAB, (1, 100)), cache)
+    for states in cache.layers[-1].conv_inputs.values():
+        assert states.shape[1] == 9 and states.untyped_storage().nbytes() <= 2 * 9 * 32 * 4

@@ -1,0 +1,145 @@
+"""A saved folder is all that is needed: nothing here lets the child processes import `engram_hf`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_backbones import LAYER_IDS, build, built, tiny_tokenizer
+
+from engram_hf import EngramForCausalLM
+
+# Refusing the import is stronger than hiding the path: an editable install adds its own finder.
+PRELUDE = """
+import json, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "engram_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+def opened(auto, folder):
+    return auto.from_pretrained(folder, trust_remote_code=True)
+def generate(folder, prompts):
+    model, tokenizer = opened(AutoModelForCausalLM, folder), opened(AutoTokenizer, folder)
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    assert type(tokenizer).__module__.startswith("transformers_modules."), type(tokenizer).__module__
+    assert "engram_hf" not in sys.modules
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    return model, tokenizer, tokens.tolist()
+"""
+PROMPTS = ["word1 Word2 word3", "Word9 <unk> word5 word6 word40"]
+ROOT_FILES = {
+    "configuration_engram.py",
+    "hashing_engram.py",
+    "memory_engram.py",
+    "cache_engram.py",
+    "layer_engram.py",
+    "modeling_engram.py",
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_engram.EngramConfig",
+    "AutoModel": "modeling_engram.EngramModel",
+    "AutoModelForCausalLM": "modeling_engram.EngramForCausalLM",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> EngramForCausalLM:
+    model = build("mixtral", engram_compressed_vocab_size=tokenizer.compressed_vocab_size)
+    model.resize_token_embeddings(len(tokenizer))
+    model.set_token_map(tokenizer)
+    return model
+
+
+@pytest.fixture
+def folder(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run code after PRELUDE in a fresh process, elsewhere, with its own module cache; returns what it prints."""
+
+    def _run(code: str):
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir(exist_ok=True)
+        environment = {
+            "PATH": "",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUTF8": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", PRELUDE + code],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    return _run
+
+
+def test_the_same_tokens_from_the_folder_alone_and_from_what_it_saves_again(model, tokenizer, folder, tmp_path, run):
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False).tolist()
+    again = tmp_path / "again"
+    code = f"""
+model, tokenizer, tokens = generate({str(folder)!r}, {PROMPTS!r})
+model.save_pretrained({str(again)!r})
+tokenizer.save_pretrained({str(again)!r})
+print(json.dumps(tokens))
+"""
+    assert run(code) == expected
+    assert json.loads((again / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert run(f"print(json.dumps(generate({str(again)!r}, {PROMPTS!r})[2]))") == expected
+
+
+def test_the_base_model_opens_through_its_auto_class(model, folder, run):
+    code = f"""
+model, config = opened(AutoModel, {str(folder)!r}), opened(AutoConfig, {str(folder)!r})
+states = model(torch.tensor([[4, 9, 8]])).last_hidden_state
+print(json.dumps([type(model).__name__, type(config).__name__, states.tolist()]))
+"""
+    model_name, config_name, states = run(code)
+    assert (model_name, config_name) == ("EngramModel", "EngramConfig")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(states), model.model(torch.tensor([[4, 9, 8]])).last_hidden_state)
+
+
+@pytest.mark.parametrize("part", ["causal", "base"])
+def test_whichever_class_is_saved_the_folder_has_everything(part, tmp_path):
+    model = built("mixtral")
+    (model if part == "causal" else model.model).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} >= ROOT_FILES
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["auto_map"] == AUTO_MAP and config["engram_layer_ids"] == LAYER_IDS
+
+
+def test_a_saved_base_model_becomes_a_causal_one_elsewhere(tmp_path, run):
+    """Its head is new, which transformers reports; its memory is there."""
+    base = built("mixtral").model
+    base.save_pretrained(tmp_path / "base")
+    code = f"""
+model, info = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r}, trust_remote_code=True,
+                                                   output_loading_info=True)
+print(json.dumps([sorted(info["missing_keys"]), model.model(torch.tensor([[4, 9, 8]])).last_hidden_state.tolist()]))
+"""
+    missing, states = run(code)
+    assert missing == ["lm_head.weight"]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(states), base(torch.tensor([[4, 9, 8]])).last_hidden_state)
