@@ -2,7 +2,6 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from . import modeling_deepseek_v41  # noqa: F401 (its import registers the V4.1 backbone)
 from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
 from .modeling_engram import EngramForCausalLM, EngramModel

@@ -9,13 +9,18 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD
 
+# Convolution inputs kept beyond what the next token needs: so many positions can be cropped away at any time, as a
+# DynamicCache of most backbones allows, without holding `[B, S, G, D]` for a whole text.
+SPARE_POSITIONS = 64
+
 
 class EngramHistoryLayer(CacheLayerMixin):
     """The memory's state, kept as one more layer of the backbone's `Cache`.
 
     It holds the compressed ids and sequence ids of all past positions (16 bytes each) and, for the convolution, the
     last inputs of every Engram layer. Being a cache layer, it is reordered, expanded, cropped and reset with the rest.
-    As with sliding-window layers, positions that are to be cropped away must come after `activate_past_recording()`.
+    With a convolution, more than the last 64 positions can be cropped away only if they came after
+    `activate_past_recording()`, as with sliding-window layers.
 
     Args:
         owner: what must agree for a cache to be reused; see [`attach_history`].
@@ -58,11 +63,14 @@ class EngramHistoryLayer(CacheLayerMixin):
         if layer not in self.conv_inputs:
             self.conv_inputs[layer] = inputs.new_zeros((inputs.shape[0], reach, *inputs.shape[2:]))
         kept = self.conv_inputs[layer].to(inputs.device)
-        if self.record_past:
-            self.conv_inputs[layer] = torch.cat([kept, inputs], dim=1)
-        else:
-            self.conv_inputs[layer] = _last(torch.cat([kept, _last(inputs, reach)], dim=1), reach)
+        joined = torch.cat([kept, inputs], dim=1)
+        self.conv_inputs[layer] = joined if self.record_past else self._trimmed(joined)
         return _last(kept, reach)
+
+    def _trimmed(self, states: torch.Tensor) -> torch.Tensor:
+        kept = _last(states, self.conv_reach + SPARE_POSITIONS)
+        # A slice of a prompt would hold all of it in memory.
+        return kept.clone() if kept.shape[1] < states.shape[1] // 2 else kept
 
     def activate_past_recording(self) -> None:
         """Keep all convolution inputs until the next `crop`, however far that goes back."""
@@ -95,7 +103,7 @@ class EngramHistoryLayer(CacheLayerMixin):
                 "before them was dropped. Call activate_past_recording() on the cache before the positions that are to "
                 "be forgotten."
             )
-        return _last(kept[:, : kept.shape[1] - remove], self.conv_reach)
+        return self._trimmed(kept[:, : kept.shape[1] - remove])
 
     def reset(self) -> None:
         """Forget everything."""

@@ -12,9 +12,13 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
+from .configuration_deepseek_v41 import DeepseekV41TextConfig
 from .hashing_engram import as_token_map, draw_primes, is_prime
 
 FORMAT_VERSION = 1
+
+# Imported for its registration: a V4.1 model is to load as remote code, where nothing else would bring its backbone.
+KNOWN_BACKBONES = (DeepseekV41TextConfig,)
 
 # What the two published forms of Engram differ in; see arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
 VARIANTS: dict[str, dict[str, Any]] = {

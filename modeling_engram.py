@@ -24,6 +24,10 @@ from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD, NgramHasher, as_token_map
 from .layer_engram import EngramInputs, EngramMemory, EngramRMSNorm, add_memory_to_layer
 from .memory_engram import EngramTable
+from .modeling_deepseek_v41 import DeepseekV41TextModel
+
+# Imported for its registration: a V4.1 model is to load as remote code, where nothing else would bring its backbone.
+KNOWN_BACKBONES = (DeepseekV41TextModel,)
 
 _AUTO_MAP = {
     "AutoConfig": "configuration_engram.EngramConfig",

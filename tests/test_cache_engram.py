@@ -7,7 +7,7 @@ import torch
 from tiny_backbones import BACKBONES, VOCAB, build, built, random_ids
 from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, StaticCache
 
-from engram_hf.cache_engram import EngramHistoryLayer, StaticEngramHistoryLayer, attach_history
+from engram_hf.cache_engram import SPARE_POSITIONS, EngramHistoryLayer, StaticEngramHistoryLayer, attach_history
 
 EXACT = {"rtol": 0, "atol": 1e-5}
 # One backbone with plain layers, one whose layers slide: both kinds are rolled back with ours.
@@ -44,10 +44,12 @@ def filled_cache(model, ids: torch.Tensor, recording: bool = True) -> DynamicCac
     return cache
 
 
+# gpt-oss's own sliding layers go back only if they were recorded.
+@pytest.mark.parametrize(("name", "recording"), [("mixtral", True), ("mixtral", False), ("gpt_oss", True)])
 @pytest.mark.parametrize("removed", [1, 2, 7, 18])
-def test_cropped_positions_are_forgotten(model, removed):
-    ids, others = random_ids(2, 20), random_ids(2, 5, seed=5)
-    cache = filled_cache(model, ids)
+def test_cropped_positions_are_forgotten(name, recording, removed):
+    model, ids, others = built(name), random_ids(2, 20), random_ids(2, 5, seed=5)
+    cache = filled_cache(model, ids, recording=recording)
     cache.crop(-removed)
     kept = ids[:, : 20 - removed]
     assert cache.layers[-1].get_seq_length() == kept.shape[1]
@@ -56,15 +58,15 @@ def test_cropped_positions_are_forgotten(model, removed):
 
 def test_cropping_goes_on_and_on(model):
     """Read three, forget two, over and over, as assisted decoding does."""
-    ids = random_ids(1, 30)
-    cache = filled_cache(model, ids[:, :10])
+    ids = random_ids(1, 110)
+    cache = filled_cache(model, ids[:, :100])
     cache.crop(0)
-    for position in range(10, 20):
+    for position in range(100, 110):
         logits = read(model, torch.cat([ids[:, position : position + 1], random_ids(1, 2, seed=position)], 1), cache)
         torch.testing.assert_close(logits[:, :1], read_alone(model, ids[:, : position + 1], 1), **EXACT)
         cache.crop(-2)
     held = cache.layers[-1].conv_inputs.values()
-    assert {states.shape[1] for states in held} == {9}, "a crop also gives back what no next token needs"
+    assert {states.shape[1] for states in held} == {9 + SPARE_POSITIONS}, "a crop also gives back what is not needed"
 
 
 def test_cropping_everything_is_a_reset(mixtral):
@@ -75,10 +77,10 @@ def test_cropping_everything_is_a_reset(mixtral):
 
 
 def test_what_the_convolution_needs_is_gone_without_recording(mixtral):
-    cache = filled_cache(mixtral, random_ids(1, 20), recording=False)
-    with pytest.raises(ValueError, match=r"forget at most 0 positions, not 3.*activate_past_recording"):
-        cache.layers[-1].crop(-3)
-    assert cache.layers[-1].get_seq_length() == 20
+    cache = filled_cache(mixtral, random_ids(1, 100), recording=False)
+    with pytest.raises(ValueError, match=r"forget at most 64 positions, not 65.*activate_past_recording"):
+        cache.layers[-1].crop(-65)
+    assert cache.layers[-1].get_seq_length() == 100
 
 
 def test_without_a_convolution_nothing_has_to_be_recorded():
@@ -255,6 +257,7 @@ def test_a_cache_without_layers_is_refused(mixtral):
 
 def test_reading_into_a_cache_keeps_little_of_the_convolution(mixtral):
     cache = DynamicCache(config=mixtral.config)
-    read(mixtral, torch.randint(3, VOCAB, (1, 100)), cache)
+    read(mixtral, torch.randint(3, VOCAB, (1, 240)), cache)
     for states in cache.layers[-1].conv_inputs.values():
-        assert states.shape[1] == 9 and states.untyped_storage().nbytes() <= 2 * 9 * 32 * 4
+        kept = 9 + SPARE_POSITIONS
+        assert states.shape[1] == kept and states.untyped_storage().nbytes() == kept * 32 * 4

@@ -39,6 +39,8 @@ ROOT_FILES = {
     "cache_engram.py",
     "layer_engram.py",
     "modeling_engram.py",
+    "configuration_deepseek_v41.py",
+    "modeling_deepseek_v41.py",
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_engram.EngramConfig",

@@ -20,7 +20,8 @@ register()
 
 @pytest.fixture(scope="module")
 def truth(golden):
-    names = [f"{case}.{what}" for case in ("full", "long") for what in ("input_ids", "logits")]
+    names = [f"{case}.{what}" for case in CASES for what in ("input_ids", "attention_mask", "logits")]
+    names += ["image.image_mask", "generate.input_ids", "generate.sequences", "full.loss"]
     with safe_open(golden / "deepseek_v41_tiny" / "golden.safetensors", "pt") as file:
         return {name: file.get_tensor(name) for name in names}
 
@@ -32,6 +33,9 @@ def float32(tiny, tmp_path_factory):
     return target
 
 
+CASES = ("full", "padded", "long", "image")
+
+
 def load(folder, **options):
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info.values()), info
@@ -39,10 +43,12 @@ def load(folder, **options):
 
 
 def assert_golden_logits(model, truth):
-    for case in ("full", "long"):
+    for case in CASES:
+        mask = truth[f"{case}.attention_mask"]
+        images = {"image_mask": truth["image.image_mask"].bool()} if case == "image" else {}
         with torch.no_grad():
-            logits = model(truth[f"{case}.input_ids"], use_cache=False).logits
-        assert (logits - truth[f"{case}.logits"]).abs().max() < 1e-4
+            logits = model(truth[f"{case}.input_ids"], attention_mask=mask, use_cache=False, **images).logits
+        assert (logits - truth[f"{case}.logits"])[mask.bool()].abs().max() < 1e-4, case
 
 
 @pytest.mark.parametrize("kind", ["tiny", "converted", "float32"])
@@ -51,6 +57,31 @@ def test_golden_logits(request, truth, kind):
     model = load(request.getfixturevalue(kind), dtype=torch.float32)
     assert (type(model).__name__, type(model.config).__name__) == ("EngramForCausalLM", "EngramConfig")
     assert_golden_logits(model, truth)
+
+
+def test_the_whole_model_generates_and_learns_as_the_oracle(truth, float32):
+    """Memory and backbone together: greedy continuation, loss, and decoding in chunks across every boundary."""
+    model = load(float32, dtype=torch.float32)
+    prompt = truth["generate.input_ids"]
+    written = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=2,
+    )
+    assert torch.equal(written, truth["generate.sequences"])
+    ids = truth["full.input_ids"]
+    with torch.no_grad():
+        assert abs(model(ids, labels=ids).loss - truth["full.loss"]) < 1e-5
+        for size in (1, 2, 3, 7):
+            cache, logits = None, []
+            for chunk in ids.split(size, 1):
+                output = model(chunk, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                logits.append(output.logits)
+            assert (torch.cat(logits, 1) - truth["full.logits"]).abs().max() < 1e-4, size
 
 
 def test_the_release_and_its_conversion_are_one_model(tiny, converted):
