@@ -1,7 +1,10 @@
-"""`EngramTable`: the rows of one layer's memory, and how they are fetched.
+"""`EngramTable`: the rows of one layer's memory, how they are fetched, and what their stored numbers mean.
 
-Shape letters: R rows of the table, W channels of a row, T heads a position reads (all n-gram orders).
+Shape letters: R rows of the table, W channels of a row, T heads a position reads (all n-gram orders), C channels that
+share a scale.
 """
+
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -9,75 +12,280 @@ from torch.nn import functional as F
 
 # Channels that share a scale in a float8 row (DeepSeek-V4.1: `layers.L.engram.embed.scale`).
 SCALE_BLOCK = 32
+E4M3_MAX = 448.0
+# Rows a thread decodes at once: few enough that what lies between the steps stays in the processor's cache.
+_CHUNK_ROWS = 2048
+_INIT_ROWS = 65_536
+# The bits of a bfloat16 that a float8 shifted left by 4 fills, as a signed 16-bit integer: 0x87F0.
+_E4M3_BITS = -0x7810
+# From an E8M0 byte to the exponent of the scale times 2^120, which makes up for the two formats' biases, 7 and 127.
+_E8M0_TO_FACTOR = 120
+_LARGEST_FAST_SCALE = 0xFE - _E8M0_TO_FACTOR
+
+
+class RowSource(Protocol):
+    """Rows in host memory or in a file, read by number."""
+
+    num_rows: int
+    width: int
+
+    def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Stored values `[n, W]` and scales `[n, W / C]` (or None) of int64 `row_ids` `[n]`, on the CPU."""
+
+    def read(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same of the rows `first..stop-1`, read in file order."""
 
 
 class EngramTable(nn.Module):
     """An embedding table that hash heads read rows from.
 
+    Its rows are parameters (*resident*), or come from a `source` in host memory or in a file, which then is neither a
+    parameter nor a buffer: it stays where it is when the model moves, and out of the state dict.
+
     Args:
         num_rows: R, the sum of the layer's primes.
         width: W, `engram_head_dim`.
         table_dtype: None for rows in `dtype`, trainable; `"float8_e4m3fn"` for frozen rows with an E8M0
-            (power-of-two) scale per 32 channels.
+            (power-of-two) scale per 32 channels; `"int8"` for frozen rows with a float32 scale each.
         device, dtype: of the parameters, as in `torch.nn` modules.
 
     Parameters:
         weight: `[R, W]`.
-        scale: float8_e8m0fnu `[R, W / 32]`, or None.
+        scale: float8_e8m0fnu `[R, W / 32]` or float32 `[R, 1]`; None for float rows.
     """
 
     def __init__(self, num_rows: int, width: int, table_dtype: str | None = None, device=None, dtype=None):
         super().__init__()
-        self.num_rows, self.width = num_rows, width
-        quantized = table_dtype is not None
-        stored = getattr(torch, table_dtype) if quantized else dtype
-        self.weight = nn.Parameter(
-            torch.empty((num_rows, width), device=device, dtype=stored), requires_grad=not quantized
-        )
-        scale = None
-        if quantized:
-            blocks = (num_rows, width // SCALE_BLOCK)
-            scale = nn.Parameter(torch.empty(blocks, device=device, dtype=torch.float8_e8m0fnu), requires_grad=False)
+        self.num_rows, self.width, self.table_dtype = num_rows, width, table_dtype
+        self.row_dtype = dtype or torch.get_default_dtype()
+        self.source: RowSource | None = None
+        self.unread: RowSource | None = None  # what the parameters are to be filled from
+        scale, stored = None, self.row_dtype
+        if table_dtype is not None:
+            per_row, scale_dtype = _scale_layout(table_dtype, width)
+            empty = torch.empty((num_rows, per_row), device=device, dtype=scale_dtype)
+            scale, stored = nn.Parameter(empty, requires_grad=False), getattr(torch, table_dtype)
+        empty = torch.empty((num_rows, width), device=device, dtype=stored)
+        self.weight = nn.Parameter(empty, requires_grad=table_dtype is None)
         self.register_parameter("scale", scale)
 
+    def mount(self, source: RowSource) -> None:
+        """Read rows from `source` from now on; the parameters are given up."""
+        self.weight = self.scale = None
+        self.source = source
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the rows are parameters of this module."""
+        return self.source is None
+
     def _apply(self, fn, recurse=True):
-        # `model.to(torch.bfloat16)` moves dtypes, but a float8 row means nothing without its scale: only devices move.
+        # `model.to(torch.bfloat16)` moves dtypes, but a quantized row means nothing without its scale: only devices move.
+        self.row_dtype = fn(torch.empty(0, dtype=self.row_dtype)).dtype
         if self.scale is None:
             return super()._apply(fn, recurse)
         return super()._apply(lambda tensor: _keep_dtype(tensor, fn(tensor)), recurse)
 
     def extra_repr(self) -> str:
         """Rows, channels and stored dtype, for `print(model)`."""
-        return f"{self.num_rows}, {self.width}, dtype={self.weight.dtype}"
+        return f"{self.num_rows}, {self.width}, {f'dtype={self.weight.dtype}' if self.is_resident else self.source}"
 
-    def forward(self, row_ids: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Rows of `row_ids` `[..., T]`, side by side: `[..., T * W]`.
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Fill parameters that no checkpoint filled: with the rows of `unread`, or else with normal noise.
+
+        A few rows at a time, so that a table has no second copy, let alone one in float32.
+        """
+        if not self.is_resident or getattr(self.weight, "_is_hf_initialized", False):
+            return
+        for first in range(0, self.num_rows, _INIT_ROWS):
+            stop = min(first + _INIT_ROWS, self.num_rows)
+            values, scale = self._noise(stop - first, std) if self.unread is None else self.unread.read(first, stop)
+            self.weight[first:stop].copy_(values)
+            if scale is not None:
+                self.scale[first:stop].copy_(scale)
+
+    def _noise(self, count: int, std: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        noise = torch.empty((count, self.width), device=self.weight.device, dtype=self.row_dtype).normal_(std=std)
+        return (noise, None) if self.table_dtype is None else quantize_rows(noise, self.table_dtype)
+
+    def forward(
+        self, row_ids: torch.Tensor, dtype: torch.dtype | None = None, source: RowSource | None = None
+    ) -> torch.Tensor:
+        """Rows of `row_ids` `[..., T]`, side by side: `[..., T * W]`, on the device of `row_ids`.
 
         Args:
             row_ids: int64, each in `0..R-1`.
-            dtype: of the result, for a float8 table; rows of a float table keep theirs.
+            dtype: of the result, for a quantized table; rows of a float table keep theirs.
+            source: rows of these ids that were fetched ahead, to be used instead of the table's own.
+
+        Raises:
+            ValueError: on the CPU, for a row that does not exist; or a mapped file changed under the model.
         """
+        if row_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            _require_rows(row_ids, self.num_rows)
+        if self.table_dtype is None:
+            dtype = self.row_dtype
+        source = source or self.source
+        if source is not None:
+            return _read_on_host(source, row_ids, dtype)
         if self.scale is None:
             return F.embedding(row_ids, self.weight).flatten(-2)
-        return dequantize_rows(_gather(self.weight, row_ids), _gather(self.scale, row_ids), dtype).flatten(-2)
+        if row_ids.device.type == "cpu":
+            return read_rows(self, row_ids, dtype)
+        return dequantize_rows(*self.fetch(row_ids), dtype).flatten(-2)
+
+    def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Stored values `[..., W]` and scales of the parameters, as they are; see [`RowSource`]."""
+        return gather_stored(self.weight, row_ids), None if self.scale is None else gather_stored(self.scale, row_ids)
 
 
-def dequantize_rows(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`value * 2 ** (exponent - 127)`, the scale of a block shared by 32 neighbouring channels.
+def _scale_layout(table_dtype: str, width: int) -> tuple[int, torch.dtype]:
+    """Scales per row, and their dtype."""
+    if table_dtype == "float8_e4m3fn" and width % SCALE_BLOCK == 0:
+        return width // SCALE_BLOCK, torch.float8_e8m0fnu
+    if table_dtype == "int8" and width % 4 == 0:
+        return 1, torch.float32
+    raise ValueError(
+        f"A table of width {width} cannot be stored as {table_dtype!r}: use 'float8_e4m3fn' with a multiple of 32 "
+        "channels, 'int8' with a multiple of 4, or None."
+    )
+
+
+def _require_rows(row_ids: torch.Tensor, num_rows: int) -> None:
+    if row_ids.numel() == 0:
+        return
+    first, last = torch.aminmax(row_ids)
+    if first < 0 or last >= num_rows:
+        wrong = int(first if first < 0 else last)
+        raise ValueError(
+            f"Row {wrong} was asked for, but the table has rows 0..{num_rows - 1}; the hash and the table do not belong "
+            "together."
+        )
+
+
+@torch.compiler.disable
+def _read_on_host(source: RowSource, row_ids: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Rows of a source that stays on the host. To another device they travel as stored, and are decoded there."""
+    device = row_ids.device
+    if device.type == "cpu":
+        return read_rows(source, row_ids, dtype)
+    values, scale = source.fetch(row_ids.reshape(-1).cpu())
+    scale = None if scale is None else _to_device(scale, device)
+    return _side_by_side(dequantize_rows(_to_device(values, device), scale, dtype), row_ids)
+
+
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # Asynchronous only from page-locked memory.
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
+
+
+def _side_by_side(rows: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
+    return rows.view(*row_ids.shape[:-1], row_ids.shape[-1] * rows.shape[-1])
+
+
+def read_rows(source: RowSource, row_ids: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Fetch and decode rows of `row_ids` `[..., T]` on the CPU: `[..., T * W]`.
 
     Args:
-        values: float8_e4m3fn `[..., W]`.
-        scale: float8_e8m0fnu `[..., W / 32]`.
-        dtype: of the result; float32 if None. The product is exact in float32 before it is rounded to it.
+        dtype: of the result; float32 if None.
     """
-    blocks = values.to(torch.float32).unflatten(-1, (-1, SCALE_BLOCK))
-    rows = (blocks * scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
+    ids = row_ids.reshape(-1)
+    rows = torch.empty((ids.numel(), source.width), dtype=dtype or torch.float32)
+    chunk = _CHUNK_ROWS * torch.get_num_threads()
+    for some_ids, some_rows in zip(ids.split(chunk), rows.split(chunk), strict=True):
+        if some_ids.numel():
+            _decode_into(some_rows, *source.fetch(some_ids))
+    return _side_by_side(rows, row_ids)
+
+
+def _decode_into(rows: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None) -> None:
+    if scale is None:
+        rows.copy_(values)
+    elif not _decode_float8_fast(rows, values, scale):
+        rows.copy_(dequantize_rows(values, scale, rows.dtype))
+
+
+def _decode_float8_fast(rows: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Decode float8 values on the CPU, where torch converts them one by one: False if these have to go that way.
+
+    A float8 value shifted left by 4 bits is a bfloat16 with the value times 2^-120, subnormal ones included, so that one
+    multiplication by the scale times 2^120 yields the exact product. NaN, scales beyond 2^7 and a processor that is set
+    to flush subnormal numbers are left to the plain way.
+    """
+    if values.dtype != torch.float8_e4m3fn or rows.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    raw, exponents = values.view(torch.int8), scale.view(torch.uint8)
+    has_nan = raw.amax() == 0x7F or values.view(torch.uint8).amax() == 0xFF
+    if has_nan or exponents.amax() > _LARGEST_FAST_SCALE or _flushes_subnormals():
+        return False
+    decoded = rows if rows.dtype == torch.bfloat16 else torch.empty(rows.shape, dtype=torch.bfloat16)
+    decoded.view(torch.int16).copy_(raw).bitwise_left_shift_(4).bitwise_and_(_E4M3_BITS)
+    factors = exponents.to(torch.int16).add_(_E8M0_TO_FACTOR).bitwise_left_shift_(7).view(torch.bfloat16)
+    if decoded is not rows:
+        rows.copy_(decoded)
+    rows.unflatten(-1, (-1, SCALE_BLOCK)).mul_(factors.to(rows.dtype).unsqueeze(-1))
+    return True
+
+
+def _flushes_subnormals() -> bool:
+    return bool((torch.full((1,), 2.0**-130) * 1.0 == 0).item())
+
+
+def dequantize_rows(
+    values: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """`value * scale`, each scale shared by C neighbouring channels.
+
+    Args:
+        values: `[..., W]`, float8_e4m3fn or int8; rows without `scale` are only cast.
+        scale: float8_e8m0fnu or float32 `[..., W / C]`.
+        dtype: of the result; float32 if None. The product is rounded to float32, and then once to this dtype.
+    """
+    rows = values.to(torch.float32)
+    if scale is not None:
+        rows = (rows.unflatten(-1, (scale.shape[-1], -1)) * scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
     return rows if dtype is None else rows.to(dtype)
 
 
-def _gather(table: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
-    # Gathered as bytes: not every device indexes float8, and no value is touched.
-    return table.view(torch.uint8)[row_ids].view(table.dtype)
+def quantize_rows(rows: torch.Tensor, table_dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values `[..., W]` and scales of float `rows` `[..., W]`; see section 5 of docs/engram-table-format.md.
+
+    Args:
+        table_dtype: `"float8_e4m3fn"`, by the rule of DeepSeek-V4.1 (scale `2^ceil(log2(max(amax, 1e-4) / 448))` per
+            32 channels), or `"int8"`.
+
+    Raises:
+        ValueError: for another dtype, a width that it cannot have, or rows that are not finite.
+    """
+    per_row, scale_dtype = _scale_layout(table_dtype, rows.shape[-1])
+    blocks = rows.to(torch.float32).unflatten(-1, (per_row, -1))
+    largest = blocks.abs().amax(-1)
+    if not largest.isfinite().all():
+        raise ValueError("Rows with NaN or infinite channels cannot be quantized; repair the table first.")
+    if table_dtype == "int8":
+        scale = torch.where(largest > 0, largest / 127, 1.0)
+        # A subnormal maximum may round to a scale of zero.
+        scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+        values = (blocks / scale.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+        return values.flatten(-2), scale
+    exponents = _exponent_above(largest.clamp_min(1e-4) / E4M3_MAX)
+    scale = exponents.to(torch.uint8).view(scale_dtype)
+    values = (blocks / scale.to(torch.float32).unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return values.flatten(-2), scale
+
+
+def _exponent_above(x: torch.Tensor) -> torch.Tensor:
+    """Biased exponent of the smallest power of two that is not below positive normal float32 `x`, from its bits."""
+    bits = x.view(torch.int32)
+    return (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
+
+
+def gather_stored(table: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
+    """Rows `[..., W]` of `table` in its own dtype, gathered as bytes: not every device indexes float8."""
+    raw = table.detach().view(torch.uint8).index_select(0, row_ids.reshape(-1))
+    return raw.view(table.dtype).view(*row_ids.shape, table.shape[1])
 
 
 def _keep_dtype(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

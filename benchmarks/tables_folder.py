@@ -1,0 +1,63 @@
+"""Model folders with memory tables of any size, for the benchmarks beside this file."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config
+
+from engram_hf import EngramConfig, EngramForCausalLM
+from engram_hf.hashing_engram import NgramHasher
+from engram_hf.memory_engram import quantize_rows
+from engram_hf.residency_engram import FoundTables
+from engram_hf.table_files_engram import TableWriter, manifest_entry, table_file_name, write_manifest
+from engram_hf.table_format_engram import describe_table, read_tables
+
+WIDTH, HEADS, LAYER, VOCAB = 256, 8, 1, 1000
+
+
+def make_model_folder(folder: Path, gigabytes: float, *, filled: bool, layers: int = 2, hidden: int = 128) -> None:
+    """Save a small Qwen3 with one float8 memory table of a given size: normal noise, or (not `filled`) zeros."""
+    config = EngramConfig.for_backbone(
+        Qwen3Config(
+            vocab_size=VOCAB,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=hidden // 8,
+        ),
+        layer_ids=[LAYER],
+        variant="v4.1",
+        engram_vocab_size=int(gigabytes * 1e9 / (WIDTH * 33 / 32) / (3 * HEADS)),
+        engram_table_dtype="float8_e4m3fn",
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    hasher = NgramHasher(
+        layer_ids=[LAYER],
+        max_ngram=4,
+        bucket_counts=config.bucket_counts,
+        heads=HEADS,
+        vocab_size=VOCAB,
+        compressed_vocab_size=None,
+        pad_token_id=config.engram_pad_token_id,
+    )
+    for name, constant in hasher.derive_constants().items():
+        getattr(hasher, name).copy_(constant)
+    description = describe_table(hasher, 0, width=WIDTH, dtype="F8_E4M3")
+    name = table_file_name(LAYER)
+    with TableWriter(folder / name, description) as writer:
+        for first in range(0, description.num_rows, 1 << 16) if filled else ():
+            count = min(1 << 16, description.num_rows - first)
+            writer.write(first, *quantize_rows(torch.randn(count, WIDTH) * 0.02, "float8_e4m3fn"))
+    with (folder / name).open("rb") as file:
+        os.fsync(file.fileno())
+    write_manifest(folder, {LAYER: manifest_entry([(name, description.rows, description.tensors)])})
+    EngramForCausalLM(config, engram_tables=FoundTables(read_tables(folder), "mapped")).save_pretrained(folder)
+
+
+def drop_from_page_cache(path: Path) -> None:
+    """Forget the cached pages of a file that nothing maps."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

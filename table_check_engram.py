@@ -1,0 +1,149 @@
+"""Checks a folder of table files against the whole format: `python -m engram_hf.table_check_engram FOLDER`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .residency_engram import MappedRows
+from .table_format_engram import (
+    PAGE,
+    TOKEN_MAP_NAME,
+    StoredTable,
+    TableDescription,
+    TableFormatError,
+    read_header,
+    read_tables,
+    token_map_digest,
+)
+
+_STEP_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class TableReport:
+    """What was found out about one layer's table.
+
+    Args:
+        table: as it is stored.
+        aligned: whether its rows begin at pages.
+        token_map: `"checked"`, `"absent"` (the folder has no token map), `"unknown"` (the table does not name one) or
+            `"none"` (ids are not compressed).
+    """
+
+    table: StoredTable
+    aligned: bool
+    token_map: str
+
+    def __str__(self) -> str:
+        table = self.table
+        files = f"{len(table.parts)} file{'s' if len(table.parts) > 1 else ''}"
+        alignment = "" if self.aligned else ", not page-aligned"
+        hashing = "hash not described" if table.description is None else f"token map {self.token_map}"
+        return (
+            f"layer {table.layer}: {table.num_rows:,} rows x {table.width} {table.dtype}, {table.size / 1e9:.3f} GB in "
+            f"{files}{alignment}, {hashing}"
+        )
+
+
+def check_folder(folder: str | Path, rows: bool = False) -> list[TableReport]:
+    """Check the manifest of `folder`, every file it names, all scales and the token map.
+
+    Args:
+        rows: read all rows too, for numbers that are none; this takes as long as reading the files.
+
+    Raises:
+        TableFormatError: names what is wrong.
+    """
+    folder = Path(folder)
+    token_map = _read_token_map(folder / TOKEN_MAP_NAME)
+    reports = []
+    for table in read_tables(folder).values():
+        token_map_state = _check_token_map(table.description, token_map, folder)
+        _check_numbers(table, rows)
+        aligned = all(part.weight.offset % PAGE == 0 for part in table.parts)
+        reports.append(TableReport(table, aligned, token_map_state))
+    return reports
+
+
+def _read_token_map(path: Path) -> torch.Tensor | None:
+    if not path.exists():
+        return None
+    header = read_header(path)
+    span = header.tensors.get("token_map")
+    if header.metadata.get("format_version") != "1":
+        found = header.metadata.get("format_version")
+        raise TableFormatError(f"{path} has format_version {found!r}, expected '1'; upgrade engram-hf.")
+    if span is None or span.dtype != "I32" or len(span.shape) != 1:
+        raise TableFormatError(f"{path} has no vector `token_map` of I32; save the tokenizer again.")
+    with path.open("rb") as file:
+        file.seek(span.offset)
+        values = torch.frombuffer(bytearray(file.read(span.size)), dtype=torch.int32)
+    if token_map_digest(values) != header.metadata.get("map_sha256"):
+        raise TableFormatError(f"{path} is damaged: its token map has another digest than it says; fetch it again.")
+    return values
+
+
+def _check_token_map(described: TableDescription | None, token_map: torch.Tensor | None, folder: Path) -> str:
+    if described is None:
+        return "unknown"
+    if described.token_map_sha256 is None:
+        return "none"
+    if token_map is None:
+        return "absent"
+    if token_map_digest(token_map[: described.token_map_ids]) != described.token_map_sha256:
+        raise TableFormatError(
+            f"The table of layer {described.layer} was written for another token map than {folder / TOKEN_MAP_NAME}; put "
+            "the one back that belongs to the tables."
+        )
+    return "checked"
+
+
+def _check_numbers(table: StoredTable, rows: bool) -> None:
+    opened = MappedRows(table)
+    kinds = ("weight", "scale") if rows else ("scale",)
+    for first, kind, numbers in opened.scan(kinds, _STEP_ROWS):
+        wrong = _invalid(numbers, kind)
+        if wrong.any():
+            row = first + int(wrong.any(-1).nonzero()[0])
+            raise TableFormatError(
+                f"Row {row} of layer {table.layer} has a {kind} that is no valid number ({_RULES[kind]}); write the table "
+                "again."
+            )
+
+
+_RULES = {"weight": "NaN, infinite, or -128 as int8", "scale": "NaN, infinite or negative"}
+
+
+def _invalid(numbers: torch.Tensor, kind: str) -> torch.Tensor:
+    """Where `numbers` `[n, C]` break the format's rules."""
+    if numbers.dtype == torch.int8:
+        return numbers == -128
+    if numbers.dtype == torch.float8_e4m3fn:
+        return numbers.view(torch.uint8).bitwise_and(0x7F) == 0x7F
+    if numbers.dtype == torch.float8_e8m0fnu:
+        return numbers.view(torch.uint8) == 0xFF
+    return ~numbers.isfinite() | ((numbers < 0) if kind == "scale" else False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status is 1 if the folder breaks the format."""
+    parser = argparse.ArgumentParser(prog="python -m engram_hf.table_check_engram", description=__doc__)
+    parser.add_argument("folder", help="a folder with engram_tables.json")
+    parser.add_argument("--rows", action="store_true", help="read all rows, too")
+    options = parser.parse_args(arguments)
+    try:
+        reports = check_folder(options.folder, options.rows)
+    except TableFormatError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(*reports, sep="\n")
+    print(f"{options.folder}: {len(reports)} tables, {sum(r.table.size for r in reports) / 1e9:.3f} GB, all well.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,366 @@
+"""Table files: writing them in the format, quantizing them, and passing them on without reading them.
+
+Files are written beside their name and renamed when complete, so that a name always stands for a whole file.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .memory_engram import dequantize_rows, quantize_rows
+from .table_format_engram import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    METADATA_KEY,
+    NAMES,
+    PAGE,
+    ROW_FORMATS,
+    TORCH_DTYPES,
+    StoredTable,
+    TableDescription,
+    TableFormatError,
+    TablePart,
+)
+
+# Bytes of rows held at once while a table is converted.
+_STEP_BYTES = 16 << 20
+
+
+def table_file_name(layer: int, part: int = 0, parts: int = 1) -> str:
+    """`engram-layer-00001.safetensors`; of several parts, `engram-layer-00001-00000-of-00002.safetensors`."""
+    return f"engram-layer-{layer:05d}{f'-{part:05d}-of-{parts:05d}' if parts > 1 else ''}.safetensors"
+
+
+class TableWriter:
+    """Writes one table file, row range by row range; as a context manager, it leaves a whole file or none.
+
+    Args:
+        path: of the file.
+        description: of the table, with the `rows` of this file. Its scales follow its rows.
+
+    Raises:
+        OSError: the file cannot be written; its message says what is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike, description: TableDescription):
+        self.path = Path(path)
+        self.description = description
+        self._unfinished = Path(f"{path}.unfinished")
+        header, self._offsets = _layout(description)
+        self._size = self._offsets["end"]
+        with _explained(self.path, self._size):
+            self._file = os.open(self._unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            with _explained(self.path, self._size):
+                _reserve(self._file, self._size)
+                _write_all(self._file, header, 0)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def write(self, first: int, values: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        """Write rows from table row `first` on, as stored: `values` `[n, W]`, `scale` `[n, W / C]`."""
+        row = first - self.description.rows[0]
+        for kind, tensor in (("weight", values), ("scale", scale)):
+            if tensor is not None:
+                data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+                with _explained(self.path, self._size):
+                    _write_all(self._file, memoryview(data).cast("B"), self._offsets[kind] + row * data[0].nbytes)
+
+    def copy(self, part: TablePart, source: int) -> None:
+        """Write the whole file from the spans of `part`, which lie in the open file `source`, inside the kernel."""
+        with _explained(self.path, self._size):
+            for kind, span in part.spans.items():
+                _copy_range(source, span.offset, self._file, self._offsets[kind], span.size)
+
+    def __enter__(self) -> "TableWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            self._abandon()
+            return
+        with _explained(self.path, self._size):
+            os.close(self._file)
+            os.replace(self._unfinished, self.path)
+
+    def _abandon(self) -> None:
+        os.close(self._file)
+        self._unfinished.unlink(missing_ok=True)
+
+
+def _layout(d: TableDescription) -> tuple[bytes, dict[str, int]]:
+    """The header, padded to a page, and where each tensor begins."""
+    count = d.rows[1] - d.rows[0]
+    shapes = {"weight": (d.dtype, [count, d.width])}
+    if d.scale_dtype:
+        shapes["scale"] = (d.scale_dtype, [count, d.width // d.scale_block])
+    entries, end, begins = {}, 0, {}
+    for kind, (dtype, shape) in shapes.items():
+        size = shape[0] * shape[1] * TORCH_DTYPES[dtype].itemsize
+        entries[d.tensors[kind]] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        begins[kind], end = end, end + size
+    metadata = {"format": "pt", METADATA_KEY: d.to_json()}
+    text = json.dumps({"__metadata__": metadata, **entries}).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    header = struct.pack("<Q", len(text)) + text
+    return header, {kind: len(header) + begin for kind, begin in {**begins, "end": end}.items()}
+
+
+@contextlib.contextmanager
+def _explained(path: Path, size: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            message = f"{path} needs {size:,} bytes, which do not fit there; free space, or write to another disk"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            message = f"{path} cannot be written ({error.strerror}); choose a folder that is writable"
+        else:
+            raise
+        raise OSError(error.errno, message) from error
+
+
+def _reserve(file: int, size: int) -> None:
+    """Take the space now: a disk that is too small is found before hours of work, not after."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)
+
+
+def _write_all(file: int, data, offset: int) -> None:
+    data = memoryview(data)
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _copy_range(source: int, source_offset: int, target: int, target_offset: int, count: int) -> None:
+    """Copy bytes between open files; the kernel shares the blocks where the file system can."""
+    while count:
+        try:
+            copied = os.copy_file_range(source, target, min(count, 1 << 30), source_offset, target_offset)
+        except (AttributeError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            # Not on this system, or not between these file systems.
+            copied = os.pwrite(target, os.pread(source, min(count, 1 << 22), source_offset), target_offset)
+        if not copied:
+            raise TableFormatError("A table file became shorter while it was copied; restore it and copy again.")
+        source_offset, target_offset, count = source_offset + copied, target_offset + copied, count - copied
+
+
+def write_table_file(
+    path: str | os.PathLike,
+    description: TableDescription,
+    rows: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
+) -> None:
+    """Write one table file from `(values, scale)` of consecutive row ranges, which need not fit into memory together.
+
+    Raises:
+        ValueError: there are more or fewer rows than `description` says, or of another dtype or width.
+        OSError: the file cannot be written.
+    """
+    first, stop = description.rows
+    with TableWriter(path, description) as writer:
+        for values, scale in rows:
+            _require_like(description, values, scale)
+            if first + len(values) > stop:
+                break
+            writer.write(first, values, scale)
+            first += len(values)
+        else:
+            if first == stop:
+                return
+        raise ValueError(f"{path} was to hold rows {list(description.rows)}, but rows for another number were given.")
+
+
+def _require_like(d: TableDescription, values: torch.Tensor, scale: torch.Tensor | None) -> None:
+    given = NAMES.get(values.dtype), tuple(values.shape[1:]), None if scale is None else NAMES.get(scale.dtype)
+    if given != (d.dtype, (d.width,), d.scale_dtype):
+        raise ValueError(
+            f"Rows of dtype, width and scale dtype {given} were given for layer {d.layer}, expected "
+            f"{(d.dtype, (d.width,), d.scale_dtype)}."
+        )
+
+
+def link_or_copy(source: int, path: Path, target: Path) -> None:
+    """Make `target` the file that is open as `source` and was opened at `path`: a hard link, or else a copy.
+
+    The bytes do not pass through this process. (On file systems that share blocks, the copy takes no space either.)
+
+    Raises:
+        OSError: the target cannot be written.
+    """
+    unfinished, status = Path(f"{target}.unfinished"), os.fstat(source)
+    with _explained(target, status.st_size):
+        if target.exists() and os.path.samestat(target.stat(), status):
+            return
+        unfinished.unlink(missing_ok=True)
+        try:
+            if not _linked(source, path, unfinished):
+                _copy_file(source, unfinished, status.st_size)
+            os.replace(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _linked(source: int, path: Path, target: Path) -> bool:
+    real = os.path.realpath(path)  # a link to a symbolic link of a download cache would break with it
+    try:
+        if not os.path.samestat(os.stat(real), os.fstat(source)):
+            return False  # another file took its name since it was opened
+        os.link(real, target)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOENT, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _copy_file(source: int, target: Path, size: int) -> None:
+    file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        _copy_range(source, 0, file, 0, size)
+    finally:
+        os.close(file)
+
+
+def write_manifest(folder: str | os.PathLike, entries: dict[int, dict]) -> None:
+    """Write `engram_tables.json`, complete or not at all; write it last.
+
+    Args:
+        entries: by layer; see [`manifest_entry`].
+    """
+    path = Path(folder) / MANIFEST_NAME
+    tables = {str(layer): entries[layer] for layer in sorted(entries)}
+    unfinished = Path(f"{path}.unfinished")
+    text = json.dumps({"format_version": FORMAT_VERSION, "tables": tables}, indent=2)
+    with _explained(path, len(text)):
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+
+
+def manifest_entry(
+    parts: Iterable[tuple[str, tuple[int, int], dict[str, str]]], description: TableDescription | None = None
+) -> dict:
+    """One layer's entry of a manifest.
+
+    Args:
+        parts: file name, `(first, stop)` and tensor names by `"weight"` and `"scale"` of every part, in row order.
+        description: for files that do not describe themselves.
+    """
+    entry: dict = {}
+    for file, rows, names in parts:
+        for kind, tensor in names.items():
+            entry.setdefault(kind, []).append({"file": file, "tensor": tensor, "rows": list(rows)})
+    if description is not None:
+        members = asdict(description)
+        entry["description"] = {name: members[name] for name in members if name not in ("rows", "tensors")}
+    return entry
+
+
+@dataclass
+class QuantizationError:
+    """What quantizing a table changed.
+
+    Args:
+        rows: rows compared.
+        largest: largest difference of a channel.
+        relative: root of the summed squared differences over that of the summed squares; 0 for a table of zeros.
+    """
+
+    rows: int = 0
+    largest: float = 0.0
+    squares: float = 0.0
+    squared_differences: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        return (self.squared_differences / self.squares) ** 0.5 if self.squares else 0.0
+
+    def add(self, rows: torch.Tensor, decoded: torch.Tensor) -> None:
+        """Count float32 rows and what became of them."""
+        difference = rows - decoded
+        self.rows += len(rows)
+        self.largest = max(self.largest, difference.abs().max().item())
+        self.squares += rows.square().sum(dtype=torch.float64).item()
+        self.squared_differences += difference.square().sum(dtype=torch.float64).item()
+
+
+def quantize_table(
+    source, path: str | os.PathLike, description: TableDescription, table_dtype: str
+) -> QuantizationError:
+    """Write a float table to one file as float8 or int8, a few megabytes at a time.
+
+    Args:
+        source: what reads the rows; see `memory_engram.RowSource`.
+        description: of the table as it is.
+        table_dtype: `"float8_e4m3fn"`, by the rule of the release, or `"int8"`.
+
+    Returns:
+        The difference it makes.
+
+    Raises:
+        ValueError: the table is quantized already, or cannot have this dtype, or holds NaN.
+    """
+    if description.scale_dtype is not None:
+        raise ValueError(
+            f"The table of layer {description.layer} is {description.dtype} already; quantize float rows."
+        )
+    target, error = _quantized(description, table_dtype), QuantizationError()
+    step = max(1, _STEP_BYTES // (4 * description.width))
+    with TableWriter(path, target) as writer:
+        for first in range(*description.rows, step):
+            values, _ = source.read(first, min(first + step, description.rows[1]))
+            rows = values.to(torch.float32)
+            quantized, scale = quantize_rows(rows, table_dtype)
+            error.add(rows, dequantize_rows(quantized, scale))
+            writer.write(first, quantized, scale)
+    return error
+
+
+def _quantized(description: TableDescription, table_dtype: str) -> TableDescription:
+    dtype = NAMES[getattr(torch, table_dtype)]
+    scale_dtype, block = ROW_FORMATS[dtype]
+    name = description.tensors["weight"]
+    return replace(
+        description,
+        dtype=dtype,
+        scale_dtype=scale_dtype,
+        scale_block=block or description.width,
+        tensors={"weight": name, "scale": f"{name.removesuffix('weight')}scale"},
+    )
+
+
+def pass_on(stored: StoredTable, files: dict[Path, int], folder: Path, description: TableDescription) -> dict:
+    """Make an unchanged table part of `folder`; returns its entry of the manifest.
+
+    Files that hold nothing but this table are linked, or copied whole. Out of files that hold other tensors too, the
+    table is copied into files of its own.
+
+    Args:
+        files: open file of every path in `stored`.
+        description: of the table, for files that are written.
+    """
+    names = [table_file_name(stored.layer, index, len(stored.parts)) for index in range(len(stored.parts))]
+    sources = [files[part.file.path] for part in stored.parts]
+    ranges = [(part.first, part.stop) for part in stored.parts]
+    if all(part.file.tensors.keys() == set(part.names.values()) for part in stored.parts):
+        for part, name, source in zip(stored.parts, names, sources, strict=True):
+            link_or_copy(source, part.file.path, folder / name)
+        tensors = [part.names for part in stored.parts]
+        self_describing = METADATA_KEY in stored.parts[0].file.metadata
+        return manifest_entry(zip(names, ranges, tensors, strict=True), None if self_describing else description)
+    for part, name, source in zip(stored.parts, names, sources, strict=True):
+        with TableWriter(folder / name, description.with_rows(part.first, part.stop)) as writer:
+            writer.copy(part, source)
+    return manifest_entry((name, rows, description.tensors) for name, rows in zip(names, ranges, strict=True))

@@ -1,0 +1,638 @@
+"""The table format: what a folder of memory tables says about itself, read as untrusted input.
+
+The format is defined in `docs/engram-table-format.md`. Nothing here touches table data: headers and manifests are
+parsed, and every number in them is checked against the others and against the size of the files.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import torch
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "engram_tables.json"
+TOKEN_MAP_NAME = "engram_token_map.safetensors"
+METADATA_KEY = "engram_table"
+PAGE = 4096
+# The limit of safetensors' own reader; a longer header is damaged.
+_MAX_HEADER_BYTES = 100_000_000
+
+# The dtypes of rows, with those of their scales and the channels that share one (0: the whole row).
+ROW_FORMATS: dict[str, tuple[str | None, int]] = {
+    "F32": (None, 0),
+    "BF16": (None, 0),
+    "F16": (None, 0),
+    "F8_E4M3": ("F8_E8M0", 32),
+    "I8": ("F32", 0),
+}
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+}
+NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# Item sizes of everything a safetensors file may hold beside tables.
+_ITEM_BYTES = {
+    **{name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()},
+    **{"BOOL": 1, "U8": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "F64": 8},
+}
+
+
+class TableFormatError(ValueError):
+    """A table file or manifest that cannot be read, said in one sentence."""
+
+
+@dataclass(frozen=True)
+class TensorSpan:
+    """Where a tensor lies: `size` bytes from byte `offset` of its file, row-major."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """A checked safetensors header: the tensors cover the data section exactly."""
+
+    path: Path
+    data_start: int
+    size: int
+    tensors: dict[str, TensorSpan]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | os.PathLike) -> FileHeader:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        TableFormatError: the file is missing, cut off, damaged, or of another format.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+                raise TableFormatError(
+                    f"{path} is not a whole safetensors file: it has {size} bytes and announces a header of {length}; "
+                    "fetch it again."
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise TableFormatError(f"{path} cannot be read ({error.strerror}); fetch the missing file.") from error
+    return _check_header(path, size, 8 + length, parse_json(text, f"The header of {path}"))
+
+
+def _check_header(path: Path, size: int, data_start: int, header: dict) -> FileHeader:
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise TableFormatError(f"The __metadata__ of {path} must map strings to strings; fetch the file again.")
+    tensors = {name: _read_span(path, data_start, name, entry) for name, entry in header.items()}
+    end = data_start
+    for span in sorted(tensors.values(), key=lambda span: (span.offset, span.size)):
+        if span.offset != end:
+            raise TableFormatError(
+                f"Tensor {span.name!r} of {path} begins at byte {span.offset}, expected {end}: tensors overlap or leave a "
+                "hole; fetch the file again."
+            )
+        end += span.size
+    if end != size:
+        raise TableFormatError(
+            f"{path} has {size} bytes, but its header describes {end}: it is cut off or damaged; fetch it again."
+        )
+    return FileHeader(path, data_start, size, tensors, metadata)
+
+
+def _read_span(path: Path, data_start: int, name: str, entry) -> TensorSpan:
+    where = f"Tensor {name!r} of {path}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise TableFormatError(f"{where} is described by {entry!r}, expected dtype, shape and data_offsets.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise TableFormatError(f"{where} has the unknown dtype {dtype!r}; upgrade engram-hf, or fetch the file again.")
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        raise TableFormatError(f"{where} has shape {shape!r} and data_offsets {offsets!r}, expected lists of sizes.")
+    span = TensorSpan(name, dtype, tuple(shape), data_start + offsets[0])
+    if span.size != offsets[1] - offsets[0]:
+        raise TableFormatError(
+            f"{where} is {dtype} {shape}, {span.size} bytes, but its data_offsets hold {offsets[1] - offsets[0]}; fetch "
+            "the file again."
+        )
+    return span
+
+
+def _are_counts(value) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def parse_json(data: bytes | str, what: str) -> dict:
+    """One JSON object in which no name stands twice; `what` begins the sentence of the error."""
+    try:
+        value = json.loads(data, object_pairs_hook=_unique_members)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise TableFormatError(f"{what} is not valid JSON ({error}); fetch the file again.") from error
+    except KeyError as error:
+        raise TableFormatError(f"{what} names {error} twice; fetch the file again.") from error
+    if not isinstance(value, dict):
+        raise TableFormatError(f"{what} must be a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def _unique_members(pairs: list[tuple[str, object]]) -> dict:
+    members = {}
+    for name, value in pairs:
+        if name in members:
+            raise KeyError(name)
+        members[name] = value
+    return members
+
+
+def require_version(version, what: str) -> None:
+    """Refuse a `format_version` this code does not know.
+
+    Raises:
+        TableFormatError: it is no version, or a later one.
+    """
+    if type(version) is not int or version < 1:
+        raise TableFormatError(f"{what} has format_version {version!r}, expected {FORMAT_VERSION}.")
+    if version > FORMAT_VERSION:
+        raise TableFormatError(
+            f"{what} has format_version {version}, this engram-hf reads up to {FORMAT_VERSION}; upgrade engram-hf."
+        )
+
+
+@dataclass(frozen=True)
+class TableDescription:
+    """What a table says about itself: section 3 of the format.
+
+    Args:
+        layer: decoder layer, counted from 0.
+        num_rows: R of the whole table.
+        rows: `(first, stop)`, the rows of this file.
+        width: W.
+        dtype, scale_dtype: safetensors names; `scale_dtype` None without scales.
+        scale_block: channels that share a scale; None without scales.
+        tensors: names of the tensors of this file, by `"weight"` and `"scale"`.
+        orders, heads, primes, offsets, multipliers, pad_id, vocab_size: the hash; see `hashing_engram`.
+        token_map_sha256, token_map_ids: digest of the token map's first so many entries; None without compression.
+    """
+
+    layer: int
+    num_rows: int
+    rows: tuple[int, int]
+    width: int
+    dtype: str
+    scale_dtype: str | None
+    scale_block: int | None
+    tensors: dict[str, str]
+    orders: list[int]
+    heads: int
+    primes: list[list[int]]
+    offsets: list[list[int]]
+    multipliers: list[int]
+    pad_id: int
+    vocab_size: int
+    token_map_sha256: str | None = None
+    token_map_ids: int | None = None
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The text of the header's `engram_table`."""
+        return json.dumps(asdict(self))
+
+    def with_rows(self, first: int, stop: int) -> "TableDescription":
+        """The same, of a file that holds the rows `first..stop-1`."""
+        return replace(self, rows=(first, stop))
+
+
+def describe_table(hasher, index: int, *, width: int, dtype: str) -> TableDescription:
+    """Describe the table of the `index`-th Engram layer of a model, as one file.
+
+    Args:
+        hasher: the model's `NgramHasher`, with its token map set.
+        width: W.
+        dtype: safetensors name of the rows' dtype.
+    """
+    layer, pad = hasher.layer_ids[index], hasher.pad_token_id
+    primes = hasher.primes[index].tolist()
+    scale_dtype, block = ROW_FORMATS[dtype]
+    name = f"model.backbone.layers.{layer}.engram.table"
+    tensors = {"weight": f"{name}.weight"} | ({"scale": f"{name}.scale"} if scale_dtype else {})
+    known = _count_known_ids(hasher.token_map)
+    return TableDescription(
+        layer=layer,
+        num_rows=sum(map(sum, primes)),
+        rows=(0, sum(map(sum, primes))),
+        width=width,
+        dtype=dtype,
+        scale_dtype=scale_dtype,
+        scale_block=(block or width) if scale_dtype else None,
+        tensors=tensors,
+        orders=list(range(2, hasher.max_ngram + 1)),
+        heads=hasher.heads,
+        primes=primes,
+        offsets=_offsets(primes),
+        multipliers=hasher.multipliers[index].tolist(),
+        pad_id=pad if hasher.token_map is None else int(hasher.token_map[pad]),
+        vocab_size=hasher.hash_vocab_size,
+        token_map_sha256=None if known is None else token_map_digest(hasher.token_map[:known]),
+        token_map_ids=known,
+    )
+
+
+def _count_known_ids(token_map: torch.Tensor | None) -> int | None:
+    """Ids a model's token map covers; behind them, the vocabulary may be padded with ids that no token has."""
+    if token_map is None:
+        return None
+    known = (token_map >= 0).nonzero()
+    return int(known[-1]) + 1 if known.numel() else 0
+
+
+def token_map_digest(token_map: torch.Tensor) -> str:
+    """SHA-256 of a token map `[ids]` as little-endian int32, in hex."""
+    return hashlib.sha256(token_map.cpu().numpy().astype("<i4").tobytes()).hexdigest()
+
+
+def _offsets(primes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """First row of every head: the running sum of the bucket sizes before it."""
+    ends = iter(accumulate((size for order in primes for size in order), initial=0))
+    return [[next(ends) for _ in order] for order in primes]
+
+
+_IS_COUNT = (lambda value: type(value) is int and value >= 0, "a count")
+_IS_COUNTS = (_are_counts, "a list of counts")
+_IS_COUNT_OR_NULL = (lambda value: value is None or _IS_COUNT[0](value), "a count or null")
+_IS_GRID = (lambda value: isinstance(value, list) and all(map(_are_counts, value)), "a list of lists of counts")
+_IS_NAME = (lambda value: isinstance(value, str), "a string")
+_IS_NAME_OR_NULL = (lambda value: value is None or isinstance(value, str), "a string or null")
+_IS_NAMES = (
+    lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value.values()),
+    "an object of names",
+)
+_MEMBERS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "layer": _IS_COUNT,
+    "num_rows": _IS_COUNT,
+    "rows": (lambda value: _are_counts(value) and len(value) == 2, "two row numbers"),
+    "width": _IS_COUNT,
+    "dtype": _IS_NAME,
+    "scale_dtype": _IS_NAME_OR_NULL,
+    "scale_block": _IS_COUNT_OR_NULL,
+    "tensors": _IS_NAMES,
+    "orders": _IS_COUNTS,
+    "heads": _IS_COUNT,
+    "primes": _IS_GRID,
+    "offsets": _IS_GRID,
+    "multipliers": _IS_COUNTS,
+    "pad_id": _IS_COUNT,
+    "vocab_size": _IS_COUNT,
+    "token_map_sha256": _IS_NAME_OR_NULL,
+    "token_map_ids": _IS_COUNT_OR_NULL,
+}
+
+
+def parse_description(members: dict, what: str) -> TableDescription:
+    """Check a description (section 3 of the format) against itself.
+
+    Args:
+        members: the parsed JSON object; members that version 1 does not define are ignored.
+        what: begins the sentence of an error, such as "The header of x.safetensors".
+
+    Raises:
+        TableFormatError: a member is missing, of the wrong type, or contradicts another.
+    """
+    require_version(members.get("format_version"), what)
+    for name, (is_valid, expected) in _MEMBERS.items():
+        if name not in members:
+            raise TableFormatError(f"{what} lacks {name!r} in its table description; write the file again.")
+        if not is_valid(members[name]):
+            raise TableFormatError(f"{what} says {name} is {members[name]!r}, expected {expected}.")
+    known = {field.name for field in fields(TableDescription)}
+    description = TableDescription(**{name: value for name, value in members.items() if name in known})
+    description = replace(description, rows=tuple(description.rows))
+    for holds, message in _description_rules(description):
+        if not holds:
+            raise TableFormatError(f"{what} contradicts itself: {message}.")
+    return description
+
+
+def _description_rules(d: TableDescription) -> list[tuple[bool, str]]:
+    scale_dtype, block = ROW_FORMATS.get(d.dtype, (None, 0))
+    expected_block = (block or d.width) if scale_dtype else None
+    total = sum(map(sum, d.primes))
+    return [
+        (d.dtype in ROW_FORMATS, f"dtype is {d.dtype!r}, expected one of {', '.join(ROW_FORMATS)}"),
+        (d.scale_dtype == scale_dtype, f"rows of {d.dtype} have scales of {scale_dtype}, not {d.scale_dtype}"),
+        (d.scale_block == expected_block, f"scale_block is {d.scale_block}, expected {expected_block}"),
+        (d.width > 0, "width is 0"),
+        (
+            d.tensors.keys() == {"weight"} | ({"scale"} if scale_dtype else set()),
+            f"tensors names {sorted(d.tensors)}, which does not fit rows of {d.dtype}",
+        ),
+        (0 <= d.rows[0] < d.rows[1] <= d.num_rows, f"rows {list(d.rows)} is no part of {d.num_rows} rows"),
+        (
+            len(d.orders) > 0 and d.orders == list(range(2, len(d.orders) + 2)),
+            f"orders is {d.orders}, expected [2, 3, ...]",
+        ),
+        (len(d.primes) == len(d.orders), f"primes has {len(d.primes)} lists for {len(d.orders)} orders"),
+        (all(len(order) == d.heads for order in d.primes), f"primes does not list {d.heads} heads for every order"),
+        (total == d.num_rows, f"the primes sum to {total}, but num_rows is {d.num_rows}"),
+        (d.offsets == _offsets(d.primes), "offsets is not the running sum of primes"),
+        (
+            len(d.multipliers) == len(d.orders) + 1 and all(m % 2 and m < 2**63 for m in d.multipliers),
+            f"multipliers must be {len(d.orders) + 1} odd numbers below 2^63",
+        ),
+        (d.pad_id < d.vocab_size, f"pad_id {d.pad_id} lies outside the compressed vocabulary of {d.vocab_size}"),
+        (
+            (d.token_map_sha256 is None) == (d.token_map_ids is None),
+            "token_map_sha256 and token_map_ids must both be given, or both be null",
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class TablePart:
+    """The rows `first..stop-1` of a table, in one file."""
+
+    first: int
+    stop: int
+    file: FileHeader
+    weight: TensorSpan
+    scale: TensorSpan | None = None
+
+    @property
+    def spans(self) -> dict[str, TensorSpan]:
+        """By `"weight"` and, if there is one, `"scale"`."""
+        return {"weight": self.weight} | ({} if self.scale is None else {"scale": self.scale})
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Tensor names, like `spans`."""
+        return {kind: span.name for kind, span in self.spans.items()}
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """One layer's table as it lies in files: parts in row order, without gap or overlap.
+
+    Args:
+        description: what the files, or the manifest, say about its hash; None if they say nothing.
+    """
+
+    layer: int
+    parts: tuple[TablePart, ...]
+    description: TableDescription | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.parts[-1].stop
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.parts[0].weight.shape[1]
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors name of the rows' dtype."""
+        return self.parts[0].weight.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of rows and scales."""
+        return sum(span.size for part in self.parts for span in part.spans.values())
+
+
+def read_tables(folder: str | os.PathLike, resolve: Callable[[str], Path] | None = None) -> dict[int, StoredTable]:
+    """Every table that the manifest of `folder` names, by layer; no table data is read.
+
+    Args:
+        resolve: the path of a file that the manifest names; by default it lies in `folder`.
+
+    Raises:
+        TableFormatError: the manifest or a file breaks a rule of the format.
+    """
+    folder = Path(folder)
+    entries = read_manifest(folder / MANIFEST_NAME)
+    headers: dict[str, FileHeader] = {}
+
+    def header(name: str) -> FileHeader:
+        if name not in headers:
+            headers[name] = read_header(folder / name if resolve is None else resolve(name))
+        return headers[name]
+
+    tables = {layer: _read_table(layer, entry, header, folder / MANIFEST_NAME) for layer, entry in entries.items()}
+    require_disjoint([part for table in tables.values() for part in table.parts])
+    return tables
+
+
+def read_manifest(path: str | os.PathLike) -> dict[int, dict]:
+    """The entries of a manifest, by layer, checked as far as that goes without the files.
+
+    Raises:
+        TableFormatError: a rule of section 1 of the format is broken.
+    """
+    try:
+        manifest = parse_json(Path(path).read_bytes(), str(path))
+    except OSError as error:
+        raise TableFormatError(f"{path} cannot be read ({error.strerror}); is this a folder with tables?") from error
+    require_version(manifest.get("format_version"), str(path))
+    tables = manifest.get("tables")
+    if not isinstance(tables, dict) or not tables:
+        raise TableFormatError(f"{path} has no object `tables` with an entry for every layer.")
+    for layer, entry in tables.items():
+        if not re.fullmatch(r"0|[1-9][0-9]{0,8}", layer) or not isinstance(entry, dict):
+            raise TableFormatError(f"{path} has an entry {layer!r}: {entry!r}, expected layer numbers with objects.")
+        for kind in ("weight", "scale") if "scale" in entry else ("weight",):
+            _check_locations(entry.get(kind), f"{kind} of layer {layer} in {path}")
+    return {int(layer): entry for layer, entry in tables.items()}
+
+
+def _check_locations(locations, where: str) -> None:
+    if not isinstance(locations, list) or not locations:
+        raise TableFormatError(f"The {where} must list the tensors that hold it, not {locations!r}.")
+    for location in locations:
+        if not isinstance(location, dict) or not {"file", "tensor", "rows"} <= location.keys():
+            raise TableFormatError(f"The {where} has the entry {location!r}, expected file, tensor and rows.")
+        if not isinstance(location["tensor"], str) or not _is_file_name(location["file"]):
+            raise TableFormatError(
+                f"The {where} points at {location['file']!r}; tables lie in the folder of their manifest, named without "
+                "a path."
+            )
+        if not _are_counts(location["rows"]) or len(location["rows"]) != 2:
+            raise TableFormatError(f"The {where} has rows {location['rows']!r}, expected [first, stop].")
+    ranges = [tuple(location["rows"]) for location in locations]
+    for (_, stop), (first, _) in pairwise([(0, 0), *ranges]):
+        if first != stop:
+            raise TableFormatError(
+                f"The {where} goes on with row {first} where row {stop} is due: a gap or an overlap."
+            )
+    if not all(first < stop for first, stop in ranges):
+        raise TableFormatError(f"The {where} has a range without rows: {ranges}.")
+
+
+def _is_file_name(name) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\:\0]", name)
+
+
+def _read_table(layer: int, entry: dict, header: Callable[[str], FileHeader], manifest: Path) -> StoredTable:
+    where = f"layer {layer} in {manifest}"
+    weights, scales = entry["weight"], entry.get("scale")
+    if scales is not None and [s["rows"] for s in scales] != [w["rows"] for w in weights]:
+        raise TableFormatError(f"Rows and scales of {where} are split differently; split both alike.")
+    parts = []
+    for index, weight in enumerate(weights):
+        file = header(weight["file"])
+        scale = None
+        if scales is not None:
+            if scales[index]["file"] != weight["file"]:
+                raise TableFormatError(f"Rows and scales of {where} lie in different files; put both into one.")
+            scale = _tensor(file, scales[index]["tensor"], where)
+        parts.append(_checked_part(*weight["rows"], file, _tensor(file, weight["tensor"], where), scale))
+    first = parts[0].weight
+    if any((part.weight.dtype, part.weight.shape[1]) != (first.dtype, first.shape[1]) for part in parts):
+        raise TableFormatError(f"The parts of {where} differ in dtype or width.")
+    return StoredTable(layer, tuple(parts), _description(layer, entry, parts, manifest))
+
+
+def _tensor(file: FileHeader, name: str, where: str) -> TensorSpan:
+    if name not in file.tensors:
+        raise TableFormatError(f"{file.path} has no tensor {name!r}, which {where} names; fetch the file again.")
+    return file.tensors[name]
+
+
+def _checked_part(first: int, stop: int, file: FileHeader, weight: TensorSpan, scale: TensorSpan | None) -> TablePart:
+    where = f"Tensor {weight.name!r} of {file.path}"
+    if weight.dtype not in ROW_FORMATS:
+        raise TableFormatError(f"{where} is {weight.dtype}, expected one of {', '.join(ROW_FORMATS)}.")
+    if len(weight.shape) != 2 or weight.shape[0] != stop - first or weight.shape[1] == 0:
+        raise TableFormatError(f"{where} has shape {list(weight.shape)}, expected {stop - first} rows.")
+    scale_dtype, block = ROW_FORMATS[weight.dtype]
+    width = weight.shape[1]
+    if (scale is None) != (scale_dtype is None):
+        raise TableFormatError(f"{where} is {weight.dtype}, which needs {'scales' if scale_dtype else 'no scales'}.")
+    if scale is not None:
+        per_row = -(-width // block) if block else 1
+        if width % (block or 4) or scale.dtype != scale_dtype or scale.shape != (stop - first, per_row):
+            raise TableFormatError(
+                f"{where} is {weight.dtype} of width {width} with scales {scale.dtype} {list(scale.shape)}, expected a "
+                f"width that is a multiple of {block or 4} and scales {scale_dtype} {[stop - first, per_row]}."
+            )
+    return TablePart(first, stop, file, weight, scale)
+
+
+def _description(layer: int, entry: dict, parts: list[TablePart], manifest: Path) -> TableDescription | None:
+    """What the files of a table say about it, or else the manifest."""
+    where = f"layer {layer} in {manifest}"
+    found = [file_description(part.file) for part in parts]
+    if any(found):
+        for part, described in zip(parts, found, strict=True):
+            if described is None:
+                raise TableFormatError(f"{part.file.path} does not describe itself, as other files of {where} do.")
+            _compare(part, described, layer)
+    elif isinstance(entry.get("description"), dict):
+        members = {**entry["description"], "rows": [0, parts[-1].stop], "tensors": parts[0].names}
+        found = [parse_description(members, f"The description of {where}")]
+    elif "description" in entry:
+        raise TableFormatError(f"The description of {where} is {entry['description']!r}, expected an object.")
+    else:
+        return None
+    first, *others = (replace(described, rows=(0, described.num_rows), tensors={}) for described in found)
+    if any(other != first for other in others):
+        raise TableFormatError(f"The files of {where} describe different tables.")
+    stored = (layer, parts[-1].stop, parts[0].weight.shape[1], parts[0].weight.dtype)
+    if stored != (first.layer, first.num_rows, first.width, first.dtype):
+        raise TableFormatError(
+            f"For {where} the files hold layer, rows, width and dtype {stored}, but describe "
+            f"{(first.layer, first.num_rows, first.width, first.dtype)}."
+        )
+    return first
+
+
+def file_description(file: FileHeader) -> TableDescription | None:
+    """What a file says about itself; None for one that does not follow the format, such as an upstream shard.
+
+    Raises:
+        TableFormatError: it contradicts itself or its tensors.
+    """
+    if METADATA_KEY not in file.metadata:
+        return None
+    what = f"The header of {file.path}"
+    description = parse_description(parse_json(file.metadata[METADATA_KEY], what), what)
+    if set(description.tensors.values()) != set(file.tensors):
+        raise TableFormatError(f"{what} names the tensors {sorted(description.tensors.values())}, but holds others.")
+    spans = {kind: file.tensors[name] for kind, name in description.tensors.items()}
+    part = _checked_part(*description.rows, file, spans["weight"], spans.get("scale"))
+    _compare(part, description, description.layer)
+    if part.weight.offset % PAGE:
+        raise TableFormatError(f"The rows of {file.path} begin at byte {part.weight.offset}, not at a page of {PAGE}.")
+    return description
+
+
+def _compare(part: TablePart, description: TableDescription, layer: int) -> None:
+    found = (layer, (part.first, part.stop), part.weight.shape[1], part.weight.dtype)
+    said = (description.layer, description.rows, description.width, description.dtype)
+    names = part.names
+    if found != said or names != description.tensors:
+        raise TableFormatError(
+            f"{part.file.path} describes layer, rows, width and dtype as {said} in {sorted(description.tensors.values())}, "
+            f"but is used as {found} in {sorted(names.values())}."
+        )
+
+
+def require_disjoint(parts: Sequence[TablePart]) -> None:
+    """Refuse two claims on one region of a file.
+
+    Raises:
+        TableFormatError: names the tensors.
+    """
+    spans = [(part.file.path, span) for part in parts for span in part.spans.values()]
+    spans.sort(key=lambda claim: (str(claim[0]), claim[1].offset))
+    for (path, span), (other_path, other) in pairwise(spans):
+        if path == other_path and other.offset < span.offset + span.size:
+            raise TableFormatError(
+                f"{path} is claimed twice: tensors {span.name!r} and {other.name!r} share bytes; every layer needs a "
+                "region of its own."
+            )
+
+
+def tables_in_checkpoint(files: Sequence[str | os.PathLike]) -> dict[int, StoredTable]:
+    """Tables among the ordinary tensors of a checkpoint, by layer, found by the names of this package's models.
+
+    Args:
+        files: the safetensors files of the checkpoint.
+    """
+    found: dict[int, dict[str, tuple[FileHeader, TensorSpan]]] = {}
+    for file in map(read_header, files):
+        for name, span in file.tensors.items():
+            match = re.search(r"layers\.(\d+)\.engram\.table\.(weight|scale)$", name)
+            if match:
+                found.setdefault(int(match[1]), {})[match[2]] = file, span
+    tables = {}
+    for layer, spans in found.items():
+        files_of_table = {file.path for file, _ in spans.values()}
+        # A scale in another shard than its rows is legal there, but not worth a second reader.
+        if "weight" in spans and len(files_of_table) == 1:
+            file, weight = spans["weight"]
+            scale = spans["scale"][1] if "scale" in spans else None
+            tables[layer] = StoredTable(layer, (_checked_part(0, weight.shape[0], file, weight, scale),))
+    return tables

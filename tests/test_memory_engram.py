@@ -1,0 +1,494 @@
+"""Tables of every dtype, wherever they live: the same rows, the same logits, and nothing of them where it should not be."""
+
+import copy
+import gc
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_backbones import build, random_ids
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from engram_hf import EngramForCausalLM, EngramModel
+from engram_hf.memory_engram import EngramTable, dequantize_rows, quantize_rows, read_rows
+from engram_hf.prefetch_engram import Prefetcher
+from engram_hf.residency_engram import MappedRows, choose_residency, is_table_file, save_tables
+from engram_hf.rounding_deepseek_v41 import round_fp8
+from engram_hf.table_check_engram import check_folder
+from engram_hf.table_format_engram import read_tables
+
+DTYPES = [None, "float8_e4m3fn", "int8"]
+ROWS, WIDTH = 40, 64
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+# --- one table --------------------------------------------------------------------------------------------------------
+
+
+def make_table(table_dtype: str | None, dtype: torch.dtype = torch.float32) -> tuple[EngramTable, torch.Tensor]:
+    """A table, and its rows as float32 numbers."""
+    rows = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
+    table = EngramTable(ROWS, WIDTH, table_dtype, dtype=dtype)
+    with torch.no_grad():
+        if table_dtype is None:
+            table.weight.copy_(rows)
+            return table, table.weight.float()
+        values, scale = quantize_rows(rows, table_dtype)
+        table.weight.copy_(values)
+        table.scale.copy_(scale)
+    return table, dequantize_rows(values, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("table_dtype", DTYPES)
+def test_rows_lie_side_by_side(table_dtype, dtype):
+    table, rows = make_table(table_dtype, dtype)
+    ids = torch.randint(0, ROWS, (2, 5, 3))
+    found = table(ids, dtype=dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found, rows[ids].flatten(-2).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_float_rows_are_trained_and_others_are_not(dtype):
+    table, _ = make_table(None, dtype)
+    ids = torch.tensor([[3, 3], [7, 0]])
+    table(ids).sum().backward()
+    reference = table.weight.detach().clone().requires_grad_()
+    F.embedding(ids, reference).sum().backward()
+    assert torch.equal(table.weight.grad, reference.grad)
+    for quantized in DTYPES[1:]:
+        assert not any(parameter.requires_grad for parameter in make_table(quantized)[0].parameters())
+
+
+def test_every_float8_number_times_every_scale():
+    """The fast way on the CPU, against the definition; and where it does not apply, too."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    exponents = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    values = numbers.view(torch.uint8).repeat(256, 1).view(torch.float8_e4m3fn)  # row r has scale r
+    table = EngramTable(256, 256, "float8_e4m3fn")
+    scale = exponents.view(torch.uint8).unsqueeze(1).repeat(1, 8).view(torch.float8_e8m0fnu)
+    for nan_free in (True, False):
+        some = values.view(torch.uint8).clone()
+        if nan_free:
+            some[:, [0x7F, 0xFF]] = 0
+        with torch.no_grad():
+            table.weight.copy_(some.view(torch.float8_e4m3fn))
+            table.scale.copy_(scale)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            expected = (table.weight.float() * exponents.float().unsqueeze(1)).to(dtype)
+            for row in range(256):  # one row at a time: a single large scale sends a whole chunk the slow way
+                found = table(torch.tensor([[row]]), dtype=dtype)
+                assert torch.equal(found.nan_to_num(7.0), expected[row : row + 1].nan_to_num(7.0)), (row, dtype)
+
+
+def test_flushed_subnormal_numbers_do_not_change_rows():
+    values = torch.arange(1, 33, dtype=torch.uint8).view(1, 32).view(torch.float8_e4m3fn)  # seven of them subnormal
+    scale = torch.full((1, 1), 127, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    table = EngramTable(1, 32, "float8_e4m3fn")
+    with torch.no_grad():
+        table.weight.copy_(values)
+        table.scale.copy_(scale)
+    torch.set_flush_denormal(True)
+    try:
+        found = table(torch.tensor([[0]]), dtype=torch.bfloat16)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, dequantize_rows(values, scale, torch.bfloat16))
+
+
+def test_quantizing_follows_the_releases_rule():
+    rows = torch.randn(300, 64) * torch.logspace(-8, 4, 300).unsqueeze(1)
+    assert torch.equal(dequantize_rows(*quantize_rows(rows, "float8_e4m3fn")), round_fp8(rows))
+    values, scale = quantize_rows(rows, "int8")
+    assert values.abs().max() == 127
+    assert ((dequantize_rows(values, scale) - rows).abs() <= scale * 0.5001).all()
+    for table_dtype in DTYPES[1:]:
+        zeros = quantize_rows(torch.zeros(2, 64), table_dtype)
+        assert torch.equal(dequantize_rows(*zeros), torch.zeros(2, 64))
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            quantize_rows(torch.full((1, 64), float("inf")), table_dtype)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        quantize_rows(torch.zeros(1, 48), "float8_e4m3fn")
+    with pytest.raises(ValueError, match="cannot be stored as 'int4'"):
+        EngramTable(3, 64, "int4")
+
+
+@pytest.mark.parametrize("table_dtype", DTYPES)
+def test_rows_that_do_not_exist(table_dtype):
+    table, _ = make_table(table_dtype)
+    for wrong in (ROWS, -1):
+        with pytest.raises(ValueError, match=f"Row {wrong} was asked for, but the table has rows 0..{ROWS - 1}"):
+            table(torch.tensor([[0, wrong]]))
+    assert table(torch.empty(2, 0, 3, dtype=torch.long)).shape == (2, 0, 3 * WIDTH)
+
+
+@pytest.mark.parametrize("table_dtype", DTYPES[1:])
+def test_a_quantized_table_keeps_its_dtypes(table_dtype):
+    table, _ = make_table(table_dtype)
+    before = table.weight.dtype, table.scale.dtype
+    assert (table.bfloat16().weight.dtype, table.scale.dtype) == before
+    assert table.to("meta").weight.device.type == table.scale.device.type == "meta"
+
+
+@pytest.mark.parametrize("table_dtype", DTYPES)
+def test_a_new_table_holds_noise_of_the_asked_size(table_dtype):
+    table = EngramTable(3000, 64, table_dtype)
+    table.reset_parameters(0.5)
+    rows = table(torch.arange(3000).unsqueeze(1), dtype=torch.float32).detach()
+    assert rows.std().item() == pytest.approx(0.5, rel=0.05)
+    assert rows.mean().item() == pytest.approx(0.0, abs=0.01)
+
+
+# --- a model's tables -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
+def saved(request, tmp_path_factory):
+    """A model, the folder it is saved in as ordinary weights, and one that was saved with its tables mapped."""
+    model = build("qwen3", engram_table_dtype=request.param, engram_head_dim=32)
+    for memory in model.model.memories().values():
+        memory.table.reset_parameters(1.0)  # random bytes would be no valid scales
+    plain, mapped = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("mapped")
+    model.save_pretrained(plain)
+    EngramForCausalLM.from_pretrained(plain, engram_residency="mapped").save_pretrained(mapped)
+    return model, plain, mapped
+
+
+IDS = random_ids(2, 9)
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(IDS).logits
+
+
+def table_keys(model) -> list[str]:
+    return [key for key in model.state_dict() if ".table." in key]
+
+
+@pytest.mark.parametrize("residency", ["auto", "resident", "mapped"])
+@pytest.mark.parametrize("folder", [1, 2], ids=["plain", "mapped"])
+def test_residency_never_changes_a_value(saved, folder, residency):
+    model, info = EngramForCausalLM.from_pretrained(
+        saved[folder], engram_residency=residency, output_loading_info=True
+    )
+    assert not any(info.values())
+    assert torch.equal(logits(model), logits(saved[0]))
+    is_mapped = residency == "mapped"
+    assert table_keys(model) == ([] if is_mapped else table_keys(saved[0]))
+    for memory in model.model.memories().values():
+        assert memory.table.is_resident is not is_mapped
+        assert all(tensor.device.type != "meta" for tensor in memory.parameters())
+
+
+@pytest.mark.parametrize("residency", ["resident", "mapped"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_give_the_same_rows(saved, residency, dtype):
+    _, plain, mapped = saved
+    models = [
+        EngramForCausalLM.from_pretrained(plain, dtype=dtype, engram_residency="resident"),
+        EngramForCausalLM.from_pretrained(mapped, dtype=dtype, engram_residency=residency),
+    ]
+    assert torch.equal(*map(logits, models))
+    tables = [model.model.memories()[1].table for model in models]
+    ids = torch.arange(30).view(1, 30)
+    assert torch.equal(*(table(ids, dtype=dtype) for table in tables))
+
+
+@pytest.mark.parametrize("options", [{"device_map": "auto"}, {"device_map": {"": "cpu"}}, {"dtype": "auto"}], ids=str)
+def test_loading_options(saved, options):
+    model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped", **options)
+    assert torch.equal(logits(model), logits(saved[0]))
+
+
+def test_the_auto_class_and_the_bare_model(saved):
+    model, _, folder = saved
+    loaded = AutoModelForCausalLM.from_pretrained(folder, engram_residency="mapped")
+    assert torch.equal(logits(loaded), logits(model))
+    bare = EngramModel.from_pretrained(folder, engram_residency="mapped")
+    with torch.no_grad():
+        assert torch.equal(bare(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+def test_generation_is_the_same(saved):
+    model, _, folder = saved
+    mapped = EngramForCausalLM.from_pretrained(folder, engram_residency="mapped")
+    for options in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
+        texts = [m.generate(IDS, max_new_tokens=6, do_sample=False, **options) for m in (model, mapped)]
+        assert torch.equal(*texts)
+
+
+def test_moving_and_copying_leave_a_mapped_table_where_it_is(saved):
+    model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped")
+    expected = logits(saved[0])
+    sources = [memory.table.source for memory in model.model.memories().values()]
+    twin = copy.deepcopy(model)
+    assert [memory.table.source for memory in twin.model.memories().values()] == sources
+    model.to("meta")
+    assert torch.equal(logits(twin), expected)
+    message = pickle.dumps(twin)
+    assert torch.equal(logits(pickle.loads(message)), expected)
+    # The message has the paths in it, not the rows.
+    assert len(message) < len(pickle.dumps(saved[0])) - sum(source.stored.size for source in sources) * 0.9
+
+
+def test_a_compiled_backbone(saved):
+    model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped")
+    model.model.backbone.compile(backend="eager")
+    for when in ("never", "always"):
+        model.model.prefetcher.when = when
+        assert torch.equal(logits(model), logits(saved[0]))
+
+
+def test_backpropagation_passes_a_mapped_table(saved):
+    model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped").train()
+    reference = copy.deepcopy(saved[0]).train()
+    model.gradient_checkpointing_enable()
+    for each in (model, reference):
+        each(IDS, labels=IDS).loss.backward()
+    gradients = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad)
+
+
+def _spawned(model, queue) -> None:
+    queue.put(logits(model).tolist())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes(tmp_path, method):
+    build("qwen3", engram_head_dim=32).save_pretrained(tmp_path)
+    model = EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped")
+    model.model.prefetcher.when = "always"
+    expected = logits(model)
+    torch.set_num_threads(1)  # a forked process does not have this one's threads
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    process = context.Process(target=_spawned, args=(model, queue))
+    process.start()
+    found = torch.tensor(queue.get(timeout=120))
+    process.join()
+    torch.testing.assert_close(found, expected)
+
+
+def test_pinned_memory_needs_a_gpu(saved):
+    if torch.cuda.is_available():
+        model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="pinned", device_map={"": "cuda"})
+        torch.testing.assert_close(model(IDS.cuda()).logits.cpu(), logits(saved[0]), rtol=1e-3, atol=1e-3)
+        return
+    with pytest.raises(ValueError, match="there is none; use 'mapped'"):
+        EngramForCausalLM.from_pretrained(saved[2], engram_residency="pinned")
+
+
+def test_auto_says_what_it_chose(caplog):
+    gigabyte = 1 << 30
+    assert choose_residency(gigabyte, 8 * gigabyte, None) == "resident"
+    assert choose_residency(3 * gigabyte, 8 * gigabyte, None) == "mapped"
+    assert choose_residency(3 * gigabyte, 8 * gigabyte, 80 * gigabyte) == "resident"
+    assert choose_residency(30 * gigabyte, 80 * gigabyte, 80 * gigabyte) == "pinned"
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        assert choose_residency(99 * gigabyte, 80 * gigabyte, 80 * gigabyte) == "mapped"
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "Memory tables of 106.3 GB are mapped, not parameters" in caplog.text
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def test_saving_a_mapped_table_links_it(saved, tmp_path):
+    tmp_path, elsewhere = tmp_path / "saved", tmp_path / "moved"
+    model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped")
+    model.save_pretrained(tmp_path)
+    tables = sorted(path.name for path in tmp_path.iterdir() if is_table_file(path.name))
+    assert tables == ["engram-layer-00001.safetensors", "engram-layer-00002.safetensors", "engram_tables.json"]
+    for name in tables[:2]:
+        assert (tmp_path / name).samefile(saved[2] / name)
+    check_folder(tmp_path, rows=True)
+    shutil.copytree(tmp_path, elsewhere)
+    shutil.rmtree(tmp_path)
+    moved = EngramForCausalLM.from_pretrained(elsewhere, engram_residency="mapped")
+    assert torch.equal(logits(moved), logits(saved[0]))
+    # The open files outlive their names.
+    assert torch.equal(logits(model), logits(saved[0]))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path)), logits(saved[0]))
+
+
+def test_saving_in_place_and_over_another_kind(saved, tmp_path):
+    shutil.copytree(saved[2], tmp_path, dirs_exist_ok=True)
+    inodes = {path.name: path.stat().st_ino for path in tmp_path.glob("engram-layer-*")}
+    for residency, has_files in (("mapped", True), ("resident", False), ("mapped", True)):
+        EngramForCausalLM.from_pretrained(tmp_path, engram_residency=residency).save_pretrained(tmp_path)
+        files = {path.name: path.stat().st_ino for path in tmp_path.iterdir() if is_table_file(path.name)}
+        assert bool(files) is has_files
+        if residency == "mapped" and inodes:
+            assert inodes.items() <= files.items()
+            inodes = {}
+        assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path)), logits(saved[0]))
+
+
+def test_a_table_that_changed_is_not_passed_on(saved, tmp_path):
+    source = shutil.copytree(saved[2], tmp_path / "source")
+    model = EngramForCausalLM.from_pretrained(source, engram_residency="mapped")
+    os.truncate(source / "engram-layer-00002.safetensors", 5000)
+    with pytest.raises(ValueError, match="changed while it was in use"):
+        logits(model)
+    with pytest.raises(ValueError, match="changed while it was in use"):
+        save_tables(model.model, tmp_path / "target")
+    assert not (tmp_path / "target" / "engram_tables.json").exists()
+
+
+def test_checkpoints_of_training_beside_a_mapped_table(saved, tmp_path):
+    """A checkpoint has what was trained and links to the tables, and training resumes from it."""
+    data = [{"input_ids": row, "labels": row} for row in random_ids(8, 6)]
+
+    def train(resume: bool = False, steps: int = 4) -> EngramForCausalLM:
+        model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped")
+        options = TrainingArguments(
+            tmp_path,
+            per_device_train_batch_size=2,
+            max_steps=steps,
+            save_steps=2,
+            report_to=[],
+            use_cpu=True,
+            learning_rate=0.01,
+            lr_scheduler_type="constant",
+            disable_tqdm=True,
+        )
+        Trainer(model, options, train_dataset=data).train(resume_from_checkpoint=resume)
+        return model
+
+    whole = train()
+    checkpoint = tmp_path / "checkpoint-2"
+    assert (checkpoint / "engram-layer-00001.safetensors").samefile(saved[2] / "engram-layer-00001.safetensors")
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert torch.equal(logits(train(resume=True)), logits(whole))
+    assert not torch.equal(logits(whole), logits(saved[0]))
+    assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path / "checkpoint-4")), logits(whole))
+
+
+# --- tables and model that do not belong together ---------------------------------------------------------------------
+
+
+def change_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("residency", ["mapped", "resident"])
+def test_a_layer_without_table(saved, tmp_path, residency):
+    shutil.copytree(saved[2], tmp_path, dirs_exist_ok=True)
+    change_json(tmp_path / "engram_tables.json", lambda manifest: manifest["tables"].pop("2"))
+    with pytest.raises(ValueError, match="no table for layer 2"):
+        EngramForCausalLM.from_pretrained(tmp_path, engram_residency=residency)
+
+
+def test_a_table_of_another_shape_dtype_or_hash(saved, tmp_path):
+    other = build("qwen3", engram_table_dtype=None, engram_head_dim=64)
+    other.save_pretrained(tmp_path / "wide")
+    seeded = build("qwen3", engram_head_dim=32, engram_table_dtype=saved[0].config.engram_table_dtype, engram_seed=7)
+    seeded.save_pretrained(tmp_path / "seeded")
+    float16 = build("qwen3", engram_head_dim=32, engram_table_dtype="int8")
+    float16.config.engram_table_dtype = "int8"
+    float16.save_pretrained(tmp_path / "int8")
+    messages = {"wide": "asks for .* of 64", "seeded": "written for the multipliers"}
+    if saved[0].config.engram_table_dtype != "int8":
+        messages["int8"] = "is stored as .*, but the config says engram_table_dtype 'int8'"
+    for name, message in messages.items():
+        for path in saved[2].iterdir():
+            if is_table_file(path.name):
+                shutil.copy(path, tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            EngramForCausalLM.from_pretrained(tmp_path / name, engram_residency="mapped")
+
+
+def test_asking_for_what_there_is_not(saved, tmp_path):
+    with pytest.raises(ValueError, match="must be one of 'auto', 'resident', 'mapped', 'pinned'"):
+        EngramForCausalLM.from_pretrained(saved[1], engram_residency="disk")
+    saved[0].config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no safetensors file with memory tables"):
+        EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped")
+
+
+# --- prefetching ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_fetched_ahead_are_the_rows(saved):
+    model, _, folder = saved
+    mapped = EngramForCausalLM.from_pretrained(folder, engram_residency="mapped")
+    mapped.model.prefetcher.when = "always"
+    assert torch.equal(logits(mapped), logits(model))
+    statistics = mapped.model.prefetcher.statistics
+    assert statistics["prefetched"] == 1
+    assert 0 < statistics["rows_read"] < statistics["rows_asked"] == 2 * IDS.numel() * 4
+
+
+def test_parts_are_fetched_ahead_like_one_file(tmp_path):
+    from test_table_format import LAYERS, NgramHasher, write_folder
+
+    hasher = NgramHasher(
+        layer_ids=LAYERS, max_ngram=3, bucket_counts=[400, 500], heads=2, vocab_size=9, compressed_vocab_size=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    for name, constant in hasher.derive_constants().items():
+        getattr(hasher, name).copy_(constant)
+    write_folder(tmp_path, hasher, "F8_E4M3", parts=3)
+    tables = []
+    for stored in read_tables(tmp_path).values():
+        tables.append(EngramTable(stored.num_rows, stored.width, "float8_e4m3fn"))
+        tables[-1].mount(MappedRows(stored))
+    ids = torch.randint(0, min(table.num_rows for table in tables), (2, 3, 700))
+    fetched = Prefetcher(tables, "always").start(ids)
+    for table, rows, some in zip(tables, fetched, ids, strict=True):
+        assert torch.equal(bits(table(some, source=rows)), bits(read_rows(table.source, some)))
+
+
+def test_warm_memory_is_not_fetched_ahead(saved):
+    mapped = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped")
+    for _ in range(40):
+        logits(mapped)
+    statistics = mapped.model.prefetcher.statistics
+    # The first forward cannot know; faults of other tests' code may look like ours once or twice.
+    assert statistics["forwards"] == 40
+    assert statistics["prefetched"] < 10
+    resident = EngramForCausalLM.from_pretrained(saved[2], engram_residency="resident")
+    assert resident.model.prefetcher is None
+
+
+def test_no_thread_outlives_the_model(saved):
+    mapped = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped")
+    mapped.model.prefetcher.when = "always"
+    logits(mapped)
+
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("engram-prefetch")]
+
+    assert threads()
+    del mapped
+    gc.collect()
+    deadline = time.monotonic() + 30
+    while threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not threads()
+
+
+def test_prefetching_is_cold_always_or_never():
+    with pytest.raises(ValueError, match="must be 'cold', 'always' or 'never'"):
+        Prefetcher([], "sometimes")

@@ -1,0 +1,610 @@
+"""The table format: what is written can be read by others and by us, and nothing damaged is ever read."""
+
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from engram_hf.hashing_engram import NgramHasher
+from engram_hf.memory_engram import dequantize_rows, quantize_rows
+from engram_hf.residency_engram import MappedRows
+from engram_hf.table_check_engram import check_folder, main
+from engram_hf.table_files_engram import (
+    TableWriter,
+    link_or_copy,
+    manifest_entry,
+    quantize_table,
+    table_file_name,
+    write_manifest,
+    write_table_file,
+)
+from engram_hf.table_format_engram import (
+    METADATA_KEY,
+    PAGE,
+    TableFormatError,
+    describe_table,
+    file_description,
+    read_header,
+    read_manifest,
+    read_tables,
+    tables_in_checkpoint,
+    token_map_digest,
+)
+
+WIDTH, LAYERS = 32, [1, 3]
+TOKEN_MAP = torch.arange(60) % 50
+
+
+@pytest.fixture(scope="module")
+def hasher() -> NgramHasher:
+    hasher = NgramHasher(
+        layer_ids=LAYERS,
+        max_ngram=3,
+        bucket_counts=[11, 13],
+        heads=2,
+        vocab_size=64,  # four ids more than the tokenizer has
+        compressed_vocab_size=50,
+        pad_token_id=2,
+    )
+    for name, constant in hasher.derive_constants().items():
+        getattr(hasher, name).copy_(constant)
+    hasher.token_map[:60] = TOKEN_MAP
+    return hasher
+
+
+def stored_rows(dtype: str, count: int, seed: int = 0):
+    """Values and scales of random rows."""
+    rows = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
+    if dtype in ("F8_E4M3", "I8"):
+        return quantize_rows(rows, {"F8_E4M3": "float8_e4m3fn", "I8": "int8"}[dtype])
+    return rows.to({"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[dtype]), None
+
+
+def write_folder(folder: Path, hasher: NgramHasher, dtype: str = "BF16", parts: int = 1) -> dict[int, tuple]:
+    """A folder of tables for both layers, and the rows that are in it."""
+    folder.mkdir(exist_ok=True)
+    entries, content = {}, {}
+    for index, layer in enumerate(LAYERS):
+        description = describe_table(hasher, index, width=WIDTH, dtype=dtype)
+        values, scale = content[layer] = stored_rows(dtype, description.num_rows, seed=layer)
+        cuts = [round(description.num_rows * part / parts) for part in range(parts + 1)]
+        locations = []
+        for part, (first, stop) in enumerate(pairwise(cuts)):
+            name, own = table_file_name(layer, part, parts), description.with_rows(first, stop)
+            write_table_file(folder / name, own, [(values[first:stop], None if scale is None else scale[first:stop])])
+            locations.append((name, (first, stop), own.tensors))
+        entries[layer] = manifest_entry(locations)
+    write_manifest(folder, entries)
+    return content
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F8_E4M3", "I8"])
+def test_rows_come_back_bit_for_bit(tmp_path, hasher, dtype, parts):
+    content = write_folder(tmp_path, hasher, dtype, parts)
+    for layer, table in read_tables(tmp_path).items():
+        values, scale = content[layer]
+        rows = MappedRows(table)
+        ids = torch.tensor([0, table.num_rows - 1, 7, 7, table.num_rows // 2])
+        found, found_scale = rows.fetch(ids)
+        assert found.dtype == values.dtype
+        assert torch.equal(bits(found), bits(values[ids]))
+        assert torch.equal(bits(rows.read(3, table.num_rows)[0]), bits(values[3:]))
+        assert (scale is None) == (found_scale is None)
+        if scale is not None:
+            assert torch.equal(bits(found_scale), bits(scale[ids]))
+            assert torch.equal(bits(rows.read(3, table.num_rows)[1]), bits(scale[3:]))
+    assert [report.aligned for report in check_folder(tmp_path, rows=True)] == [True, True]
+
+
+def test_rows_begin_at_a_page_and_safetensors_reads_the_file(tmp_path, hasher):
+    content = write_folder(tmp_path, hasher, "F8_E4M3")
+    path = tmp_path / table_file_name(1)
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    assert (8 + length) % PAGE == 0
+    with safe_open(path, "pt") as file:
+        described = json.loads(file.metadata()[METADATA_KEY])
+        weight = file.get_tensor(described["tensors"]["weight"])
+    assert torch.equal(bits(weight), bits(content[1][0]))
+
+
+def test_a_file_alone_leads_from_ids_to_rows(tmp_path, hasher):
+    """The page's own pseudo-code, with nothing but the file's description, gives the hasher's rows."""
+    write_folder(tmp_path, hasher)
+    d = file_description(read_header(tmp_path / table_file_name(3)))
+    compressed = [5, 9, 2, 41]
+    rows = []
+    for p in range(len(compressed)):
+        mix, found = compressed[p] * d.multipliers[0], []
+        for k in range(1, len(d.orders) + 1):
+            token = compressed[p - k] if p >= k else d.pad_id
+            mix ^= (token * d.multipliers[k] + 2**63) % 2**64 - 2**63
+            found += [offset + mix % prime for prime, offset in zip(d.primes[k - 1], d.offsets[k - 1], strict=True)]
+        rows.append(found)
+    assert hasher(torch.tensor([compressed]))[1, 0].tolist() == rows
+
+
+def test_the_description_names_the_tokenizers_map(hasher):
+    d = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    assert (d.token_map_ids, d.token_map_sha256) == (60, token_map_digest(TOKEN_MAP))
+    assert d.pad_id == 2
+    assert d.num_rows == int(hasher.primes[0].sum())
+
+
+def test_an_upstream_shard_is_read_as_it_is(tmp_path):
+    values, scale = stored_rows("F8_E4M3", 20)
+    names = {"weight": "layers.2.engram.embed.weight", "scale": "layers.2.engram.embed.scale"}
+    # An odd neighbour: the rows begin at no page, and the shard describes nothing.
+    save_file({names["weight"]: values, names["scale"]: scale, "a": torch.zeros(3)}, tmp_path / "shard.safetensors")
+    write_manifest(tmp_path, {2: manifest_entry([("shard.safetensors", (0, 20), names)])})
+    (report,) = check_folder(tmp_path)
+    assert (report.aligned, report.token_map, report.table.description) == (False, "unknown", None)
+    found, found_scale = MappedRows(report.table).fetch(torch.tensor([19, 4]))
+    assert torch.equal(dequantize_rows(found, found_scale), dequantize_rows(values, scale)[[19, 4]])
+
+
+def test_tables_among_ordinary_weights_are_found_by_name(tmp_path):
+    name = "model.backbone.layers.12.engram.table.weight"
+    save_file({name: torch.randn(9, 4), "lm_head.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    tables = tables_in_checkpoint([tmp_path / "model.safetensors"])
+    assert {layer: (table.num_rows, table.width) for layer, table in tables.items()} == {12: (9, 4)}
+
+
+def test_the_command_prints_a_summary(tmp_path, hasher, capsys):
+    write_folder(tmp_path, hasher, "I8", parts=2)
+    assert main([str(tmp_path), "--rows"]) == 0
+    assert f"layer 1: {int(hasher.primes[0].sum())} rows x 32 I8" in capsys.readouterr().out
+    (tmp_path / "engram_tables.json").unlink()
+    assert main([str(tmp_path)]) == 1
+    assert "engram_tables.json cannot be read" in capsys.readouterr().err
+
+
+# --- quantizing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("table_dtype", "worst"),
+    # Half a step of three mantissa bits, the largest channel at 448 or just below half of it; half of 1/127.
+    [("float8_e4m3fn", 2**-4), ("int8", 1 / 254)],
+)
+def test_quantizing_reports_its_error(tmp_path, hasher, table_dtype, worst):
+    content = write_folder(tmp_path, hasher, "BF16")
+    source = read_tables(tmp_path)[1]
+    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    path = tmp_path / "quantized.safetensors"
+    error = quantize_table(MappedRows(source), path, description, table_dtype)
+
+    described = file_description(read_header(path))
+    write_manifest(tmp_path, {1: manifest_entry([(path.name, described.rows, described.tensors)])})
+    decoded = dequantize_rows(*MappedRows(read_tables(tmp_path)[1]).read(0, source.num_rows))
+    rows = content[1][0].float()
+    assert torch.equal(decoded, dequantize_rows(*quantize_rows(rows, table_dtype)))
+    assert error.rows == source.num_rows
+    assert error.largest == (decoded - rows).abs().max().item() > 0
+    assert error.relative == pytest.approx(((decoded - rows).norm() / rows.norm()).item(), rel=1e-5)
+    assert error.largest <= worst * rows.abs().max()
+
+
+def test_a_quantized_table_is_not_quantized_again(tmp_path, hasher):
+    write_folder(tmp_path, hasher, "I8")
+    description = describe_table(hasher, 0, width=WIDTH, dtype="I8")
+    with pytest.raises(ValueError, match="is I8 already"):
+        quantize_table(MappedRows(read_tables(tmp_path)[1]), tmp_path / "x", description, "int8")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, hasher):
+    description = describe_table(hasher, 0, width=WIDTH, dtype="F32")
+    path = tmp_path / "table.safetensors"
+    with pytest.raises(ValueError, match="rows for another number"):
+        write_table_file(path, description, [(torch.zeros(3, WIDTH), None)])
+    with pytest.raises(ValueError, match="expected \\('F32', \\(32,\\), None\\)"):
+        write_table_file(path, description, [(torch.zeros(3, WIDTH, dtype=torch.float16), None)])
+    with pytest.raises(KeyboardInterrupt), TableWriter(path, description):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_and_a_read_only_one_are_said(tmp_path, hasher):
+    """In a process of its own: it limits the size of its files, and gives up the right to write everywhere."""
+    script = f"""
+import os, resource, sys
+sys.path[:0] = {[str(Path(__file__).parent)]!r}
+from pathlib import Path
+from test_table_format import WIDTH, TableWriter, stored_rows, write_folder, table_file_name, link_or_copy
+from engram_hf.table_format_engram import read_header, file_description
+folder = Path({str(tmp_path)!r})
+description = file_description(read_header(folder / "tables" / table_file_name(1)))
+source = os.open(folder / "tables" / table_file_name(1), os.O_RDONLY)
+def attempt(action):
+    try:
+        action()
+    except OSError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+attempt(lambda: TableWriter(folder / "full.safetensors", description))
+os.remove(folder / "tables" / table_file_name(1))  # not to be linked, so that it is copied
+attempt(lambda: link_or_copy(source, folder / "gone", folder / "copy.safetensors"))
+os.chmod(folder, 0o555)
+if os.geteuid() == 0:
+    os.setuid(65534)
+attempt(lambda: TableWriter(folder / "locked.safetensors", description))
+attempt(lambda: link_or_copy(source, folder / "gone", folder / "locked.safetensors"))
+"""
+    write_folder(tmp_path / "tables", hasher)
+    tmp_path.chmod(0o755)
+    try:
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    finally:
+        tmp_path.chmod(0o755)
+    lines = run.stdout.splitlines()
+    assert len(lines) == 4, run.stderr
+    assert all("do not fit there; free space" in line for line in lines[:2])
+    assert all("cannot be written (Permission denied)" in line for line in lines[2:])
+    assert [path.name for path in tmp_path.iterdir()] == ["tables"]
+
+
+def test_a_linked_file_is_one_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"rows" * 9999)
+    source = os.open(tmp_path / "a", os.O_RDONLY)
+    link_or_copy(source, tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").samefile(tmp_path / "a")
+    link_or_copy(source, tmp_path / "a", tmp_path / "a")  # in place
+    # Another file took the name: what was opened is copied, not what is there now.
+    os.replace(tmp_path / "b", tmp_path / "kept")
+    (tmp_path / "a").unlink()
+    (tmp_path / "a").write_bytes(b"other")
+    link_or_copy(source, tmp_path / "a", tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == b"rows" * 9999
+    os.close(source)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def edit_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_header(path: Path, change) -> None:
+    """Rewrite a file with a changed header, padded to pages again."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def edit_description(path: Path, **members) -> None:
+    def change(header):
+        described = json.loads(header["__metadata__"][METADATA_KEY])
+        described.update(members)
+        header["__metadata__"][METADATA_KEY] = json.dumps({k: v for k, v in described.items() if v is not ...})
+
+    edit_header(path, change)
+
+
+def test_a_manifest_of_another_version_or_without_tables_is_refused(tmp_path, hasher):
+    write_folder(tmp_path, hasher)
+    for version, message in (
+        (2, "upgrade engram-hf"),
+        ("1", "expected 1"),
+        (None, "expected 1"),
+        (True, "expected 1"),
+    ):
+        edit_json(tmp_path / "engram_tables.json", lambda m, version=version: m.update(format_version=version))
+        with pytest.raises(TableFormatError, match=message):
+            read_tables(tmp_path)
+    (tmp_path / "engram_tables.json").write_text('{"format_version": 1, "tables": {}}')
+    with pytest.raises(TableFormatError, match="no object `tables`"):
+        read_tables(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "..", "", ".", "a\\b", "c:x", "a\0b", 3, None])
+def test_a_manifest_stays_in_its_folder(tmp_path, hasher, name):
+    write_folder(tmp_path, hasher)
+    edit_json(tmp_path / "engram_tables.json", lambda m: m["tables"]["1"]["weight"][0].update(file=name))
+    with pytest.raises(TableFormatError, match="named without a path"):
+        read_tables(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[0, 20], [21, 48]], "a gap or an overlap"),
+        ([[0, 20], [19, 48]], "a gap or an overlap"),
+        ([[1, 20], [20, 48]], "goes on with row 1 where row 0 is due"),
+        ([[0, 0], [0, 48]], "a range without rows"),
+        ([[0, 20], [20]], r"expected \[first, stop\]"),
+        ([[0, 20.0], [20, 48]], r"expected \[first, stop\]"),
+        ([[0, 20], [20, 10**30]], "expected 20 rows"),
+    ],
+)
+def test_row_ranges_without_gap_or_overlap(tmp_path, hasher, rows, message):
+    write_folder(tmp_path, hasher, parts=2)
+
+    def change(manifest):
+        for location, some in zip(manifest["tables"]["1"]["weight"], rows, strict=True):
+            location["rows"] = some
+
+    edit_json(tmp_path / "engram_tables.json", change)
+    with pytest.raises(TableFormatError, match=message):
+        read_tables(tmp_path)
+
+
+def test_more_rows_than_the_file_has(tmp_path, hasher):
+    write_folder(tmp_path, hasher)
+    edit_json(tmp_path / "engram_tables.json", lambda m: m["tables"]["1"]["weight"][0].update(rows=[0, 999]))
+    with pytest.raises(TableFormatError, match="expected 999 rows"):
+        read_tables(tmp_path)
+
+
+def test_two_layers_never_share_bytes(tmp_path):
+    names = {"weight": "t"}
+    save_file({"t": torch.zeros(4, 8)}, tmp_path / "one.safetensors")
+    write_manifest(tmp_path, {layer: manifest_entry([("one.safetensors", (0, 4), names)]) for layer in (1, 2)})
+    with pytest.raises(TableFormatError, match="claimed twice"):
+        read_tables(tmp_path)
+
+
+def test_scales_belong_to_their_rows(tmp_path, hasher):
+    write_folder(tmp_path, hasher, "F8_E4M3", parts=2)
+    manifest = tmp_path / "engram_tables.json"
+    good = manifest.read_text()
+    edit_json(manifest, lambda m: m["tables"]["1"].pop("scale"))
+    with pytest.raises(TableFormatError, match="needs scales"):
+        read_tables(tmp_path)
+    manifest.write_text(good)
+    edit_json(manifest, lambda m: m["tables"]["1"]["scale"].pop())
+    with pytest.raises(TableFormatError, match="split differently"):
+        read_tables(tmp_path)
+    manifest.write_text(good)
+    edit_json(manifest, lambda m: m["tables"]["1"]["scale"][0].update(file=table_file_name(3, 0, 2)))
+    with pytest.raises(TableFormatError, match="different files"):
+        read_tables(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"format_version": 2}, "upgrade engram-hf"),
+        ({"multipliers": ...}, "lacks 'multipliers'"),
+        ({"primes": [[11, 13], [17, 23]]}, "the primes sum to 64"),
+        ({"offsets": [[0, 1], [2, 3]]}, "running sum"),
+        ({"multipliers": [1, 2, 3]}, "odd numbers"),
+        ({"multipliers": [1, 3]}, "odd numbers"),
+        ({"multipliers": [1.0, 3, 5]}, "expected a list of counts"),
+        ({"pad_id": 50}, "outside the compressed vocabulary"),
+        ({"orders": [2, 4]}, "expected \\[2, 3, ...\\]"),
+        ({"heads": 3}, "3 heads for every order"),
+        ({"dtype": "F16"}, "is used as"),
+        ({"dtype": "F8_E4M3"}, "have scales of F8_E8M0"),
+        ({"width": 16}, "is used as"),
+        ({"layer": 2}, "is used as"),
+        ({"layer": True}, "expected a count"),
+        ({"rows": [0, 5]}, "expected 5 rows"),
+        ({"tensors": {"weight": "other"}}, "but holds others"),
+        ({"tensors": {}}, "does not fit rows"),
+        ({"token_map_ids": None}, "both be null"),
+    ],
+)
+def test_a_description_without_contradiction(tmp_path, hasher, members, message):
+    write_folder(tmp_path, hasher)
+    edit_description(tmp_path / table_file_name(1), **members)
+    with pytest.raises(TableFormatError, match=message):
+        read_tables(tmp_path)
+
+
+def test_parts_of_one_table_describe_one_hash(tmp_path, hasher):
+    write_folder(tmp_path, hasher, parts=2)
+    edit_description(tmp_path / table_file_name(1, 1, 2), multipliers=[1, 3, 5])
+    with pytest.raises(TableFormatError, match="describe different tables"):
+        read_tables(tmp_path)
+    edit_header(tmp_path / table_file_name(1, 1, 2), lambda header: header["__metadata__"].pop(METADATA_KEY))
+    with pytest.raises(TableFormatError, match="does not describe itself"):
+        read_tables(tmp_path)
+
+
+def test_a_description_in_the_manifest_is_checked_too(tmp_path, hasher):
+    write_folder(tmp_path, hasher)
+    edit_header(tmp_path / table_file_name(1), lambda header: header.pop("__metadata__"))
+    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    part = (table_file_name(1), description.rows, description.tensors)
+    write_manifest(tmp_path, {1: manifest_entry([part], description)})
+    assert read_tables(tmp_path)[1].description.multipliers == description.multipliers
+    write_manifest(tmp_path, {1: manifest_entry([part], replace(description, dtype="F16"))})
+    with pytest.raises(TableFormatError, match="but describe"):
+        read_tables(tmp_path)
+
+
+def test_rows_that_left_their_page_are_refused(tmp_path, hasher):
+    write_folder(tmp_path, hasher)
+    path = tmp_path / table_file_name(1)
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    text = data[8 : 8 + length].rstrip()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    with pytest.raises(TableFormatError, match="not at a page"):
+        read_tables(tmp_path)
+
+
+def write_token_map(folder: Path, values: torch.Tensor, digest: str | None = None) -> None:
+    metadata = {"format_version": "1", "map_sha256": digest or token_map_digest(values), "vocabulary_sha256": "0"}
+    save_file({"token_map": values.int()}, folder / "engram_token_map.safetensors", metadata=metadata)
+
+
+def test_the_token_map_belongs_to_the_tables(tmp_path, hasher):
+    write_folder(tmp_path, hasher)
+    assert {report.token_map for report in check_folder(tmp_path)} == {"absent"}
+    write_token_map(tmp_path, torch.cat([TOKEN_MAP, torch.tensor([50, 51])]))  # tokens were added
+    assert {report.token_map for report in check_folder(tmp_path)} == {"checked"}
+    write_token_map(tmp_path, TOKEN_MAP.flip(0))
+    with pytest.raises(TableFormatError, match="another token map"):
+        check_folder(tmp_path)
+    write_token_map(tmp_path, TOKEN_MAP, digest="0" * 64)
+    with pytest.raises(TableFormatError, match="is damaged"):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "I8"])
+def test_scales_are_numbers(tmp_path, hasher, dtype):
+    content = write_folder(tmp_path, hasher, dtype)
+    values, scale = content[1]
+    scale = scale.clone()
+    if dtype == "I8":
+        scale[5, 0] = float("nan")
+    else:
+        scale.view(torch.uint8)[5, 0] = 255
+    description = describe_table(hasher, 0, width=WIDTH, dtype=dtype)
+    write_table_file(tmp_path / table_file_name(1), description, [(values, scale)])
+    with pytest.raises(TableFormatError, match="Row 5 of layer 1 has a scale that is no valid number"):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F8_E4M3", "I8"])
+def test_rows_are_numbers(tmp_path, hasher, dtype):
+    content = write_folder(tmp_path, hasher, dtype, parts=2)
+    values, scale = content[3]
+    values = values.clone()
+    values.view(torch.uint8)[-2].fill_(0x80 if dtype == "I8" else 0xFF)
+    description = describe_table(hasher, 1, width=WIDTH, dtype=dtype)
+    first = round(description.num_rows / 2)
+    rows = (values[first:], None if scale is None else scale[first:])
+    write_table_file(tmp_path / table_file_name(3, 1, 2), description.with_rows(first, description.num_rows), [rows])
+    check_folder(tmp_path)
+    with pytest.raises(TableFormatError, match=f"Row {len(values) - 2} of layer 3 has a weight"):
+        check_folder(tmp_path, rows=True)
+
+
+def test_a_missing_truncated_or_foreign_file(tmp_path, hasher):
+    write_folder(tmp_path, hasher)
+    path = tmp_path / table_file_name(1)
+    data = path.read_bytes()
+    foreign = {
+        data[:-1]: "cut off or damaged",
+        data + b"\0": "cut off or damaged",
+        data[: PAGE // 2]: "not a whole safetensors file",
+        b"": "not a whole safetensors file",
+        pickle.dumps({"weight": np.zeros((9, 9))}): "not a whole safetensors file",
+        struct.pack("<Q", 2**63) + data[8:]: "not a whole safetensors file",
+        struct.pack("<Q", 4) + b"[[1]": "not valid JSON",
+        struct.pack("<Q", 2) + b"[]": "must be a JSON object",
+        struct.pack("<Q", 100_000) + b"[" * 100_000: "not valid JSON",
+    }
+    for content, message in foreign.items():
+        path.write_bytes(content)
+        with pytest.raises(TableFormatError, match=message):
+            read_tables(tmp_path)
+    path.unlink()
+    with pytest.raises(TableFormatError, match="fetch the missing file"):
+        read_tables(tmp_path)
+
+
+def test_a_file_that_changes_under_the_process(tmp_path, hasher):
+    write_folder(tmp_path, hasher)
+    path = tmp_path / table_file_name(1)
+    table = read_tables(tmp_path)[1]
+    rows = MappedRows(table)
+    rows.fetch(torch.tensor([0]))
+    os.truncate(path, PAGE)
+    for use in (lambda: rows.fetch(torch.tensor([40])), lambda: rows.read(0, 40), lambda: MappedRows(table)):
+        with pytest.raises(TableFormatError, match="changed while it was in use"):
+            use()
+
+
+def mutated(data: bytes, generator: random.Random) -> bytes:
+    """A file's header with one random change: a byte, a number, or a stretch that is lost, doubled or moved."""
+    (length,) = struct.unpack("<Q", data[:8])
+    head, body = bytearray(data[: 8 + length].rstrip()), data[8 + length :]
+    kind = generator.randrange(6)
+    place = generator.randrange(len(head))
+    stretch = slice(place, place + generator.randrange(1, 30))
+    if kind == 0:
+        head[place] ^= 1 << generator.randrange(8)
+    elif kind == 1:
+        head[place] = generator.choice(b'0123456789{}[],:"\\ -.eE\0\xff')
+    elif kind == 2:
+        del head[stretch]
+    elif kind == 3:
+        head[place:place] = head[stretch]
+    elif kind == 4:
+        target = generator.randrange(len(head))
+        head[target : target + stretch.stop - stretch.start] = head[stretch]
+    else:
+        digits = [at for at in range(8, len(head)) if chr(head[at]).isdigit()]
+        head[generator.choice(digits)] = generator.choice(b"0123456789")
+    if generator.random() < 0.7:  # most of them so that the length still fits, and the content decides
+        head += b" " * (-len(head) % PAGE)
+        head[:8] = struct.pack("<Q", len(head) - 8)
+    return bytes(head) + body
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """Like `write_bytes`, but never by way of an empty file: file systems flush those to the disk."""
+    with path.open("r+b") as file:
+        file.write(content)
+        file.truncate()
+
+
+def test_ten_thousand_mutated_headers(tmp_path, hasher):
+    """Whatever a header says: the rows that were written, or an error of one sentence."""
+    content = write_folder(tmp_path, hasher, "I8")
+    edit_json(tmp_path / "engram_tables.json", lambda manifest: manifest["tables"].pop("3"))
+    path, generator = tmp_path / table_file_name(1), random.Random(0)
+    data, refused = path.read_bytes(), 0
+    values, scale = content[1]
+    for _ in range(10_000):
+        overwrite(path, mutated(data, generator))
+        try:
+            rows = MappedRows(read_tables(tmp_path)[1])
+        except TableFormatError:
+            refused += 1
+            continue
+        found, found_scale = rows.fetch(torch.arange(rows.num_rows))
+        assert torch.equal(found, values)
+        assert torch.equal(found_scale, scale)
+    assert refused > 5_000
+
+
+def test_a_thousand_mutated_manifests(tmp_path, hasher):
+    content = write_folder(tmp_path, hasher, "BF16", parts=2)
+    path, generator = tmp_path / "engram_tables.json", random.Random(1)
+    data, refused = path.read_bytes(), 0
+    for _ in range(1_000):
+        changed = bytearray(data)
+        for _ in range(generator.randrange(1, 3)):
+            changed[generator.randrange(len(changed))] = generator.choice(b'0123456789{}[],:"\\ -.etw/')
+        overwrite(path, changed)
+        try:
+            tables = read_tables(tmp_path)
+        except TableFormatError:
+            refused += 1
+            continue
+        for layer, table in tables.items():
+            found, _ = MappedRows(table).fetch(torch.arange(table.num_rows))
+            assert torch.equal(found, content[layer][0])
+    assert refused > 500
+    path.write_bytes(data)
+    assert set(read_manifest(path)) == set(LAYERS)
