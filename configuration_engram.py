@@ -17,6 +17,9 @@ from .hashing_engram import as_token_map, draw_primes, is_prime
 
 FORMAT_VERSION = 1
 
+# What tables can be stored as, and what a row's channels must then be a multiple of (docs/engram-table-format.md).
+_ROW_MULTIPLES = {None: 1, "float8_e4m3fn": 32, "int8": 4}
+
 # Imported for its registration: a V4.1 model is to load as remote code, where nothing else would bring its backbone.
 KNOWN_BACKBONES = (DeepseekV41TextConfig,)
 
@@ -109,8 +112,8 @@ class EngramConfig(PreTrainedConfig):
         engram_zero_gate_sign (`int`):
             The sign that a dot product of exactly zero counts as: 1 in DeepSeek-V4.1, 0 in the demo.
         engram_table_dtype (`str`, *optional*):
-            `"float8_e4m3fn"` for rows stored with a power-of-two scale per 32 channels; None for rows in the model's
-            dtype.
+            `"float8_e4m3fn"` for frozen rows with a power-of-two scale per 32 channels, `"int8"` for frozen rows with a
+            float32 scale each; None for rows in the model's dtype.
         engram_format_version (`int`):
             Version of these fields; a later one than this code knows is refused.
     """
@@ -240,12 +243,13 @@ class EngramConfig(PreTrainedConfig):
         )
         table_dtype = self.engram_table_dtype
         yield (
-            table_dtype in (None, "float8_e4m3fn"),
-            f"engram_table_dtype is {table_dtype!r}; it must be None (the model's dtype) or 'float8_e4m3fn'.",
+            table_dtype in _ROW_MULTIPLES,
+            f"engram_table_dtype is {table_dtype!r}; it must be None (the model's dtype), 'float8_e4m3fn' or 'int8'.",
         )
+        multiple = _ROW_MULTIPLES.get(table_dtype, 1)
         yield (
-            table_dtype is None or width % 32 == 0,
-            f"engram_head_dim is {width}, but float8 rows have a scale per 32 channels; make it a multiple of 32.",
+            width % multiple == 0,
+            f"engram_head_dim is {width}, which {table_dtype} rows cannot have; make it a multiple of {multiple}.",
         )
 
     @property

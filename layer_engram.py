@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .cache_engram import EngramHistoryLayer
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD
-from .memory_engram import EngramTable
+from .memory_engram import EngramTable, RowSource
 
 
 class EngramInputs(NamedTuple):
@@ -29,6 +29,7 @@ class EngramInputs(NamedTuple):
     past_sequence_ids: torch.Tensor | None = None  # [B, past]
     history: EngramHistoryLayer | None = None
     readers: set[int] | None = None  # memories that read these inputs, noted as they do
+    fetched: tuple[RowSource, ...] | None = None  # rows of every layer that are being read already
 
 
 class EngramRMSNorm(nn.Module):
@@ -154,7 +155,8 @@ class EngramMemory(nn.Module):
         """The streams with memory added, in the shape and dtype of `hidden_states` (`[B, S, D]` or `[B, S, G, D]`)."""
         if inputs.readers is not None:
             inputs.readers.add(self.index)
-        rows = self.table(inputs.row_ids[self.index], dtype=hidden_states.dtype)
+        ahead = {} if inputs.fetched is None else {"source": inputs.fetched[self.index]}
+        rows = self.table(inputs.row_ids[self.index], dtype=hidden_states.dtype, **ahead)
         return self.fuse(hidden_states, rows, inputs)
 
     def fuse(self, hidden_states: torch.Tensor, rows: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:

@@ -20,11 +20,14 @@ from transformers.cache_utils import Cache
 from transformers.core_model_loading import WeightRenaming, WeightTransform
 
 from .cache_engram import EngramHistoryLayer, attach_history
+from .card_engram import write_model_card
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD, NgramHasher, as_token_map
 from .layer_engram import EngramInputs, EngramMemory, EngramRMSNorm, add_memory_to_layer
 from .memory_engram import EngramTable
 from .modeling_deepseek_v41 import DeepseekV41TextModel
+from .prefetch_engram import Prefetcher
+from .residency_engram import FoundTables, find_tables, is_table_file, save_tables
 
 # Imported for its registration: a V4.1 model is to load as remote code, where nothing else would bring its backbone.
 KNOWN_BACKBONES = (DeepseekV41TextModel,)
@@ -58,13 +61,28 @@ class EngramPreTrainedModel(PreTrainedModel):
         return True
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        engram_residency: str = "auto",
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
         """As in transformers; the stored hash is compared with the config, and no table may be missing.
+
+        Args:
+            engram_residency: where the tables live. `"resident"`: parameters of the model. `"mapped"`: in their
+                files, paged in as rows are read, frozen. `"pinned"`: page-locked host memory, frozen. `"auto"`:
+                resident while they take at most a quarter of the free memory.
 
         Raises:
             ValueError: tables or hash constants are missing from the checkpoint, or disagree with its config.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        tables = find_tables(pretrained_model_name_or_path, engram_residency, **kwargs)
+        if tables is not None:
+            kwargs["engram_tables"] = tables
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = sorted(key for key in info["missing_keys"] if ".engram." in key or "hashing." in key)
         if missing:
             raise ValueError(
@@ -72,7 +90,14 @@ class EngramPreTrainedModel(PreTrainedModel):
                 "(a shard may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
             )
         model.base_model.hashing.verify_constants()
+        if tables is not None:
+            tables.verify(model.base_model)
         return (model, info) if output_loading_info else model
+
+    def _get_files_timestamps(self, working_dir):
+        # What is older than the save is not uploaded, and a linked table is as old as its first name.
+        stamps = super()._get_files_timestamps(working_dir)
+        return {name: stamp for name, stamp in stamps.items() if not is_table_file(name)}
 
     # The one place where the names of what is loaded can be told after all submodels have had their say.
     @staticmethod
@@ -83,6 +108,11 @@ class EngramPreTrainedModel(PreTrainedModel):
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, token=None, **kwargs):
+        # `push_to_hub` and `save_pretrained(push_to_hub=True)` meet here, after their README.md is written.
+        write_model_card(os.path.join(working_dir, "README.md"), self.config, repo_id, token)
+        return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
 
     def initialize_weights(self):
         """Initialize what was not loaded.
@@ -149,13 +179,18 @@ class EngramPreTrainedModel(PreTrainedModel):
         self.base_model.resize_token_map(old_size, self.config.vocab_size)
         return embeddings
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; whichever class is saved, every Auto class can open the folder as remote code."""
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """As in transformers; whichever class is saved, every Auto class can open the folder as remote code.
+
+        Tables that are not parameters are linked to the folder, or copied by the kernel: they have not changed.
+        """
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+            save_tables(self.base_model, save_directory)
         self.config.auto_map = dict(_AUTO_MAP)
         # Under the names of the modules: `Trainer` resumes by `load_state_dict`, and would silently skip experts that had
         # been split and renamed as the backbone's own hub layout has them (transformers issue 48805).
         kwargs.setdefault("save_original_format", False)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
 def _undo_renamings_of_memory(model: PreTrainedModel, mapping: list[WeightTransform]) -> list[WeightRenaming]:
@@ -181,9 +216,15 @@ class EngramModel(EngramPreTrainedModel):
     Args:
         config: names the backbone in `text_config`.
         backbone: an instance to use instead of a new one; it is changed in place.
+        engram_tables: tables that were found beside the weights; None to have them among the weights.
     """
 
-    def __init__(self, config: EngramConfig, backbone: PreTrainedModel | None = None):
+    def __init__(
+        self,
+        config: EngramConfig,
+        backbone: PreTrainedModel | None = None,
+        engram_tables: FoundTables | None = None,
+    ):
         super().__init__(config)
         if backbone is None:
             backbone = AutoModel.from_config(config.text_config)
@@ -207,6 +248,11 @@ class EngramModel(EngramPreTrainedModel):
         self._no_split_modules = sorted({type(layers[layer_id]).__name__ for layer_id in config.engram_layer_ids})
         self._takes_image_mask = "image_mask" in inspect.signature(backbone.forward).parameters
         _inherit_abilities(self, backbone)
+        if engram_tables is not None:
+            engram_tables.mount(self)
+        self.prefetcher = None
+        if engram_tables is not None and engram_tables.residency == "mapped":
+            self.prefetcher = Prefetcher([memory.table for memory in self.memories().values()])
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -345,6 +391,8 @@ class EngramModel(EngramPreTrainedModel):
         history = None if past_key_values is None else attach_history(past_key_values, self.config)
         padding = attention_mask if padding_mask is None else padding_mask
         memory = self.prepare_memory(input_ids, padding, position_ids, image_mask, kwargs.get("seq_idx"), history)
+        if self.prefetcher is not None:
+            memory = memory._replace(fetched=self.prefetcher.start(memory.row_ids))
         if self._takes_image_mask:
             kwargs["image_mask"] = image_mask
         outputs = self.backbone(
@@ -426,13 +474,19 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     Args:
         config: names the backbone in `text_config`.
         host: a causal language model to use instead of a new one; it is changed in place.
+        engram_tables: as in [`EngramModel`].
     """
 
-    def __init__(self, config: EngramConfig, host: PreTrainedModel | None = None):
+    def __init__(
+        self,
+        config: EngramConfig,
+        host: PreTrainedModel | None = None,
+        engram_tables: FoundTables | None = None,
+    ):
         super().__init__(config)
         if host is None:
             host = AutoModelForCausalLM.from_config(config.text_config)
-        self.model = EngramModel(config, host.base_model)
+        self.model = EngramModel(config, host.base_model, engram_tables)
         self.lm_head = host.get_output_embeddings()
         self._host_names = _host_parts(host)
         embeddings = self.get_input_embeddings()

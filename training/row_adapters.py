@@ -115,13 +115,16 @@ def add_row_adapters(model: nn.Module, rows: Mapping[int, torch.Tensor]) -> None
     Raises:
         ValueError: a layer has no memory or an adapter already, or rows are missing, repeated or not in its table.
     """
-    tables = _tables(_engram_model(model))
+    engram = _engram_model(model)
+    tables = _tables(engram)
     chosen = {layer: _checked_rows(layer, ids, tables) for layer, ids in rows.items()}
     for table in tables.values():
         table.requires_grad_(False)
     for layer, ids in chosen.items():
         table = tables[layer]
-        table.add_module(NAME, RowAdapter(ids, table.width, device=table.weight.device))
+        # Where the rows arrive: a mapped table itself stays on the host.
+        device = next(engram.memories()[layer].kv_proj.parameters()).device
+        table.add_module(NAME, RowAdapter(ids, table.width, device=device))
         table.row_adapter_hook = table.register_forward_hook(_add_differences, with_kwargs=True)
 
 
@@ -158,7 +161,7 @@ def merge_row_adapters(model: nn.Module) -> None:
     Output stays what it was, to the bit where the model computes in the table's dtype.
 
     Raises:
-        ValueError: there is no adapter, PEFT still holds one, or a table is quantized.
+        ValueError: there is no adapter, PEFT still holds one, or a table is quantized or not resident.
     """
     tables = [table for table in _tables(_engram_model(model)).values() if hasattr(table, NAME)]
     if not tables:
@@ -166,6 +169,11 @@ def merge_row_adapters(model: nn.Module) -> None:
     for table in tables:
         if not isinstance(getattr(table, NAME), RowAdapter):
             raise ValueError("PEFT still wraps the row adapters; call merge_and_unload() and merge what it returns.")
+        if not table.is_resident:
+            raise ValueError(
+                "A table that stays in its file cannot take differences; keep the adapter, or load the model with "
+                "engram_residency='resident' to merge it."
+            )
         if table.scale is not None:
             raise ValueError(
                 f"Rows of a {table.weight.dtype} table cannot take a difference without being rounded again; keep the "

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from engram_hf.tokenization import EngramTokenizer
 
@@ -102,7 +102,9 @@ except ValueError as error:
 
 def test_the_class_of_a_saved_folder_is_recognised_by_the_installed_one(plain, tmp_path):
     EngramTokenizer.from_tokenizer(plain).save_pretrained(tmp_path)
-    remote = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
-    assert type(remote).__module__.startswith("transformers_modules.")
+    # The Auto class would take the installed one, which is registered with it.
+    remote_class = get_class_from_dynamic_module("tokenization_engram.EngramTokenizer", str(tmp_path))
+    assert remote_class is not EngramTokenizer
+    remote = remote_class.from_pretrained(tmp_path)
     assert EngramTokenizer.from_tokenizer(remote) is remote
     assert torch.equal(remote.token_map, EngramTokenizer.from_tokenizer(plain).token_map)

@@ -292,3 +292,17 @@ def test_misuse_is_refused(model, rows, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="holds no row adapters"):
         saved_rows(tmp_path)
+
+
+def test_a_mapped_table_learns_rows_but_cannot_take_them(tmp_path):
+    build("mixtral").save_pretrained(tmp_path)
+    model = EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped")
+    ids = random_ids(2, 9)
+    before = model(ids).logits
+    add_row_adapters(model, touched_rows(model, [{"input_ids": ids}]))
+    assert torch.equal(model(ids).logits, before)
+    model(ids, labels=ids).loss.backward()
+    deltas = [p for name, p in model.named_parameters() if name.endswith("row_adapter.delta")]
+    assert len(deltas) == 2 and all(delta.grad.abs().sum() > 0 for delta in deltas)
+    with pytest.raises(ValueError, match="engram_residency='resident'"):
+        merge_row_adapters(model)
