@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, initialization
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, Cache, DynamicCache, initialization
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -669,8 +669,12 @@ class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausal
         return inputs
 
 
-# The keys are our own config class, so nothing of a later transformers release is replaced.
-AutoModel.register(DeepseekV41TextConfig, DeepseekV41TextModel, exist_ok=True)
-AutoModelForCausalLM.register(DeepseekV41TextConfig, DeepseekV41TextForCausalLM, exist_ok=True)
+# The keys are our own config class, so nothing of a later transformers release is replaced. As remote code this file's
+# config class can be a second copy of the one that is registered under the model type; configs are of the first.
+_registered = CONFIG_MAPPING[DeepseekV41TextConfig.model_type]
+for _config in {DeepseekV41TextConfig, _registered}:
+    if _config.__module__.rpartition(".")[2] == DeepseekV41TextConfig.__module__.rpartition(".")[2]:
+        AutoModel.register(_config, DeepseekV41TextModel, exist_ok=True)
+        AutoModelForCausalLM.register(_config, DeepseekV41TextForCausalLM, exist_ok=True)
 
 __all__ = ["DeepseekV41PreTrainedModel", "DeepseekV41TextForCausalLM", "DeepseekV41TextModel"]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -174,3 +176,22 @@ def test_the_mapping_is_the_table(tiny):
             seen.add(tensor.name)
     weights = {name for name in read_checkpoint(tiny).tensors if not name.endswith(".scale")}
     assert seen == {name for name in weights if not name.startswith(DEEPSEEK_V41.carried)}
+
+
+def test_a_saved_model_needs_nothing_installed(truth, float32, tmp_path):
+    """As remote code, in a process that cannot import the package: the backbone comes with the folder too."""
+    load(float32, dtype=torch.float32).save_pretrained(tmp_path)
+    script = f"""
+import sys
+sys.modules["engram_hf"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+with torch.no_grad():
+    print(model(torch.tensor({truth["full.input_ids"].tolist()!r})).logits[:, -1, 7].tolist())
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    printed = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    assert (printed - truth["full.logits"][:, -1, 7]).abs().max() < 1e-4
