@@ -9,7 +9,7 @@ quickstart: $(VENV)/.installed  ## train a small model with memory and its twin 
 	$(BIN)/python examples/quickstart.py
 
 test: check  ## style, then all tests on two processes
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 check: $(VENV)/.installed  ## what CI says about style
 	$(BIN)/ruff check .

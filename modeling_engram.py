@@ -32,7 +32,8 @@ from .residency_engram import FoundTables, find_tables, is_table_file, save_tabl
 # Imported for its registration: a V4.1 model is to load as remote code, where nothing else would bring its backbone.
 KNOWN_BACKBONES = (DeepseekV41TextModel,)
 
-_AUTO_MAP = {
+# What a folder with remote code says of itself in config.json.
+AUTO_MAP = {
     "AutoConfig": "configuration_engram.EngramConfig",
     "AutoModel": "modeling_engram.EngramModel",
     "AutoModelForCausalLM": "modeling_engram.EngramForCausalLM",
@@ -186,7 +187,7 @@ class EngramPreTrainedModel(PreTrainedModel):
         """
         if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
             save_tables(self.base_model, save_directory)
-        self.config.auto_map = dict(_AUTO_MAP)
+        self.config.auto_map = dict(AUTO_MAP)
         # Under the names of the modules: `Trainer` resumes by `load_state_dict`, and would silently skip experts that had
         # been split and renamed as the backbone's own hub layout has them (transformers issue 48805).
         kwargs.setdefault("save_original_format", False)

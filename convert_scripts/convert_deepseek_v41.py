@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 def plan_conversion(folder: Path, options) -> Plan:
     """Check a checkpoint folder against its own config and plan its conversion (`options`: `ImportOptions`)."""
     from .deepseek_v41 import DEEPSEEK_V41
-    from .deepseek_v41_config import additions, check_config, first_layers, to_engram_config
+    from .deepseek_v41_config import additions, check_config, first_layers, remote_code, to_engram_config
     from .import_plan import plan_import
     from .safetensors_files import read_checkpoint, read_json
     from .tensor_rules import bind, check_tensors
@@ -54,7 +54,11 @@ def plan_conversion(folder: Path, options) -> Plan:
         config = first_layers(config, options.layers)
         bindings = bind(DEEPSEEK_V41, config["text_config"])
     ours = to_engram_config(config, options.dtype, options.dequantize_tables)
-    ours_alone = additions(ours, folder, {"chat_template.jinja": TEMPLATE.read_bytes()})
+    documents = {"chat_template.jinja": TEMPLATE.read_bytes()}
+    if options.dtype != "keep":
+        # Weights that are kept quantized need `direct_loading` to be read, which is no part of the remote code.
+        documents |= remote_code(ours)
+    ours_alone = additions(ours, folder, documents)
     return plan_import(DEEPSEEK_V41, source, config, bindings, options, ours_alone)
 
 

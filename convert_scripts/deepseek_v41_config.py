@@ -10,10 +10,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from transformers.dynamic_module_utils import get_relative_import_files
 
+from .. import modeling_engram
 from ..configuration_deepseek_v41 import DeepseekV41TextConfig
 from ..configuration_engram import VARIANTS, EngramConfig
 from ..hashing_engram import DEAD, NgramHasher
+from ..modeling_engram import AUTO_MAP
 from ..table_format_engram import NAMES, TableDescription, describe_table
 from ..tokenization.vocabulary_compression import (
     FORMAT_VERSION,
@@ -161,6 +164,14 @@ def build_hasher(config: EngramConfig, tokenizer: Tokenizer) -> NgramHasher:
     for name, value in hasher.derive_constants().items():
         getattr(hasher, name).copy_(value)
     return hasher
+
+
+def remote_code(config: EngramConfig) -> dict[str, bytes]:
+    """The files with which a folder loads where this package is not installed; `config` is made to name them."""
+    config.auto_map = dict(AUTO_MAP)
+    entry = Path(modeling_engram.__file__)
+    files = {entry, *map(Path, get_relative_import_files(entry))}
+    return {path.name: path.read_bytes() for path in sorted(files)}
 
 
 def additions(config: EngramConfig, folder: Path, documents: Mapping[str, bytes]) -> Additions:

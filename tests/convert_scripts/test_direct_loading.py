@@ -178,15 +178,18 @@ def test_the_mapping_is_the_table(tiny):
     assert seen == {name for name in weights if not name.startswith(DEEPSEEK_V41.carried)}
 
 
-def test_a_saved_model_needs_nothing_installed(truth, float32, tmp_path):
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_a_dequantized_folder_needs_nothing_installed(truth, float32, tmp_path, saved_again):
     """As remote code, in a process that cannot import the package: the backbone comes with the folder too."""
-    load(float32, dtype=torch.float32).save_pretrained(tmp_path)
+    folder = tmp_path if saved_again else float32
+    if saved_again:
+        load(float32, dtype=torch.float32).save_pretrained(folder)
     script = f"""
 import sys
 sys.modules["engram_hf"] = None
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
 with torch.no_grad():
     print(model(torch.tensor({truth["full.input_ids"].tolist()!r})).logits[:, -1, 7].tolist())
