@@ -267,6 +267,20 @@ class NgramHasher(nn.Module):
         self.register_buffer("multipliers", torch.zeros((len(layer_ids), max_ngram), dtype=torch.int64))
         self.register_buffer("primes", torch.zeros((len(layer_ids), max_ngram - 1, heads), dtype=torch.int64))
 
+    @classmethod
+    def from_config(cls, config) -> "NgramHasher":
+        """The hash that an `EngramConfig` describes, its buffers not filled yet."""
+        return cls(
+            layer_ids=config.engram_layer_ids,
+            max_ngram=config.engram_max_ngram_size,
+            bucket_counts=config.bucket_counts,
+            heads=config.engram_n_heads,
+            vocab_size=config.vocab_size,
+            compressed_vocab_size=config.engram_compressed_vocab_size,
+            pad_token_id=config.engram_pad_token_id,
+            seed=config.engram_seed,
+        )
+
     def derive_constants(self) -> dict[str, torch.Tensor]:
         """The multipliers and primes that the configuration implies, on the CPU."""
         with torch.device("cpu"):

@@ -230,16 +230,7 @@ class EngramModel(EngramPreTrainedModel):
         if backbone is None:
             backbone = AutoModel.from_config(config.text_config)
         config.text_config = backbone.config  # from_config copies; there is to be one
-        self.hashing = NgramHasher(
-            layer_ids=config.engram_layer_ids,
-            max_ngram=config.engram_max_ngram_size,
-            bucket_counts=config.bucket_counts,
-            heads=config.engram_n_heads,
-            vocab_size=config.vocab_size,
-            compressed_vocab_size=config.engram_compressed_vocab_size,
-            pad_token_id=config.engram_pad_token_id,
-            seed=config.engram_seed,
-        )
+        self.hashing = NgramHasher.from_config(config)
         layers = _decoder_layers(backbone, config)
         # Not a layer's: some backbones keep part of each layer in float32, and quantized ones most in a byte.
         dtype = backbone.get_input_embeddings().weight.dtype

@@ -107,16 +107,7 @@ def read_hasher(folder: Path, config: "EngramConfig") -> "NgramHasher":
     from engram_hf.hashing_engram import NgramHasher
     from engram_hf.table_format_engram import read_header
 
-    hasher = NgramHasher(
-        layer_ids=config.engram_layer_ids,
-        max_ngram=config.engram_max_ngram_size,
-        bucket_counts=config.bucket_counts,
-        heads=config.engram_n_heads,
-        vocab_size=config.vocab_size,
-        compressed_vocab_size=config.engram_compressed_vocab_size,
-        pad_token_id=config.engram_pad_token_id,
-        seed=config.engram_seed,
-    )
+    hasher = NgramHasher.from_config(config)
     state = {}
     for path in weight_files(folder):
         names = [name for name in read_header(path).tensors if ".hashing." in f".{name}"]

@@ -150,16 +150,7 @@ def build_hasher(config: EngramConfig, tokenizer: Tokenizer) -> NgramHasher:
             f"tokenizer.json compresses {len(token_map)} ids to {found}, the tables were trained with {expected} of "
             f"{config.vocab_size}; use the tokenizer of this very release."
         )
-    hasher = NgramHasher(
-        layer_ids=config.engram_layer_ids,
-        max_ngram=config.engram_max_ngram_size,
-        bucket_counts=config.bucket_counts,
-        heads=config.engram_n_heads,
-        vocab_size=config.vocab_size,
-        compressed_vocab_size=config.engram_compressed_vocab_size,
-        pad_token_id=config.engram_pad_token_id,
-        seed=config.engram_seed,
-    )
+    hasher = NgramHasher.from_config(config)
     hasher.token_map[: len(token_map)] = token_map
     for name, value in hasher.derive_constants().items():
         getattr(hasher, name).copy_(value)
