@@ -3,8 +3,18 @@
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+
+
+class BuildWithoutSetup(build_py):
+    """The root is the package, but this file is no part of it."""
+
+    def find_package_modules(self, package, package_dir):
+        """All modules of a package, as `(package, module, path)`."""
+        return [found for found in super().find_package_modules(package, package_dir) if found[1] != "setup"]
+
 
 setup(
     name="engram-hf",
@@ -16,6 +26,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     # Listed by name, so that tests, benchmarks and examples are never installed.
+    cmdclass={"build_py": BuildWithoutSetup},
     packages=[
         "engram_cli",
         "engram_hf",
