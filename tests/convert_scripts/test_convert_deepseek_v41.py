@@ -315,15 +315,6 @@ def test_what_is_no_source(tmp_path, capsys):
         assert "neither a folder nor a Hub id" in capsys.readouterr().err
 
 
-def test_a_hub_id_is_fetched_once_and_read_from_the_cache(tiny, tmp_path, monkeypatch):
-    fetched = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, revision=None: fetched.append((name, revision)) or str(tiny)
-    )
-    assert run("deepseek-ai/Tiny", tmp_path / "out", "--revision", "abc") == 0
-    assert fetched == [("deepseek-ai/Tiny", "abc")]
-
-
 def test_errors_of_the_system_are_one_line_too(tmp_path, capsys):
     assert run_command(lambda: (tmp_path / "gone").read_bytes()) == 1
     message = capsys.readouterr().err

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -474,3 +475,22 @@ ROUTES = [
         ("GET", rf"{_NAME}/resolve/([^/]+)/(.+)", Handler.resolve_file),
     )
 ]
+
+
+def client_environment(hub: HubServer, home: Path, **more: str) -> dict[str, str]:
+    """Of a client that knows this Hub alone."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not re.match(r"HF_|HUGGING|TRANSFORMERS_|.*_PROXY$", name.upper())
+    }
+    settings = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUTF8": "1",
+    }
+    return {**inherited, **settings, **more}

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_server import TOKEN, Fault, HubServer, Request
+from hub_server import TOKEN, Fault, HubServer, Request, client_environment
 from huggingface_hub import ModelCard
 from tiny_backbones import BACKBONES, randomize
 from tiny_tokenizer import make_tokenizer
@@ -142,25 +142,6 @@ def hub(tmp_path_factory):
     assert server_threads() == before
 
 
-def environment(hub: HubServer, home: Path, **more: str) -> dict[str, str]:
-    """Of a client that knows this Hub alone."""
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not re.match(r"HF_|HUGGING|TRANSFORMERS_|.*_PROXY$", name.upper())
-    }
-    settings = {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUTF8": "1",
-    }
-    return {**inherited, **settings, **more}
-
-
 def start(code: str, *arguments: object, env: dict[str, str], cwd: Path) -> subprocess.Popen:
     """A Python process that runs `code`."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -204,7 +185,7 @@ def pushed(hub, model_folder, tmp_path_factory) -> Pushed:
     hang = hub.fail_once("PUT", "/lfs/me/interrupted/", "hold")
     hub.fail_once("PUT", "/lfs/me/model/", "error")
     hub.fail_once("PUT", "/lfs/me/model/", "drop")
-    env = environment(hub, folder / "home", HF_TOKEN=TOKEN)
+    env = client_environment(hub, folder / "home", HF_TOKEN=TOKEN)
     process = start(PUSH, model_folder, TEXT, folder / "logits.npz", env=env, cwd=folder)
     child = process.stdout.readline()
     wait_for(hang, process)
@@ -236,7 +217,7 @@ def loaded(hub, pushed, tmp_path_factory) -> Loaded:
     repository = hub.repository("me/model")
     tree = dict(repository.commits[repository.branches["main"]])
     repository.commit("main", "more files", tree | {path: hub.store(path.encode()) for path in UNNEEDED})
-    env = environment(hub, folder / "home")
+    env = client_environment(hub, folder / "home")
 
     weights = max(tree, key=lambda path: tree[path].size)
     hang = hub.fail_once("GET", weights, "hold")
