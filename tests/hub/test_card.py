@@ -84,7 +84,7 @@ def test_a_backbone_the_hub_knows_is_named_with_its_licence(hub, tmp_path):
     assert (data.base_model, data.license) == ("org/backbone", "apache-2.0")
 
 
-@pytest.mark.parametrize("name", ["", "org/unknown", "/home/someone/private", "./private", "private"])
+@pytest.mark.parametrize("name", ["", "org/unknown", "/srv/someone/private", "./private", "private"])
 def test_a_backbone_the_hub_does_not_know_is_not_named(hub, tmp_path, name):
     config = engram_config("mixtral")
     config.text_config.name_or_path = name
