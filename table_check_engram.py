@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from .residency_engram import MappedRows
+from .row_sources_engram import MappedRows
+from .safetensors_engram import FileFormatError, read_header
 from .table_format_engram import (
     PAGE,
     TOKEN_MAP_NAME,
     StoredTable,
     TableDescription,
     TableFormatError,
-    read_header,
     read_tables,
     token_map_digest,
 )
@@ -56,7 +56,7 @@ def check_folder(folder: str | Path, rows: bool = False) -> list[TableReport]:
         rows: read all rows too, for numbers that are none; this takes as long as reading the files.
 
     Raises:
-        TableFormatError: names what is wrong.
+        FileFormatError: names what is wrong.
     """
     folder = Path(folder)
     token_map = _read_token_map(folder / TOKEN_MAP_NAME)
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         reports = check_folder(options.folder, options.rows)
-    except TableFormatError as error:
+    except FileFormatError as error:
         print(error, file=sys.stderr)
         return 1
     print(*reports, sep="\n")

@@ -7,14 +7,14 @@ import contextlib
 import errno
 import json
 import os
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from .memory_engram import dequantize_rows, quantize_rows
+from .safetensors_engram import TensorSpan, header_bytes, parse_head
 from .table_format_engram import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -22,15 +22,13 @@ from .table_format_engram import (
     NAMES,
     PAGE,
     ROW_FORMATS,
-    TORCH_DTYPES,
     StoredTable,
     TableDescription,
     TableFormatError,
-    TablePart,
 )
 
 # Bytes of rows held at once while a table is converted.
-_STEP_BYTES = 16 << 20
+_STEP_BYTES = 4 << 20
 
 
 def table_file_name(layer: int, part: int = 0, parts: int = 1) -> str:
@@ -38,80 +36,85 @@ def table_file_name(layer: int, part: int = 0, parts: int = 1) -> str:
     return f"engram-layer-{layer:05d}{f'-{part:05d}-of-{parts:05d}' if parts > 1 else ''}.safetensors"
 
 
-class TableWriter:
-    """Writes one table file, row range by row range; as a context manager, it leaves a whole file or none.
+class FileWriter:
+    """Writes one safetensors file, in any order; as a context manager, it leaves a whole file or none.
 
     Args:
         path: of the file.
-        description: of the table, with the `rows` of this file. Its scales follow its rows.
+        head: what it begins with; see `safetensors_engram.header_bytes`.
 
     Raises:
         OSError: the file cannot be written; its message says what is missing.
     """
 
-    def __init__(self, path: str | os.PathLike, description: TableDescription):
+    def __init__(self, path: str | os.PathLike, head: bytes):
         self.path = Path(path)
-        self.description = description
+        self.header = parse_head(self.path, head)
         self._unfinished = Path(f"{path}.unfinished")
-        header, self._offsets = _layout(description)
-        self._size = self._offsets["end"]
-        with _explained(self.path, self._size):
+        with self._explained():
             self._file = os.open(self._unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            with _explained(self.path, self._size):
-                _reserve(self._file, self._size)
-                _write_all(self._file, header, 0)
+            with self._explained():
+                _reserve(self._file, self.header.size)
+                _write_all(self._file, head, 0)
         except BaseException:
             self._abandon()
             raise
 
-    def write(self, first: int, values: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-        """Write rows from table row `first` on, as stored: `values` `[n, W]`, `scale` `[n, W / C]`."""
-        row = first - self.description.rows[0]
-        for kind, tensor in (("weight", values), ("scale", scale)):
-            if tensor is not None:
-                data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-                with _explained(self.path, self._size):
-                    _write_all(self._file, memoryview(data).cast("B"), self._offsets[kind] + row * data[0].nbytes)
+    def copy(self, name: str, span: TensorSpan, source: int) -> None:
+        """Write the tensor `name` from `span`, which lies in the open file `source`, inside the kernel."""
+        with self._explained():
+            _copy_range(source, span.offset, self._file, self.header.tensors[name].offset, span.size)
 
-    def copy(self, part: TablePart, source: int) -> None:
-        """Write the whole file from the spans of `part`, which lie in the open file `source`, inside the kernel."""
-        with _explained(self.path, self._size):
-            for kind, span in part.spans.items():
-                _copy_range(source, span.offset, self._file, self._offsets[kind], span.size)
-
-    def __enter__(self) -> "TableWriter":
+    def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is not None:
             self._abandon()
             return
-        with _explained(self.path, self._size):
+        with self._explained():
             os.close(self._file)
             os.replace(self._unfinished, self.path)
+
+    def _explained(self):
+        return _explained(self.path, self.header.size)
 
     def _abandon(self) -> None:
         os.close(self._file)
         self._unfinished.unlink(missing_ok=True)
 
 
-def _layout(d: TableDescription) -> tuple[bytes, dict[str, int]]:
-    """The header, padded to a page, and where each tensor begins."""
+class TableWriter(FileWriter):
+    """Writes one table file, row range by row range.
+
+    Args:
+        path: of the file.
+        description: of the table, with the `rows` of this file. Its scales follow its rows.
+    """
+
+    def __init__(self, path: str | os.PathLike, description: TableDescription):
+        self.description = description
+        super().__init__(path, _head(description))
+
+    def write(self, first: int, values: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        """Write rows from table row `first` on, as stored: `values` `[n, W]`, `scale` `[n, W / C]`."""
+        row = first - self.description.rows[0]
+        for kind, tensor in (("weight", values), ("scale", scale)):
+            if tensor is not None:
+                begin = self.header.tensors[self.description.tensors[kind]].offset
+                data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+                with self._explained():
+                    _write_all(self._file, memoryview(data).cast("B"), begin + row * data[0].nbytes)
+
+
+def _head(d: TableDescription) -> bytes:
+    """The header of a table file, padded to a page."""
     count = d.rows[1] - d.rows[0]
-    shapes = {"weight": (d.dtype, [count, d.width])}
+    tensors = [(d.tensors["weight"], d.dtype, (count, d.width))]
     if d.scale_dtype:
-        shapes["scale"] = (d.scale_dtype, [count, d.width // d.scale_block])
-    entries, end, begins = {}, 0, {}
-    for kind, (dtype, shape) in shapes.items():
-        size = shape[0] * shape[1] * TORCH_DTYPES[dtype].itemsize
-        entries[d.tensors[kind]] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-        begins[kind], end = end, end + size
-    metadata = {"format": "pt", METADATA_KEY: d.to_json()}
-    text = json.dumps({"__metadata__": metadata, **entries}).encode()
-    text += b" " * (-(8 + len(text)) % PAGE)
-    header = struct.pack("<Q", len(text)) + text
-    return header, {kind: len(header) + begin for kind, begin in {**begins, "end": end}.items()}
+        tensors.append((d.tensors["scale"], d.scale_dtype, (count, d.width // d.scale_block)))
+    return header_bytes(tensors, {METADATA_KEY: d.to_json()}, PAGE)
 
 
 @contextlib.contextmanager
@@ -240,12 +243,15 @@ def write_manifest(folder: str | os.PathLike, entries: dict[int, dict]) -> None:
     Args:
         entries: by layer; see [`manifest_entry`].
     """
-    path = Path(folder) / MANIFEST_NAME
     tables = {str(layer): entries[layer] for layer in sorted(entries)}
-    unfinished = Path(f"{path}.unfinished")
-    text = json.dumps({"format_version": FORMAT_VERSION, "tables": tables}, indent=2)
+    write_json(Path(folder) / MANIFEST_NAME, {"format_version": FORMAT_VERSION, "tables": tables})
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a small JSON file, complete or not at all."""
+    unfinished, text = Path(f"{path}.unfinished"), json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with _explained(path, len(text)):
-        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, path)
 
 
@@ -297,7 +303,11 @@ class QuantizationError:
 
 
 def quantize_table(
-    source, path: str | os.PathLike, description: TableDescription, table_dtype: str
+    source,
+    path: str | os.PathLike,
+    description: TableDescription,
+    table_dtype: str,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> QuantizationError:
     """Write a float table to one file as float8 or int8, a few megabytes at a time.
 
@@ -305,6 +315,7 @@ def quantize_table(
         source: what reads the rows; see `memory_engram.RowSource`.
         description: of the table as it is.
         table_dtype: `"float8_e4m3fn"`, by the rule of the release, or `"int8"`.
+        advance: told after every step how many bytes of the source it has read.
 
     Returns:
         The difference it makes.
@@ -325,6 +336,7 @@ def quantize_table(
             quantized, scale = quantize_rows(rows, table_dtype)
             error.add(rows, dequantize_rows(quantized, scale))
             writer.write(first, quantized, scale)
+            advance(values.nbytes)
     return error
 
 
@@ -362,5 +374,6 @@ def pass_on(stored: StoredTable, files: dict[Path, int], folder: Path, descripti
         return manifest_entry(zip(names, ranges, tensors, strict=True), None if self_describing else description)
     for part, name, source in zip(stored.parts, names, sources, strict=True):
         with TableWriter(folder / name, description.with_rows(part.first, part.stop)) as writer:
-            writer.copy(part, source)
+            for kind, span in part.spans.items():
+                writer.copy(description.tensors[kind], span, source)
     return manifest_entry((name, rows, description.tensors) for name, rows in zip(names, ranges, strict=True))

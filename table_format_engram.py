@@ -6,24 +6,31 @@ parsed, and every number in them is checked against the others and against the s
 
 import hashlib
 import json
-import math
 import os
 import re
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 
+from .safetensors_engram import (
+    FileFormatError,
+    FileHeader,
+    TensorSpan,
+    are_counts,
+    is_file_name,
+    parse_json,
+    read_header,
+    read_json,
+)
+
 FORMAT_VERSION = 1
 MANIFEST_NAME = "engram_tables.json"
 TOKEN_MAP_NAME = "engram_token_map.safetensors"
 METADATA_KEY = "engram_table"
 PAGE = 4096
-# The limit of safetensors' own reader; a longer header is damaged.
-_MAX_HEADER_BYTES = 100_000_000
 
 # The dtypes of rows, with those of their scales and the channels that share one (0: the whole row).
 ROW_FORMATS: dict[str, tuple[str | None, int]] = {
@@ -42,128 +49,10 @@ TORCH_DTYPES = {
     "I8": torch.int8,
 }
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-# Item sizes of everything a safetensors file may hold beside tables.
-_ITEM_BYTES = {
-    **{name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()},
-    **{"BOOL": 1, "U8": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "F64": 8},
-}
 
 
-class TableFormatError(ValueError):
-    """A table file or manifest that cannot be read, said in one sentence."""
-
-
-@dataclass(frozen=True)
-class TensorSpan:
-    """Where a tensor lies: `size` bytes from byte `offset` of its file, row-major."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class FileHeader:
-    """A checked safetensors header: the tensors cover the data section exactly."""
-
-    path: Path
-    data_start: int
-    size: int
-    tensors: dict[str, TensorSpan]
-    metadata: dict[str, str]
-
-
-def read_header(path: str | os.PathLike) -> FileHeader:
-    """Read and check the header of a safetensors file.
-
-    Raises:
-        TableFormatError: the file is missing, cut off, damaged, or of another format.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-                raise TableFormatError(
-                    f"{path} is not a whole safetensors file: it has {size} bytes and announces a header of {length}; "
-                    "fetch it again."
-                )
-            text = file.read(length)
-    except OSError as error:
-        raise TableFormatError(f"{path} cannot be read ({error.strerror}); fetch the missing file.") from error
-    return _check_header(path, size, 8 + length, parse_json(text, f"The header of {path}"))
-
-
-def _check_header(path: Path, size: int, data_start: int, header: dict) -> FileHeader:
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise TableFormatError(f"The __metadata__ of {path} must map strings to strings; fetch the file again.")
-    tensors = {name: _read_span(path, data_start, name, entry) for name, entry in header.items()}
-    end = data_start
-    for span in sorted(tensors.values(), key=lambda span: (span.offset, span.size)):
-        if span.offset != end:
-            raise TableFormatError(
-                f"Tensor {span.name!r} of {path} begins at byte {span.offset}, expected {end}: tensors overlap or leave a "
-                "hole; fetch the file again."
-            )
-        end += span.size
-    if end != size:
-        raise TableFormatError(
-            f"{path} has {size} bytes, but its header describes {end}: it is cut off or damaged; fetch it again."
-        )
-    return FileHeader(path, data_start, size, tensors, metadata)
-
-
-def _read_span(path: Path, data_start: int, name: str, entry) -> TensorSpan:
-    where = f"Tensor {name!r} of {path}"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise TableFormatError(f"{where} is described by {entry!r}, expected dtype, shape and data_offsets.")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise TableFormatError(f"{where} has the unknown dtype {dtype!r}; upgrade engram-hf, or fetch the file again.")
-    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        raise TableFormatError(f"{where} has shape {shape!r} and data_offsets {offsets!r}, expected lists of sizes.")
-    span = TensorSpan(name, dtype, tuple(shape), data_start + offsets[0])
-    if span.size != offsets[1] - offsets[0]:
-        raise TableFormatError(
-            f"{where} is {dtype} {shape}, {span.size} bytes, but its data_offsets hold {offsets[1] - offsets[0]}; fetch "
-            "the file again."
-        )
-    return span
-
-
-def _are_counts(value) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def parse_json(data: bytes | str, what: str) -> dict:
-    """One JSON object in which no name stands twice; `what` begins the sentence of the error."""
-    try:
-        value = json.loads(data, object_pairs_hook=_unique_members)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise TableFormatError(f"{what} is not valid JSON ({error}); fetch the file again.") from error
-    except KeyError as error:
-        raise TableFormatError(f"{what} names {error} twice; fetch the file again.") from error
-    if not isinstance(value, dict):
-        raise TableFormatError(f"{what} must be a JSON object, not {type(value).__name__}.")
-    return value
-
-
-def _unique_members(pairs: list[tuple[str, object]]) -> dict:
-    members = {}
-    for name, value in pairs:
-        if name in members:
-            raise KeyError(name)
-        members[name] = value
-    return members
+class TableFormatError(FileFormatError):
+    """A manifest or table file that breaks a rule of the table format, said in one sentence."""
 
 
 def require_version(version, what: str) -> None:
@@ -259,6 +148,36 @@ def describe_table(hasher, index: int, *, width: int, dtype: str) -> TableDescri
     )
 
 
+def require_same_hash(described: TableDescription, hasher, index: int) -> None:
+    """Refuse a table that was written for another hash or token map than a model's, and would be read as noise.
+
+    Args:
+        described: what the table of the model's `index`-th Engram layer says about itself.
+        hasher: the model's `NgramHasher`.
+
+    Raises:
+        TableFormatError: names what differs.
+    """
+    own = describe_table(hasher, index, width=described.width, dtype=described.dtype)
+    for name in ("primes", "multipliers", "vocab_size", "pad_id"):
+        if getattr(own, name) != getattr(described, name):
+            raise TableFormatError(
+                f"The table of layer {own.layer} was written for the {name} {getattr(described, name)}, but the model "
+                f"hashes with {getattr(own, name)}; tables and weights are not of one model."
+            )
+    if (described.token_map_sha256 is None) != (own.token_map_sha256 is None):
+        raise TableFormatError(f"Only one of model and table of layer {own.layer} compresses token ids.")
+    # A model that was only just built does not know its tokenizer yet, and tokens may have been added since.
+    if (
+        own.token_map_ids
+        and token_map_digest(hasher.token_map[: described.token_map_ids]) != described.token_map_sha256
+    ):
+        raise TableFormatError(
+            f"The table of layer {own.layer} was written for another token map than the model has; use the tokenizer and "
+            "weights that belong to the tables."
+        )
+
+
 def _count_known_ids(token_map: torch.Tensor | None) -> int | None:
     """Ids a model's token map covers; behind them, the vocabulary may be padded with ids that no token has."""
     if token_map is None:
@@ -279,9 +198,9 @@ def _offsets(primes: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 _IS_COUNT = (lambda value: type(value) is int and value >= 0, "a count")
-_IS_COUNTS = (_are_counts, "a list of counts")
+_IS_COUNTS = (are_counts, "a list of counts")
 _IS_COUNT_OR_NULL = (lambda value: value is None or _IS_COUNT[0](value), "a count or null")
-_IS_GRID = (lambda value: isinstance(value, list) and all(map(_are_counts, value)), "a list of lists of counts")
+_IS_GRID = (lambda value: isinstance(value, list) and all(map(are_counts, value)), "a list of lists of counts")
 _IS_NAME = (lambda value: isinstance(value, str), "a string")
 _IS_NAME_OR_NULL = (lambda value: value is None or isinstance(value, str), "a string or null")
 _IS_NAMES = (
@@ -291,7 +210,7 @@ _IS_NAMES = (
 _MEMBERS: dict[str, tuple[Callable[[object], bool], str]] = {
     "layer": _IS_COUNT,
     "num_rows": _IS_COUNT,
-    "rows": (lambda value: _are_counts(value) and len(value) == 2, "two row numbers"),
+    "rows": (lambda value: are_counts(value) and len(value) == 2, "two row numbers"),
     "width": _IS_COUNT,
     "dtype": _IS_NAME,
     "scale_dtype": _IS_NAME_OR_NULL,
@@ -422,14 +341,19 @@ class StoredTable:
         return sum(span.size for part in self.parts for span in part.spans.values())
 
 
-def read_tables(folder: str | os.PathLike, resolve: Callable[[str], Path] | None = None) -> dict[int, StoredTable]:
+def read_tables(
+    folder: str | os.PathLike,
+    resolve: Callable[[str], Path] | None = None,
+    layers: Collection[int] | None = None,
+) -> dict[int, StoredTable]:
     """Every table that the manifest of `folder` names, by layer; no table data is read.
 
     Args:
         resolve: the path of a file that the manifest names; by default it lies in `folder`.
+        layers: read those of these layers only, and resolve no file of others.
 
     Raises:
-        TableFormatError: the manifest or a file breaks a rule of the format.
+        FileFormatError: a file is damaged, or breaks a rule of the format (then it is a `TableFormatError`).
     """
     folder = Path(folder)
     entries = read_manifest(folder / MANIFEST_NAME)
@@ -440,7 +364,11 @@ def read_tables(folder: str | os.PathLike, resolve: Callable[[str], Path] | None
             headers[name] = read_header(folder / name if resolve is None else resolve(name))
         return headers[name]
 
-    tables = {layer: _read_table(layer, entry, header, folder / MANIFEST_NAME) for layer, entry in entries.items()}
+    tables = {
+        layer: _read_table(layer, entry, header, folder / MANIFEST_NAME)
+        for layer, entry in entries.items()
+        if layers is None or layer in layers
+    }
     require_disjoint([part for table in tables.values() for part in table.parts])
     return tables
 
@@ -449,12 +377,9 @@ def read_manifest(path: str | os.PathLike) -> dict[int, dict]:
     """The entries of a manifest, by layer, checked as far as that goes without the files.
 
     Raises:
-        TableFormatError: a rule of section 1 of the format is broken.
+        FileFormatError: it is no JSON object, or breaks a rule of section 1 of the format.
     """
-    try:
-        manifest = parse_json(Path(path).read_bytes(), str(path))
-    except OSError as error:
-        raise TableFormatError(f"{path} cannot be read ({error.strerror}); is this a folder with tables?") from error
+    manifest = read_json(Path(path))
     require_version(manifest.get("format_version"), str(path))
     tables = manifest.get("tables")
     if not isinstance(tables, dict) or not tables:
@@ -473,12 +398,12 @@ def _check_locations(locations, where: str) -> None:
     for location in locations:
         if not isinstance(location, dict) or not {"file", "tensor", "rows"} <= location.keys():
             raise TableFormatError(f"The {where} has the entry {location!r}, expected file, tensor and rows.")
-        if not isinstance(location["tensor"], str) or not _is_file_name(location["file"]):
+        if not isinstance(location["tensor"], str) or not is_file_name(location["file"]):
             raise TableFormatError(
                 f"The {where} points at {location['file']!r}; tables lie in the folder of their manifest, named without "
                 "a path."
             )
-        if not _are_counts(location["rows"]) or len(location["rows"]) != 2:
+        if not are_counts(location["rows"]) or len(location["rows"]) != 2:
             raise TableFormatError(f"The {where} has rows {location['rows']!r}, expected [first, stop].")
     ranges = [tuple(location["rows"]) for location in locations]
     for (_, stop), (first, _) in pairwise([(0, 0), *ranges]):
@@ -488,10 +413,6 @@ def _check_locations(locations, where: str) -> None:
             )
     if not all(first < stop for first, stop in ranges):
         raise TableFormatError(f"The {where} has a range without rows: {ranges}.")
-
-
-def _is_file_name(name) -> bool:
-    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\:\0]", name)
 
 
 def _read_table(layer: int, entry: dict, header: Callable[[str], FileHeader], manifest: Path) -> StoredTable:
@@ -605,12 +526,12 @@ def require_disjoint(parts: Sequence[TablePart]) -> None:
     Raises:
         TableFormatError: names the tensors.
     """
-    spans = [(part.file.path, span) for part in parts for span in part.spans.values()]
-    spans.sort(key=lambda claim: (str(claim[0]), claim[1].offset))
-    for (path, span), (other_path, other) in pairwise(spans):
-        if path == other_path and other.offset < span.offset + span.size:
+    spans = [span for part in parts for span in part.spans.values()]
+    spans.sort(key=lambda span: (str(span.path), span.offset))
+    for span, other in pairwise(spans):
+        if span.path == other.path and other.offset < span.offset + span.size:
             raise TableFormatError(
-                f"{path} is claimed twice: tensors {span.name!r} and {other.name!r} share bytes; every layer needs a "
+                f"{span.path} is claimed twice: tensors {span.name!r} and {other.name!r} share bytes; every layer needs a "
                 "region of its own."
             )
 

@@ -12,17 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..safetensors_engram import FileHeader, TensorSpan, parse_head
 from ..table_format_engram import MANIFEST_NAME as TABLES_NAME
-from ..table_format_engram import TableFormatError, read_manifest
+from ..table_format_engram import read_manifest
 from .import_plan import RECORD_FOLDER, SHARED_DOCUMENTS, aligned, describe_source
 from .safetensors_files import (
     INDEX_NAME,
     Checkpoint,
     ConversionError,
-    Shard,
-    TensorSpan,
     enumerate_names,
-    parse_head,
     read_checkpoint,
     read_shard,
 )
@@ -40,7 +38,7 @@ class Model:
     folder: Path
     tensors: dict[str, TensorSpan]
     carried: dict[str, TensorSpan]
-    shards: dict[str, Shard]
+    shards: dict[str, FileHeader]
 
 
 def read_model(folder: Path, record: Path) -> Model:
@@ -63,12 +61,9 @@ def _read_weights(folder: Path) -> Checkpoint:
     return Checkpoint(folder, {single.name: shard}, dict(shard.tensors))
 
 
-def _read_tables(folder: Path, shards: dict[str, Shard]) -> dict[str, TensorSpan]:
+def _read_tables(folder: Path, shards: dict[str, FileHeader]) -> dict[str, TensorSpan]:
     """The tables that the folder's manifest names, under their names in a state dict."""
-    try:
-        entries = read_manifest(folder / TABLES_NAME)
-    except TableFormatError as error:
-        raise ConversionError(str(error)) from error
+    entries = read_manifest(folder / TABLES_NAME)
     return {
         f"model.backbone.layers.{layer}.engram.table.{kind}": _read_piece(folder, entry[kind], shards)
         for layer, entry in entries.items()
@@ -77,7 +72,7 @@ def _read_tables(folder: Path, shards: dict[str, Shard]) -> dict[str, TensorSpan
     }
 
 
-def _read_piece(folder: Path, pieces: list[dict], shards: dict[str, Shard]) -> TensorSpan:
+def _read_piece(folder: Path, pieces: list[dict], shards: dict[str, FileHeader]) -> TensorSpan:
     if len(pieces) != 1:
         raise ConversionError(
             f"{folder / TABLES_NAME} splits a table in {len(pieces)}; save the model with whole tables."
@@ -164,7 +159,7 @@ def _recorded_shards(
 ) -> list[OutputFile]:
     files, placed = [], set()
     for path in sorted(folder.glob("*.safetensors.header")):
-        spans = parse_head(path, path.read_bytes())
+        spans = parse_head(path, path.read_bytes()).tensors
         tensors = []
         for span in sorted(spans.values(), key=lambda span: span.offset):
             part = _carried_part(model, span) if family.is_carried(span.name) else _recorded_part(model, span, sources)

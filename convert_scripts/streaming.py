@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from .safetensors_files import ConversionError, TensorSpan, header_bytes
+from ..safetensors_engram import TensorSpan, header_bytes, read_json
+from .safetensors_files import ConversionError
 
 MANIFEST_NAME = "conversion_manifest.json"
 JOURNAL_NAME = ".conversion-journal"
@@ -112,7 +113,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to write: `parts` in order, or `link`, an existing file to be linked instead of copied.
+    """A file to write: `parts` in order, or `link`, the file they are all of, to be linked instead of copied.
 
     `tensors` is what a reader finds in it: name -> (dtype, shape).
     """
@@ -124,7 +125,7 @@ class OutputFile:
 
     @property
     def size(self) -> int:
-        return self.link.stat().st_size if self.link else sum(part.size for part in self.parts)
+        return sum(part.size for part in self.parts)
 
 
 def tensor_file(name: str, tensors: list[Tensor], head: bytes | None = None) -> OutputFile:
@@ -196,8 +197,6 @@ def _is_complete(plan: Plan, target: Path) -> bool:
 
 def read_manifest(folder: Path) -> dict:
     """The manifest of a finished conversion."""
-    from .safetensors_files import read_json
-
     manifest = read_json(folder / MANIFEST_NAME)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ConversionError(

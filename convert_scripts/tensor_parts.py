@@ -10,8 +10,9 @@ from contextlib import contextmanager
 
 import torch
 
+from ..safetensors_engram import ITEM_BYTES, TensorSpan
 from .number_formats import Storage, decode, encode_scale, encode_weight
-from .safetensors_files import ITEM_BYTES, ConversionError, TensorSpan
+from .safetensors_files import ConversionError
 from .streaming import Computed, Copy, Part, copy_of
 
 CHUNK_VALUES = 1 << 18

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from engram_hf.hashing_engram import NgramHasher
 from engram_hf.memory_engram import dequantize_rows, quantize_rows
-from engram_hf.residency_engram import MappedRows
+from engram_hf.row_sources_engram import MappedRows
+from engram_hf.safetensors_engram import FileFormatError, read_header
 from engram_hf.table_check_engram import check_folder, main
 from engram_hf.table_files_engram import (
     TableWriter,
@@ -36,7 +37,6 @@ from engram_hf.table_format_engram import (
     TableFormatError,
     describe_table,
     file_description,
-    read_header,
     read_manifest,
     read_tables,
     tables_in_checkpoint,
@@ -230,7 +230,8 @@ import os, resource, sys
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from pathlib import Path
 from test_table_format import WIDTH, TableWriter, stored_rows, write_folder, table_file_name, link_or_copy
-from engram_hf.table_format_engram import read_header, file_description
+from engram_hf.safetensors_engram import read_header
+from engram_hf.table_format_engram import file_description
 folder = Path({str(tmp_path)!r})
 description = file_description(read_header(folder / "tables" / table_file_name(1)))
 source = os.open(folder / "tables" / table_file_name(1), os.O_RDONLY)
@@ -515,10 +516,10 @@ def test_a_missing_truncated_or_foreign_file(tmp_path, hasher):
     }
     for content, message in foreign.items():
         path.write_bytes(content)
-        with pytest.raises(TableFormatError, match=message):
+        with pytest.raises(FileFormatError, match=message):
             read_tables(tmp_path)
     path.unlink()
-    with pytest.raises(TableFormatError, match="fetch the missing file"):
+    with pytest.raises(FileFormatError, match="fetch the missing file"):
         read_tables(tmp_path)
 
 
@@ -579,7 +580,7 @@ def test_ten_thousand_mutated_headers(tmp_path, hasher):
         overwrite(path, mutated(data, generator))
         try:
             rows = MappedRows(read_tables(tmp_path)[1])
-        except TableFormatError:
+        except FileFormatError:
             refused += 1
             continue
         found, found_scale = rows.fetch(torch.arange(rows.num_rows))
@@ -599,7 +600,7 @@ def test_a_thousand_mutated_manifests(tmp_path, hasher):
         overwrite(path, changed)
         try:
             tables = read_tables(tmp_path)
-        except TableFormatError:
+        except FileFormatError:
             refused += 1
             continue
         for layer, table in tables.items():

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, normalizers
 
 UNDECODABLE = "\ufffd"  # what decoding puts in place of bytes that are no complete UTF-8 character
@@ -165,15 +164,26 @@ REMEDY = (
 
 def write_token_map(path: str | os.PathLike, token_map: np.ndarray, tokenizer: Tokenizer) -> None:
     """Write `token_map` and its digests to `path`, complete or not at all (written beside its name, then renamed)."""
+    unfinished = Path(f"{path}.unfinished")
+    unfinished.write_bytes(token_map_bytes(token_map, tokenizer))
+    os.replace(unfinished, path)
+
+
+def token_map_bytes(token_map: np.ndarray, tokenizer: Tokenizer) -> bytes:
+    """The whole file. Equal maps of equal tokenizers are equal bytes, so that pushing a tokenizer again changes nothing.
+
+    (Not by safetensors' own writer: it puts several members of the metadata in another order each time.)
+    """
     values = token_map.astype("<i4")
     metadata = {
         "format_version": FORMAT_VERSION,
         "map_sha256": map_digest(values),
         "vocabulary_sha256": vocabulary_digest(tokenizer, len(values)),
     }
-    unfinished = Path(f"{path}.unfinished")
-    save_file({TENSOR: values}, unfinished, metadata=metadata)
-    os.replace(unfinished, path)
+    tensor = {"dtype": "I32", "shape": [len(values)], "data_offsets": [0, values.nbytes]}
+    header = json.dumps({"__metadata__": metadata, TENSOR: tensor}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the numbers are aligned
+    return len(header).to_bytes(8, "little") + header + values.tobytes()
 
 
 def read_token_map(path: str | os.PathLike, tokenizer: Tokenizer, may_be_new: Iterable[str] = ()) -> np.ndarray:

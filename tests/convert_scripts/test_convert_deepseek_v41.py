@@ -261,7 +261,7 @@ REFUSED = {
     "other compressed vocabulary": (edit_text(engram_compressed_vocab_size=884), "compresses 1536 ids to 885"),
     "other tokenizer": (merge_two_tokens, "use the tokenizer of this very release"),
     "no tokenizer": (lambda checkpoint: (checkpoint.folder / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
-    "no config": (lambda checkpoint: (checkpoint.folder / "config.json").unlink(), "config.json does not exist"),
+    "no config": (lambda checkpoint: (checkpoint.folder / "config.json").unlink(), "config.json cannot be read"),
     "other model": (lambda checkpoint: checkpoint.edit_json("config.json", lambda c: c.update(model_type="llama")), "'llama'"),
     "other blocks": (
         lambda checkpoint: checkpoint.edit_json(
@@ -271,7 +271,7 @@ REFUSED = {
     ),
     "config lacks a field": (lambda checkpoint: checkpoint.edit_text_config(lambda text: text.pop("q_lora_rank")), "q_lora_rank"),
     "layer out of range": (edit_text(num_hidden_layers=8), "does not have"),
-    "truncated shard": (lambda checkpoint: os.truncate(checkpoint.shards[4], 100_000), "truncated"),
+    "truncated shard": (lambda checkpoint: os.truncate(checkpoint.shards[4], 100_000), "cut off"),
     "missing shard": (lambda checkpoint: checkpoint.shards[4].unlink(), "not in the folder"),
 }  # fmt: skip
 

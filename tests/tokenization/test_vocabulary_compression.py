@@ -1,13 +1,19 @@
 """The algorithm: known answers, the fast path against its definition, growth, holes."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from engram_hf.tokenization import EngramTokenizer
 from engram_hf.tokenization import vocabulary_compression as vc
 
 
@@ -118,6 +124,41 @@ def test_map_file_is_int32_and_leaves_nothing_unfinished(tmp_path, stdlib_backen
     stored = load_file(path)["token_map"]
     assert str(stored.dtype) == "torch.int32"
     assert stored.tolist() == token_map.tolist()
+    assert vc.read_token_map(path, stdlib_backend).tolist() == token_map.tolist()
+
+
+def test_every_save_gives_the_same_bytes(tmp_path, stdlib_backend):
+    """In other processes too, whose hashes of strings are seeded otherwise."""
+    plain = PreTrainedTokenizerFast(tokenizer_object=stdlib_backend)
+    EngramTokenizer.from_tokenizer(plain).save_pretrained(tmp_path / "saved")
+    code = """
+import sys
+from engram_hf import EngramTokenizer
+tokenizer = EngramTokenizer.from_pretrained(sys.argv[1])
+for number in range(4):
+    tokenizer.save_pretrained(f"{sys.argv[2]}-{number}")
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / f"again-{seed}")],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+        )
+        for seed in (1, 2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    again = [path.read_bytes() for path in tmp_path.glob(f"again-*/{vc.TOKEN_MAP_FILE}")]
+    assert len(again) == 8 and set(again) == {(tmp_path / "saved" / vc.TOKEN_MAP_FILE).read_bytes()}
+
+
+def test_a_map_file_by_another_writer_is_read(tmp_path, stdlib_backend):
+    """Earlier files were written by safetensors, with the members of the metadata in any order."""
+    path, token_map = tmp_path / vc.TOKEN_MAP_FILE, vc.build_token_map(stdlib_backend)
+    metadata = {
+        "vocabulary_sha256": vc.vocabulary_digest(stdlib_backend, len(token_map)),
+        "map_sha256": vc.map_digest(token_map),
+        "format_version": "1",
+    }
+    save_file({"token_map": torch.from_numpy(token_map).int()}, path, metadata=metadata)
     assert vc.read_token_map(path, stdlib_backend).tolist() == token_map.tolist()
 
 

@@ -1,0 +1,235 @@
+"""Safetensors files as untrusted input: their headers are checked to the last byte, tensor data is never loaded.
+
+The format (github.com/huggingface/safetensors): 8 bytes, the header's length as a little-endian unsigned integer; the
+header, JSON that maps each tensor to `dtype`, `shape` and `data_offsets` (counted from the header's end), and
+`__metadata__` to strings; the data, without holes, to the end of the file.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+# The limit of safetensors' own reader; a longer header is damaged.
+MAX_HEADER_BYTES = 100_000_000
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
+
+
+class FileFormatError(ValueError):
+    """A file that is missing, cut off, damaged, or against the rules of its format, said in one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpan:
+    """Where a tensor (or some of its rows) lies: `size` bytes from byte `offset` of the file at `path`, row-major."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def rows(self, start: int, stop: int) -> "TensorSpan":
+        """The span of `tensor[start:stop]`."""
+        row_bytes = math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * row_bytes)
+
+    def __getitem__(self, index: int) -> "TensorSpan":
+        """The span of `tensor[index]`, without its leading dimension."""
+        row = self.rows(index, index + 1)
+        return replace(row, shape=self.shape[1:])
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """A checked header: its tensors cover the data section exactly.
+
+    Args:
+        head: the length prefix and the header, byte for byte.
+    """
+
+    path: Path
+    head: bytes
+    tensors: dict[str, TensorSpan]
+    metadata: dict[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.head) + sum(span.size for span in self.tensors.values())
+
+    def __reduce__(self):
+        return parse_head, (self.path, self.head)  # all the rest is in these
+
+
+def read_header(path: str | os.PathLike) -> FileHeader:
+    """Read the header of a safetensors file and check it against itself and the size of the file.
+
+    Raises:
+        FileFormatError: the file is missing, cut off, damaged, or of another format.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise FileFormatError(
+                    f"{path} is not a whole safetensors file: it has {size} bytes and announces a header of {length} (a "
+                    f"header may have {MAX_HEADER_BYTES}); fetch it again."
+                )
+            head = prefix + file.read(length)
+    except OSError as error:
+        raise FileFormatError(f"{path} cannot be read ({error.strerror}); fetch the missing file.") from error
+    header = parse_head(path, head)
+    if header.size != size:
+        raise FileFormatError(
+            f"{path} has {size} bytes, but its header describes {header.size}: it is cut off or damaged; fetch it again."
+        )
+    return header
+
+
+def parse_head(path: Path, head: bytes) -> FileHeader:
+    """Check the length prefix and header `head` of the file at `path` on their own.
+
+    Raises:
+        FileFormatError: the header contradicts itself.
+    """
+    entries = parse_json(head[8:], f"The header of {path}")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FileFormatError(f"The __metadata__ of {path} must map strings to strings; fetch the file again.")
+    tensors = {name: _read_span(path, len(head), name, entry) for name, entry in entries.items()}
+    end = len(head)
+    for span in sorted(tensors.values(), key=lambda span: (span.offset, span.size)):
+        if span.offset != end:
+            raise FileFormatError(
+                f"Tensor {span.name!r} of {path} begins at byte {span.offset}, expected {end}: tensors overlap or leave a "
+                "hole; fetch the file again."
+            )
+        end += span.size
+    return FileHeader(path, head, tensors, metadata)
+
+
+def _read_span(path: Path, data_start: int, name: str, entry) -> TensorSpan:
+    where = f"Tensor {name!r} of {path}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise FileFormatError(f"{where} is described by {entry!r}, expected dtype, shape and data_offsets.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise FileFormatError(f"{where} has the unknown dtype {dtype!r}; upgrade engram-hf, or fetch the file again.")
+    if not are_counts(shape) or not are_counts(offsets) or len(offsets) != 2:
+        raise FileFormatError(f"{where} has shape {shape!r} and data_offsets {offsets!r}, expected lists of sizes.")
+    span = TensorSpan(path, name, dtype, tuple(shape), data_start + offsets[0])
+    if span.size != offsets[1] - offsets[0]:
+        raise FileFormatError(
+            f"{where} is {dtype} {shape}, {span.size} bytes, but its data_offsets hold {offsets[1] - offsets[0]}; fetch "
+            "the file again."
+        )
+    return span
+
+
+def are_counts(value) -> bool:
+    """Whether parsed JSON is a list of whole numbers, none of them negative."""
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def read_json(path: Path) -> dict:
+    """Read a file that is one JSON object; see [`parse_json`]."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FileFormatError(
+            f"{path} cannot be read ({error.strerror}); is {path.parent} the right folder?"
+        ) from error
+    return parse_json(data, str(path))
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, from the index of a checkpoint.
+
+    Raises:
+        FileFormatError: the index is damaged, or names a file outside its folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
+        raise FileFormatError(f"{index} has no weight_map from tensor names to file names; fetch it again.")
+    for file in set(weight_map.values()):
+        if not is_file_name(file):
+            raise FileFormatError(
+                f"{index} names the file {file!r}; shards lie in the folder of their index, named without a path."
+            )
+    return weight_map
+
+
+def is_file_name(name) -> bool:
+    """Whether `name` names a file of a folder by itself, without a way out of it, on every system."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\:\0]", name)
+
+
+def parse_json(data: bytes | str, what: str) -> dict:
+    """One JSON object in which no name stands twice.
+
+    Args:
+        what: begins the sentence of an error, such as "The header of x.safetensors".
+
+    Raises:
+        FileFormatError: it is something else.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique_members)
+    # A number of thousands of digits is a plain ValueError.
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{what} is not valid JSON ({error}); fetch the file again.") from error
+    except KeyError as error:
+        raise FileFormatError(f"{what} names {error} twice; fetch the file again.") from error
+    if not isinstance(value, dict):
+        raise FileFormatError(f"{what} must be a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def _unique_members(pairs: list[tuple[str, object]]) -> dict:
+    members = {}
+    for name, value in pairs:
+        if name in members:
+            raise KeyError(name)
+        members[name] = value
+    return members
+
+
+def header_bytes(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None, page: int = 8
+) -> bytes:
+    """Length prefix and header of a file that holds `(name, dtype, shape)` in this order; equal input, equal bytes.
+
+    Args:
+        metadata: beside `format`, which says that the tensors are torch's.
+        page: the data begin at a multiple of so many bytes.
+    """
+    header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-(8 + len(text)) % page)
+    return len(text).to_bytes(8, "little") + text
