@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .cache_engram import EngramHistoryLayer
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD
-from .memory_engram import EngramTable, RowSource
+from .memory_engram import EngramTable, RowReader
 
 
 class EngramInputs(NamedTuple):
@@ -29,7 +29,7 @@ class EngramInputs(NamedTuple):
     past_sequence_ids: torch.Tensor | None = None  # [B, past]
     history: EngramHistoryLayer | None = None
     readers: set[int] | None = None  # memories that read these inputs, noted as they do
-    fetched: tuple[RowSource, ...] | None = None  # rows of every layer that are being read already
+    fetched: tuple[RowReader, ...] | None = None  # rows of every layer that are being read already
 
 
 class EngramRMSNorm(nn.Module):

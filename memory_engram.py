@@ -4,11 +4,13 @@ Shape letters: R rows of the table, W channels of a row, T heads a position read
 share a scale.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
 # Channels that share a scale in a float8 row (DeepSeek-V4.1: `layers.L.engram.embed.scale`).
 SCALE_BLOCK = 32
@@ -23,17 +25,25 @@ _E8M0_TO_FACTOR = 120
 _LARGEST_FAST_SCALE = 0xFE - _E8M0_TO_FACTOR
 
 
-class RowSource(Protocol):
-    """Rows in host memory or in a file, read by number."""
+class RowReader(Protocol):
+    """Rows that are not on the device that needs them, read by number."""
 
-    num_rows: int
     width: int
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Stored values `[n, W]` and scales `[n, W / C]` (or None) of int64 `row_ids` `[n]`, on the CPU."""
+        """Stored values `[n, W]` and scales `[n, W / C]` (or None) of int64 `row_ids` `[n]`.
+
+        They are on the CPU, or on the device of the ids if the reader brings them there.
+        """
+
+
+class RowSource(RowReader, Protocol):
+    """All rows of a table."""
+
+    num_rows: int
 
     def read(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same of the rows `first..stop-1`, read in file order."""
+        """Stored values and scales of the rows `first..stop-1`, read in file order, on the CPU."""
 
 
 class EngramTable(nn.Module):
@@ -98,19 +108,24 @@ class EngramTable(nn.Module):
         """
         if not self.is_resident or getattr(self.weight, "_is_hf_initialized", False):
             return
-        for first in range(0, self.num_rows, _INIT_ROWS):
+        for first in self._steps():
             stop = min(first + _INIT_ROWS, self.num_rows)
             values, scale = self._noise(stop - first, std) if self.unread is None else self.unread.read(first, stop)
             self.weight[first:stop].copy_(values)
             if scale is not None:
                 self.scale[first:stop].copy_(scale)
 
+    def _steps(self) -> Iterable[int]:
+        firsts = range(0, self.num_rows, _INIT_ROWS)
+        # What is read from files may take minutes.
+        return firsts if self.unread is None else logging.tqdm(firsts, desc="Reading a memory table", leave=False)
+
     def _noise(self, count: int, std: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         noise = torch.empty((count, self.width), device=self.weight.device, dtype=self.row_dtype).normal_(std=std)
         return (noise, None) if self.table_dtype is None else quantize_rows(noise, self.table_dtype)
 
     def forward(
-        self, row_ids: torch.Tensor, dtype: torch.dtype | None = None, source: RowSource | None = None
+        self, row_ids: torch.Tensor, dtype: torch.dtype | None = None, source: RowReader | None = None
     ) -> torch.Tensor:
         """Rows of `row_ids` `[..., T]`, side by side: `[..., T * W]`, on the device of `row_ids`.
 
@@ -128,7 +143,7 @@ class EngramTable(nn.Module):
             dtype = self.row_dtype
         source = source or self.source
         if source is not None:
-            return _read_on_host(source, row_ids, dtype)
+            return _read_from(source, row_ids, dtype)
         if self.scale is None:
             return F.embedding(row_ids, self.weight).flatten(-2)
         if row_ids.device.type == "cpu":
@@ -165,19 +180,19 @@ def _require_rows(row_ids: torch.Tensor, num_rows: int) -> None:
 
 
 @torch.compiler.disable
-def _read_on_host(source: RowSource, row_ids: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """Rows of a source that stays on the host. To another device they travel as stored, and are decoded there."""
+def _read_from(source: RowReader, row_ids: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Rows of `row_ids` `[..., T]`, side by side; they travel to a device as stored, and are decoded there."""
     device = row_ids.device
     if device.type == "cpu":
         return read_rows(source, row_ids, dtype)
-    values, scale = source.fetch(row_ids.reshape(-1).cpu())
+    values, scale = source.fetch(row_ids.reshape(-1))
     scale = None if scale is None else _to_device(scale, device)
     return _side_by_side(dequantize_rows(_to_device(values, device), scale, dtype), row_ids)
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     # Asynchronous only from page-locked memory.
-    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    tensor = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
     return tensor.to(device, non_blocking=True)
 
 
@@ -185,7 +200,7 @@ def _side_by_side(rows: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
     return rows.view(*row_ids.shape[:-1], row_ids.shape[-1] * rows.shape[-1])
 
 
-def read_rows(source: RowSource, row_ids: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def read_rows(source: RowReader, row_ids: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Fetch and decode rows of `row_ids` `[..., T]` on the CPU: `[..., T * W]`.
 
     Args:

@@ -1,19 +1,20 @@
 """Fetching rows ahead: row ids depend on token ids alone, so the rows of all layers can be read before the backbone runs.
 
 Reading a page that is not in memory takes the disk some tens of microseconds, and a thread that touches one waits. Many
-threads wait at once, and the disk serves them at once.
+threads wait at once, and the disk serves them at once. Rows for a GPU travel there while it computes the layers before.
 """
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from .memory_engram import EngramTable, gather_stored
-from .residency_engram import MappedRows
+from .hot_rows_engram import HotRows
+from .memory_engram import EngramTable, RowReader
+from .row_sources_engram import MappedRows, PinnedRows
 
 try:
     import resource
@@ -22,41 +23,89 @@ except ModuleNotFoundError:  # not a Unix system
 
 # Requests in flight at once. More keep a fast disk busier, but every one of them is a thread.
 THREADS = 32
+# What all tables together keep of rows that are read often, while rows come from a disk.
+HOT_BYTES = 256 << 20
 # Rows a thread reads before it takes the next piece: long enough to be worth handing out, short enough to share evenly.
 _LONGEST_PIECE = 256
 # Below one page from disk per so many rows, what remains is faster without threads.
 _ROWS_PER_FAULT = 256
 
 
+class SideStream:
+    """A queue of copies and reads for a GPU beside the one it computes in.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self._stream = device, torch.cuda.Stream(device)
+
+    def run(self, read: Callable[[], Sequence[torch.Tensor]], after_current: bool) -> "Arrival":
+        """Queue `read`; `after_current` if it needs what is queued for computing so far."""
+        if after_current:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            return Arrival(list(read()), self._stream.record_event())
+
+
+class Arrival:
+    """Tensors that a side stream is still producing."""
+
+    def __init__(self, tensors: list[torch.Tensor], event: torch.cuda.Event):
+        self._tensors, self._event = tensors, event
+
+    def wait(self) -> list[torch.Tensor]:
+        """The tensors, for use in the current stream, which waits for them; this thread does not."""
+        current = torch.cuda.current_stream(self._tensors[0].device)
+        current.wait_event(self._event)
+        for tensor in self._tensors:
+            tensor.record_stream(current)  # not to be used again for others before it is read
+        return self._tensors
+
+
 class FetchedRows:
-    """Rows of one layer that threads are fetching: see [`~memory_engram.RowSource`].
+    """Rows of one layer that threads are fetching from files: see [`~memory_engram.RowReader`].
 
     Args:
         source: the table.
         row_ids: int64, any shape, on any device; duplicates are read once.
+        hot: rows to be had without reading; gets those that are read. None to do without.
+        stream: where to bring the rows to; None to leave them in host memory.
 
     Attributes:
-        row_ids: the distinct ones, in file order.
+        row_ids: the distinct ones: the read ones first, in file order.
+        misses: how many are read.
     """
 
-    def __init__(self, source: MappedRows, row_ids: torch.Tensor):
-        self.num_rows, self.width = source.num_rows, source.width
-        self._source = source
-        self.row_ids = torch.unique(row_ids.detach().cpu())  # sorted: in file order
-        _, weight, scale = source.parts[0]
-        self._values = weight.new_empty((len(self.row_ids), weight.shape[1]))
-        self._scales = None if scale is None else scale.new_empty((len(self.row_ids), scale.shape[1]))
+    def __init__(
+        self, source: MappedRows, row_ids: torch.Tensor, hot: HotRows | None = None, stream: SideStream | None = None
+    ):
+        self.width = source.width
+        self._source, self._hot, self._stream = source, hot, stream
+        row_ids = np.unique(row_ids.detach().cpu().numpy())  # sorted: in file order
+        found, kept = hot.find(row_ids) if hot is not None else (np.zeros(len(row_ids), bool), ())
+        self.row_ids = np.concatenate([row_ids[~found], row_ids[found]])
+        self.misses = len(row_ids) - int(found.sum())
+        self._rows = [
+            torch.empty((len(row_ids), size), dtype=torch.uint8, pin_memory=stream is not None)
+            for size in source.row_bytes
+        ]
+        for rows, some in zip(self._rows, kept, strict=False):
+            rows[self.misses :] = torch.from_numpy(some)
         self._pending: list[Future] = []
+        self._arrival: Future | None = None
 
     def start(self, pool: ThreadPoolExecutor) -> None:
         """Begin to fetch."""
         self._source.require_unchanged()
-        ids = self.row_ids.numpy()
-        for first, weight, scale in self._source.parts:
-            here = slice(*np.searchsorted(ids, [first, first + len(weight)]))
-            for table, rows in ((weight, self._values), (scale, self._scales)):
-                if table is not None:
-                    self._submit(pool, _bytes(table), ids[here] - first, _bytes(rows)[here])
+        ids = self.row_ids[: self.misses]
+        for part in self._source.parts:
+            here = slice(*np.searchsorted(ids, [part.first, part.first + len(part.weight)]))
+            for table, rows in zip(part.tables, self._rows, strict=True):
+                self._submit(pool, table.numpy(), ids[here] - part.first, rows.numpy()[here])
+        if self._stream is not None:
+            self._arrival = pool.submit(self._upload)
 
     def _submit(self, pool: ThreadPoolExecutor, table: np.ndarray, ids: np.ndarray, rows: np.ndarray) -> None:
         piece = min(_LONGEST_PIECE, -(-len(ids) // THREADS) or 1)
@@ -65,72 +114,141 @@ class FetchedRows:
             # In mode "clip", numpy writes straight to `out`, and it lets other threads run meanwhile.
             self._pending.append(pool.submit(np.take, table, ids[some], 0, rows[some], "clip"))
 
-    def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in [`~memory_engram.RowSource`], of ids that were asked for; waits for them."""
+    def _finish(self) -> None:
+        """Wait for the reads, and let the next forward profit from them."""
         while self._pending:
             self._pending.pop().result()
-        places = torch.searchsorted(self.row_ids, row_ids)
-        scales = None if self._scales is None else gather_stored(self._scales, places)
-        return gather_stored(self._values, places), scales
+        if self._hot is not None:
+            self._hot.offer(self.row_ids[: self.misses], [rows.numpy()[: self.misses] for rows in self._rows])
+            self._hot = None
 
-    def read(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in [`~memory_engram.RowSource`]: of the table itself."""
-        return self._source.read(first, stop)
+    def _upload(self) -> Arrival:
+        self._finish()
+        tensors = [torch.from_numpy(self.row_ids).pin_memory(), *self._rows]
+        return self._stream.run(
+            lambda: [tensor.to(self._stream.device, non_blocking=True) for tensor in tensors], after_current=False
+        )
+
+    def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in [`~memory_engram.RowReader`], of ids that were asked for; waits for them."""
+        if self._arrival is None:
+            self._finish()
+            known, rows = torch.from_numpy(self.row_ids), self._rows
+        else:
+            known, *rows = self._arrival.result().wait()
+        known, order = known.sort()
+        places = order[torch.searchsorted(known, row_ids.to(known.device))]
+        return self._source.typed([some.index_select(0, places) for some in rows])
 
 
-def _bytes(rows: torch.Tensor) -> np.ndarray:
-    return rows.view(torch.uint8).numpy()
+class ReadByDevice:
+    """Rows of one layer that a GPU is reading from page-locked memory: see [`~memory_engram.RowReader`].
+
+    Args:
+        source: the table, visible from the device of `row_ids`.
+        row_ids: int64, any shape.
+        stream: of that device.
+    """
+
+    def __init__(self, source: PinnedRows, row_ids: torch.Tensor, stream: SideStream):
+        self.width = source.width
+        self._arrival = stream.run(
+            lambda: [rows for rows in source.fetch(row_ids.reshape(-1)) if rows is not None], after_current=True
+        )
+
+    def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in [`~memory_engram.RowReader`], of the very ids that were asked for."""
+        values, *scales = self._arrival.wait()
+        return values, scales[0] if scales else None
 
 
 class Prefetcher:
-    """Fetches the rows of all layers of a model ahead of its forward, while that pays.
+    """Fetches the rows of all layers of a model ahead of its forward, where that pays.
 
-    It pays when rows come from a disk. Whether they do is told by the page faults that waited for one: the process
-    counts them anyway, and they include those of other code, which at worst has rows fetched ahead for nothing.
+    For a GPU it always does. On the CPU it pays while rows come from a disk, which is told by the page faults that waited
+    for one: the process counts them anyway, and they include those of other code, which at worst has rows fetched ahead for
+    nothing. Only then rows that are read often are kept, too (see [`~hot_rows_engram.HotRows`]): in warm memory they
+    are at hand where they are.
 
     Args:
         tables: of all layers, in the order of the row ids.
-        when: `"cold"` (while rows come from a disk), `"always"` or `"never"`.
+        when: `"cold"` (as above), `"always"` or `"never"`.
+        hot_bytes: what hot rows of all tables may take; 0 to keep none.
 
     Attributes:
-        statistics: forwards that were seen, and that were fetched for; rows asked for, and rows read for them.
+        statistics: forwards that were seen, and that were fetched for; of those the rows asked for, the distinct ones
+            that were kept from before, and that were read.
     """
 
-    def __init__(self, tables: Sequence[EngramTable], when: str = "cold"):
+    def __init__(self, tables: Sequence[EngramTable], when: str = "cold", hot_bytes: int = HOT_BYTES):
         if when not in ("cold", "always", "never"):
             raise ValueError(f"Prefetching is {when!r}; it must be 'cold', 'always' or 'never'.")
-        self.tables, self.when = list(tables), when
-        self.statistics = {"forwards": 0, "prefetched": 0, "rows_asked": 0, "rows_read": 0}
-        self._faults: int | None = None
+        self.tables, self.when, self.hot_bytes = list(tables), when, hot_bytes
+        self.statistics = {"forwards": 0, "prefetched": 0, "rows_asked": 0, "rows_hot": 0, "rows_read": 0}
+        self._is_cold = True  # of the first forward nothing is known; after a restart the file is most often cold
+        self._faults, self._rows_read = 0, 0
+        self._hot: list[HotRows] | None = None
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
+        self._streams: dict[torch.device, SideStream] = {}
 
     @torch.compiler.disable
-    def start(self, row_ids: torch.Tensor) -> tuple[FetchedRows, ...] | None:
+    def start(self, row_ids: torch.Tensor) -> tuple[RowReader, ...] | None:
         """Begin to fetch the rows `row_ids` `[L, ...]`; None if the layers had better read them themselves."""
         self.statistics["forwards"] += 1
-        if not self._pays(row_ids.numel()):
+        if not self._pays(row_ids):
             return None
-        ids = row_ids.cpu()
-        fetched = tuple(FetchedRows(table.source, some) for table, some in zip(self.tables, ids, strict=True))
-        for rows in fetched:
-            rows.start(self._threads())
         self.statistics["prefetched"] += 1
-        self.statistics["rows_asked"] += ids.numel()
-        self.statistics["rows_read"] += sum(len(rows.row_ids) for rows in fetched)
+        self.statistics["rows_asked"] += row_ids.numel()
+        ids = row_ids if self._can_read(row_ids.device) else row_ids.cpu()
+        return tuple(self._fetch(index, some, row_ids.device) for index, some in enumerate(ids))
+
+    def _pays(self, row_ids: torch.Tensor) -> bool:
+        if self.when == "never" or not all(isinstance(table.source, MappedRows) for table in self.tables):
+            return False
+        self._note_whether_cold(row_ids.numel())
+        return self.when == "always" or self._is_cold or row_ids.is_cuda
+
+    def _note_whether_cold(self, count: int) -> None:
+        """See whether the last rows that were read had to wait for a disk; `count` are asked for now."""
+        if resource is None or any(isinstance(table.source, PinnedRows) for table in self.tables):
+            self._is_cold = False
+            return
+        before, self._faults = self._faults, resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        if self._rows_read:
+            self._is_cold = (self._faults - before) * _ROWS_PER_FAULT > self._rows_read
+        self._rows_read = 0 if self._is_cold else count  # `_fetch` counts those it reads
+
+    def _can_read(self, device: torch.device) -> bool:
+        sources = [table.source for table in self.tables]
+        return all(isinstance(source, PinnedRows) and source.is_visible_from(device) for source in sources)
+
+    def _fetch(self, index: int, row_ids: torch.Tensor, device: torch.device) -> RowReader:
+        source, stream = self.tables[index].source, self._stream(device)
+        if row_ids.is_cuda:
+            self.statistics["rows_read"] += row_ids.numel()
+            return ReadByDevice(source, row_ids, stream)
+        fetched = FetchedRows(source, row_ids, self._hot_rows(index), stream)
+        fetched.start(self._threads())
+        self._rows_read += fetched.misses
+        self.statistics["rows_read"] += fetched.misses
+        self.statistics["rows_hot"] += len(fetched.row_ids) - fetched.misses
         return fetched
 
-    def _pays(self, rows: int) -> bool:
-        if not all(
-            isinstance(table.source, MappedRows) and table.source.residency == "mapped" for table in self.tables
-        ):
-            return False
-        if self.when != "cold":
-            return self.when == "always"
-        if resource is None:
-            return False
-        before, self._faults = self._faults, resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-        # Of the first forward nothing is known; after a restart the file is most often cold.
-        return before is None or (self._faults - before) * _ROWS_PER_FAULT > rows
+    def _hot_rows(self, index: int) -> HotRows | None:
+        if not self.hot_bytes or not (self._is_cold or self.when == "always"):
+            return None
+        if self._hot is None:
+            rows = sum(table.num_rows for table in self.tables)
+            shares = [self.hot_bytes * table.num_rows // rows for table in self.tables]
+            self._hot = [
+                HotRows(table.source.row_bytes, share) for table, share in zip(self.tables, shares, strict=True)
+            ]
+        return self._hot[index]
+
+    def _stream(self, device: torch.device) -> SideStream | None:
+        if device.type == "cuda" and device not in self._streams:
+            self._streams[device] = SideStream(device)
+        return self._streams.get(device)
 
     def _threads(self) -> ThreadPoolExecutor:
         # A forked process inherits the pool, but not its threads. Threads end with their pool, and the pool with this.
@@ -139,7 +257,7 @@ class Prefetcher:
         return self._pool[1]
 
     def __deepcopy__(self, memo: dict) -> "Prefetcher":
-        return type(self)(copy.deepcopy(self.tables, memo), self.when)
+        return type(self)(copy.deepcopy(self.tables, memo), self.when, self.hot_bytes)
 
     def __reduce__(self):
-        return type(self), (self.tables, self.when)
+        return type(self), (self.tables, self.when, self.hot_bytes)

@@ -1,0 +1,290 @@
+"""Where rows come from that are no parameters: a table's files, mapped, or page-locked host memory.
+
+Both are a [`~memory_engram.RowSource`]. Rows are moved as bytes, whatever their dtype: a file may place them at any offset,
+and not every device indexes every dtype.
+"""
+
+import mmap
+import os
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers.utils import logging
+
+from .table_format_engram import TORCH_DTYPES, StoredTable, TableFormatError, TensorSpan
+
+_READ_BYTES = 16 << 20
+
+
+class RowBytes(NamedTuple):
+    """Rows `first..` of a table as they are stored: uint8 `[n, bytes of a row]`, and the same of their scales."""
+
+    first: int
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+
+    @classmethod
+    def of(cls, first: int, tables: Sequence[torch.Tensor]) -> "RowBytes":
+        """With or without scales."""
+        return cls(first, tables[0], tables[1] if len(tables) > 1 else None)
+
+    @property
+    def tables(self) -> list[torch.Tensor]:
+        """One or two."""
+        return [self.weight] if self.scale is None else [self.weight, self.scale]
+
+
+class MappedRows:
+    """A table in its files, paged in as rows are read: see [`~memory_engram.RowSource`].
+
+    Opening costs no memory whatever the size; processes that map the same file share its pages. It is never copied:
+    `deepcopy` and pickling (spawned workers) give another view of the same files.
+
+    Args:
+        stored: the checked table.
+
+    Attributes:
+        parts: the rows of every file, over the file.
+
+    Raises:
+        TableFormatError: a file is not the one that was checked any more.
+    """
+
+    residency = "mapped"
+
+    def __init__(self, stored: StoredTable):
+        self.stored = stored
+        self.num_rows, self.width = stored.num_rows, stored.width
+        spans = stored.parts[0].spans
+        self._dtypes = [TORCH_DTYPES[span.dtype] for span in spans.values()]
+        self.row_bytes = [
+            span.shape[1] * dtype.itemsize for span, dtype in zip(spans.values(), self._dtypes, strict=True)
+        ]
+        paths = {part.file.path for part in stored.parts}
+        self._maps = {path: FileMap(path) for path in sorted(paths)}
+        for part in stored.parts:
+            if self._maps[part.file.path].size != part.file.size:
+                raise _changed(part.file.path)
+        self.parts = self._open_parts()
+
+    def _open_parts(self) -> list[RowBytes]:
+        parts = []
+        for part in self.stored.parts:
+            views = [self._maps[part.file.path].view(span) for span in part.spans.values()]
+            parts.append(RowBytes.of(part.first, views))
+        return parts
+
+    def __repr__(self) -> str:
+        return f"{self.residency}, dtype={self._dtypes[0]}"
+
+    def __deepcopy__(self, memo: dict) -> "MappedRows":
+        return self
+
+    def __reduce__(self):
+        return type(self), (self.stored,)
+
+    @property
+    def files(self) -> dict[Path, int]:
+        """File descriptors of the open files, by path; they have been checked not to have changed."""
+        self.require_unchanged()
+        return {path: opened.descriptor for path, opened in self._maps.items()}
+
+    def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in [`~memory_engram.RowSource`].
+
+        Raises:
+            TableFormatError: a file was cut off or overwritten under the running process.
+        """
+        self.require_unchanged()
+        return self.typed(gather_bytes(self.parts, row_ids.cpu()))
+
+    def typed(self, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Stored values and scales (or None) of gathered bytes."""
+        values, *scales = [some.view(dtype) for some, dtype in zip(rows, self._dtypes, strict=True)]
+        return values, scales[0] if scales else None
+
+    def read(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in [`~memory_engram.RowSource`], by large reads instead of page faults."""
+        self.require_unchanged()
+        pieces: dict[str, list[torch.Tensor]] = {}
+        for part in self.stored.parts:
+            begin, end = max(first, part.first), min(stop, part.stop)
+            for kind, span in part.spans.items() if begin < end else ():
+                piece = self._maps[part.file.path].read(span, begin - part.first, end - part.first)
+                pieces.setdefault(kind, []).append(piece)
+        return self.typed([some[0] if len(some) == 1 else torch.cat(some) for some in pieces.values()])
+
+    def scan(self, kinds: Sequence[str], step: int) -> Iterator[tuple[int, str, torch.Tensor]]:
+        """All rows in file order, `step` at a time: first row, `"weight"` or `"scale"`, and the numbers `[n, ...]`.
+
+        Args:
+            kinds: which of the two.
+        """
+        self.require_unchanged()
+        for part in self.stored.parts:
+            for kind in kinds:
+                span = part.spans.get(kind)
+                for first in range(0, 0 if span is None else span.shape[0], step):
+                    stop = min(first + step, span.shape[0])
+                    rows = self._maps[part.file.path].read(span, first, stop)
+                    yield part.first + first, kind, rows.view(TORCH_DTYPES[span.dtype])
+
+    def require_unchanged(self) -> None:
+        """Raise `TableFormatError` if a file was cut off or overwritten since it was opened."""
+        # A page behind the end of a file that was cut off kills the process, so the size is asked for every time.
+        for path, opened in self._maps.items():
+            if opened.changed():
+                raise _changed(path)
+
+
+class PinnedRows(MappedRows):
+    """A table copied once into page-locked host memory, which a GPU reads by itself, only the rows it needs.
+
+    Args:
+        stored: the checked table.
+
+    Raises:
+        ValueError: there is no GPU, whose driver would lock the pages, or it refuses so many.
+    """
+
+    residency = "pinned"
+
+    def _open_parts(self) -> list[RowBytes]:
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "engram_residency='pinned' keeps tables in page-locked memory for a GPU, but there is none; use 'mapped'."
+            )
+        self._views: dict[torch.device, RowBytes | None] = {}
+        tables = [torch.empty((self.num_rows, size), dtype=torch.uint8) for size in self.row_bytes]
+        for table in tables:
+            _lock_pages(self, table)
+        step, name = max(1, _READ_BYTES // max(self.row_bytes)), f"Reading the table of layer {self.stored.layer}"
+        with logging.tqdm(total=self.stored.size, desc=name, unit="B", unit_scale=True) as progress:
+            for first, kind, rows in self.scan(("weight", "scale"), step):
+                table = tables[0 if kind == "weight" else 1]
+                table[first : first + len(rows)].copy_(rows.view(torch.uint8))
+                progress.update(rows.nbytes)
+        return [RowBytes.of(0, tables)]
+
+    def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in [`~memory_engram.RowSource`]; on the device of the ids if that can read the memory."""
+        if self.is_visible_from(row_ids.device):
+            return self.typed(gather_bytes([self._views[row_ids.device]], row_ids))
+        return self.typed(gather_bytes(self.parts, row_ids.cpu()))
+
+    def is_visible_from(self, device: torch.device) -> bool:
+        """Whether a device can read the memory itself."""
+        if device.type != "cuda":
+            return False
+        if device not in self._views:
+            views = [_device_view(table, device) for table in self.parts[0].tables]
+            self._views[device] = None if any(view is None for view in views) else RowBytes.of(0, views)
+        return self._views[device] is not None
+
+
+def gather_bytes(parts: Sequence[RowBytes], row_ids: torch.Tensor) -> list[torch.Tensor]:
+    """Rows, and scales if there are any, of int64 `row_ids` `[n]` on the device of `parts`: uint8 `[n, bytes of a row]`."""
+    if len(parts) == 1:
+        return [table.index_select(0, row_ids) for table in parts[0].tables]
+    gathered = [table.new_empty((row_ids.numel(), table.shape[1])) for table in parts[0].tables]
+    for part in parts:
+        (here,) = torch.where((row_ids >= part.first) & (row_ids < part.first + len(part.weight)))
+        for rows, table in zip(gathered, part.tables, strict=True):
+            rows[here] = table.index_select(0, row_ids[here] - part.first)
+    return gathered
+
+
+def _changed(path: Path) -> TableFormatError:
+    return TableFormatError(
+        f"{path} was changed while it was in use (cut off or overwritten); restore the file and load the model again."
+    )
+
+
+class FileMap:
+    """A whole file mapped for random reads, and the means to tell whether it is still the same."""
+
+    def __init__(self, path: Path):
+        self.descriptor = -1
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise TableFormatError(f"{path} cannot be opened ({error.strerror}); fetch the missing file.") from error
+        status = os.fstat(self.descriptor)
+        self.size, self._modified = status.st_size, status.st_mtime_ns
+        # Shared and read-only: a private mapping counts as memory that may be needed, and is refused beyond what there is.
+        self._map = mmap.mmap(self.descriptor, self.size, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):
+            self._map.madvise(mmap.MADV_RANDOM)
+
+    def __del__(self):
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+    def changed(self) -> bool:
+        """Whether the open file has another size or modification time than when it was opened."""
+        status = os.fstat(self.descriptor)
+        return status.st_size != self.size or status.st_mtime_ns != self._modified
+
+    def read(self, span: TensorSpan, first: int, stop: int) -> torch.Tensor:
+        """Rows `first..stop-1` of a tensor, as bytes in memory of their own."""
+        size = span.size // span.shape[0]
+        rows = torch.empty((stop - first, size), dtype=torch.uint8)
+        target, offset = memoryview(rows.numpy()).cast("B"), span.offset + first * size
+        while target:
+            count = os.preadv(self.descriptor, [target], offset)
+            if count == 0:
+                raise TableFormatError(f"Tensor {span.name!r} ends too early: its file was cut off; fetch it again.")
+            target, offset = target[count:], offset + count
+        return rows
+
+    def view(self, span: TensorSpan) -> torch.Tensor:
+        """A tensor `[R, ...]` as bytes over the file."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # nothing writes to it
+            raw = torch.frombuffer(self._map, dtype=torch.uint8, count=span.size, offset=span.offset)
+        return raw.view(span.shape[0], -1)
+
+
+class _DeviceMemory:
+    """Page-locked memory as CUDA libraries exchange it: the CUDA array interface, version 3 (defined by Numba)."""
+
+    def __init__(self, memory: torch.Tensor):
+        self.memory = memory  # kept as long as a view of it
+        address = {"data": (memory.data_ptr(), False), "strides": None}
+        self.__cuda_array_interface__ = {"shape": tuple(memory.shape), "typestr": "|u1", "version": 3, **address}
+
+
+def _lock_pages(owner: PinnedRows, memory: torch.Tensor) -> None:
+    """Lock the pages of `memory` until `owner` is gone.
+
+    Not by `pin_memory`, which may take up to twice the size.
+    """
+    address, cudart = memory.data_ptr(), torch.cuda.cudart()
+    error = cudart.cudaHostRegister(address, memory.nbytes, 0)
+    if int(error) != 0:
+        raise ValueError(
+            f"The GPU's driver refused to lock {memory.nbytes / 1e9:.1f} GB of memory ({error}); free memory, raise "
+            "`ulimit -l`, or use engram_residency='mapped'."
+        )
+    weakref.finalize(owner, _unlock_pages, address).atexit = False  # the end of the process does that
+
+
+def _unlock_pages(address: int) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _device_view(memory: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """Page-locked uint8 `memory` `[R, ...]` as a tensor of the GPU, which reads it over the bus; None if it cannot.
+
+    A GPU that the memory was not locked for gets a copy from torch; one row shows that before the whole table is asked for.
+    """
+    if torch.as_tensor(_DeviceMemory(memory[:1]), device=device).data_ptr() != memory.data_ptr():
+        return None
+    view = torch.as_tensor(_DeviceMemory(memory), device=device)
+    ends = torch.tensor([0, len(memory) - 1])
+    return view if torch.equal(view.index_select(0, ends.to(device)).cpu(), memory[ends]) else None

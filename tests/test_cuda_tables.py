@@ -1,0 +1,90 @@
+"""Tables beside a model on a GPU. They stay in files or in host memory, and their rows go to the GPU on a stream of its own."""
+
+import pytest
+import torch
+from tiny_backbones import build, random_ids
+
+from engram_hf import EngramForCausalLM
+from engram_hf.prefetch_engram import FetchedRows, ReadByDevice
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+IDS = random_ids(2, 9)
+
+
+@pytest.fixture(scope="module", params=[None, "float8_e4m3fn", "int8"])
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    build("qwen3", "v4.1", engram_table_dtype=request.param).save_pretrained(path)
+    return path
+
+
+def load(folder, residency: str) -> EngramForCausalLM:
+    return EngramForCausalLM.from_pretrained(folder, engram_residency=residency, device_map={"": "cuda"}).eval()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(IDS.cuda()).logits
+
+
+@pytest.mark.parametrize("residency", ["mapped", "pinned"])
+@pytest.mark.parametrize("when", ["cold", "always", "never"])
+def test_residency_never_changes_a_value(folder, residency, when):
+    expected, model = logits(load(folder, "resident")), load(folder, residency)
+    model.model.prefetcher.when = when
+    for _ in range(3):
+        assert torch.equal(logits(model), expected)
+    assert model.model.prefetcher.statistics["prefetched"] == (0 if when == "never" else 3)
+    texts = [
+        each.generate(IDS.cuda(), max_new_tokens=6, do_sample=False) for each in (model, load(folder, "resident"))
+    ]
+    assert torch.equal(*texts)
+
+
+def test_the_gpu_reads_pinned_rows_by_itself(folder):
+    model = load(folder, "pinned")
+    for memory in model.model.memories().values():
+        source = memory.table.source
+        assert source.is_visible_from(torch.device("cuda", torch.cuda.current_device()))
+        assert all(table.is_pinned() for table in source.parts[0].tables)
+        ids = torch.tensor([source.num_rows - 1, 0, 3, 3])
+        on_host, on_device = source.fetch(ids), source.fetch(ids.cuda())
+        for host, device in zip(on_host, on_device, strict=True):
+            assert (host is None) == (device is None)
+            assert host is None or (
+                device.is_cuda and torch.equal(host.view(torch.uint8), device.cpu().view(torch.uint8))
+            )
+    fetched = model.model.prefetcher.start(model.model.prepare_memory(IDS.cuda()).row_ids)
+    assert all(isinstance(rows, ReadByDevice) for rows in fetched)
+
+
+def test_reading_pinned_rows_takes_no_memory_of_the_gpu(folder):
+    before = torch.cuda.memory_allocated()
+    model = load(folder, "pinned")
+    weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    logits(model)
+    assert torch.cuda.memory_allocated() - before < weights + 1_000_000
+
+
+def test_mapped_rows_arrive_on_the_gpu(folder):
+    model = load(folder, "mapped")
+    row_ids = model.model.prepare_memory(IDS.cuda()).row_ids
+    for rows, ids, memory in zip(
+        model.model.prefetcher.start(row_ids), row_ids, model.model.memories().values(), strict=True
+    ):
+        assert isinstance(rows, FetchedRows)
+        values, _ = rows.fetch(ids.reshape(-1))
+        assert values.is_cuda
+        expected, _ = memory.table.source.fetch(ids.reshape(-1).cpu())
+        assert torch.equal(values.cpu().view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_pinned_memory_is_given_back(folder):
+    source = load(folder, "pinned").model.memories()[1].table.source
+    table = source.parts[0].weight
+    assert table.is_pinned()
+    del source
+    assert not table.is_pinned()
