@@ -105,7 +105,7 @@ def read_hasher(folder: Path, config: "EngramConfig") -> "NgramHasher":
     from safetensors import safe_open
 
     from engram_hf.hashing_engram import NgramHasher
-    from engram_hf.table_format_engram import read_header
+    from engram_hf.safetensors_engram import read_header
 
     hasher = NgramHasher.from_config(config)
     state = {}
@@ -125,7 +125,7 @@ def _row_norms(folder: Path, config: "EngramConfig", row_ids: "torch.Tensor") ->
     import torch
 
     from engram_hf.memory_engram import read_rows
-    from engram_hf.residency_engram import MappedRows
+    from engram_hf.row_sources_engram import MappedRows
 
     tables = read_stored_tables(folder)
     norms = []

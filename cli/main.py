@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import checkpoints, inspection, lookup, tables, vocabulary
+from . import checkpoints, inspection, lookup, quantization, tables, vocabulary
 
 EPILOG = """\
 examples:
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (inspection, lookup, tables, vocabulary, checkpoints):
+    for group in (inspection, lookup, tables, quantization, vocabulary, checkpoints):
         group.add_commands(commands)
     return parser
 

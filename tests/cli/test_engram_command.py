@@ -3,94 +3,28 @@
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from command_models import TEXT, make_config
 from safetensors.torch import save_file
-from tiny_backbones import BACKBONES, randomize
 from tiny_tokenizer import make_tokenizer
 from transformers import LlamaConfig
 
-from engram_hf import EngramConfig, EngramForCausalLM
+from engram_hf import EngramForCausalLM
 from engram_hf.cli.main import main
-from engram_hf.memory_engram import dequantize_rows, quantize_rows
+from engram_hf.row_sources_engram import MappedRows
+from engram_hf.safetensors_engram import read_header
+from engram_hf.table_files_engram import write_table_file
+from engram_hf.table_format_engram import file_description, read_tables
 
 ROOT = Path(__file__).parents[2]
-TEXT = "the café THE cafe w7"
 COMMANDS = ["inspect", "card", "lookup", "check", "quantize", "compress", "convert", "export"]
 SCRIPTS = [["convert", "deepseek-v4.1"], ["convert", "demo"], ["export", "deepseek-v4.1"]]
-
-
-def make_config(**sizes) -> EngramConfig:
-    sizes = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": 499, **sizes}
-    return EngramConfig.for_backbone(BACKBONES["mixtral"](), make_tokenizer(), layer_ids=[1, 2], **sizes)
-
-
-@pytest.fixture(scope="module")
-def model() -> EngramForCausalLM:
-    model = randomize(EngramForCausalLM(make_config())).eval()
-    model.set_token_map(make_tokenizer())
-    return model
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory) -> Path:
-    """The model with its tables among the weights; not to be changed."""
-    folder = tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def with_files(saved, tmp_path_factory) -> Path:
-    """The model with its tables in files of their own; not to be changed."""
-    folder = tmp_path_factory.mktemp("with_files")
-    EngramForCausalLM.from_pretrained(saved, engram_residency="mapped").save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(with_files, tmp_path) -> Path:
-    """A copy of `with_files` to damage."""
-    return Path(shutil.copytree(with_files, tmp_path / "copy"))
-
-
-@pytest.fixture
-def engram(capsys):
-    """Run a command; what it printed. It has to end well."""
-
-    def run(*arguments: object) -> str:
-        assert main([str(argument) for argument in arguments]) == 0
-        return capsys.readouterr().out
-
-    return run
-
-
-@pytest.fixture
-def complaint(capsys):
-    """Run a command that has to fail; its one sentence."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 1
-        captured = capsys.readouterr()
-        (sentence,) = captured.err.splitlines()
-        assert sentence.startswith("engram: ") and not captured.out
-        return sentence
-
-    return run
-
-
-def logits(model: EngramForCausalLM) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**make_tokenizer()(TEXT, return_tensors="pt")).logits
 
 
 # Help and usage
@@ -245,7 +179,7 @@ def sparse_table(path: Path, layer: int, rows: int) -> None:
     os.truncate(path, 8 + len(header) + size)
 
 
-# check, quantize
+# check
 
 
 @pytest.mark.parametrize("folder", ["saved", "with_files"])
@@ -270,45 +204,13 @@ def test_check_finds_another_models_config(complaint, copy):
     assert "multipliers" in complaint("check", copy)
 
 
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
-@pytest.mark.parametrize("folder", ["saved", "with_files"])
-def test_quantize_a_model(engram, model, tmp_path, dtype, folder, request):
-    target = tmp_path / "target"
-    report = engram("quantize", request.getfixturevalue(folder), target, "--dtype", dtype)
-    assert "relative error" in report
-    engram("check", target, "--rows")
-    smaller = EngramForCausalLM.from_pretrained(target, engram_residency="resident").eval()
-    assert smaller.config.engram_table_dtype == dtype
-    for layer, memory in model.model.memories().items():
-        values, scale = quantize_rows(memory.table.weight.detach(), dtype)
-        table = smaller.model.memories()[layer].table
-        assert torch.equal(table.weight.view(torch.uint8), values.view(torch.uint8))
-        assert torch.equal(table.scale.view(torch.uint8), scale.view(torch.uint8))
-        relative = (dequantize_rows(values, scale) - memory.table.weight).norm() / memory.table.weight.norm()
-        assert f"{relative.item():.2%}" in report
-    torch.testing.assert_close(logits(smaller), logits(model), rtol=0, atol=0.15)
-    mapped = EngramForCausalLM.from_pretrained(target, engram_residency="mapped").eval()
-    assert torch.equal(logits(mapped), logits(smaller))
-    assert sum(path.stat().st_size for path in target.glob("*.safetensors")) < 0.6 * (
-        sum(path.stat().st_size for path in request.getfixturevalue(folder).glob("*.safetensors"))
-    )
-
-
-def test_quantize_a_folder_of_tables_alone(engram, copy, tmp_path):
-    (copy / "config.json").unlink()
-    target = tmp_path / "target"
-    engram("quantize", copy, target, "--dtype", "int8")
-    assert "token map checked" in engram("check", target, "--rows")
-    with safe_open(target / "engram-layer-00001.safetensors", framework="pt") as file:
-        names = list(file.keys())
-        assert {file.get_tensor(name).dtype for name in names} == {torch.int8, torch.float32}
-
-
-def test_quantize_refuses_what_is_quantized_and_what_is_there(engram, complaint, saved, tmp_path):
-    engram("quantize", saved, tmp_path / "once")
-    assert "already" in complaint("quantize", saved, tmp_path / "once")
-    assert main(["quantize", str(tmp_path / "once"), str(tmp_path / "twice")]) == 1
-    assert not (tmp_path / "twice" / "engram_tables.json").exists()
+def test_check_finds_tables_of_another_hash(complaint, with_files, copy):
+    """The files are sound, and so is the model, but they do not belong together."""
+    path = copy / "engram-layer-00001.safetensors"
+    described = file_description(read_header(path))
+    rows = MappedRows(read_tables(with_files)[1]).read(0, described.num_rows)
+    write_table_file(path, replace(described, multipliers=[1, 3, 5]), [rows])
+    assert "written for the multipliers [1, 3, 5]" in complaint("check", copy)
 
 
 # Bad input

@@ -1,0 +1,218 @@
+"""`engram quantize`: a model, or a folder of tables, again with its tables in one byte a number."""
+
+import argparse
+import copy
+import math
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .folders import is_model, read_config, read_stored_tables, require_folder, weight_files
+from .output import columns, size
+from .tables import check_model
+
+if TYPE_CHECKING:
+    from engram_hf.row_sources_engram import MappedRows
+    from engram_hf.safetensors_engram import FileHeader, TensorSpan
+    from engram_hf.table_format_engram import StoredTable, TableDescription
+
+DTYPES = ("float8_e4m3fn", "int8")
+# Says of every file of a conversion what it was made of, which is no longer so.
+CONVERSION_RECORD = "conversion_manifest.json"
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands of this module to an argparse subparsers object."""
+    quantize = commands.add_parser(
+        "quantize",
+        help="store the tables of a model in one byte a number",
+        description="Write a model, or a folder of tables, again with its float tables quantized, and report the error. "
+        "Tables pass through memory a few megabytes at a time; all other weights are linked, or copied where a file "
+        "holds tables too.",
+    )
+    quantize.add_argument("folder", help="a saved model, or a folder with engram_tables.json")
+    quantize.add_argument("target", type=Path, help="new folder for the result")
+    quantize.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=DTYPES[0],
+        help="float8_e4m3fn: a power-of-two scale per 32 channels, as DeepSeek-V4.1 (default); int8: a scale per row",
+    )
+    quantize.set_defaults(run=run_quantize)
+
+
+def run_quantize(options: argparse.Namespace) -> None:
+    """Write `options.folder` to `options.target` with quantized tables."""
+    from engram_hf.table_format_engram import MANIFEST_NAME
+
+    folder, target = require_folder(options.folder), options.target
+    if any((target / name).exists() for name in ("config.json", MANIFEST_NAME)):
+        raise ValueError(f"{target} holds a model or tables already; name a new folder.")
+    (quantize_model if is_model(folder) else quantize_folder)(folder, target, options.dtype)
+    print(f"{target}: written")
+
+
+def quantize_model(folder: Path, target: Path, dtype: str) -> None:
+    """Write the model in `folder` to `target` with tables of `dtype`, and all that lies beside it.
+
+    The backbone does not pass through memory. `config.json` is written last: a folder without one is no model.
+
+    Raises:
+        ValueError: there is no model with float tables in it, or they cannot have this dtype.
+    """
+    from engram_hf.row_sources_engram import MappedRows
+    from engram_hf.safetensors_engram import read_header, read_json
+    from engram_hf.table_files_engram import write_json, write_manifest
+    from engram_hf.table_format_engram import describe_table
+
+    hasher, tables = check_model(folder)
+    sources = {}
+    for index, (layer, stored) in enumerate(tables.items()):
+        sources[layer] = MappedRows(stored), describe_table(hasher, index, width=stored.width, dtype=stored.dtype)
+    shards, moved = [read_header(path) for path in weight_files(folder)], _table_tensors(tables)
+    with _progress(sum(span.size for shard in shards for span in shard.tensors.values())) as bar:
+        entries, report = _write_quantized(sources, target, dtype, bar.update)
+        for shard in shards:
+            _pass_on_weights(shard, target, moved.get(shard.path, {}), bar.update)
+    _copy_documents(folder, target)
+    _rewrite_card(folder, target, dtype)
+    for index in folder.glob("*.safetensors.index.json"):
+        write_json(target / index.name, _index_without(index, moved))
+    write_manifest(target, entries)
+    write_json(target / "config.json", {**read_json(folder / "config.json"), "engram_table_dtype": dtype})
+    print(report)
+
+
+def quantize_folder(folder: Path, target: Path, dtype: str) -> None:
+    """Write the tables of a folder without a model to `target` with `dtype`, and the token map beside them.
+
+    Raises:
+        ValueError: there are no float tables in it, or they do not say how they are hashed.
+    """
+    from engram_hf.row_sources_engram import MappedRows
+    from engram_hf.table_files_engram import write_manifest
+    from engram_hf.table_format_engram import TOKEN_MAP_NAME
+
+    sources = {}
+    for layer, stored in read_stored_tables(folder).items():
+        if stored.description is None:
+            raise ValueError(
+                f"The table of layer {layer} in {folder} does not describe its hash; name a model's folder."
+            )
+        sources[layer] = MappedRows(stored), replace(stored.description, tensors=stored.parts[0].names)
+    with _progress(sum(source.stored.size for source, _ in sources.values())) as bar:
+        entries, report = _write_quantized(sources, target, dtype, bar.update)
+    if (folder / TOKEN_MAP_NAME).exists():
+        shutil.copyfile(folder / TOKEN_MAP_NAME, target / TOKEN_MAP_NAME)
+    write_manifest(target, entries)
+    print(report)
+
+
+def _progress(total: int) -> Any:
+    from tqdm import tqdm
+
+    # `disable=None`: no bar where the error stream is not a terminal.
+    return tqdm(total=total, unit="B", unit_scale=True, disable=None)
+
+
+def _write_quantized(
+    sources: "dict[int, tuple[MappedRows, TableDescription]]",
+    target: Path,
+    dtype: str,
+    advance: Callable[[int], object],
+) -> tuple[dict[int, dict], str]:
+    """Write a file for every layer; returns their entries of the manifest, and the error each quantization makes."""
+    from engram_hf.safetensors_engram import read_header
+    from engram_hf.table_files_engram import manifest_entry, quantize_table, table_file_name
+    from engram_hf.table_format_engram import file_description
+
+    target.mkdir(parents=True, exist_ok=True)
+    entries, report = {}, []
+    for layer, (source, description) in sources.items():
+        name = table_file_name(layer)
+        error = quantize_table(source, target / name, description, dtype, advance)
+        written = file_description(read_header(target / name))
+        entries[layer] = manifest_entry([(name, written.rows, written.tensors)])
+        sizes = size(source.stored.size), size((target / name).stat().st_size)
+        report.append([layer, source.num_rows, *sizes, f"{error.relative:.2%}", f"{error.largest:.3g}"])
+    return entries, columns(["layer", "rows", "before", "after", "relative error", "largest error"], report)
+
+
+def _table_tensors(tables: "dict[int, StoredTable]") -> "dict[Path, dict[str, TensorSpan]]":
+    """The tensors that hold tables, by file and name."""
+    found: dict[Path, dict[str, Any]] = {}
+    for part in (part for table in tables.values() for part in table.parts):
+        found.setdefault(part.file.path, {}).update({span.name: span for span in part.spans.values()})
+    return found
+
+
+def _pass_on_weights(
+    shard: "FileHeader", target: Path, moved: Collection[str], advance: Callable[[int], object]
+) -> None:
+    """Make the tensors of a file that have not `moved` part of `target`; the bytes do not pass through this process."""
+    from engram_hf.safetensors_engram import header_bytes
+    from engram_hf.table_files_engram import FileWriter, link_or_copy
+
+    kept = sorted((s for s in shard.tensors.values() if s.name not in moved), key=lambda span: span.offset)
+    with shard.path.open("rb") as source:
+        if not moved:
+            link_or_copy(source.fileno(), shard.path, target / shard.path.name)
+        elif kept:
+            head = header_bytes(((span.name, span.dtype, span.shape) for span in kept), shard.metadata)
+            with FileWriter(target / shard.path.name, head) as writer:
+                for span in kept:
+                    writer.copy(span.name, span, source.fileno())
+    advance(sum(span.size for span in kept))
+
+
+def _index_without(path: Path, moved: "Mapping[Path, Mapping[str, TensorSpan]]") -> dict[str, Any]:
+    """The index of a checkpoint's shards, without the tensors that have `moved`."""
+    from engram_hf.safetensors_engram import read_json, read_weight_map
+
+    index, weight_map = read_json(path), read_weight_map(path)
+    tables = {file: moved.get(path.parent / file, {}) for file in weight_map.values()}
+    gone = {name: tables[file][name] for name, file in weight_map.items() if name in tables[file]}
+    metadata = dict(index.get("metadata") or {})
+    for total, count in (("total_size", lambda span: span.size), ("total_parameters", lambda s: math.prod(s.shape))):
+        if total in metadata:
+            metadata[total] -= sum(map(count, gone.values()))
+    return {**index, "metadata": metadata, "weight_map": {n: file for n, file in weight_map.items() if n not in gone}}
+
+
+def _copy_documents(folder: Path, target: Path) -> None:
+    """Copy what is neither weights nor written anew: tokenizer, code, templates, model card, licence."""
+    from engram_hf.table_format_engram import MANIFEST_NAME
+
+    written = {"config.json", MANIFEST_NAME, CONVERSION_RECORD}
+    weights = set(weight_files(folder))
+    for path in _visible_files(folder):
+        is_written = path.parent == folder and (path.name in written or path.name.endswith(".safetensors.index.json"))
+        if not is_written and path not in weights and not path.resolve().is_relative_to(target.resolve()):
+            copied = target / path.relative_to(folder)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            # Not linked: documents are edited in place.
+            shutil.copyfile(path, copied)
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """All files below `folder`, but for hidden ones and a trainer's checkpoints, which are models of their own."""
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith((".", "checkpoint-")) for part in parts):
+            yield path
+
+
+def _rewrite_card(folder: Path, target: Path, dtype: str) -> None:
+    """Let a model card that `push_to_hub` wrote tell of the new tables; what a person wrote stays."""
+    from engram_hf.card_engram import model_card
+
+    path, before = target / "README.md", read_config(folder)
+    if not path.exists():
+        return
+    after, text = copy.deepcopy(before), path.read_text(encoding="utf-8")
+    after.engram_table_dtype = dtype
+    for old, new in zip(model_card(before).splitlines(), model_card(after).splitlines(), strict=True):
+        text = text if old == new else text.replace(old, new)
+    path.write_text(text, encoding="utf-8")

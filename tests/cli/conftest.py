@@ -1,0 +1,69 @@
+"""Saved models, and the command as a function."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from command_models import make_config
+from tiny_backbones import randomize
+from tiny_tokenizer import make_tokenizer
+
+from engram_hf import EngramForCausalLM
+from engram_hf.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model() -> EngramForCausalLM:
+    model = randomize(EngramForCausalLM(make_config())).eval()
+    model.set_token_map(make_tokenizer())
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory) -> Path:
+    """The model with its tables among the weights; not to be changed."""
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_files(saved, tmp_path_factory) -> Path:
+    """The model with its tables in files of their own; not to be changed."""
+    folder = tmp_path_factory.mktemp("with_files")
+    EngramForCausalLM.from_pretrained(saved, engram_residency="mapped").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(with_files, tmp_path) -> Path:
+    """A copy of `with_files` to damage."""
+    return Path(shutil.copytree(with_files, tmp_path / "copy"))
+
+
+@pytest.fixture
+def engram(capsys):
+    """Run a command; what it printed. It has to end well."""
+
+    def run(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def complaint(capsys):
+    """Run a command that has to fail; its one sentence."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 1
+        captured = capsys.readouterr()
+        (sentence,) = captured.err.splitlines()
+        assert sentence.startswith("engram: ") and not captured.out
+        return sentence
+
+    return run

@@ -1,0 +1,250 @@
+"""`engram quantize`: new tables, and everything else of the folder as it was."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_models import logits, make_config
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_backbones import BACKBONES
+from tiny_tokenizer import make_tokenizer
+
+from engram_hf import EngramConfig, EngramForCausalLM
+from engram_hf.card_engram import model_card
+from engram_hf.convert_scripts.safetensors_files import read_checkpoint
+from engram_hf.memory_engram import dequantize_rows, quantize_rows
+
+DTYPES = ["float8_e4m3fn", "int8"]
+
+
+@pytest.fixture(scope="module")
+def sharded(saved, tmp_path_factory) -> Path:
+    """The model in shards of which some hold tables, some do not, and some hold both; not to be changed."""
+    folder = tmp_path_factory.mktemp("sharded")
+    EngramForCausalLM.from_pretrained(saved).save_pretrained(folder, max_shard_size="300KB")
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def quantized_in_memory(model: EngramForCausalLM, dtype: str) -> EngramForCausalLM:
+    """The model with quantized tables, without any file."""
+    state = dict(model.state_dict())
+    for name in [name for name in state if name.endswith("table.weight")]:
+        values, scale = quantize_rows(state[name], dtype)
+        state |= {name: values, name.replace("weight", "scale"): scale}
+    smaller = EngramForCausalLM(make_config(engram_table_dtype=dtype))
+    smaller.load_state_dict(state)
+    return smaller.eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("folder", ["saved", "sharded", "with_files"])
+def test_a_model(engram, model, tmp_path, dtype, folder, request):
+    source, target = request.getfixturevalue(folder), tmp_path / "target"
+    report = engram("quantize", source, target, "--dtype", dtype)
+    engram("check", target, "--rows")
+    expected = quantized_in_memory(model, dtype)
+    resident, mapped = (
+        EngramForCausalLM.from_pretrained(target, engram_residency=residency).eval()
+        for residency in ("resident", "mapped")
+    )
+    assert resident.config.engram_table_dtype == mapped.config.engram_table_dtype == dtype
+    found, state = resident.state_dict(), expected.state_dict()
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    for smaller in (resident, mapped):
+        # Not to the bit: where a file begins in memory decides in which order some kernels add.
+        torch.testing.assert_close(logits(smaller), logits(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(expected), logits(model), rtol=0, atol=0.15)
+    for memory, before in zip(expected.model.memories().values(), model.model.memories().values(), strict=True):
+        rows = before.table.weight
+        relative = (dequantize_rows(memory.table.weight, memory.table.scale) - rows).norm() / rows.norm()
+        assert f"{relative.item():.2%}" in report
+    sizes = [sum(path.stat().st_size for path in at.glob("*.safetensors")) for at in (target, source)]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_it_loads_as_remote_code(engram, model, sharded, tmp_path):
+    engram("quantize", sharded, tmp_path / "target")
+    code = f"""
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = {str(tmp_path / "target")!r}
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("the café THE cafe w7", return_tensors="pt")
+for residency in ("resident", "mapped"):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, engram_residency=residency)
+    assert type(model).__module__.startswith("transformers_modules.")
+    print(json.dumps(model(**inputs).logits.tolist()))
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    found = [torch.tensor(json.loads(line)) for line in done.stdout.splitlines()]
+    assert len(found) == 2, done.stderr
+    for output in found:
+        torch.testing.assert_close(output, logits(quantized_in_memory(model, "float8_e4m3fn")), rtol=0, atol=1e-5)
+
+
+def test_shards_and_their_index_lose_the_tables_alone(engram, sharded, tmp_path):
+    before = read_checkpoint(sharded)
+    engram("quantize", sharded, tmp_path)
+    after = read_checkpoint(tmp_path)  # index and shards agree
+    kept = {name for name in before.tensors if ".table." not in name}
+    assert set(after.tensors) == kept < set(before.tensors)
+    holds_tables = {file: [".table." in name for name in shard.tensors] for file, shard in before.shards.items()}
+    assert {(any(some), all(some)) for some in holds_tables.values()} == {(True, True), (True, False), (False, False)}
+    for file, some in holds_tables.items():
+        assert (tmp_path / file).exists() != all(some)
+        if not any(some):
+            assert (tmp_path / file).samefile(sharded / file)
+        elif not all(some):
+            old, new = load_file(sharded / file), load_file(tmp_path / file)
+            assert all(torch.equal(tensor, old[name]) for name, tensor in new.items())
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(span.size for span in after.tensors.values())
+
+
+def test_what_lies_beside_the_weights_comes_along(engram, copy, tmp_path):
+    """Weights are linked. Documents are not: whoever edits one would edit both."""
+    documents = {
+        "README.md": "Mine.",
+        "generation_config.json": '{"temperature": 0.5}',
+        "chat_template.jinja": "{{ messages }}",
+        "additional_chat_templates/tools.jinja": "{{ tools }}",
+        "upstream/LICENSE": "Yours.",
+    }
+    left_behind = [".git/config", ".gitattributes", "checkpoint-7/config.json", "conversion_manifest.json"]
+    for name, text in {**documents, **dict.fromkeys(left_behind, "{}")}.items():
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text(text)
+    before = {path.name for path in copy.iterdir() if path.is_file()}
+    engram("quantize", copy, tmp_path / "target")
+    target = tmp_path / "target"
+    assert {name: (target / name).read_text() for name in documents} == documents
+    assert not any((target / name).exists() for name in left_behind)
+    assert {path.name for path in target.iterdir() if path.is_file()} == before - set(left_behind)
+    assert (target / "model.safetensors").samefile(copy / "model.safetensors")
+    assert not (target / "README.md").samefile(copy / "README.md")
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (copy, target)]
+    assert configs[1] == {**configs[0], "engram_table_dtype": "float8_e4m3fn"}
+
+
+def test_a_target_inside_the_folder_does_not_hold_itself(engram, copy):
+    (copy / "smaller").mkdir()
+    (copy / "smaller" / "notes.txt").write_text("of an earlier attempt")
+    engram("quantize", copy, copy / "smaller")
+    assert not (copy / "smaller" / "smaller").exists()
+    engram("check", copy / "smaller")
+
+
+def test_a_written_card_tells_of_the_new_tables(engram, copy, tmp_path):
+    config = EngramConfig.from_pretrained(copy)
+    card = model_card(config, "me/model", license="mit").replace("## Licence", "## Training\n\nMine.\n\n## Licence")
+    (copy / "README.md").write_text(card)
+    engram("quantize", copy, tmp_path / "target", "--dtype", "int8")
+    config.engram_table_dtype = "int8"
+    after = (tmp_path / "target" / "README.md").read_text()
+    assert after.replace("## Training\n\nMine.\n\n", "") == model_card(config, "me/model", license="mit")
+    assert after != card and " int8," in after
+
+
+def test_a_folder_of_tables_alone(engram, copy, tmp_path):
+    (copy / "config.json").unlink()
+    target = tmp_path / "target"
+    engram("quantize", copy, target, "--dtype", "int8")
+    assert "token map checked" in engram("check", target, "--rows")
+    with safe_open(target / "engram-layer-00001.safetensors", framework="pt") as file:
+        names = list(file.keys())
+        assert {file.get_tensor(name).dtype for name in names} == {torch.int8, torch.float32}
+
+
+def test_what_is_quantized_and_what_is_there_is_refused(engram, complaint, saved, tmp_path):
+    engram("quantize", saved, tmp_path / "once")
+    assert "holds a model or tables already" in complaint("quantize", saved, tmp_path / "once")
+    assert "is F8_E4M3 already" in complaint("quantize", tmp_path / "once", tmp_path / "twice")
+    assert not is_whole(tmp_path / "twice")
+
+
+def is_whole(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "engram_tables.json"))
+
+
+def test_rows_that_are_no_numbers_leave_no_model(complaint, saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "copy"))
+    state = load_file(folder / "model.safetensors")
+    state["model.backbone.layers.2.engram.table.weight"][-1, 0] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "repair the table" in complaint("quantize", folder, tmp_path / "target")
+    assert not is_whole(tmp_path / "target")
+    assert not list((tmp_path / "target").glob("*.unfinished"))
+
+
+LIMITED = """
+import resource, sys
+from engram_hf.cli.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.exit(main(["quantize", *sys.argv[2:]]))
+"""
+
+
+def test_a_full_disk_leaves_no_model_and_the_command_can_be_repeated(engram, saved, tmp_path):
+    """The tables fit on it, the rest of their file does not."""
+    engram("quantize", saved, tmp_path / "whole")
+    tables = max(path.stat().st_size for path in (tmp_path / "whole").glob("engram-layer-*"))
+    assert tables + 1000 < (tmp_path / "whole" / "model.safetensors").stat().st_size
+    target = tmp_path / "target"
+    command = [sys.executable, "-c", LIMITED, str(tables + 1000), str(saved), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    sentence = done.stderr.splitlines()[-1]
+    assert "model.safetensors needs" in sentence and "free space" in sentence
+    assert {path.name for path in target.iterdir()} == {f"engram-layer-0000{layer}.safetensors" for layer in (1, 2)}
+    engram("quantize", saved, target)
+    assert engram("check", target, "--rows")
+
+
+MEASURED = """
+import re, sys
+from engram_hf.cli.main import main
+assert main(["quantize", *sys.argv[1:]]) == 0
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+
+def peak_memory(*arguments: Path) -> int:
+    """Bytes of memory that the command takes in a process of its own."""
+    command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return 1024 * int(done.stdout.split()[-1])
+
+
+@pytest.fixture(scope="module")
+def peak_of_small_model(saved, tmp_path_factory) -> int:
+    return peak_memory(saved, tmp_path_factory.mktemp("small"))
+
+
+@pytest.mark.parametrize("wide", ["backbone", "tables"])
+def test_memory_does_not_grow_with_the_model(peak_of_small_model, saved, tmp_path, wide):
+    """300 MB more of backbone, in one file with the tables; or 300 MB more of tables."""
+    backbone, rows = BACKBONES["llama"](), 499
+    if wide == "backbone":
+        backbone.hidden_size, backbone.head_dim, backbone.intermediate_size = 1024, 8, 8192
+    else:
+        rows = 300_000
+    sizes = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": rows}
+    model = EngramForCausalLM(EngramConfig.for_backbone(backbone, make_tokenizer(), layer_ids=[1, 2], **sizes))
+    model.set_token_map(make_tokenizer())
+    model.save_pretrained(tmp_path / "large")
+    added = sum(
+        path.stat().st_size - (saved / path.name).stat().st_size for path in (tmp_path / "large").glob("*.safetensors")
+    )
+    assert added > 280e6
+    grown = peak_memory(tmp_path / "large", tmp_path / "target") - peak_of_small_model
+    assert grown < added / 2  # whoever loads it takes all of it
