@@ -2,16 +2,22 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from .safetensors_files import ConversionError
+from ..safetensors_engram import MAX_HEADER_BYTES, FileFormatError, FileHeader, parse_head
+from .safetensors_files import ConversionError, read_listed_shard, require_torch
+
+SHARDS = "*.safetensors"
+# Most headers are shorter, so that one request is enough.
+FIRST_BYTES = 100_000
 
 
 def run_command(command: Callable[[], None]) -> int:
     """Run `command`; an error of the input is one line on the error stream and exit code 1."""
     try:
         command()
-    except ConversionError as error:
+    except (ConversionError, FileFormatError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -25,19 +31,94 @@ def run_command(command: Callable[[], None]) -> int:
     return 0
 
 
+@dataclass
+class Source:
+    """A checkpoint that is only read: a folder, or a Hub repository of which no more is downloaded than is needed.
+
+    Args:
+        folder: the folder, or the local snapshot of the repository.
+        repository: its Hub id; None for a folder.
+    """
+
+    folder: Path
+    repository: str | None = None
+    _read: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, source: str, revision: str | None = None) -> "Source":
+        """The folder that `source` names, or of the repository that it names, all files but the shards."""
+        if Path(source).is_dir():
+            return cls(Path(source))
+        return cls(_download(source, revision, ignore_patterns=[SHARDS]), source)
+
+    def read_shard(self, path: Path) -> FileHeader:
+        """The checked header of a shard: as `read_listed_shard`, if need be over the network."""
+        self._read.append(path.name)
+        if self.repository is None or path.is_file():
+            return read_listed_shard(path)
+        head, size = _download_head(self.repository, self.folder.name, path.name)
+        shard = parse_head(path, head)
+        if shard.size != size:
+            raise ConversionError(
+                f"{path.name} of {self.repository} has {size} bytes, but its header describes {shard.size}; its upload is "
+                "damaged."
+            )
+        return require_torch(shard)
+
+    def fetch_read_shards(self) -> None:
+        """Download the shards whose headers were read."""
+        if self.repository is not None:
+            _download(self.repository, self.folder.name, allow_patterns=self._read)
+
+
 def local_folder(source: str, revision: str | None = None) -> Path:
     """The folder `source` names, or the local snapshot of the Hub repository it names."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+    return Path(source) if Path(source).is_dir() else _download(source, revision)
+
+
+def _download(source: str, revision: str | None, **patterns: list[str]) -> Path:
+    if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ConversionError(f"{source} is neither a folder nor a Hub id like 'deepseek-ai/DeepSeek-V4.1-Flash'.")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, revision=revision))
+        return Path(snapshot_download(source, revision=revision, **patterns))
     except (OSError, ValueError) as error:
         raise ConversionError(
             f"{source} is no folder here, and the Hub did not give a repository of that name ({error}); check the name, "
             f"the connection and your token."
         ) from error
+
+
+def _download_head(repository: str, commit: str, file: str) -> tuple[bytes, int]:
+    """Length prefix and header of a shard on the Hub, and the size of the whole file."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        head, size = _download_range(repository, commit, file, 0, FIRST_BYTES)
+        length = 8 + int.from_bytes(head[:8], "little")
+        if length > MAX_HEADER_BYTES:
+            raise ConversionError(f"{file} of {repository} announces a header of {length} bytes; it is damaged.")
+        if length > len(head):
+            head += _download_range(repository, commit, file, len(head), length)[0]
+        return head[:length], size
+    except HTTPError as error:
+        raise ConversionError(
+            f"The Hub did not give the header of {file} of {repository} ({error}); check the connection and your token."
+        ) from error
+
+
+def _download_range(repository: str, commit: str, file: str, first: int, stop: int) -> tuple[bytes, int]:
+    """Bytes `first` to `stop - 1` of a file, or as many of them as there are, and the size of the whole file."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers = {**build_hf_headers(), "Range": f"bytes={first}-{stop - 1}"}
+    # Streamed, so that an answer with the whole file is not taken in.
+    with get_session().stream("GET", hf_hub_url(repository, file, revision=commit), headers=headers) as response:
+        if response.is_error:
+            response.read()
+        hf_raise_for_status(response)
+        if response.status_code != 206:
+            raise ConversionError(f"The Hub gives no part of {file} of {repository}; download it and give the folder.")
+        return response.read(), int(response.headers["Content-Range"].rpartition("/")[2])

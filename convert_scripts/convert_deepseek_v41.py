@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .command_line import local_folder, run_command
+from .command_line import Source, run_command
 from .safetensors_files import ConversionError
 from .streaming import Plan, Stopwatch, format_bytes, free_bytes, read_manifest, run_plan, verify_files
 
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--link-tables", action="store_true", help="link the shards of memory tables instead of copying"
     )
     parser.add_argument("--dequantize-tables", action="store_true", help="apply --dtype to the memory tables too")
-    parser.add_argument("--dry-run", action="store_true", help="check the source, print what would be written, stop")
+    parser.add_argument("--dry-run", action="store_true", help="check the source, print what would be written, stop; of a Hub id, no shard is downloaded")  # fmt: skip
     parser.add_argument(
         "--verify-only", action="store_true", help="compare a finished TARGET with SOURCE and its checksums"
     )
@@ -37,29 +37,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plan_conversion(folder: Path, options) -> Plan:
-    """Check a checkpoint folder against its own config and plan its conversion (`options`: `ImportOptions`)."""
+def plan_conversion(source: Source, options) -> Plan:
+    """Check a checkpoint against its own config and plan its conversion (`options`: `ImportOptions`).
+
+    Of the shards, only headers are read, and only those of shards with a tensor that is converted or carried.
+    """
+    from ..safetensors_engram import read_json
     from .deepseek_v41 import DEEPSEEK_V41
     from .deepseek_v41_config import additions, check_config, first_layers, remote_code, to_engram_config
     from .import_plan import plan_import
-    from .safetensors_files import read_checkpoint, read_json
+    from .safetensors_files import read_checkpoint
     from .tensor_rules import bind, check_tensors
 
+    folder = source.folder
     config = read_json(folder / "config.json")
     check_config(config)
-    source = read_checkpoint(folder)
-    bindings = bind(DEEPSEEK_V41, config["text_config"])
-    check_tensors(DEEPSEEK_V41, bindings, source.tensors)
+    every = bindings = bind(DEEPSEEK_V41, config["text_config"])
     if options.layers is not None:
         config = first_layers(config, options.layers)
         bindings = bind(DEEPSEEK_V41, config["text_config"])
+    later = {tensor.name for binding in every for tensor in binding.upstream}
+    later -= {tensor.name for binding in bindings for tensor in binding.upstream}
+    checkpoint = read_checkpoint(folder, lambda name: name not in later, source.read_shard)
+    check_tensors(DEEPSEEK_V41, every, checkpoint.tensors, checkpoint.elsewhere)
     ours = to_engram_config(config, options.dtype, options.dequantize_tables)
     documents = {"chat_template.jinja": TEMPLATE.read_bytes()}
     if options.dtype != "keep":
         # Weights that are kept quantized need `direct_loading` to be read, which is no part of the remote code.
         documents |= remote_code(ours)
     ours_alone = additions(ours, folder, documents)
-    return plan_import(DEEPSEEK_V41, source, config, bindings, options, ours_alone)
+    return plan_import(DEEPSEEK_V41, checkpoint, config, bindings, options, ours_alone)
 
 
 def convert(source: str, target: Path, options, revision: str | None = None) -> None:
@@ -67,7 +74,9 @@ def convert(source: str, target: Path, options, revision: str | None = None) -> 
     from .tensor_parts import single_threaded_tensors
 
     watch = Stopwatch()
-    plan = plan_conversion(local_folder(source, revision), options)
+    checkpoint = Source.open(source, revision)
+    plan = plan_conversion(checkpoint, options)
+    checkpoint.fetch_read_shards()
     with single_threaded_tensors():
         written = run_plan(plan, target)
     print(watch.report(f"{target}: wrote", written) if written else f"{target}: already complete")
@@ -79,7 +88,7 @@ def verify(source: str, target: Path, revision: str | None = None) -> None:
 
     watch = Stopwatch()
     manifest = read_manifest(target)
-    plan = plan_conversion(local_folder(source, revision), ImportOptions(**manifest["options"]))
+    plan = plan_conversion(Source.open(source, revision), ImportOptions(**manifest["options"]))
     if plan.fingerprint != manifest["fingerprint"]:
         raise ConversionError(
             f"{target} is a conversion of another checkpoint than {source}, or of another version of it."
@@ -89,7 +98,7 @@ def verify(source: str, target: Path, revision: str | None = None) -> None:
 
 def dry_run(source: str, target: Path, options, revision: str | None = None) -> None:
     """Print the files a conversion would write and the disk it needs."""
-    plan = plan_conversion(local_folder(source, revision), options)
+    plan = plan_conversion(Source.open(source, revision), options)
     for file in plan.files:
         print(f"{format_bytes(file.size):>10}  {file.name}" + (f" -> {file.link}" if file.link else ""))
     print(

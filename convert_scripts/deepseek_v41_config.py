@@ -14,21 +14,14 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import modeling_engram
 from ..configuration_deepseek_v41 import DeepseekV41TextConfig
-from ..configuration_engram import VARIANTS, EngramConfig
+from ..configuration_engram import VARIANTS, EngramConfig, first_layers_of
 from ..hashing_engram import DEAD, NgramHasher
 from ..modeling_engram import AUTO_MAP
 from ..table_format_engram import NAMES, TableDescription, describe_table
-from ..tokenization.vocabulary_compression import (
-    FORMAT_VERSION,
-    TENSOR,
-    TOKEN_MAP_FILE,
-    build_token_map,
-    map_digest,
-    vocabulary_digest,
-)
+from ..tokenization.vocabulary_compression import TOKEN_MAP_FILE, build_token_map, token_map_bytes
 from .deepseek_v41 import DEEPSEEK_V41
 from .import_plan import Additions
-from .safetensors_files import ConversionError, header_bytes
+from .safetensors_files import ConversionError
 from .streaming import Literal, Tensor
 from .tensor_rules import unquantized_modules
 
@@ -73,18 +66,14 @@ def first_layers(config: Mapping, count: int) -> dict:
     total = text["num_hidden_layers"]
     if not 1 <= count <= total:
         raise ConversionError(f"--layers is {count}, expected 1 to {total}, the layers of the checkpoint.")
-    ratios = text["compress_ratios"]
     rows = dict(zip(text["engram_layer_ids"], text["engram_num_embeddings"], strict=True))
     if not any(layer < count for layer in rows):
         raise ConversionError(
             f"--layers is {count}, but the first memory is in layer {min(rows)}; keep at least {min(rows) + 1} layers."
         )
-    text |= {"num_hidden_layers": count, "compress_ratios": ratios[:count] + ratios[total:]}
-    for name in ("kv_source_layer_ids", "index_source_layer_ids", "engram_layer_ids"):
-        text[name] = [layer for layer in text[name] if layer < count]
+    text |= first_layers_of(text, count)
+    text["engram_layer_ids"] = [layer for layer in rows if layer < count]
     text["engram_num_embeddings"] = [rows[layer] for layer in text["engram_layer_ids"]]
-    if (text["candidate_source_layer_id"] or 0) >= count:
-        text["candidate_source_layer_id"] = None
     return {**config, "text_config": text}
 
 
@@ -174,27 +163,16 @@ def additions(config: EngramConfig, folder: Path, documents: Mapping[str, bytes]
         )
     tokenizer = Tokenizer.from_file(str(path))
     hasher = build_hasher(config, tokenizer)
-    own = {"config.json": config.to_json_string().encode("utf-8"), TOKEN_MAP_FILE: _token_map_file(hasher, tokenizer)}
+    token_map = hasher.token_map[hasher.token_map != DEAD].numpy()
+    own = {
+        "config.json": config.to_json_string().encode("utf-8"),
+        TOKEN_MAP_FILE: token_map_bytes(token_map, tokenizer),
+    }
     tensors = [
         Tensor(f"{HASHING}.{name}", "I64", tuple(buffer.shape), [Literal(buffer.numpy().tobytes())])
         for name, buffer in hasher.named_buffers()
     ]
     return Additions({**documents, **own}, tensors, _describe_tables(config, hasher))
-
-
-def _token_map_file(hasher: NgramHasher, tokenizer: Tokenizer) -> bytes:
-    """The map as `EngramTokenizer` keeps it beside its `tokenizer.json`.
-
-    Not by `write_token_map`: the order in which safetensors writes metadata changes from run to run, and a conversion that
-    is started again must give the same bytes.
-    """
-    values = hasher.token_map[hasher.token_map != DEAD].numpy().astype("<i4")
-    metadata = {
-        "format_version": FORMAT_VERSION,
-        "map_sha256": map_digest(values),
-        "vocabulary_sha256": vocabulary_digest(tokenizer, len(values)),
-    }
-    return header_bytes([(TENSOR, "I32", values.shape)], metadata) + values.tobytes()
 
 
 def _describe_tables(config: EngramConfig, hasher: NgramHasher) -> dict[int, TableDescription]:

@@ -31,10 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def plan(folder: Path, record: Path) -> Plan:
     """Check a model folder against its config and plan its export."""
+    from ..safetensors_engram import read_json
     from .deepseek_v41 import DEEPSEEK_V41
     from .deepseek_v41_config import to_upstream_config
     from .export_plan import plan_export, read_model
-    from .safetensors_files import read_json
     from .tensor_rules import bind
 
     ours = read_json(folder / "config.json")

@@ -13,12 +13,13 @@ The target folder holds
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..safetensors_engram import ITEM_BYTES, FileHeader, TensorSpan, header_bytes
 from ..table_format_engram import FORMAT_VERSION as TABLE_FORMAT_VERSION
 from ..table_format_engram import MANIFEST_NAME as TABLES_NAME
 from ..table_format_engram import METADATA_KEY, PAGE, TableDescription
-from .safetensors_files import INDEX_NAME, ITEM_BYTES, Checkpoint, ConversionError, Shard, TensorSpan, header_bytes
+from .safetensors_files import INDEX_NAME, Checkpoint, ConversionError
 from .streaming import MANIFEST_NAME, Copy, OutputFile, Part, Plan, Tensor, copy_of, json_bytes, tensor_file
 from .tensor_rules import Binding, Family
 
@@ -114,7 +115,7 @@ def plan_import(
 
 
 def describe_source(source: Checkpoint) -> dict[str, dict]:
-    """Size and header digest of every shard, digests of the documents: what tells two sources apart."""
+    """Size and header digest of every shard read, digests of the documents: what tells two sources apart."""
     shards = {
         file: {"size": shard.size, "header_sha256": hashlib.sha256(shard.head).hexdigest()}
         for file, shard in source.shards.items()
@@ -217,7 +218,8 @@ def _linked_table(
     tensors = {span.name: (span.dtype, span.shape) for span in shard.tensors.values()}
     members = {key: value for key, value in vars(description).items() if key not in ("rows", "tensors")}
     names = {"weight": weight.name, "scale": scale.name}
-    return OutputFile(_table_name(binding), tensors=tensors, link=shard.path), names, {"description": members}
+    whole = [Copy(shard.path, 0, shard.size)]
+    return OutputFile(_table_name(binding), whole, tensors, link=shard.path), names, {"description": members}
 
 
 def _index(models: list[OutputFile]) -> bytes:
@@ -226,7 +228,7 @@ def _index(models: list[OutputFile]) -> bytes:
     return json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _keep_tensors(source: Checkpoint, is_kept) -> dict[str, Shard]:
+def _keep_tensors(source: Checkpoint, is_kept) -> dict[str, FileHeader]:
     """The shards with the tensors the target corresponds to; a shard that loses some gets a new header."""
     kept = {}
     for file, shard in source.shards.items():
@@ -236,11 +238,11 @@ def _keep_tensors(source: Checkpoint, is_kept) -> dict[str, Shard]:
             continue
         complete = len(remaining) == len(spans)
         head = shard.head if complete else header_bytes((span.name, span.dtype, span.shape) for span in remaining)
-        kept[file] = Shard(shard.path, head, {span.name: span for span in remaining})
+        kept[file] = replace(shard, head=head, tensors={span.name: span for span in remaining})
     return kept
 
 
-def _carried_files(family: Family, kept: dict[str, Shard]) -> list[OutputFile]:
+def _carried_files(family: Family, kept: dict[str, FileHeader]) -> list[OutputFile]:
     groups = []
     for shard in kept.values():
         spans = [span for span in shard.tensors.values() if family.is_carried(span.name)]
@@ -267,10 +269,10 @@ def _record_files(source: Checkpoint) -> list[OutputFile]:
     return files
 
 
-def _record_documents(source: Checkpoint, config: Mapping, kept: dict[str, Shard]) -> dict[str, bytes]:
+def _record_documents(source: Checkpoint, config: Mapping, kept: dict[str, FileHeader]) -> dict[str, bytes]:
     heads = {f"{RECORD_FOLDER}/{file}.header": shard.head for file, shard in kept.items()}
     names = ("config.json", INDEX_NAME)
-    if sum(len(shard.tensors) for shard in kept.values()) == len(source.tensors):
+    if not source.elsewhere and sum(len(shard.tensors) for shard in kept.values()) == len(source.tensors):
         originals = {name: (source.folder / name).read_bytes() for name in names}
     else:
         weight_map = {name: file for file, shard in kept.items() for name in shard.tensors}

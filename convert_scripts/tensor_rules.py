@@ -11,8 +11,9 @@ Placeholders in names: `{layer}` and, for experts which we keep stacked in one t
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ..safetensors_engram import TensorSpan
 from .number_formats import Storage
-from .safetensors_files import ConversionError, TensorSpan, enumerate_names
+from .safetensors_files import ConversionError, enumerate_names
 
 Shape = tuple[int, ...]
 
@@ -155,23 +156,33 @@ def scale_name(weight_name: str) -> str:
     return weight_name.removesuffix("weight") + "scale"
 
 
-def check_tensors(family: Family, bindings: list[Binding], tensors: Mapping[str, TensorSpan]) -> None:
-    """Check that the tensors are exactly those the table asks for, in dtype and shape, plus well-formed carried ones."""
-    _check_scales_and_weights(tensors)
+def check_tensors(
+    family: Family,
+    bindings: list[Binding],
+    tensors: Mapping[str, TensorSpan],
+    elsewhere: frozenset[str] = frozenset(),
+) -> None:
+    """Check that the tensors are exactly those the table asks for, in dtype and shape, plus well-formed carried ones.
+
+    Args:
+        elsewhere: tensors in shards that were not read, of which the index tells the names alone.
+    """
+    _check_scales_and_weights(tensors, elsewhere)
     expected = {tensor.name: tensor for binding in bindings for tensor in binding.upstream}
-    unknown = [name for name in tensors if name not in expected and not family.is_carried(name)]
+    unknown = [name for name in (*tensors, *elsewhere) if name not in expected and not family.is_carried(name)]
     if unknown:
         raise ConversionError(
             f"the checkpoint holds {enumerate_names(unknown)}, which a {family.name} with this config does not have; "
             f"is the config.json that of these weights?"
         )
-    missing = expected.keys() - tensors.keys()
+    missing = expected.keys() - tensors.keys() - elsewhere
     if missing:
         raise ConversionError(
             f"the checkpoint lacks {enumerate_names(missing)}, which its config asks for; fetch it again, or correct the config."
         )
     for name, tensor in expected.items():
-        _check_tensor(tensor, tensors[name])
+        if name in tensors:
+            _check_tensor(tensor, tensors[name])
 
 
 def _check_tensor(expected: UpstreamTensor, found: TensorSpan) -> None:
@@ -182,17 +193,18 @@ def _check_tensor(expected: UpstreamTensor, found: TensorSpan) -> None:
         )
 
 
-def _check_scales_and_weights(tensors: Mapping[str, TensorSpan]) -> None:
+def _check_scales_and_weights(tensors: Mapping[str, TensorSpan], elsewhere: frozenset[str]) -> None:
     """A scale has its weight and a quantized weight its scale: among carried tensors too, which no table describes."""
+    present = tensors.keys() | elsewhere
     known = {"BF16", "F32", "F8_E4M3", "F8_E8M0", "I8"}
     for name, span in tensors.items():
         if span.dtype not in known:
             raise ConversionError(f"tensor {name!r} of {span.path} is {span.dtype}, expected one of {sorted(known)}.")
-        if span.dtype in ("F8_E4M3", "I8") and scale_name(name) not in tensors:
+        if span.dtype in ("F8_E4M3", "I8") and scale_name(name) not in present:
             raise ConversionError(
                 f"tensor {name!r} of {span.path} is quantized, but its scale {scale_name(name)!r} is missing; fetch it again."
             )
-        if span.dtype == "F8_E8M0" and name.removesuffix("scale") + "weight" not in tensors:
+        if span.dtype == "F8_E8M0" and name.removesuffix("scale") + "weight" not in present:
             raise ConversionError(
                 f"tensor {name!r} of {span.path} is a scale, but its weight is missing; fetch it again."
             )
