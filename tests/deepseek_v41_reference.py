@@ -78,6 +78,11 @@ def load_release(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def read_text_config(folder: Path) -> dict:
+    """Fields of the checkpoint's language model."""
+    return json.loads((folder / "config.json").read_text())["text_config"]
+
+
 def our_name(name: str) -> str | None:
     """Name in [`DeepseekV41TextModel`] (`lm_head` aside) of a release tensor that stands for itself, else None."""
     if name in MODEL_NAMES:
