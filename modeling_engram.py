@@ -18,9 +18,11 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, Generati
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.integrations.accelerate import get_device
 
 from .cache_engram import EngramHistoryLayer, attach_history
 from .card_engram import write_model_card
+from .checkpoint_engram import choose_first_layers, take_first_layers
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD, NgramHasher, as_token_map
 from .layer_engram import EngramInputs, EngramMemory, EngramRMSNorm, add_memory_to_layer
@@ -72,6 +74,9 @@ class EngramPreTrainedModel(PreTrainedModel):
     ):
         """As in transformers; the stored hash is compared with the config, and no table may be missing.
 
+        With a `config` of fewer layers than were saved (`EngramConfig.first_layers`), only the shards and tables of these
+        layers are opened, and from the Hub downloaded.
+
         Args:
             engram_residency: where the tables live. `"resident"`: parameters of the model. `"mapped"`: in their
                 files, paged in as rows are read, frozen. `"pinned"`: page-locked host memory, frozen. `"auto"`:
@@ -80,6 +85,7 @@ class EngramPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: tables or hash constants are missing from the checkpoint, or disagree with its config.
         """
+        kwargs = choose_first_layers(pretrained_model_name_or_path, kwargs)
         tables = find_tables(pretrained_model_name_or_path, engram_residency, **kwargs)
         if tables is not None:
             kwargs["engram_tables"] = tables
@@ -90,6 +96,7 @@ class EngramPreTrainedModel(PreTrainedModel):
                 f"The checkpoint lacks {len(missing)} tensors of the memory, such as {missing[0]}; complete the folder "
                 "(a shard may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
             )
+        _hold_hash(model.base_model.hashing)
         model.base_model.hashing.verify_constants()
         if tables is not None:
             tables.verify(model.base_model)
@@ -103,9 +110,13 @@ class EngramPreTrainedModel(PreTrainedModel):
     # The one place where the names of what is loaded can be told after all submodels have had their say.
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        first_layers = take_first_layers(model.config)
+        if first_layers is not None:
+            checkpoint_files, load_config = first_layers.prepare(model, checkpoint_files, load_config)
         mapping = load_config.weight_mapping or []
         mapping = [*mapping, *_undo_renamings_of_memory(model, mapping)]
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
+        _leave_tables_on_disk(model, load_config.device_map)
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
@@ -128,8 +139,10 @@ class EngramPreTrainedModel(PreTrainedModel):
     def _initialize_memory(self) -> None:
         for memory in self.base_model.memories().values():
             for module in memory.modules():
-                # Custom code, to transformers: what a checkpoint filled is left alone without drawing anything.
-                self._initialize_weights(module, is_custom_code=True)
+                # Custom code, to transformers: what a checkpoint filled is left alone without drawing anything. So is what
+                # a device map put on disk.
+                if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                    self._initialize_weights(module, is_custom_code=True)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -211,6 +224,21 @@ def _undo_renamings_of_memory(model: PreTrainedModel, mapping: list[WeightTransf
     return [WeightRenaming(f".engram.{renamed}", f".engram.{name}") for renamed, name in undo.items()]
 
 
+def _hold_hash(hashing: NgramHasher) -> None:
+    """Bring back what `offload_buffers` took away: the hash is used outside of its forward too, and is small."""
+    if any(buffer.is_meta for buffer in hashing.buffers()):
+        hashing._hf_hook.pre_forward(hashing)
+        hashing._hf_hook.offload = False
+
+
+def _leave_tables_on_disk(model: PreTrainedModel, device_map: dict | None) -> None:
+    """Map the tables, out of files of their own, that a device map sends to the disk: that is where they are."""
+    for name, module in model.named_modules():
+        from_file = isinstance(module, EngramTable) and module.unread is not None
+        if from_file and get_device(device_map, f"{name}.weight") == "disk":
+            module.mount(module.unread)
+
+
 class EngramModel(EngramPreTrainedModel):
     """A backbone with memory, without a language-model head.
 
@@ -243,7 +271,7 @@ class EngramModel(EngramPreTrainedModel):
         if engram_tables is not None:
             engram_tables.mount(self)
         self.prefetcher = None
-        if engram_tables is not None and engram_tables.residency == "mapped":
+        if engram_tables is not None and engram_tables.residency != "resident":
             self.prefetcher = Prefetcher([memory.table for memory in self.memories().values()])
         self.post_init()
 
@@ -505,12 +533,14 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         """Add memory to a pretrained causal language model, whose logits stay exactly as they are until trained.
 
         Args:
-            backbone: a causal language model (changed in place), or a name or folder for `AutoModelForCausalLM`.
+            backbone: a causal language model (changed in place), or a name or folder for `AutoModelForCausalLM`. If it is
+                quantized, the memory is not.
             tokenizer, layer_ids, variant, rows, memory_fraction: see [`EngramConfig.for_backbone`].
             **kwargs: `engram_*` fields of the config; the rest goes to `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            ValueError: see [`EngramConfig.for_backbone`]; or the backbone is an encoder-decoder or has no layers.
+            ValueError: see [`EngramConfig.for_backbone`]; or the backbone is an encoder-decoder, has no layers, or is
+                quantized in a way that cannot leave the memory out.
         """
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
         if isinstance(backbone, PreTrainedModel):
@@ -539,6 +569,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         model = cls(config, host)
         model.model.hashing.to(host.device)
         model.generation_config = host.generation_config
+        _inherit_quantization(model, host)
         for memory in model.model.memories().values():
             memory.silence()
         if tokenizer is not None and config.engram_compressed_vocab_size is not None:
@@ -691,6 +722,43 @@ def _host_parts(host: PreTrainedModel) -> dict[str, str]:
             "needs a plain causal language model."
         )
     return names
+
+
+def _inherit_quantization(model: EngramForCausalLM, host: PreTrainedModel) -> None:
+    """Say of a model on a quantized host what it is: transformers saves, and PEFT adapts, such layers in their own way.
+
+    Loading such a model quantizes every layer that its config does not name as left out, so all that are not are named.
+    """
+    if getattr(host, "hf_quantizer", None) is None:
+        return
+    config = copy.deepcopy(host.hf_quantizer.quantization_config)
+    names = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
+    skipped = next((name for name in names if hasattr(config, name)), None)
+    if skipped is None:
+        raise ValueError(
+            f"A {type(config).__name__} cannot leave the memory out of what it quantizes; add memory to the backbone "
+            "before it is quantized."
+        )
+    setattr(config, skipped, _unquantized_modules(model.model) + ["lm_head"] * _is_unquantized(model.lm_head))
+    for flag in ("is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(host, flag):
+            setattr(model, flag, getattr(host, flag))
+    model.hf_quantizer = copy.copy(host.hf_quantizer)
+    model.hf_quantizer.quantization_config = model.config.quantization_config = config
+    del host.config.quantization_config  # of the backbone alone, and no longer true of it
+
+
+def _unquantized_modules(model: EngramModel) -> list[str]:
+    # Patterns, from the root of a model with head or without: not every quantizer takes the end of a name.
+    return [f"(model.)?{name}" for name, module in model.named_modules() if _is_unquantized(module)]
+
+
+def _is_unquantized(module: nn.Module) -> bool:
+    """Whether a linear layer, or one of stacked experts, has only matrices of ordinary floats."""
+    matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
+    is_candidate = isinstance(module, nn.Linear) or any(matrix.dim() > 2 for matrix in matrices)
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return is_candidate and all(type(matrix) is nn.Parameter and matrix.dtype in floats for matrix in matrices)
 
 
 EngramModel.register_for_auto_class("AutoModel")

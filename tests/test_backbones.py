@@ -9,7 +9,17 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_backbones import BACKBONES, LAYER_IDS, MOE_WITH_AUX_LOSS, VOCAB, build, built, engram_config, random_ids
+from tiny_backbones import (
+    BACKBONES,
+    LAYER_IDS,
+    MOE_WITH_AUX_LOSS,
+    VOCAB,
+    as_able_as,
+    build,
+    built,
+    engram_config,
+    random_ids,
+)
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PhiConfig
 
 from engram_hf import EngramForCausalLM, EngramModel
@@ -223,14 +233,14 @@ def test_the_auxiliary_loss_is_the_hosts(name):
     ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[1, 9:] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids, "output_router_logits": True}
-    with torch.no_grad():
-        expected = host(**batch)
-        model = EngramForCausalLM.from_backbone(host, layer_ids=LAYER_IDS, engram_vocab_size=97, engram_head_dim=8)
-        got = model(**batch)
+    memory = {"layer_ids": LAYER_IDS, "engram_vocab_size": 97, "engram_head_dim": 8}
+    model = EngramForCausalLM.from_backbone(copy.deepcopy(host), **memory)
+    with torch.no_grad(), as_able_as(lambda: host(**batch)):
+        got, expected = model(**batch), host(**batch)
         without = model(**{**batch, "output_router_logits": False})
-    assert torch.equal(got.aux_loss, expected.aux_loss) and torch.equal(got.loss, expected.loss)
-    assert all(torch.equal(one, two) for one, two in zip(got.router_logits, expected.router_logits, strict=True))
-    torch.testing.assert_close(got.loss - without.loss, 0.5 * got.aux_loss)
+        assert torch.equal(got.aux_loss, expected.aux_loss) and torch.equal(got.loss, expected.loss)
+        assert all(torch.equal(one, two) for one, two in zip(got.router_logits, expected.router_logits, strict=True))
+        torch.testing.assert_close(got.loss - without.loss, 0.5 * got.aux_loss)
 
 
 def test_a_head_with_a_bias_keeps_it(tmp_path):

@@ -140,6 +140,11 @@ def test_a_reset_cache_is_a_new_one(mixtral, make):
     read(mixtral, random_ids(2, 11, seed=3), cache)
     cache.reset()
     ids = random_ids(2, 9)
+    if int(cache.get_seq_length()):
+        # The DynamicCache of older releases goes on behind zeros, which is not a new text and is not taken for one.
+        with pytest.raises(ValueError, match="holds 11 positions, of which this model's memory saw 0"):
+            read(mixtral, ids, cache)
+        return
     torch.testing.assert_close(read(mixtral, ids, cache), read_alone(mixtral, ids, 9), **EXACT)
 
 

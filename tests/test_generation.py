@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_backbones import BACKBONES, built, engram_config, random_ids, randomize, tiny_tokenizer
+from tiny_backbones import BACKBONES, bare, built, engram_config, random_ids, randomize, tiny_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
 
 from engram_hf import EngramForCausalLM
@@ -75,10 +75,15 @@ def test_left_padded_prompts_go_on_as_each_alone(model):
     assert torch.equal(together, alone)
 
 
-@on_every_backbone
-def test_beams_carry_their_history(model):
+def beams_need_no_cache(model) -> bool:
     ids, beams = random_ids(2, 9), {**GREEDY, "num_beams": 4, "num_return_sequences": 3}
-    assert torch.equal(model.generate(ids, **beams), model.generate(ids, **beams, use_cache=False))
+    return torch.equal(model.generate(ids, **beams), model.generate(ids, **beams, use_cache=False))
+
+
+@on_every_backbone
+def test_beams_carry_their_history(name, model):
+    # In transformers 5.17, DeepSeek-V4 by itself loses some of its state when beams change places.
+    assert beams_need_no_cache(model) or not beams_need_no_cache(bare(name))
 
 
 @on_every_backbone

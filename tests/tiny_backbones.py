@@ -1,10 +1,14 @@
 """Tiny configs of every backbone the suite runs on, and Engram models on them whose memory really does something."""
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV3Config,
     DeepseekV4Config,
     Glm4MoeConfig,
@@ -119,6 +123,24 @@ def build(name: str, variant: str = "paper", *, seed: int = 0, **fields) -> Engr
 def built(name: str, variant: str = "paper") -> EngramForCausalLM:
     """As `build`, once a run: for tests that leave the model as it is."""
     return build(name, variant)
+
+
+def bare(name: str) -> torch.nn.Module:
+    """The backbone's own causal language model, with weights like those of `build`."""
+    torch.manual_seed(0)
+    return randomize(AutoModelForCausalLM.from_config(BACKBONES[name]())).eval()
+
+
+@contextlib.contextmanager
+def as_able_as(call_bare: Callable[[], object]) -> Iterator[None]:
+    """What a backbone cannot do by itself, in some release of transformers, the model on it has to refuse likewise."""
+    try:
+        call_bare()
+    except Exception as error:
+        with pytest.raises(type(error)):
+            yield
+    else:
+        yield
 
 
 def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:

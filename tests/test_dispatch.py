@@ -1,0 +1,90 @@
+"""`device_map`: parts of a model on disk, with tables that are parameters and tables that are not; always the same values.
+
+Maps name whole decoder layers, or more: accelerate does not take a part of a layer from disk on any backbone.
+"""
+
+import pytest
+import torch
+from tiny_backbones import build, random_ids
+
+from engram_hf import EngramForCausalLM
+
+IDS = random_ids(2, 9)
+OUTSIDE = [
+    "model.hashing",
+    "model.backbone.embed_tokens",
+    "model.backbone.norm",
+    "model.backbone.rotary_emb",
+    "lm_head",
+]
+WITH_MEMORY = ["model.backbone.layers.1", "model.backbone.layers.2"]
+
+
+def on_disk(*modules: str) -> dict[str, str]:
+    return {name: "disk" if name in modules else "cpu" for name in [*OUTSIDE, "model.backbone.layers.0", *WITH_MEMORY]}
+
+
+# Options of `from_pretrained`, and whether the tables are on disk then.
+MAPS = {
+    "cpu": ({"device_map": "cpu"}, False),
+    "sequential": ({"device_map": "sequential"}, False),
+    "part": ({"device_map": "auto", "max_memory": {"cpu": 300_000}}, True),
+    "part with buffers": ({"device_map": "auto", "max_memory": {"cpu": 300_000}, "offload_buffers": True}, True),
+    "all with buffers": ({"device_map": on_disk(*OUTSIDE, *WITH_MEMORY), "offload_buffers": True}, True),
+    "memory": ({"device_map": on_disk(*WITH_MEMORY)}, True),
+    "all but memory": ({"device_map": on_disk(*OUTSIDE, "model.backbone.layers.0")}, False),
+}
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(IDS).logits
+
+
+@pytest.fixture(scope="module", params=[None, "float8_e4m3fn", "int8"])
+def saved(request, tmp_path_factory):
+    """A model, and where it was saved: with its tables among its weights, and in files of their own."""
+    folder = tmp_path_factory.mktemp("dispatch")
+    model = build("mixtral", engram_head_dim=32, engram_table_dtype=request.param)
+    model.save_pretrained(folder / "together")
+    mapped = EngramForCausalLM.from_pretrained(folder / "together", engram_residency="mapped")
+    mapped.save_pretrained(folder / "apart")
+    return model, folder
+
+
+@pytest.mark.parametrize("residency", ["resident", "mapped"])
+@pytest.mark.parametrize("tables", ["together", "apart"])
+@pytest.mark.parametrize("where", MAPS)
+def test_values_do_not_depend_on_where_parts_are(saved, tmp_path, where, tables, residency):
+    model, folder = saved
+    options, tables_on_disk = MAPS[where]
+    loaded = EngramForCausalLM.from_pretrained(
+        folder / tables, engram_residency=residency, offload_folder=tmp_path / "offloaded", **options
+    )
+    places = set(getattr(loaded, "hf_device_map", {}).values())
+    assert places == {"cpu", "disk"} or (where in ("cpu", "sequential") and "disk" not in places)
+    table = loaded.model.memories()[1].table
+    # From a file of its own, a table that the map puts on disk is read there, row by row.
+    is_resident = residency == "resident" and (tables == "together" or not tables_on_disk)
+    assert table.is_resident == is_resident and (not is_resident or table.weight.is_meta == tables_on_disk)
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(loaded.generate(IDS, max_new_tokens=3), model.generate(IDS, max_new_tokens=3))
+
+
+@pytest.mark.parametrize("residency", ["resident", "mapped"])
+@pytest.mark.parametrize("tables", ["together", "apart"])
+def test_what_is_on_disk_is_saved(saved, tmp_path, tables, residency):
+    model, folder = saved
+    offloaded = EngramForCausalLM.from_pretrained(
+        folder / tables,
+        engram_residency=residency,
+        device_map=on_disk(*WITH_MEMORY),
+        offload_folder=tmp_path / "offloaded",
+    )
+    offloaded.save_pretrained(tmp_path / "again")
+    again = EngramForCausalLM.from_pretrained(tmp_path / "again", engram_residency="resident")
+    expected = model.state_dict()
+    found = again.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor.contiguous().view(torch.uint8), expected[name].contiguous().view(torch.uint8)), name
