@@ -26,6 +26,7 @@ from .table_format_engram import (
     describe_table,
     read_tables,
     require_same_hash,
+    table_keys,
     tables_in_checkpoint,
 )
 
@@ -34,7 +35,6 @@ logger = logging.get_logger(__name__)
 RESIDENCIES = ("auto", "resident", "mapped", "pinned")
 # What `auto` lets tables take of the memory that is free: beside them the backbone, a cache and other processes live.
 _RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
-_TABLE_KEYS = r"layers\.{layer}\.engram\.table\.(weight|scale)$"
 
 
 @dataclass
@@ -65,7 +65,7 @@ class FoundTables:
             else:
                 memory.table.mount((MappedRows if self.residency == "mapped" else PinnedRows)(stored))
         # transformers hands these on to the model that holds this one.
-        patterns = {_TABLE_KEYS.format(layer=layer) for layer in model.memories()}
+        patterns = {table_keys(model.memories()).pattern}
         model._keys_to_ignore_on_load_missing = patterns | set(model._keys_to_ignore_on_load_missing or ())
         if self.residency != "resident":
             model._keys_to_ignore_on_load_unexpected = patterns | set(model._keys_to_ignore_on_load_unexpected or ())
@@ -147,8 +147,7 @@ def _tables_among_weights(
     """Tables that were saved with all other weights: found by name, and mapped just as well."""
     single, index = find_weights(resolve, variant)
     weight_map = {} if index is None else read_weight_map(index)
-    pattern = re.compile(_TABLE_KEYS.format(layer=r"\d+" if layers is None else f"(?:{'|'.join(map(str, layers))})"))
-    files = sorted({file for key, file in weight_map.items() if pattern.search(key)})
+    files = sorted({file for key, file in weight_map.items() if table_keys(layers).search(key)})
     paths = [single, *map(resolve, files)]
     found = tables_in_checkpoint([path for path in paths if path is not None])
     return {layer: table for layer, table in found.items() if layers is None or layer in layers}

@@ -536,8 +536,18 @@ def require_disjoint(parts: Sequence[TablePart]) -> None:
             )
 
 
+def table_keys(layers: Collection[int] | None = None) -> re.Pattern[str]:
+    """What ends the names of tables in this package's models and in DeepSeek's releases; groups: layer, weight or scale.
+
+    Args:
+        layers: of these only.
+    """
+    numbers = r"\d+" if layers is None else "|".join(map(str, layers))
+    return re.compile(rf"\blayers\.({numbers})\.engram\.(?:table|embed)\.(weight|scale)$")
+
+
 def tables_in_checkpoint(files: Sequence[str | os.PathLike]) -> dict[int, StoredTable]:
-    """Tables among the ordinary tensors of a checkpoint, by layer, found by the names of this package's models.
+    """Tables among the ordinary tensors of a checkpoint, by layer, found by their names.
 
     Args:
         files: the safetensors files of the checkpoint.
@@ -545,7 +555,7 @@ def tables_in_checkpoint(files: Sequence[str | os.PathLike]) -> dict[int, Stored
     found: dict[int, dict[str, tuple[FileHeader, TensorSpan]]] = {}
     for file in map(read_header, files):
         for name, span in file.tensors.items():
-            match = re.search(r"layers\.(\d+)\.engram\.table\.(weight|scale)$", name)
+            match = table_keys().search(name)
             if match:
                 found.setdefault(int(match[1]), {})[match[2]] = file, span
     tables = {}

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 
 from ..configuration_engram import EngramConfig
 from ..modeling_engram import EngramForCausalLM
+from ..residency_engram import find_tables
 from ..tokenization import EngramTokenizer
 from ..tokenization.tokenization_engram import LOCATION_ARGUMENTS
 from .deepseek_v41 import DEEPSEEK_V41
@@ -194,12 +195,20 @@ class DeepseekV41ForCausalLM(EngramForCausalLM):
     _keys_to_ignore_on_load_missing = [rf"^{re.escape(HASHING)}\."]  # noqa: RUF012
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, engram_residency="auto", output_loading_info=False, **kwargs
+    ):
         """As in transformers. The hash, which the release does not store, follows from its config and its tokenizer.
+
+        Args:
+            engram_residency: as for `EngramForCausalLM`; the release's own shards can be mapped.
 
         Raises:
             ValueError: a tensor is missing, or the tokenizer's compressed vocabulary is not the one of the tables.
         """
+        tables = find_tables(pretrained_model_name_or_path, engram_residency, **kwargs)
+        if tables is not None:
+            kwargs["engram_tables"] = tables
         load = PreTrainedModel.from_pretrained.__func__
         model, info = load(cls, pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if info["missing_keys"]:

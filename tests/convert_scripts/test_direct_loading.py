@@ -61,6 +61,17 @@ def test_golden_logits(request, truth, kind):
     assert_golden_logits(model, truth)
 
 
+@pytest.mark.parametrize("residency", ["resident", "mapped"])
+def test_tables_live_where_they_are_asked_to(tiny, truth, tmp_path, residency):
+    """In the release's own shards, even, which another save then takes the tables out of."""
+    model = load(tiny, dtype=torch.float32, engram_residency=residency)
+    assert all(memory.table.is_resident == (residency == "resident") for memory in model.model.memories().values())
+    assert_golden_logits(model, truth)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "engram_tables.json").exists() == (residency == "mapped")
+    assert_golden_logits(load(tmp_path, dtype=torch.float32), truth)
+
+
 def test_the_whole_model_generates_and_learns_as_the_oracle(truth, float32):
     """Memory and backbone together: greedy continuation, loss, and decoding in chunks across every boundary."""
     model = load(float32, dtype=torch.float32)
