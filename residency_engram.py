@@ -4,6 +4,7 @@ A model folder is looked through before the model is built (`find_tables`); the 
 then mounted on its `EngramTable` modules, so that transformers never allocates, initializes, moves or saves them.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Collection
@@ -173,26 +174,45 @@ def choose_residency(size: int, free_host: int, free_device: int | None) -> str:
 
 
 def _free_memory(kwargs: dict) -> tuple[int, int | None]:
+    """Free bytes of the host, and of the GPUs that a model goes to; None if it goes to none."""
+    if not torch.cuda.is_available():
+        return free_host_memory(), None
     device_map = kwargs.get("device_map")
-    targets = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
-    on_gpu = any(target is not None and str(target) not in ("cpu", "disk", "meta") for target in targets)
-    if on_gpu and torch.cuda.is_available():
-        return free_host_memory(), torch.cuda.mem_get_info()[0]
-    return free_host_memory(), None
+    if device_map is None:
+        # What is quantized goes to a GPU unasked.
+        device_map = "cuda" if kwargs.get("quantization_config") is not None else torch.get_default_device()
+    gpus = gpus_of(device_map, torch.cuda.device_count(), torch.cuda.current_device())
+    return free_host_memory(), sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus) if gpus else None
+
+
+def gpus_of(device_map, count: int, current: int) -> set[int]:
+    """The numbers of the GPUs among `count` that a `device_map` of transformers uses."""
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return set(range(count))
+    targets = device_map.values() if isinstance(device_map, dict) else [device_map]
+    names = [f"cuda:{target}" if isinstance(target, int) else str(target) for target in targets]
+    devices = [torch.device(name) for name in names if name != "disk"]
+    return {current if device.index is None else device.index for device in devices if device.type == "cuda"}
+
+
+# Of both versions of control groups: the limit, what is used, and the counts that say what of it would be given back.
+_GROUP_FILES = [
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+]
 
 
 def free_host_memory() -> int:
     """Bytes of memory that this process can still take, a container's limit included."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 34
-    try:
+    with contextlib.suppress(OSError, ValueError):  # another system: what sysconf says
         (available,) = re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         free = int(available) * 1024
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # another system: what sysconf says
+    for names in _GROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no such group, or no limit ("max")
+            limit, used, counts = (Path("/sys/fs/cgroup", name).read_text() for name in names)
+            (unused,) = re.findall(r"^(?:total_)?inactive_file (\d+)$", counts, re.MULTILINE)[-1:]
+            free = min(free, int(limit) - int(used) + int(unused))
     return max(free, 0)
 
 

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import threading
 import time
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from engram_hf import EngramForCausalLM, EngramModel
 from engram_hf.memory_engram import EngramTable, dequantize_rows, quantize_rows, read_rows
 from engram_hf.prefetch_engram import Prefetcher
-from engram_hf.residency_engram import choose_residency, is_table_file, save_tables
+from engram_hf.residency_engram import choose_residency, free_host_memory, gpus_of, is_table_file, save_tables
 from engram_hf.rounding_deepseek_v41 import round_fp8
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.table_check_engram import check_folder
@@ -304,6 +305,30 @@ def test_auto_says_what_it_chose(caplog):
         assert choose_residency(2 * gigabyte, 80 * gigabyte, None) == "resident"
     assert "Memory tables of 106.3 GB are mapped, not parameters" in caplog.text
     assert "Memory tables of 2.1 GB are resident" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device_map", "gpus"),
+    [
+        ("auto", {0, 1, 2, 3}),
+        ("sequential", {0, 1, 2, 3}),
+        ("cpu", set()),
+        (torch.device("cpu"), set()),
+        ("cuda", {1}),
+        ("cuda:2", {2}),
+        (3, {3}),
+        ({"": "cpu"}, set()),
+        ({"model": 0, "lm_head": "cuda:3", "a": "cpu", "b": "disk"}, {0, 3}),
+    ],
+)
+def test_auto_looks_at_the_gpus_that_a_device_map_uses(device_map, gpus):
+    assert gpus_of(device_map, count=4, current=1) == gpus
+
+
+def test_free_memory_is_that_of_the_machine_or_its_container():
+    free = free_host_memory()
+    (total,) = re.findall(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert 0 < free < int(total) * 1024
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
