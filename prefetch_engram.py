@@ -1,7 +1,7 @@
 """Fetching rows ahead: row ids depend on token ids alone, so the rows of all layers can be read before the backbone runs.
 
-Reading a page that is not in memory takes the disk some tens of microseconds, and a thread that touches one waits. Many
-threads wait at once, and the disk serves them at once. Rows for a GPU travel there while it computes the layers before.
+Reading a page that is not in memory takes the disk some tens of microseconds, and a thread that touches one waits. Asked for
+beforehand, in file order, many pages are read at once. Rows for a GPU travel there while it computes the layers before.
 """
 
 import copy
@@ -21,14 +21,11 @@ try:
 except ModuleNotFoundError:  # not a Unix system
     resource = None
 
-# Requests in flight at once. More keep a fast disk busier, but every one of them is a thread.
-THREADS = 32
 # What all tables together keep of rows that are read often, while rows come from a disk.
 HOT_BYTES = 256 << 20
-# Rows a thread reads before it takes the next piece: long enough to be worth handing out, short enough to share evenly.
-_LONGEST_PIECE = 256
-# Below one page from disk per so many rows, what remains is faster without threads.
-_ROWS_PER_FAULT = 256
+# Below one page from disk per so many rows, what remains is faster without another thread.
+_ROWS_PER_PAGE = 256
+_BLOCKS_PER_PAGE = 8  # of 512 bytes, as the system counts them
 
 
 class SideStream:
@@ -65,7 +62,7 @@ class Arrival:
 
 
 class FetchedRows:
-    """Rows of one layer that threads are fetching from files: see [`~memory_engram.RowReader`].
+    """Rows of one layer that another thread is fetching from files: see [`~memory_engram.RowReader`].
 
     Args:
         source: the table.
@@ -76,11 +73,15 @@ class FetchedRows:
     Attributes:
         row_ids: the distinct ones: the read ones first, in file order.
         misses: how many are read.
+
+    Raises:
+        TableFormatError: a file was cut off or overwritten under the running process.
     """
 
     def __init__(
         self, source: MappedRows, row_ids: torch.Tensor, hot: HotRows | None = None, stream: SideStream | None = None
     ):
+        source.require_unchanged()
         self.width = source.width
         self._source, self._hot, self._stream = source, hot, stream
         row_ids = np.unique(row_ids.detach().cpu().numpy())  # sorted: in file order
@@ -93,49 +94,48 @@ class FetchedRows:
         ]
         for rows, some in zip(self._rows, kept, strict=False):
             rows[self.misses :] = torch.from_numpy(some)
-        self._pending: list[Future] = []
-        self._arrival: Future | None = None
+        self._steps: list[Future] = []
 
-    def start(self, pool: ThreadPoolExecutor) -> None:
-        """Begin to fetch."""
-        self._source.require_unchanged()
+    def request(self, pool: ThreadPoolExecutor) -> None:
+        """Have the pages read. To be called for all layers before any is gathered."""
+        self._steps.append(pool.submit(self._source.request, self.row_ids[: self.misses]))
+
+    def gather(self, pool: ThreadPoolExecutor) -> None:
+        """Have the rows gathered, and brought to where they are needed."""
+        self._steps.append(pool.submit(self._gather))
+
+    def keep(self, pool: ThreadPoolExecutor) -> None:
+        """Have the next forward profit from what this one reads. Nothing waits for that."""
+        if self._hot is not None:
+            pool.submit(self._keep)
+
+    def _keep(self) -> None:
+        if self._steps[-1].exception() is None:  # else the rows are not there
+            self._hot.offer(self.row_ids[: self.misses], self._read)
+
+    @property
+    def _read(self) -> list[np.ndarray]:
+        return [rows.numpy()[: self.misses] for rows in self._rows]
+
+    def _gather(self) -> Arrival | None:
         ids = self.row_ids[: self.misses]
         for part in self._source.parts:
             here = slice(*np.searchsorted(ids, [part.first, part.first + len(part.weight)]))
-            for table, rows in zip(part.tables, self._rows, strict=True):
-                self._submit(pool, table.numpy(), ids[here] - part.first, rows.numpy()[here])
-        if self._stream is not None:
-            self._arrival = pool.submit(self._upload)
+            for table, rows in zip(part.tables, self._read, strict=True):
+                # In mode "clip", numpy writes straight to `out`, and it lets other threads run meanwhile.
+                np.take(table.numpy(), ids[here] - part.first, 0, rows[here], "clip")
+        return None if self._stream is None else self._upload(self._stream)
 
-    def _submit(self, pool: ThreadPoolExecutor, table: np.ndarray, ids: np.ndarray, rows: np.ndarray) -> None:
-        piece = min(_LONGEST_PIECE, -(-len(ids) // THREADS) or 1)
-        for begin in range(0, len(ids), piece):
-            some = slice(begin, begin + piece)
-            # In mode "clip", numpy writes straight to `out`, and it lets other threads run meanwhile.
-            self._pending.append(pool.submit(np.take, table, ids[some], 0, rows[some], "clip"))
-
-    def _finish(self) -> None:
-        """Wait for the reads, and let the next forward profit from them."""
-        while self._pending:
-            self._pending.pop().result()
-        if self._hot is not None:
-            self._hot.offer(self.row_ids[: self.misses], [rows.numpy()[: self.misses] for rows in self._rows])
-            self._hot = None
-
-    def _upload(self) -> Arrival:
-        self._finish()
+    def _upload(self, stream: SideStream) -> Arrival:
         tensors = [torch.from_numpy(self.row_ids).pin_memory(), *self._rows]
-        return self._stream.run(
-            lambda: [tensor.to(self._stream.device, non_blocking=True) for tensor in tensors], after_current=False
+        return stream.run(
+            lambda: [tensor.to(stream.device, non_blocking=True) for tensor in tensors], after_current=False
         )
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As in [`~memory_engram.RowReader`], of ids that were asked for; waits for them."""
-        if self._arrival is None:
-            self._finish()
-            known, rows = torch.from_numpy(self.row_ids), self._rows
-        else:
-            known, *rows = self._arrival.result().wait()
+        arrival = [step.result() for step in self._steps][-1]
+        known, *rows = [torch.from_numpy(self.row_ids), *self._rows] if arrival is None else arrival.wait()
         known, order = known.sort()
         places = order[torch.searchsorted(known, row_ids.to(known.device))]
         return self._source.typed([some.index_select(0, places) for some in rows])
@@ -165,10 +165,10 @@ class ReadByDevice:
 class Prefetcher:
     """Fetches the rows of all layers of a model ahead of its forward, where that pays.
 
-    For a GPU it always does. On the CPU it pays while rows come from a disk, which is told by the page faults that waited
-    for one: the process counts them anyway, and they include those of other code, which at worst has rows fetched ahead for
-    nothing. Only then rows that are read often are kept, too (see [`~hot_rows_engram.HotRows`]): in warm memory they
-    are at hand where they are.
+    For a GPU it always does. On the CPU it pays while rows come from a disk, which is told by what this process has read
+    from disks: the system counts that anyway, and it includes what other code reads, which at worst has rows fetched ahead
+    for nothing. Only then rows that are read often are kept, too (see [`~hot_rows_engram.HotRows`]): in warm memory
+    they are at hand where they are.
 
     Args:
         tables: of all layers, in the order of the row ids.
@@ -186,9 +186,15 @@ class Prefetcher:
         self.tables, self.when, self.hot_bytes = list(tables), when, hot_bytes
         self.statistics = {"forwards": 0, "prefetched": 0, "rows_asked": 0, "rows_hot": 0, "rows_read": 0}
         self._is_cold = True  # of the first forward nothing is known; after a restart the file is most often cold
-        self._faults, self._rows_read = 0, 0
+        self._blocks, self._rows_read = 0, 0
+        self._begin()
+
+    def _begin(self) -> None:
+        # A forked process inherits neither the thread nor whatever that was writing.
+        self._process = os.getpid()
+        # One: what was asked for first comes first, and is kept when it has come. It ends with its pool, and that with this.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="engram-prefetch")
         self._hot: list[HotRows] | None = None
-        self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self._streams: dict[torch.device, SideStream] = {}
 
     @torch.compiler.disable
@@ -197,10 +203,17 @@ class Prefetcher:
         self.statistics["forwards"] += 1
         if not self._pays(row_ids):
             return None
+        if self._process != os.getpid():
+            self._begin()
         self.statistics["prefetched"] += 1
         self.statistics["rows_asked"] += row_ids.numel()
-        ids = row_ids if self._can_read(row_ids.device) else row_ids.cpu()
-        return tuple(self._fetch(index, some, row_ids.device) for index, some in enumerate(ids))
+        if self._can_read(row_ids.device):
+            return self._have_read(row_ids)
+        fetched = tuple(self._prepare(index, some, row_ids.device) for index, some in enumerate(row_ids.cpu()))
+        for step in (FetchedRows.request, FetchedRows.gather, FetchedRows.keep):
+            for rows in fetched:
+                step(rows, self._pool)
+        return fetched
 
     def _pays(self, row_ids: torch.Tensor) -> bool:
         if self.when == "never" or not all(isinstance(table.source, MappedRows) for table in self.tables):
@@ -213,22 +226,25 @@ class Prefetcher:
         if resource is None or any(isinstance(table.source, PinnedRows) for table in self.tables):
             self._is_cold = False
             return
-        before, self._faults = self._faults, resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-        if self._rows_read:
-            self._is_cold = (self._faults - before) * _ROWS_PER_FAULT > self._rows_read
-        self._rows_read = 0 if self._is_cold else count  # `_fetch` counts those it reads
+        before, self._blocks = self._blocks, resource.getrusage(resource.RUSAGE_SELF).ru_inblock
+        if self.statistics["forwards"] > 1:
+            pages = (self._blocks - before) / _BLOCKS_PER_PAGE
+            self._is_cold = pages * _ROWS_PER_PAGE > self._rows_read
+        self._rows_read = 0 if self._is_cold else count  # `_prepare` counts those it reads
 
     def _can_read(self, device: torch.device) -> bool:
         sources = [table.source for table in self.tables]
         return all(isinstance(source, PinnedRows) and source.is_visible_from(device) for source in sources)
 
-    def _fetch(self, index: int, row_ids: torch.Tensor, device: torch.device) -> RowReader:
-        source, stream = self.tables[index].source, self._stream(device)
-        if row_ids.is_cuda:
-            self.statistics["rows_read"] += row_ids.numel()
-            return ReadByDevice(source, row_ids, stream)
-        fetched = FetchedRows(source, row_ids, self._hot_rows(index), stream)
-        fetched.start(self._threads())
+    def _have_read(self, row_ids: torch.Tensor) -> tuple[ReadByDevice, ...]:
+        self.statistics["rows_read"] += row_ids.numel()
+        stream = self._stream(row_ids.device)
+        return tuple(
+            ReadByDevice(table.source, some, stream) for table, some in zip(self.tables, row_ids, strict=True)
+        )
+
+    def _prepare(self, index: int, row_ids: torch.Tensor, device: torch.device) -> FetchedRows:
+        fetched = FetchedRows(self.tables[index].source, row_ids, self._hot_rows(index), self._stream(device))
         self._rows_read += fetched.misses
         self.statistics["rows_read"] += fetched.misses
         self.statistics["rows_hot"] += len(fetched.row_ids) - fetched.misses
@@ -249,12 +265,6 @@ class Prefetcher:
         if device.type == "cuda" and device not in self._streams:
             self._streams[device] = SideStream(device)
         return self._streams.get(device)
-
-    def _threads(self) -> ThreadPoolExecutor:
-        # A forked process inherits the pool, but not its threads. Threads end with their pool, and the pool with this.
-        if self._pool is None or self._pool[0] != os.getpid():
-            self._pool = os.getpid(), ThreadPoolExecutor(THREADS, thread_name_prefix="engram-prefetch")
-        return self._pool[1]
 
     def __deepcopy__(self, memo: dict) -> "Prefetcher":
         return type(self)(copy.deepcopy(self.tables, memo), self.when, self.hot_bytes)

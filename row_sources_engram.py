@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
@@ -101,6 +102,16 @@ class MappedRows:
         """
         self.require_unchanged()
         return self.typed(gather_bytes(self.parts, row_ids.cpu()))
+
+    def request(self, row_ids: np.ndarray) -> None:
+        """Have the system read what sorted int64 `row_ids` `[n]` lie in, in file order, all at once.
+
+        Does not wait for it, unless for room in the disk's queue. Does nothing where the system takes no such requests.
+        """
+        for part, rows in zip(self.stored.parts, self.parts, strict=True):
+            here = slice(*np.searchsorted(row_ids, [rows.first, rows.first + len(rows.weight)]))
+            for span, size in zip(part.spans.values(), self.row_bytes, strict=True):
+                self._maps[part.file.path].request(span.offset + (row_ids[here] - rows.first) * size, size)
 
     def typed(self, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Stored values and scales (or None) of gathered bytes."""
@@ -240,6 +251,17 @@ class FileMap:
                 raise TableFormatError(f"Tensor {span.name!r} ends too early: its file was cut off; fetch it again.")
             target, offset = target[count:], offset + count
         return rows
+
+    def request(self, offsets: np.ndarray, size: int) -> None:
+        """Begin to read `size` bytes from each of the sorted `offsets`; neighbouring pages are one request."""
+        if not len(offsets) or not hasattr(os, "posix_fadvise"):
+            return
+        first, last = offsets // mmap.PAGESIZE, (offsets + size - 1) // mmap.PAGESIZE
+        begins = np.flatnonzero(np.append(True, first[1:] > last[:-1] + 1))
+        ends = np.append(begins[1:], len(first)) - 1
+        runs = zip((first[begins] * mmap.PAGESIZE).tolist(), ((last[ends] + 1) * mmap.PAGESIZE).tolist(), strict=True)
+        for begin, end in runs:
+            os.posix_fadvise(self.descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def view(self, span: TensorSpan) -> torch.Tensor:
         """A tensor `[R, ...]` as bytes over the file."""

@@ -11,6 +11,7 @@ import re
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from engram_hf import EngramForCausalLM, EngramModel
+from engram_hf.hot_rows_engram import HotRows
 from engram_hf.memory_engram import EngramTable, dequantize_rows, quantize_rows, read_rows
-from engram_hf.prefetch_engram import Prefetcher
+from engram_hf.prefetch_engram import FetchedRows, Prefetcher
 from engram_hf.residency_engram import choose_residency, free_host_memory, gpus_of, is_table_file, save_tables
 from engram_hf.rounding_deepseek_v41 import round_fp8
 from engram_hf.row_sources_engram import MappedRows
@@ -479,6 +481,33 @@ def test_rows_that_are_read_again_are_kept(saved, hot_bytes, share):
     assert (hot == 0) == (share == 0)
     twin = copy.deepcopy(mapped).model.prefetcher
     assert (twin.when, twin.hot_bytes, twin.statistics["rows_hot"]) == ("always", hot_bytes, 0)
+
+
+def test_what_could_not_be_read_is_not_kept(saved):
+    source = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped").model.memories()[1].table.source
+    ids, hot = torch.arange(20), HotRows(source.row_bytes, 100_000)
+    rows = FetchedRows(source, ids, hot)
+    rows._rows[0] = rows._rows[0][:, :1]  # so that reading fails, as it would on a broken disk
+    with ThreadPoolExecutor(1) as pool:
+        for step in (rows.request, rows.gather, rows.keep):
+            step(pool)
+    with pytest.raises(ValueError):
+        rows.fetch(ids)
+    assert not hot.find(ids.numpy())[0].any()
+
+
+def test_a_fork_while_rows_are_being_kept(saved):
+    model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped")
+    model.model.prefetcher.when = "always"
+    expected, context = logits(saved[0])[0, 0, :3].tolist(), multiprocessing.get_context("fork")
+    logits(model)
+    with model.model.prefetcher._hot[0]._lock:  # held by nobody in the child, who could not wait for it
+        queue = context.Queue()
+        process = context.Process(target=lambda: queue.put(logits(model)[0, 0, :3].tolist()))
+        process.start()
+        found = queue.get(timeout=60)
+    process.join()
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
 
 
 def test_parts_are_fetched_ahead_like_one_file(tmp_path):
