@@ -118,6 +118,7 @@ class FetchedRows:
         return [rows.numpy()[: self.misses] for rows in self._rows]
 
     def _gather(self) -> Arrival | None:
+        self._source.require_unchanged()  # again: the pages may have taken a while
         ids = self.row_ids[: self.misses]
         for part in self._source.parts:
             here = slice(*np.searchsorted(ids, [part.first, part.first + len(part.weight)]))

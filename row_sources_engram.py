@@ -187,6 +187,9 @@ class PinnedRows(MappedRows):
             return self.typed(gather_bytes([self._views[row_ids.device]], row_ids))
         return self.typed(gather_bytes(self.parts, row_ids.cpu()))
 
+    def request(self, row_ids: np.ndarray) -> None:
+        """Nothing to do: rows are in memory."""
+
     def is_visible_from(self, device: torch.device) -> bool:
         """Whether a device can read the memory itself."""
         if device.type != "cuda":

@@ -67,9 +67,7 @@ def cold(table: StoredTable, path: Path, count: int, repeats: int) -> None:
             results[name].append(read(table, ids))
     times = {name: sorted(some)[repeats // 2] for name, some in results.items()}
     for name, seconds in times.items():
-        print(
-            f"cold, {count} rows, {name:18} {seconds:6.2f} s  {count / seconds / 1e3:6.1f} k rows/s  {results[name]}"
-        )
+        print(f"cold, {count} rows, {name:18} {seconds:6.2f} s  {count / seconds / 1e3:6.1f} k rows/s")
     print(
         f"prefetching: {times['lookup alone'] / times['with prefetching']:.2f}x faster than without, "
         f"{times['with prefetching'] / times['parallel reads']:.2f}x the time of parallel reads"

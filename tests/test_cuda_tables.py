@@ -1,5 +1,7 @@
 """Tables beside a model on a GPU. They stay in files or in host memory, and their rows go to the GPU on a stream of its own."""
 
+import gc
+
 import pytest
 import torch
 from tiny_backbones import build, random_ids
@@ -87,4 +89,5 @@ def test_pinned_memory_is_given_back(folder):
     table = source.parts[0].weight
     assert table.is_pinned()
     del source
+    gc.collect()
     assert not table.is_pinned()
