@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import cached_files, extract_commit_hash
 
@@ -172,3 +172,20 @@ def _choose_shards(name_or_path: str | os.PathLike, kwargs: dict[str, Any], inde
 def take_first_layers(config: PreTrainedConfig) -> FirstLayers | None:
     """What [`choose_first_layers`] left on the config for the load of this model; the config loses it."""
     return vars(config).pop(_NOTE, None)
+
+
+def undo_renamings_of_memory(model: PreTrainedModel, mapping: list[WeightTransform]) -> list[WeightRenaming]:
+    """Renamings that give the memory its names back, to be applied after those of the backbone.
+
+    A backbone whose checkpoints have other names than its modules renames every key below it that fits a pattern, and
+    the memory's may fit by accident: DeepSeek-V4 turns each `q_norm` into `q_a_norm`.
+    """
+    renamings = [copy.deepcopy(transform) for transform in mapping if isinstance(transform, WeightRenaming)]
+    undo = {}
+    for key in model.state_dict():
+        renamed = key
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        if ".engram." in key and renamed != key:
+            undo[renamed.split(".engram.")[1]] = key.split(".engram.")[1]
+    return [WeightRenaming(f".engram.{renamed}", f".engram.{name}") for renamed, name in undo.items()]

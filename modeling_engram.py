@@ -6,7 +6,6 @@ forward. What they read is decided once per forward, from token ids alone, and t
 Shape letters: B batch, S positions, G residual streams, D hidden size, L Engram layers, T hash heads of all orders.
 """
 
-import copy
 import dataclasses
 import inspect
 import os
@@ -17,19 +16,18 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.core_model_loading import WeightRenaming, WeightTransform
-from transformers.integrations.accelerate import get_device
 
 from .cache_engram import EngramHistoryLayer, attach_history
 from .card_engram import write_model_card
-from .checkpoint_engram import choose_first_layers, take_first_layers
+from .checkpoint_engram import choose_first_layers, take_first_layers, undo_renamings_of_memory
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD, NgramHasher, as_token_map
 from .layer_engram import EngramInputs, EngramMemory, EngramRMSNorm, add_memory_to_layer
 from .memory_engram import EngramTable
 from .modeling_deepseek_v41 import DeepseekV41TextModel
 from .prefetch_engram import Prefetcher
-from .residency_engram import FoundTables, find_tables, is_table_file, save_tables
+from .quantization_engram import inherit_quantization
+from .residency_engram import FoundTables, find_tables, is_table_file, leave_tables_on_disk, save_tables
 
 # Imported for its registration: a V4.1 model is to load as remote code, where nothing else would bring its backbone.
 KNOWN_BACKBONES = (DeepseekV41TextModel,)
@@ -114,9 +112,9 @@ class EngramPreTrainedModel(PreTrainedModel):
         if first_layers is not None:
             checkpoint_files, load_config = first_layers.prepare(model, checkpoint_files, load_config)
         mapping = load_config.weight_mapping or []
-        mapping = [*mapping, *_undo_renamings_of_memory(model, mapping)]
+        mapping = [*mapping, *undo_renamings_of_memory(model, mapping)]
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
-        _leave_tables_on_disk(model, load_config.device_map)
+        leave_tables_on_disk(model, load_config.device_map)
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
@@ -207,36 +205,11 @@ class EngramPreTrainedModel(PreTrainedModel):
         return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
-def _undo_renamings_of_memory(model: PreTrainedModel, mapping: list[WeightTransform]) -> list[WeightRenaming]:
-    """Renamings that give the memory its names back, to be applied after those of the backbone.
-
-    A backbone whose checkpoints have other names than its modules renames every key below it that fits a pattern, and
-    the memory's may fit by accident: DeepSeek-V4 turns each `q_norm` into `q_a_norm`.
-    """
-    renamings = [copy.deepcopy(transform) for transform in mapping if isinstance(transform, WeightRenaming)]
-    undo = {}
-    for key in model.state_dict():
-        renamed = key
-        for renaming in renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
-        if ".engram." in key and renamed != key:
-            undo[renamed.split(".engram.")[1]] = key.split(".engram.")[1]
-    return [WeightRenaming(f".engram.{renamed}", f".engram.{name}") for renamed, name in undo.items()]
-
-
 def _hold_hash(hashing: NgramHasher) -> None:
     """Bring back what `offload_buffers` took away: the hash is used outside of its forward too, and is small."""
     if any(buffer.is_meta for buffer in hashing.buffers()):
         hashing._hf_hook.pre_forward(hashing)
         hashing._hf_hook.offload = False
-
-
-def _leave_tables_on_disk(model: PreTrainedModel, device_map: dict | None) -> None:
-    """Map the tables, out of files of their own, that a device map sends to the disk: that is where they are."""
-    for name, module in model.named_modules():
-        from_file = isinstance(module, EngramTable) and module.unread is not None
-        if from_file and get_device(device_map, f"{name}.weight") == "disk":
-            module.mount(module.unread)
 
 
 class EngramModel(EngramPreTrainedModel):
@@ -569,7 +542,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         model = cls(config, host)
         model.model.hashing.to(host.device)
         model.generation_config = host.generation_config
-        _inherit_quantization(model, host)
+        inherit_quantization(model, host)
         for memory in model.model.memories().values():
             memory.silence()
         if tokenizer is not None and config.engram_compressed_vocab_size is not None:
@@ -722,43 +695,6 @@ def _host_parts(host: PreTrainedModel) -> dict[str, str]:
             "needs a plain causal language model."
         )
     return names
-
-
-def _inherit_quantization(model: EngramForCausalLM, host: PreTrainedModel) -> None:
-    """Say of a model on a quantized host what it is: transformers saves, and PEFT adapts, such layers in their own way.
-
-    Loading such a model quantizes every layer that its config does not name as left out, so all that are not are named.
-    """
-    if getattr(host, "hf_quantizer", None) is None:
-        return
-    config = copy.deepcopy(host.hf_quantizer.quantization_config)
-    names = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
-    skipped = next((name for name in names if hasattr(config, name)), None)
-    if skipped is None:
-        raise ValueError(
-            f"A {type(config).__name__} cannot leave the memory out of what it quantizes; add memory to the backbone "
-            "before it is quantized."
-        )
-    setattr(config, skipped, _unquantized_modules(model.model) + ["lm_head"] * _is_unquantized(model.lm_head))
-    for flag in ("is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if hasattr(host, flag):
-            setattr(model, flag, getattr(host, flag))
-    model.hf_quantizer = copy.copy(host.hf_quantizer)
-    model.hf_quantizer.quantization_config = model.config.quantization_config = config
-    del host.config.quantization_config  # of the backbone alone, and no longer true of it
-
-
-def _unquantized_modules(model: EngramModel) -> list[str]:
-    # Patterns, from the root of a model with head or without: not every quantizer takes the end of a name.
-    return [f"(model.)?{name}" for name, module in model.named_modules() if _is_unquantized(module)]
-
-
-def _is_unquantized(module: nn.Module) -> bool:
-    """Whether a linear layer, or one of stacked experts, has only matrices of ordinary floats."""
-    matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
-    is_candidate = isinstance(module, nn.Linear) or any(matrix.dim() > 2 for matrix in matrices)
-    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    return is_candidate and all(type(matrix) is nn.Parameter and matrix.dtype in floats for matrix in matrices)
 
 
 EngramModel.register_for_auto_class("AutoModel")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
+from transformers.integrations.accelerate import get_device
 from transformers.utils import logging
 
 from .checkpoint_engram import find_weights, resolver
@@ -102,6 +104,14 @@ class FoundTables:
             described = self.tables[layer].description
             if described is not None:
                 require_same_hash(described, model.hashing, index)
+
+
+def leave_tables_on_disk(model: PreTrainedModel, device_map: dict | None) -> None:
+    """Map the tables, out of files of their own, that a device map sends to the disk: that is where they are."""
+    for name, module in model.named_modules():
+        from_file = isinstance(module, EngramTable) and module.unread is not None
+        if from_file and get_device(device_map, f"{name}.weight") == "disk":
+            module.mount(module.unread)
 
 
 def find_tables(name_or_path, residency: str = "auto", **kwargs) -> FoundTables | None:

@@ -30,6 +30,7 @@ FAMILIES = [
         "cache_engram",
         "layer_engram",
         "card_engram",
+        "quantization_engram",
         "modeling_engram",
     ],
     [

@@ -45,6 +45,7 @@ ROOT_FILES = {
     "prefetch_engram.py",
     "cache_engram.py",
     "layer_engram.py",
+    "quantization_engram.py",
     "modeling_engram.py",
     "configuration_deepseek_v41.py",
     "modeling_deepseek_v41.py",
