@@ -118,7 +118,7 @@ class EngramTable(nn.Module):
     def _steps(self) -> Iterable[int]:
         firsts = range(0, self.num_rows, _INIT_ROWS)
         # What is read from files may take minutes.
-        return firsts if self.unread is None else logging.tqdm(firsts, desc="Reading a memory table", leave=False)
+        return firsts if self.unread is None else logging.tqdm(firsts, desc="Reading a memory table", delay=1)
 
     def _noise(self, count: int, std: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         noise = torch.empty((count, self.width), device=self.weight.device, dtype=self.row_dtype).normal_(std=std)

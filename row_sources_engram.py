@@ -174,7 +174,7 @@ class PinnedRows(MappedRows):
         for table in tables:
             _lock_pages(self, table)
         step, name = max(1, _READ_BYTES // max(self.row_bytes)), f"Reading the table of layer {self.stored.layer}"
-        with logging.tqdm(total=self.stored.size, desc=name, unit="B", unit_scale=True) as progress:
+        with logging.tqdm(total=self.stored.size, desc=name, unit="B", unit_scale=True, delay=1) as progress:
             for first, kind, rows in self.scan(("weight", "scale"), step):
                 table = tables[0 if kind == "weight" else 1]
                 table[first : first + len(rows)].copy_(rows.view(torch.uint8))

@@ -19,7 +19,7 @@ IDS = random_ids(2, 9)
 @pytest.fixture(scope="module", params=[None, "float8_e4m3fn", "int8"])
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    build("qwen3", "v4.1", engram_table_dtype=request.param).save_pretrained(path)
+    build("qwen3", "v4.1", engram_table_dtype=request.param, engram_head_dim=32).save_pretrained(path)
     return path
 
 
