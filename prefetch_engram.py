@@ -186,8 +186,7 @@ class Prefetcher:
             raise ValueError(f"Prefetching is {when!r}; it must be 'cold', 'always' or 'never'.")
         self.tables, self.when, self.hot_bytes = list(tables), when, hot_bytes
         self.statistics = {"forwards": 0, "prefetched": 0, "rows_asked": 0, "rows_hot": 0, "rows_read": 0}
-        self._is_cold = True  # of the first forward nothing is known; after a restart the file is most often cold
-        self._blocks, self._rows_read = 0, 0
+        self._is_cold, self._pages, self._rows_read = True, 0, None
         self._begin()
 
     def _begin(self) -> None:
@@ -195,14 +194,16 @@ class Prefetcher:
         self._process = os.getpid()
         # One: what was asked for first comes first, and is kept when it has come. It ends with its pool, and that with this.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="engram-prefetch")
-        self._hot: list[HotRows] | None = None
+        self._hot: tuple[int, list[HotRows]] | None = None
         self._streams: dict[torch.device, SideStream] = {}
 
     @torch.compiler.disable
     def start(self, row_ids: torch.Tensor) -> tuple[RowReader, ...] | None:
         """Begin to fetch the rows `row_ids` `[L, ...]`; None if the layers had better read them themselves."""
         self.statistics["forwards"] += 1
-        if not self._pays(row_ids):
+        pays = self._pays(row_ids.is_cuda)
+        self._rows_read = 0 if pays else row_ids.numel()  # `_prepare` counts those it reads
+        if not pays:
             return None
         if self._process != os.getpid():
             self._begin()
@@ -216,22 +217,19 @@ class Prefetcher:
                 step(rows, self._pool)
         return fetched
 
-    def _pays(self, row_ids: torch.Tensor) -> bool:
+    def _pays(self, is_cuda: bool) -> bool:
         if self.when == "never" or not all(isinstance(table.source, MappedRows) for table in self.tables):
             return False
-        self._note_whether_cold(row_ids.numel())
-        return self.when == "always" or self._is_cold or row_ids.is_cuda
+        self._is_cold = self._came_from_disk()
+        return self.when == "always" or self._is_cold or is_cuda
 
-    def _note_whether_cold(self, count: int) -> None:
-        """See whether the last rows that were read had to wait for a disk; `count` are asked for now."""
+    def _came_from_disk(self) -> bool:
+        """Whether the rows that were read last had to come from a disk."""
         if resource is None or any(isinstance(table.source, PinnedRows) for table in self.tables):
-            self._is_cold = False
-            return
-        before, self._blocks = self._blocks, resource.getrusage(resource.RUSAGE_SELF).ru_inblock
-        if self.statistics["forwards"] > 1:
-            pages = (self._blocks - before) / _BLOCKS_PER_PAGE
-            self._is_cold = pages * _ROWS_PER_PAGE > self._rows_read
-        self._rows_read = 0 if self._is_cold else count  # `_prepare` counts those it reads
+            return False
+        before, self._pages = self._pages, _pages_from_disks()
+        # Of the first forward nothing is known; after a restart the file is most often cold.
+        return self._rows_read is None or (self._pages - before) * _ROWS_PER_PAGE > self._rows_read
 
     def _can_read(self, device: torch.device) -> bool:
         sources = [table.source for table in self.tables]
@@ -254,13 +252,12 @@ class Prefetcher:
     def _hot_rows(self, index: int) -> HotRows | None:
         if not self.hot_bytes or not (self._is_cold or self.when == "always"):
             return None
-        if self._hot is None:
+        if self._hot is None or self._hot[0] != self.hot_bytes:
             rows = sum(table.num_rows for table in self.tables)
             shares = [self.hot_bytes * table.num_rows // rows for table in self.tables]
-            self._hot = [
-                HotRows(table.source.row_bytes, share) for table, share in zip(self.tables, shares, strict=True)
-            ]
-        return self._hot[index]
+            caches = [HotRows(table.source.row_bytes, share) for table, share in zip(self.tables, shares, strict=True)]
+            self._hot = self.hot_bytes, caches
+        return self._hot[1][index]
 
     def _stream(self, device: torch.device) -> SideStream | None:
         if device.type == "cuda" and device not in self._streams:
@@ -272,3 +269,9 @@ class Prefetcher:
 
     def __reduce__(self):
         return type(self), (self.tables, self.when, self.hot_bytes)
+
+
+def _pages_from_disks() -> int:
+    """Pages that this process has had read so far: by asking for them, or (some file systems count only that) by waiting."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return max(usage.ru_inblock // _BLOCKS_PER_PAGE, usage.ru_majflt)

@@ -479,6 +479,11 @@ def test_rows_that_are_read_again_are_kept(saved, hot_bytes, share):
     hot, read = (prefetcher.statistics[name] - before[name] for name in ("rows_hot", "rows_read"))
     assert hot >= share * (hot + read)
     assert (hot == 0) == (share == 0)
+    prefetcher.hot_bytes += 50_000  # another size takes effect at once
+    before = dict(prefetcher.statistics)
+    logits(mapped)
+    assert prefetcher.statistics["rows_hot"] == before["rows_hot"]
+    prefetcher.hot_bytes -= 50_000
     twin = copy.deepcopy(mapped).model.prefetcher
     assert (twin.when, twin.hot_bytes, twin.statistics["rows_hot"]) == ("always", hot_bytes, 0)
 
@@ -501,7 +506,7 @@ def test_a_fork_while_rows_are_being_kept(saved):
     model.model.prefetcher.when = "always"
     expected, context = logits(saved[0])[0, 0, :3].tolist(), multiprocessing.get_context("fork")
     logits(model)
-    with model.model.prefetcher._hot[0]._lock:  # held by nobody in the child, who could not wait for it
+    with model.model.prefetcher._hot[1][0]._lock:  # held by nobody in the child, who could not wait for it
         queue = context.Queue()
         process = context.Process(target=lambda: queue.put(logits(model)[0, 0, :3].tolist()))
         process.start()
