@@ -6,13 +6,12 @@ the Hub's log tells them apart.
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from child_processes import WITHOUT_PACKAGE, finish, start
 from hub_server import TOKEN, HubServer, client_environment
 from tiny_backbones import random_ids, randomize
 from transformers import LlamaConfig
@@ -21,15 +20,10 @@ from engram_hf import EngramConfig, EngramForCausalLM
 
 COUNT = 2  # of four layers; layers 1 and 3 have a memory
 TABLES = {1: "engram-layer-00001.safetensors", 3: "engram-layer-00003.safetensors"}
-SECONDS = 180
-
-LOAD = """
+LOAD = (
+    WITHOUT_PACKAGE
+    + """
 import sys, json
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "engram_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,6 +64,7 @@ load("single", "me/single", COUNT)
 np.savez(outputs_file, **outputs)
 print(json.dumps(said))
 """
+)
 
 
 def build() -> EngramForCausalLM:
@@ -148,14 +143,11 @@ def loaded(folders, tmp_path_factory) -> Loaded:
         commit("single", "single")
         first_commit = commit("revisions", "sharded")
         commit("revisions", "single")
-        command = [sys.executable, "-c", LOAD.replace("COUNT", str(COUNT)), first_commit, "ids.npy", "outputs.npz"]
         env = client_environment(hub, folder / "home", HF_TOKEN=TOKEN)
-        done = subprocess.run(
-            command, env=env, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        code = LOAD.replace("COUNT", str(COUNT))
+        said = finish(start(code, first_commit, "ids.npy", "outputs.npz", env=env, cwd=folder))
         with np.load(folder / "outputs.npz") as outputs:
-            return Loaded(hub, folders, json.loads(done.stdout.splitlines()[-1]), dict(outputs))
+            return Loaded(hub, folders, said, dict(outputs))
 
 
 CASES = [

@@ -5,12 +5,10 @@ imported. The tests look at what they left on the Hub, in the cache, and in the 
 a repository has whole commits and a cache whole files.
 """
 
-import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from child_processes import SECONDS, WITHOUT_PACKAGE, finish, start
 from hub_server import TOKEN, Fault, HubServer, Request, client_environment
 from huggingface_hub import ModelCard
 from tiny_backbones import BACKBONES, randomize
@@ -30,7 +29,6 @@ TEXT = "the café THE cafe w7 w8 w9 Café"
 HANDWRITTEN = "---\nlicense: mit\ntags:\n- mine\n---\n\n# Written by hand\n\nEvery word of it.\n"
 UNNEEDED = {"original/consolidated.safetensors", "pytorch_model.bin", "training.log"}
 UPLOAD = "Upload EngramForCausalLM"
-SECONDS = 120
 
 PUSH = """
 import json, os, sys
@@ -75,13 +73,10 @@ np.savez(logits_file, **answers)
 print(json.dumps({"killed_by": killed_by, "first": first, "second": second}))
 """
 
-LOAD = """
+LOAD = (
+    WITHOUT_PACKAGE
+    + """
 import json, sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "engram_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -101,11 +96,15 @@ answers["mapped"] = logits("me/mapped", engram_residency="mapped")
 np.savez(logits_file, **answers)
 print(json.dumps({"compressed": tokenizer.compressed_vocab_size, "known": "engram_hf" in sys.modules}))
 """
+)
 
-DOWNLOAD = """
+DOWNLOAD = (
+    WITHOUT_PACKAGE
+    + """
 from huggingface_hub import snapshot_download
 snapshot_download("me/model", allow_patterns="model*.safetensors")
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -140,23 +139,6 @@ def hub(tmp_path_factory):
         mine.commit("main", "card", {"README.md": server.store(HANDWRITTEN.encode())})
         yield server
     assert server_threads() == before
-
-
-def start(code: str, *arguments: object, env: dict[str, str], cwd: Path) -> subprocess.Popen:
-    """A Python process that runs `code`."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=env, cwd=cwd, stdout=pipe, stderr=pipe, text=True)
-
-
-def finish(process: subprocess.Popen) -> dict:
-    """Wait for a process; what its last line says."""
-    try:
-        output, errors = process.communicate(timeout=SECONDS)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
-    return json.loads(output.splitlines()[-1])
 
 
 def wait_for(fault: Fault, process: subprocess.Popen) -> None:

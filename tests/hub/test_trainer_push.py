@@ -1,10 +1,7 @@
 """What `Trainer` pushes by itself: a model with mapped tables, trained, is whole on the Hub and loads by name without the package."""
 
-import json
-import subprocess
-import sys
-
 import pytest
+from child_processes import WITHOUT_PACKAGE, finish, start
 from hub_server import TOKEN, HubServer, client_environment
 from tiny_backbones import build
 
@@ -27,9 +24,10 @@ model.eval()
 with torch.no_grad():
     print(json.dumps(model(examples[0]["input_ids"][None]).logits[0, -1].tolist()))
 """
-LOAD = """
-import json, sys
-sys.modules["engram_hf"] = None
+LOAD = (
+    WITHOUT_PACKAGE
+    + """
+import json
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -38,25 +36,19 @@ row = torch.randint(3, 100, (8, 12), generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
     print(json.dumps(model(row[None]).logits[0, -1].tolist()))
 """
-
-
-def run(code: str, *arguments: object, env: dict[str, str], cwd) -> list[float]:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+)
 
 
 def test_a_trained_model_with_mapped_tables(tmp_path):
     build("qwen3", "v4.1", engram_table_dtype="float8_e4m3fn", engram_head_dim=32).save_pretrained(tmp_path / "start")
     with HubServer(tmp_path / "hub") as hub:
         env = client_environment(hub, tmp_path / "home", HF_TOKEN=TOKEN)
-        trained = run(TRAIN, tmp_path / "start", env=env, cwd=tmp_path)
+        trained = finish(start(TRAIN, tmp_path / "start", env=env, cwd=tmp_path))
         files = hub.files("me/trained")
-        loaded = run(LOAD, env=client_environment(hub, tmp_path / "other-home"), cwd=tmp_path)
-        start = run(LOAD.replace("me/trained", str(tmp_path / "start")), env=env, cwd=tmp_path)
+        loaded = finish(start(LOAD, env=client_environment(hub, tmp_path / "other-home"), cwd=tmp_path))
+        before = finish(start(LOAD.replace("me/trained", str(tmp_path / "start")), env=env, cwd=tmp_path))
     assert loaded == pytest.approx(trained, abs=1e-5)
-    assert start != pytest.approx(trained, abs=1e-2)  # it did learn something
+    assert before != pytest.approx(trained, abs=1e-2)  # it did learn something
     tables = {name for name in files if name.startswith("engram-layer-")}
     assert {"README.md", "config.json", "engram_tables.json", "model.safetensors", "modeling_engram.py"} <= files
     assert len(tables) == 2
