@@ -20,7 +20,8 @@ from transformers.utils.hub import cached_files, extract_commit_hash
 from .configuration_engram import EngramConfig, as_decoder_config
 from .safetensors_engram import read_json, read_weight_map
 
-logger = logging.get_logger(__name__)
+# Below its own loggers, so that the verbosity that is set for transformers holds here, too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 _ORIGIN = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder", "local_files_only")
 # Rides on the config of the one call that loads the model, for want of another way through `from_pretrained`.

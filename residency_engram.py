@@ -33,7 +33,8 @@ from .table_format_engram import (
     tables_in_checkpoint,
 )
 
-logger = logging.get_logger(__name__)
+# Below its own loggers, so that the verbosity that is set for transformers holds here, too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 RESIDENCIES = ("auto", "resident", "mapped", "pinned")
 # What `auto` lets tables take of the memory that is free: beside them the backbone, a cache and other processes live.

@@ -19,6 +19,7 @@ import torch
 from tiny_backbones import build, random_ids
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from engram_hf import EngramForCausalLM, EngramModel
 from engram_hf.hot_rows_engram import HotRows
@@ -302,9 +303,15 @@ def test_auto_says_what_it_chose(caplog):
     assert choose_residency(3 * gigabyte, 8 * gigabyte, None) == "mapped"
     assert choose_residency(3 * gigabyte, 8 * gigabyte, 80 * gigabyte) == "resident"
     assert choose_residency(30 * gigabyte, 80 * gigabyte, 80 * gigabyte) == "pinned"
-    with caplog.at_level(logging.INFO, logger="engram_hf.residency_engram"):
+    library, level = logging.getLogger("transformers"), transformers_logging.get_verbosity()
+    library.addHandler(caplog.handler)
+    transformers_logging.set_verbosity_info()
+    try:
         assert choose_residency(99 * gigabyte, 80 * gigabyte, 80 * gigabyte) == "mapped"
         assert choose_residency(2 * gigabyte, 80 * gigabyte, None) == "resident"
+    finally:
+        transformers_logging.set_verbosity(level)
+        library.removeHandler(caplog.handler)
     assert "Memory tables of 106.3 GB are mapped, not parameters" in caplog.text
     assert "Memory tables of 2.1 GB are resident" in caplog.text
 

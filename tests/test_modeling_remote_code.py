@@ -1,23 +1,19 @@
 """A saved folder is all that is needed: nothing here lets the child processes import `engram_hf`."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from child_processes import WITHOUT_PACKAGE, run_elsewhere
 from tiny_backbones import LAYER_IDS, build, built, tiny_tokenizer
 
 from engram_hf import EngramForCausalLM
 
 # Refusing the import is stronger than hiding the path: an editable install adds its own finder.
-PRELUDE = """
+PRELUDE = (
+    WITHOUT_PACKAGE
+    + """
 import json, sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "engram_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 def opened(auto, folder):
@@ -31,6 +27,7 @@ def generate(folder, prompts):
     tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     return model, tokenizer, tokens.tolist()
 """
+)
 PROMPTS = ["word1 Word2 word3", "Word9 <unk> word5 word6 word40"]
 ROOT_FILES = {
     "configuration_engram.py",
@@ -79,29 +76,8 @@ def folder(model, tokenizer, tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """Run code after PRELUDE in a fresh process, elsewhere, with its own module cache; returns what it prints."""
-
-    def _run(code: str):
-        elsewhere = tmp_path / "elsewhere"
-        elsewhere.mkdir(exist_ok=True)
-        environment = {
-            "PATH": "",
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONUTF8": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", PRELUDE + code],
-            cwd=elsewhere,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.strip().splitlines()[-1])
-
-    return _run
+    """Run code after PRELUDE in a fresh process; returns what it prints."""
+    return lambda code: run_elsewhere(PRELUDE + code, tmp_path)
 
 
 def test_the_same_tokens_from_the_folder_alone_and_from_what_it_saves_again(model, tokenizer, folder, tmp_path, run):

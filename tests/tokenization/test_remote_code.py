@@ -1,23 +1,17 @@
 """A saved folder is all that is needed: nothing here lets the child processes import `engram_hf`."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
+from child_processes import WITHOUT_PACKAGE, run_elsewhere
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from engram_hf.tokenization import EngramTokenizer
 
 # Refusing the import is stronger than hiding the path: an editable install adds its own finder.
-PRELUDE = """
+PRELUDE = (
+    WITHOUT_PACKAGE
+    + """
 import json, sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "engram_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
 try:
     import engram_hf
 except ModuleNotFoundError:
@@ -33,33 +27,13 @@ def describe(tok):
             "size": tok.compressed_vocab_size, "module": type(tok).__module__, "class": type(tok).__name__,
             "summary": str(tok.compression_summary())}
 """
+)
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Run code after PRELUDE in a fresh process, elsewhere, with its own module cache; returns what it prints."""
-
-    def _run(code: str) -> dict:
-        elsewhere = tmp_path / "elsewhere"
-        elsewhere.mkdir(exist_ok=True)
-        environment = {
-            "PATH": "",
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONUTF8": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", PRELUDE + code],
-            cwd=elsewhere,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.strip().splitlines()[-1])
-
-    return _run
+    """Run code after PRELUDE in a fresh process; returns what it prints."""
+    return lambda code: run_elsewhere(PRELUDE + code, tmp_path)
 
 
 def test_load_use_grow_save_and_load_again_without_the_package(plain, tmp_path, run):

@@ -1,4 +1,4 @@
-"""Python processes that talk to the Hub of a test as other machines would."""
+"""Python processes that stand for other machines."""
 
 import json
 import subprocess
@@ -18,9 +18,9 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-def start(code: str, *arguments: object, env: dict[str, str], cwd: Path) -> subprocess.Popen:
-    """A Python process that runs `code`."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+def start(code: str, *arguments: object, env: dict[str, str], cwd: Path, isolated: bool = False) -> subprocess.Popen:
+    """A Python process that runs `code`; `isolated` from its folder and its user's packages."""
+    command = [sys.executable, *["-I"] * isolated, "-c", code, *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=env, cwd=cwd, stdout=pipe, stderr=pipe, text=True)
 
@@ -33,3 +33,17 @@ def finish(process: subprocess.Popen) -> Any:
         process.kill()
     assert process.returncode == 0, errors
     return json.loads(output.splitlines()[-1])
+
+
+def run_elsewhere(code: str, home: Path) -> Any:
+    """What code prints last, in JSON, in a process of its own folder, module cache and environment, without network."""
+    elsewhere = home / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    environment = {
+        "PATH": "",
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUTF8": "1",
+    }
+    return finish(start(code, env=environment, cwd=elsewhere, isolated=True))
