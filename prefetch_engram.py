@@ -38,10 +38,11 @@ class SideStream:
     def __init__(self, device: torch.device):
         self.device, self._stream = device, torch.cuda.Stream(device)
 
-    def run(self, read: Callable[[], Sequence[torch.Tensor]], after_current: bool) -> "Arrival":
-        """Queue `read`; `after_current` if it needs what is queued for computing so far."""
-        if after_current:
+    def run(self, read: Callable[[], Sequence[torch.Tensor]], needs: torch.Tensor | None = None) -> "Arrival":
+        """Queue `read`, after what is queued for computing so far if it `needs` a tensor of that."""
+        if needs is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            needs.record_stream(self._stream)  # a forward that is given up does not hold it until it was read
         with torch.cuda.stream(self._stream):
             return Arrival(list(read()), self._stream.record_event())
 
@@ -129,9 +130,7 @@ class FetchedRows:
 
     def _upload(self, stream: SideStream) -> Arrival:
         tensors = [torch.from_numpy(self.row_ids).pin_memory(), *self._rows]
-        return stream.run(
-            lambda: [tensor.to(stream.device, non_blocking=True) for tensor in tensors], after_current=False
-        )
+        return stream.run(lambda: [tensor.to(stream.device, non_blocking=True) for tensor in tensors])
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As in [`~memory_engram.RowReader`], of ids that were asked for; waits for them."""
@@ -154,7 +153,7 @@ class ReadByDevice:
     def __init__(self, source: PinnedRows, row_ids: torch.Tensor, stream: SideStream):
         self.width = source.width
         self._arrival = stream.run(
-            lambda: [rows for rows in source.fetch(row_ids.reshape(-1)) if rows is not None], after_current=True
+            lambda: [rows for rows in source.fetch(row_ids.reshape(-1)) if rows is not None], needs=row_ids
         )
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

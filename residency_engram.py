@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers.integrations.accelerate import get_device
+from transformers.integrations.accelerate import get_device, get_max_memory
 from transformers.utils import logging
 
 from .checkpoint_engram import find_weights, resolver
@@ -39,6 +39,8 @@ logger = logging.get_logger(f"transformers.{__name__}")
 RESIDENCIES = ("auto", "resident", "mapped", "pinned")
 # What `auto` lets tables take of the memory that is free: beside them the backbone, a cache and other processes live.
 _RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
+# Values of `device_map` that have transformers make a map of its own.
+_MADE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass
@@ -185,20 +187,27 @@ def choose_residency(size: int, free_host: int, free_device: int | None) -> str:
 
 
 def _free_memory(kwargs: dict) -> tuple[int, int | None]:
-    """Free bytes of the host, and of the GPUs that a model goes to; None if it goes to none."""
+    """Free bytes of the host, and of the GPUs that a model goes to (None if it goes to none), within `max_memory`."""
+    device_map, limits = kwargs.get("device_map"), kwargs.get("max_memory")
+    # Only where transformers makes the map it looks at limits, which then name all devices that are used.
+    limits = get_max_memory(dict(limits)) if limits and device_map in _MADE_MAPS else None
+
+    def usable(device: int | str, free: int) -> int:
+        return free if limits is None else min(free, limits.get(device, 0))
+
+    host = usable("cpu", free_host_memory())
     if not torch.cuda.is_available():
-        return free_host_memory(), None
-    device_map = kwargs.get("device_map")
+        return host, None
     if device_map is None:
         # What is quantized goes to a GPU unasked.
         device_map = "cuda" if kwargs.get("quantization_config") is not None else torch.get_default_device()
     gpus = gpus_of(device_map, torch.cuda.device_count(), torch.cuda.current_device())
-    return free_host_memory(), sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus) if gpus else None
+    return host, sum(usable(gpu, torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus) or None
 
 
 def gpus_of(device_map, count: int, current: int) -> set[int]:
     """The numbers of the GPUs among `count` that a `device_map` of transformers uses."""
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+    if device_map in _MADE_MAPS:
         return set(range(count))
     targets = device_map.values() if isinstance(device_map, dict) else [device_map]
     names = [f"cuda:{target}" if isinstance(target, int) else str(target) for target in targets]

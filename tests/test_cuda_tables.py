@@ -91,3 +91,13 @@ def test_pinned_memory_is_given_back(folder):
     del source
     gc.collect()
     assert not table.is_pinned()
+
+
+def test_auto_keeps_to_the_limit_of_a_gpu(folder, tmp_path):
+    def choice(**limits):
+        model = EngramForCausalLM.from_pretrained(folder, device_map="auto", offload_folder=tmp_path, **limits)
+        return model.model.memories()[1].table
+
+    assert choice().is_resident
+    assert choice(max_memory={0: 300_000, "cpu": "4GB"}).source.residency == "pinned"
+    assert choice(max_memory={0: 300_000, "cpu": 0}).source.residency == "mapped"

@@ -88,3 +88,18 @@ def test_what_is_on_disk_is_saved(saved, tmp_path, tables, residency):
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert torch.equal(tensor.contiguous().view(torch.uint8), expected[name].contiguous().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("limit", [300_000, "300KB"])
+def test_auto_keeps_to_max_memory(saved, tmp_path, limit):
+    model, folder = saved
+
+    def load(**options):
+        return EngramForCausalLM.from_pretrained(
+            folder / "apart", device_map="auto", offload_folder=tmp_path / "offloaded", **options
+        )
+
+    assert load().model.memories()[1].table.is_resident
+    limited = load(max_memory={"cpu": limit})
+    assert limited.model.memories()[1].table.source.residency == "mapped"
+    assert torch.equal(logits(limited), logits(model))
