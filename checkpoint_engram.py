@@ -146,7 +146,7 @@ def choose_first_layers(name_or_path: str | os.PathLike | None, kwargs: dict[str
 
 def _is_shorter(config: PreTrainedConfig, stored: Path | None) -> bool:
     """Whether a checkpoint is told, by its own config, to have more layers than `config`."""
-    fields = {} if stored is None else read_json(stored)
+    fields = {} if stored is None else read_json(stored, constants=True)
     if fields.get("model_type") != EngramConfig.model_type:
         return False
     return config.num_hidden_layers < as_decoder_config(fields.get("text_config")).num_hidden_layers

@@ -15,12 +15,20 @@ from pathlib import Path
 
 # The limit of safetensors' own reader; a longer header is damaged.
 MAX_HEADER_BYTES = 100_000_000
-ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64"), 8),
+# Of all dtypes that safetensors knows.
+ITEM_BITS = {
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor; of those of less than a byte a number, whole bytes."""
+    return math.prod(shape) * ITEM_BITS[dtype] // 8
 
 
 class FileFormatError(ValueError):
@@ -40,12 +48,12 @@ class TensorSpan:
     @property
     def size(self) -> int:
         """Bytes."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return tensor_bytes(self.dtype, self.shape)
 
     def rows(self, start: int, stop: int) -> "TensorSpan":
         """The span of `tensor[start:stop]`."""
-        row_bytes = math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
-        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * row_bytes)
+        skipped = tensor_bytes(self.dtype, (start, *self.shape[1:]))
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + skipped)
 
     def __getitem__(self, index: int) -> "TensorSpan":
         """The span of `tensor[index]`, without its leading dimension."""
@@ -82,6 +90,7 @@ def read_header(path: str | os.PathLike) -> FileHeader:
         FileFormatError: the file is missing, cut off, damaged, or of another format.
     """
     path = Path(path)
+    _require_regular(path)
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -130,12 +139,12 @@ def _read_span(path: Path, data_start: int, name: str, entry) -> TensorSpan:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise FileFormatError(f"{where} is described by {entry!r}, expected dtype, shape and data_offsets.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise FileFormatError(f"{where} has the unknown dtype {dtype!r}; upgrade engram-hf, or fetch the file again.")
     if not are_counts(shape) or not are_counts(offsets) or len(offsets) != 2:
         raise FileFormatError(f"{where} has shape {shape!r} and data_offsets {offsets!r}, expected lists of sizes.")
     span = TensorSpan(path, name, dtype, tuple(shape), data_start + offsets[0])
-    if span.size != offsets[1] - offsets[0]:
+    if span.size != offsets[1] - offsets[0] or math.prod(shape) * ITEM_BITS[dtype] % 8:
         raise FileFormatError(
             f"{where} is {dtype} {shape}, {span.size} bytes, but its data_offsets hold {offsets[1] - offsets[0]}; fetch "
             "the file again."
@@ -148,15 +157,22 @@ def are_counts(value) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def read_json(path: Path) -> dict:
+def _require_regular(path: Path) -> None:
+    """Refuse pipes and devices, which may never end. What is missing, or a folder, is told when it is opened."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FileFormatError(f"{path} is no regular file, but a pipe, socket or device; put the file itself there.")
+
+
+def read_json(path: Path, constants: bool = False) -> dict:
     """Read a file that is one JSON object; see [`parse_json`]."""
+    _require_regular(path)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise FileFormatError(
             f"{path} cannot be read ({error.strerror}); is {path.parent} the right folder?"
         ) from error
-    return parse_json(data, str(path))
+    return parse_json(data, str(path), constants)
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -182,21 +198,24 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 def is_file_name(name) -> bool:
     """Whether `name` names a file of a folder by itself, without a way out of it, on every system."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\:\0]", name)
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\:\0\ud800-\udfff]", name)
 
 
-def parse_json(data: bytes | str, what: str) -> dict:
+def parse_json(data: bytes | str, what: str, constants: bool = False) -> dict:
     """One JSON object in which no name stands twice.
 
     Args:
         what: begins the sentence of an error, such as "The header of x.safetensors".
+        constants: take NaN and infinity, which Python writes (into config.json, say) but JSON does not have.
 
     Raises:
         FileFormatError: it is something else.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique_members)
+        value = json.loads(
+            text, object_pairs_hook=_unique_members, parse_constant=None if constants else _refuse_constant
+        )
     # A number of thousands of digits is a plain ValueError.
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{what} is not valid JSON ({error}); fetch the file again.") from error
@@ -205,6 +224,10 @@ def parse_json(data: bytes | str, what: str) -> dict:
     if not isinstance(value, dict):
         raise FileFormatError(f"{what} must be a JSON object, not {type(value).__name__}.")
     return value
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"it has no {name}")
 
 
 def _unique_members(pairs: list[tuple[str, object]]) -> dict:
@@ -228,7 +251,7 @@ def header_bytes(
     header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, dtype, shape in tensors:
-        start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+        start, end = end, end + tensor_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-(8 + len(text)) % page)

@@ -1,6 +1,7 @@
 """Checks a folder of table files against the whole format: `python -m engram_hf.table_check_engram FOLDER`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from .table_format_engram import (
     StoredTable,
     TableDescription,
     TableFormatError,
+    covers_token_map,
     read_tables,
     token_map_digest,
 )
@@ -70,20 +72,22 @@ def check_folder(folder: str | Path, rows: bool = False) -> list[TableReport]:
 
 
 def _read_token_map(path: Path) -> torch.Tensor | None:
-    if not path.exists():
+    if not os.path.lexists(path):  # a link to nothing is no absent map
         return None
     header = read_header(path)
     span = header.tensors.get("token_map")
     if header.metadata.get("format_version") != "1":
         found = header.metadata.get("format_version")
         raise TableFormatError(f"{path} has format_version {found!r}, expected '1'; upgrade engram-hf.")
-    if span is None or span.dtype != "I32" or len(span.shape) != 1:
+    if span is None or span.dtype != "I32" or len(span.shape) != 1 or span.size == 0:
         raise TableFormatError(f"{path} has no vector `token_map` of I32; save the tokenizer again.")
     with path.open("rb") as file:
         file.seek(span.offset)
         values = torch.frombuffer(bytearray(file.read(span.size)), dtype=torch.int32)
-    if token_map_digest(values) != header.metadata.get("map_sha256"):
-        raise TableFormatError(f"{path} is damaged: its token map has another digest than it says; fetch it again.")
+    if token_map_digest(values) != header.metadata.get("map_sha256") or values.min() < 0:
+        raise TableFormatError(
+            f"{path} is damaged: its token map has another digest than it says, or negative ids; fetch it again."
+        )
     return values
 
 
@@ -94,7 +98,8 @@ def _check_token_map(described: TableDescription | None, token_map: torch.Tensor
         return "none"
     if token_map is None:
         return "absent"
-    if token_map_digest(token_map[: described.token_map_ids]) != described.token_map_sha256:
+    outside = (token_map[: described.token_map_ids] >= described.vocab_size).any()
+    if outside or not covers_token_map(described, token_map):
         raise TableFormatError(
             f"The table of layer {described.layer} was written for another token map than {folder / TOKEN_MAP_NAME}; put "
             "the one back that belongs to the tables."

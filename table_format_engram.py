@@ -168,10 +168,7 @@ def require_same_hash(described: TableDescription, hasher, index: int) -> None:
     if (described.token_map_sha256 is None) != (own.token_map_sha256 is None):
         raise TableFormatError(f"Only one of model and table of layer {own.layer} compresses token ids.")
     # A model that was only just built does not know its tokenizer yet, and tokens may have been added since.
-    if (
-        own.token_map_ids
-        and token_map_digest(hasher.token_map[: described.token_map_ids]) != described.token_map_sha256
-    ):
+    if own.token_map_ids and not covers_token_map(described, hasher.token_map):
         raise TableFormatError(
             f"The table of layer {own.layer} was written for another token map than the model has; use the tokenizer and "
             "weights that belong to the tables."
@@ -189,6 +186,12 @@ def _count_known_ids(token_map: torch.Tensor | None) -> int | None:
 def token_map_digest(token_map: torch.Tensor) -> str:
     """SHA-256 of a token map `[ids]` as little-endian int32, in hex."""
     return hashlib.sha256(token_map.cpu().numpy().astype("<i4").tobytes()).hexdigest()
+
+
+def covers_token_map(described: TableDescription, token_map: torch.Tensor) -> bool:
+    """Whether a token map `[ids]` begins with the one that a table was written for."""
+    covered = token_map[: described.token_map_ids]
+    return len(covered) == described.token_map_ids and token_map_digest(covered) == described.token_map_sha256
 
 
 def _offsets(primes: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -273,6 +276,7 @@ def _description_rules(d: TableDescription) -> list[tuple[bool, str]]:
         ),
         (len(d.primes) == len(d.orders), f"primes has {len(d.primes)} lists for {len(d.orders)} orders"),
         (all(len(order) == d.heads for order in d.primes), f"primes does not list {d.heads} heads for every order"),
+        (all(prime > 0 for order in d.primes for prime in order), "a head has no rows: its prime is 0"),
         (total == d.num_rows, f"the primes sum to {total}, but num_rows is {d.num_rows}"),
         (d.offsets == _offsets(d.primes), "offsets is not the running sum of primes"),
         (
@@ -526,10 +530,16 @@ def require_disjoint(parts: Sequence[TablePart]) -> None:
     Raises:
         TableFormatError: names the tensors.
     """
-    spans = [span for part in parts for span in part.spans.values()]
-    spans.sort(key=lambda span: (str(span.path), span.offset))
-    for span, other in pairwise(spans):
-        if span.path == other.path and other.offset < span.offset + span.size:
+    # By inode: a file may be there under several names.
+    places = {part.file.path: part.file.path.stat() for part in parts}
+    spans = [
+        ((places[span.path].st_dev, places[span.path].st_ino), span.offset, span)
+        for part in parts
+        for span in part.spans.values()
+    ]
+    spans.sort(key=lambda entry: entry[:2])
+    for (file, start, span), (other_file, other_start, other) in pairwise(spans):
+        if file == other_file and other_start < start + span.size:
             raise TableFormatError(
                 f"{span.path} is claimed twice: tensors {span.name!r} and {other.name!r} share bytes; every layer needs a "
                 "region of its own."

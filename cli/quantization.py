@@ -81,7 +81,9 @@ def quantize_model(folder: Path, target: Path, dtype: str) -> None:
     for index in folder.glob("*.safetensors.index.json"):
         write_json(target / index.name, _index_without(index, moved))
     write_manifest(target, entries)
-    write_json(target / "config.json", {**read_json(folder / "config.json"), "engram_table_dtype": dtype})
+    write_json(
+        target / "config.json", {**read_json(folder / "config.json", constants=True), "engram_table_dtype": dtype}
+    )
     print(report)
 
 

@@ -50,7 +50,7 @@ def plan_conversion(source: Source, options) -> Plan:
     from .tensor_rules import bind, check_tensors
 
     folder = source.folder
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", constants=True)
     check_config(config)
     every = bindings = bind(DEEPSEEK_V41, config["text_config"])
     if options.layers is not None:

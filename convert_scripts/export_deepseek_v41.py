@@ -37,7 +37,7 @@ def plan(folder: Path, record: Path) -> Plan:
     from .export_plan import plan_export, read_model
     from .tensor_rules import bind
 
-    ours = read_json(folder / "config.json")
+    ours = read_json(folder / "config.json", constants=True)
     text = ours.get("text_config") or {}
     if ours.get("model_type") != "engram" or text.get("model_type") != "deepseek_v41_text":
         raise ConversionError(

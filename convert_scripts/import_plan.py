@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ..safetensors_engram import ITEM_BYTES, FileHeader, TensorSpan, header_bytes
+from ..safetensors_engram import ITEM_BITS, FileHeader, TensorSpan, header_bytes
 from ..table_format_engram import FORMAT_VERSION as TABLE_FORMAT_VERSION
 from ..table_format_engram import MANIFEST_NAME as TABLES_NAME
 from ..table_format_engram import METADATA_KEY, PAGE, TableDescription
@@ -139,7 +139,7 @@ def _model_files(
 
 def aligned(tensors: list[Tensor]) -> list[Tensor]:
     """Tensors in the order of safetensors' own writer: wide dtypes first, so that every one is aligned; then by name."""
-    return sorted(tensors, key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.name))
+    return sorted(tensors, key=lambda tensor: (-ITEM_BITS[tensor.dtype], tensor.name))
 
 
 def import_tensors(source: Checkpoint, binding: Binding, options: ImportOptions) -> list[Tensor]:

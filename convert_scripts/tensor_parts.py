@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..safetensors_engram import ITEM_BYTES, TensorSpan
+from ..safetensors_engram import TensorSpan, tensor_bytes
 from .number_formats import Storage, decode, encode_scale, encode_weight
 from .safetensors_files import ConversionError
 from .streaming import Computed, Copy, Part, copy_of
@@ -28,7 +28,7 @@ def decoded(weight: TensorSpan, scale: TensorSpan, storage: Storage, shape: tupl
             values = decode(_read(weight.rows(start, stop)), _read(scale_rows), storage)
             yield _to_bytes(values.to(FLOATS[dtype]))
 
-    return Computed(math.prod(shape) * ITEM_BYTES[dtype], produce)
+    return Computed(tensor_bytes(dtype, shape), produce)
 
 
 def cast(span: TensorSpan, dtype: str) -> Part:
@@ -41,7 +41,7 @@ def cast(span: TensorSpan, dtype: str) -> Part:
         for start, stop in _row_chunks(flat.shape, 1):
             yield _to_bytes(_read_values(flat.rows(start, stop)).to(FLOATS[dtype]))
 
-    return Computed(math.prod(span.shape) * ITEM_BYTES[dtype], produce)
+    return Computed(tensor_bytes(dtype, span.shape), produce)
 
 
 def encoded(span: TensorSpan, storage: Storage, scales: bool) -> Part:

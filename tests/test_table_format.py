@@ -159,6 +159,19 @@ def test_an_upstream_shard_is_read_as_it_is(tmp_path):
     assert torch.equal(dequantize_rows(found, found_scale), dequantize_rows(values, scale)[[19, 4]])
 
 
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"])
+def test_a_shard_may_hold_anything_else_that_safetensors_holds(tmp_path, dtype):
+    values, _ = stored_rows("F32", 4)
+    save_file({"rows": values, "other": torch.zeros(24, dtype=torch.uint8)}, tmp_path / "shard.safetensors")
+    shape = [24 * 8 // {"F4": 4, "F6_E2M3": 6, "C64": 64}.get(dtype, 8)]
+    edit_header(tmp_path / "shard.safetensors", lambda header: header["other"].update(dtype=dtype, shape=shape))
+    with safe_open(tmp_path / "shard.safetensors", "pt") as file:
+        assert set(file.keys()) == {"rows", "other"}
+    write_manifest(tmp_path, {0: manifest_entry([("shard.safetensors", (0, 4), {"weight": "rows"})])})
+    found, _ = MappedRows(read_tables(tmp_path)[0]).fetch(torch.arange(4))
+    assert torch.equal(found, values)
+
+
 def test_tables_among_ordinary_weights_are_found_by_name(tmp_path):
     name = "model.backbone.layers.12.engram.table.weight"
     save_file({name: torch.randn(9, 4), "lm_head.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
@@ -323,7 +336,9 @@ def test_a_manifest_of_another_version_or_without_tables_is_refused(tmp_path, ha
         read_tables(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "..", "", ".", "a\\b", "c:x", "a\0b", 3, None])
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "a/b", "..", "", ".", "a\\b", "c:x", "a\0b", "\ud800", 3, None]
+)
 def test_a_manifest_stays_in_its_folder(tmp_path, hasher, name):
     write_folder(tmp_path, hasher)
     edit_json(tmp_path / "engram_tables.json", lambda m: m["tables"]["1"]["weight"][0].update(file=name))
@@ -370,6 +385,38 @@ def test_two_layers_never_share_bytes(tmp_path):
         read_tables(tmp_path)
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_file_of_two_names_is_one_file(tmp_path, link):
+    save_file({"t": torch.zeros(4, 8)}, tmp_path / "one.safetensors")
+    link(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
+    files = {1: "one.safetensors", 2: "two.safetensors"}
+    write_manifest(
+        tmp_path, {layer: manifest_entry([(name, (0, 4), {"weight": "t"})]) for layer, name in files.items()}
+    )
+    with pytest.raises(TableFormatError, match="claimed twice"):
+        read_tables(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["engram_tables.json", "engram-layer-00001.safetensors", "engram_token_map.safetensors"]
+)
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path, hasher, name):
+    write_folder(tmp_path, hasher)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(FileFormatError, match="no regular file"):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_a_manifest_is_json_as_other_languages_read_it(tmp_path, hasher, constant):
+    write_folder(tmp_path, hasher)
+    manifest = tmp_path / "engram_tables.json"
+    manifest.write_text(manifest.read_text().replace("{", f'{{"note": {constant}, ', 1))
+    with pytest.raises(FileFormatError, match="not valid JSON"):
+        read_tables(tmp_path)
+
+
 def test_scales_belong_to_their_rows(tmp_path, hasher):
     write_folder(tmp_path, hasher, "F8_E4M3", parts=2)
     manifest = tmp_path / "engram_tables.json"
@@ -393,6 +440,7 @@ def test_scales_belong_to_their_rows(tmp_path, hasher):
         ({"format_version": 2}, "upgrade engram-hf"),
         ({"multipliers": ...}, "lacks 'multipliers'"),
         ({"primes": [[11, 13], [17, 23]]}, "the primes sum to 64"),
+        ({"primes": [[0, 24], [11, 13]], "offsets": [[0, 0], [24, 35]]}, "its prime is 0"),
         ({"offsets": [[0, 1], [2, 3]]}, "running sum"),
         ({"multipliers": [1, 2, 3]}, "odd numbers"),
         ({"multipliers": [1, 3]}, "odd numbers"),
@@ -466,6 +514,27 @@ def test_the_token_map_belongs_to_the_tables(tmp_path, hasher):
         check_folder(tmp_path)
     write_token_map(tmp_path, TOKEN_MAP, digest="0" * 64)
     with pytest.raises(TableFormatError, match="is damaged"):
+        check_folder(tmp_path)
+    write_token_map(tmp_path, torch.cat([TOKEN_MAP, torch.tensor([-1])]))
+    with pytest.raises(TableFormatError, match="negative ids"):
+        check_folder(tmp_path)
+    write_token_map(tmp_path, TOKEN_MAP[:0])
+    with pytest.raises(TableFormatError, match="no vector `token_map`"):
+        check_folder(tmp_path)
+    (tmp_path / "engram_token_map.safetensors").unlink()
+    (tmp_path / "engram_token_map.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileFormatError, match="cannot be read"):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("token_map", [TOKEN_MAP[:40], TOKEN_MAP.where(TOKEN_MAP != 49, 64)])
+def test_a_token_map_fits_the_vocabulary(tmp_path, hasher, token_map):
+    """A digest that is right does not make up for a map that is too short, or leads outside of the vocabulary."""
+    write_folder(tmp_path, hasher)
+    write_token_map(tmp_path, token_map)
+    for layer in LAYERS:
+        edit_description(tmp_path / table_file_name(layer), token_map_sha256=token_map_digest(token_map[:60]))
+    with pytest.raises(TableFormatError, match="another token map"):
         check_folder(tmp_path)
 
 

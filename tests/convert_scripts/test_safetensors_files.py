@@ -93,6 +93,7 @@ BAD_HEADERS = {
     "three offsets": ({"a": {**entry(), "data_offsets": [0, 4, 8]}}, "lists of sizes"),
     "extra key": ({"a": {**entry(), "byte_order": "big"}}, "expected dtype, shape and data_offsets"),
     "size and shape disagree": ({"a": entry(shape=[3])}, "12 bytes"),
+    "half a byte": ({"a": entry("F4", shape=[17])}, "8 bytes"),
     "hole": ({"a": entry(), "b": entry(start=12, stop=20)}, "leave a hole"),
     "overlap": ({"a": entry(), "b": entry(start=4, stop=12)}, "overlap"),
     "starts late": ({"a": entry(start=4, stop=12)}, "leave a hole"),
