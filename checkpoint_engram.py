@@ -51,7 +51,7 @@ def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callabl
             _raise_exceptions_for_connection_errors=False,
             **options,
         )
-        return None if found is None else Path(found)
+        return None if found is None else Path(found).absolute()  # wherever the process goes later
 
     return resolve
 

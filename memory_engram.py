@@ -207,7 +207,7 @@ def read_rows(source: RowReader, row_ids: torch.Tensor, dtype: torch.dtype | Non
         dtype: of the result; float32 if None.
     """
     ids = row_ids.reshape(-1)
-    rows = torch.empty((ids.numel(), source.width), dtype=dtype or torch.float32)
+    rows = torch.empty((ids.numel(), source.width), dtype=dtype or torch.float32, device="cpu")
     chunk = _CHUNK_ROWS * torch.get_num_threads()
     for some_ids, some_rows in zip(ids.split(chunk), rows.split(chunk), strict=True):
         if some_ids.numel():
@@ -235,7 +235,7 @@ def _decode_float8_fast(rows: torch.Tensor, values: torch.Tensor, scale: torch.T
     has_nan = raw.amax() == 0x7F or values.view(torch.uint8).amax() == 0xFF
     if has_nan or exponents.amax() > _LARGEST_FAST_SCALE or _flushes_subnormals():
         return False
-    decoded = rows if rows.dtype == torch.bfloat16 else torch.empty(rows.shape, dtype=torch.bfloat16)
+    decoded = rows if rows.dtype == torch.bfloat16 else torch.empty_like(rows, dtype=torch.bfloat16)
     decoded.view(torch.int16).copy_(raw).bitwise_left_shift_(4).bitwise_and_(_E4M3_BITS)
     factors = exponents.to(torch.int16).add_(_E8M0_TO_FACTOR).bitwise_left_shift_(7).view(torch.bfloat16)
     if decoded is not rows:
@@ -245,7 +245,7 @@ def _decode_float8_fast(rows: torch.Tensor, values: torch.Tensor, scale: torch.T
 
 
 def _flushes_subnormals() -> bool:
-    return bool((torch.full((1,), 2.0**-130) * 1.0 == 0).item())
+    return bool((torch.full((1,), 2.0**-130, device="cpu") * 1.0 == 0).item())
 
 
 def dequantize_rows(

@@ -115,6 +115,7 @@ class EngramPreTrainedModel(PreTrainedModel):
         mapping = [*mapping, *undo_renamings_of_memory(model, mapping)]
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         leave_tables_on_disk(model, load_config.device_map)
+        model.base_model.prefetch_mounted()
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
@@ -196,7 +197,8 @@ class EngramPreTrainedModel(PreTrainedModel):
 
         Tables that are not parameters are linked to the folder, or copied by the kernel: they have not changed.
         """
-        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+        # Of a sharded model every process calls this, and only the first one writes.
+        if self.should_save_on_this_rank(is_main_process) and not getattr(self, "_hf_peft_config_loaded", False):
             save_tables(self.base_model, save_directory)
         self.config.auto_map = dict(AUTO_MAP)
         # Under the names of the modules: `Trainer` resumes by `load_state_dict`, and would silently skip experts that had
@@ -243,10 +245,15 @@ class EngramModel(EngramPreTrainedModel):
         _inherit_abilities(self, backbone)
         if engram_tables is not None:
             engram_tables.mount(self)
-        self.prefetcher = None
-        if engram_tables is not None and engram_tables.residency != "resident":
-            self.prefetcher = Prefetcher([memory.table for memory in self.memories().values()])
+        self.prefetcher: Prefetcher | None = None
+        self.prefetch_mounted()
         self.post_init()
+
+    def prefetch_mounted(self) -> None:
+        """Have rows fetched ahead if the tables are no parameters."""
+        tables = [memory.table for memory in self.memories().values()]
+        if self.prefetcher is None and not any(table.is_resident for table in tables):
+            self.prefetcher = Prefetcher(tables)
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's token embedding."""

@@ -90,7 +90,7 @@ class FetchedRows:
         self.row_ids = np.concatenate([row_ids[~found], row_ids[found]])
         self.misses = len(row_ids) - int(found.sum())
         self._rows = [
-            torch.empty((len(row_ids), size), dtype=torch.uint8, pin_memory=stream is not None)
+            torch.empty((len(row_ids), size), dtype=torch.uint8, device="cpu", pin_memory=stream is not None)
             for size in source.row_bytes
         ]
         for rows, some in zip(self._rows, kept, strict=False):
@@ -181,8 +181,6 @@ class Prefetcher:
     """
 
     def __init__(self, tables: Sequence[EngramTable], when: str = "cold", hot_bytes: int = HOT_BYTES):
-        if when not in ("cold", "always", "never"):
-            raise ValueError(f"Prefetching is {when!r}; it must be 'cold', 'always' or 'never'.")
         self.tables, self.when, self.hot_bytes = list(tables), when, hot_bytes
         self.statistics = {"forwards": 0, "prefetched": 0, "rows_asked": 0, "rows_hot": 0, "rows_read": 0}
         self._is_cold, self._pages, self._rows_read = True, 0, None
@@ -195,6 +193,17 @@ class Prefetcher:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="engram-prefetch")
         self._hot: tuple[int, list[HotRows]] | None = None
         self._streams: dict[torch.device, SideStream] = {}
+
+    @property
+    def when(self) -> str:
+        """`"cold"`, `"always"` or `"never"`; takes effect with the next forward."""
+        return self._when
+
+    @when.setter
+    def when(self, when: str) -> None:
+        if when not in ("cold", "always", "never"):
+            raise ValueError(f"Prefetching is {when!r}; it must be 'cold', 'always' or 'never'.")
+        self._when = when
 
     @torch.compiler.disable
     def start(self, row_ids: torch.Tensor) -> tuple[RowReader, ...] | None:
@@ -249,7 +258,7 @@ class Prefetcher:
         return fetched
 
     def _hot_rows(self, index: int) -> HotRows | None:
-        if not self.hot_bytes or not (self._is_cold or self.when == "always"):
+        if self.hot_bytes <= 0 or not (self._is_cold or self.when == "always"):
             return None
         if self._hot is None or self._hot[0] != self.hot_bytes:
             rows = sum(table.num_rows for table in self.tables)

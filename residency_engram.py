@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import get_device, get_max_memory
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from .checkpoint_engram import find_weights, resolver
 from .memory_engram import EngramTable
 from .row_sources_engram import MappedRows, PinnedRows
 from .safetensors_engram import read_weight_map
-from .table_files_engram import pass_on, write_manifest
+from .table_files_engram import can_be_linked, pass_on, write_manifest
 from .table_format_engram import (
     MANIFEST_NAME,
     TORCH_DTYPES,
@@ -111,10 +111,12 @@ class FoundTables:
 
 def leave_tables_on_disk(model: PreTrainedModel, device_map: dict | None) -> None:
     """Map the tables, out of files of their own, that a device map sends to the disk: that is where they are."""
-    for name, module in model.named_modules():
-        from_file = isinstance(module, EngramTable) and module.unread is not None
-        if from_file and get_device(device_map, f"{name}.weight") == "disk":
-            module.mount(module.unread)
+    modules = dict(model.named_modules())
+    tables = {name: one for name, one in modules.items() if isinstance(one, EngramTable) and one.unread is not None}
+    # All of them if any: a saved model has the tables of all layers in files of their own, or those of none.
+    if any(get_device(device_map, f"{name}.weight") == "disk" for name in tables):
+        for table in tables.values():
+            table.mount(table.unread)
 
 
 def find_tables(name_or_path, residency: str = "auto", **kwargs) -> FoundTables | None:
@@ -138,13 +140,15 @@ def find_tables(name_or_path, residency: str = "auto", **kwargs) -> FoundTables 
     resolve = resolver(name_or_path, kwargs)
     # A given config may be that of fewer layers than were saved.
     layers = getattr(kwargs.get("config"), "engram_layer_ids", None)
-    manifest = resolve(MANIFEST_NAME)
+    manifest, tables = resolve(MANIFEST_NAME), {}
     if manifest is not None:
         tables = read_tables(manifest.parent, lambda name: resolve(name) or manifest.parent / name, layers)
-    else:
-        tables = {} if residency == "resident" else _tables_among_weights(resolve, kwargs.get("variant"), layers)
+    if manifest is not None or residency != "resident":
+        # They come first, as they do for transformers: an upload leaves behind what an earlier one had in files of its own.
+        tables |= _tables_among_weights(resolve, kwargs.get("variant"), layers)
     if not tables:
-        if residency in ("mapped", "pinned"):
+        # Of what is no model at all, transformers speaks.
+        if residency in ("mapped", "pinned") and resolve(CONFIG_NAME) is not None:
             raise ValueError(
                 f"{name_or_path} has no safetensors file with memory tables, so engram_residency={residency!r} is not "
                 "possible; leave it out, or name a folder that was saved by save_pretrained."
@@ -251,12 +255,26 @@ def save_tables(model, folder: str | os.PathLike) -> None:
     for index, (layer, memory) in enumerate(model.memories().items()):
         source = memory.table.source
         if source is not None:
-            stored = source.stored
-            description = describe_table(model.hashing, index, width=stored.width, dtype=stored.dtype)
-            entries[layer] = pass_on(stored, source.files, folder, description)
+            description = describe_table(model.hashing, index, width=source.width, dtype=source.stored.dtype)
+            nearest = _nearest(source, folder)
+            entries[layer] = pass_on(nearest.stored, nearest.files, folder, description)
     if entries:
         write_manifest(folder, entries)
+        for layer, stored in read_tables(folder).items():
+            model.memories()[layer].table.source.saved = stored, MappedRows(stored).stamps
     _remove_stale_files(folder, entries)
+
+
+def _nearest(source: MappedRows, folder: Path) -> MappedRows:
+    """A table's own files, or those that the last save made of them if only these can be linked to `folder`."""
+    source.require_unchanged()
+    if source.saved is not None and not can_be_linked(source.stored, source.files, folder):
+        stored, stamps = source.saved
+        with contextlib.suppress(TableFormatError):  # that save is gone
+            saved = MappedRows(stored)
+            if saved.stamps == stamps and can_be_linked(stored, saved.files, folder):
+                return saved
+    return source
 
 
 def _remove_stale_files(folder: Path, entries: dict[int, dict]) -> None:

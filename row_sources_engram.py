@@ -50,6 +50,7 @@ class MappedRows:
 
     Attributes:
         parts: the rows of every file, over the file.
+        saved: the files that the last save of these rows made or linked, as `(table, stamps)`; None before one.
 
     Raises:
         TableFormatError: a file is not the one that was checked any more.
@@ -70,6 +71,7 @@ class MappedRows:
         for part in stored.parts:
             if self._maps[part.file.path].size != part.file.size:
                 raise _changed(part.file.path)
+        self.saved: tuple[StoredTable, dict[Path, tuple[int, ...]]] | None = None
         self.parts = self._open_parts()
 
     def _open_parts(self) -> list[RowBytes]:
@@ -93,6 +95,11 @@ class MappedRows:
         """File descriptors of the open files, by path; they have been checked not to have changed."""
         self.require_unchanged()
         return {path: opened.descriptor for path, opened in self._maps.items()}
+
+    @property
+    def stamps(self) -> dict[Path, tuple[int, ...]]:
+        """What tells each file from all others, and from itself once it is changed."""
+        return {path: opened.stamp for path, opened in self._maps.items()}
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As in [`~memory_engram.RowSource`].
@@ -170,7 +177,8 @@ class PinnedRows(MappedRows):
                 "engram_residency='pinned' keeps tables in page-locked memory for a GPU, but there is none; use 'mapped'."
             )
         self._views: dict[torch.device, RowBytes | None] = {}
-        tables = [torch.empty((self.num_rows, size), dtype=torch.uint8) for size in self.row_bytes]
+        # On the CPU, whatever the default: transformers builds models with "meta" as that.
+        tables = [torch.empty((self.num_rows, size), dtype=torch.uint8, device="cpu") for size in self.row_bytes]
         for table in tables:
             _lock_pages(self, table)
         step, name = max(1, _READ_BYTES // max(self.row_bytes)), f"Reading the table of layer {self.stored.layer}"
@@ -227,8 +235,8 @@ class FileMap:
             self.descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise TableFormatError(f"{path} cannot be opened ({error.strerror}); fetch the missing file.") from error
-        status = os.fstat(self.descriptor)
-        self.size, self._modified = status.st_size, status.st_mtime_ns
+        self.stamp = self._read_stamp()
+        self.size = self.stamp[-1]
         # Shared and read-only: a private mapping counts as memory that may be needed, and is refused beyond what there is.
         self._map = mmap.mmap(self.descriptor, self.size, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):
@@ -240,13 +248,16 @@ class FileMap:
 
     def changed(self) -> bool:
         """Whether the open file has another size or modification time than when it was opened."""
+        return self._read_stamp() != self.stamp
+
+    def _read_stamp(self) -> tuple[int, ...]:
         status = os.fstat(self.descriptor)
-        return status.st_size != self.size or status.st_mtime_ns != self._modified
+        return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
     def read(self, span: TensorSpan, first: int, stop: int) -> torch.Tensor:
         """Rows `first..stop-1` of a tensor, as bytes in memory of their own."""
         size = span.size // span.shape[0]
-        rows = torch.empty((stop - first, size), dtype=torch.uint8)
+        rows = torch.empty((stop - first, size), dtype=torch.uint8, device="cpu")
         target, offset = memoryview(rows.numpy()).cast("B"), span.offset + first * size
         while target:
             count = os.preadv(self.descriptor, [target], offset)
@@ -311,5 +322,5 @@ def _device_view(memory: torch.Tensor, device: torch.device) -> torch.Tensor | N
     if torch.as_tensor(_DeviceMemory(memory[:1]), device=device).data_ptr() != memory.data_ptr():
         return None
     view = torch.as_tensor(_DeviceMemory(memory), device=device)
-    ends = torch.tensor([0, len(memory) - 1])
+    ends = torch.tensor([0, len(memory) - 1], device="cpu")
     return view if torch.equal(view.index_select(0, ends.to(device)).cpu(), memory[ends]) else None

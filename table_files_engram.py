@@ -29,6 +29,8 @@ from .table_format_engram import (
 
 # Bytes of rows held at once while a table is converted.
 _STEP_BYTES = 4 << 20
+# What systems and file systems answer that have no hard links, or not between these two places.
+_CANNOT_LINK = {getattr(errno, name) for name in ("EXDEV", "EPERM", "EMLINK", "ENOTSUP", "ENOSYS", "ENOENT", "EACCES")}
 
 
 def table_file_name(layer: int, part: int = 0, parts: int = 1) -> str:
@@ -217,16 +219,23 @@ def link_or_copy(source: int, path: Path, target: Path) -> None:
 
 
 def _linked(source: int, path: Path, target: Path) -> bool:
-    real = os.path.realpath(path)  # a link to a symbolic link of a download cache would break with it
+    if not _still_names(path, source):
+        return False
     try:
-        if not os.path.samestat(os.stat(real), os.fstat(source)):
-            return False  # another file took its name since it was opened
-        os.link(real, target)
+        os.link(os.path.realpath(path), target)  # a link to a symbolic link of a download cache would break with it
     except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOENT, errno.EACCES):
+        if error.errno in _CANNOT_LINK:
             return False
         raise
     return True
+
+
+def _still_names(path: Path, source: int) -> bool:
+    """Whether the file that is open as `source` still has its name, and no other file took that."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(source))
+    except OSError:
+        return False
 
 
 def _copy_file(source: int, target: Path, size: int) -> None:
@@ -353,6 +362,14 @@ def _quantized(description: TableDescription, table_dtype: str) -> TableDescript
     )
 
 
+def can_be_linked(stored: StoredTable, files: dict[Path, int], folder: Path) -> bool:
+    """Whether `pass_on` has nothing to copy, as far as can be told without trying."""
+    device = folder.stat().st_dev
+    return stored.has_own_files and all(
+        _still_names(path, source) and os.fstat(source).st_dev == device for path, source in files.items()
+    )
+
+
 def pass_on(stored: StoredTable, files: dict[Path, int], folder: Path, description: TableDescription) -> dict:
     """Make an unchanged table part of `folder`; returns its entry of the manifest.
 
@@ -366,7 +383,7 @@ def pass_on(stored: StoredTable, files: dict[Path, int], folder: Path, descripti
     names = [table_file_name(stored.layer, index, len(stored.parts)) for index in range(len(stored.parts))]
     sources = [files[part.file.path] for part in stored.parts]
     ranges = [(part.first, part.stop) for part in stored.parts]
-    if all(part.file.tensors.keys() == set(part.names.values()) for part in stored.parts):
+    if stored.has_own_files:
         for part, name, source in zip(stored.parts, names, sources, strict=True):
             link_or_copy(source, part.file.path, folder / name)
         tensors = [part.names for part in stored.parts]

@@ -165,14 +165,20 @@ def require_same_hash(described: TableDescription, hasher, index: int) -> None:
                 f"The table of layer {own.layer} was written for the {name} {getattr(described, name)}, but the model "
                 f"hashes with {getattr(own, name)}; tables and weights are not of one model."
             )
-    if (described.token_map_sha256 is None) != (own.token_map_sha256 is None):
+    if (described.token_map_sha256 is None) != (own.token_map_sha256 is None) and not _keeps_ids(hasher):
         raise TableFormatError(f"Only one of model and table of layer {own.layer} compresses token ids.")
     # A model that was only just built does not know its tokenizer yet, and tokens may have been added since.
-    if own.token_map_ids and not covers_token_map(described, hasher.token_map):
+    if described.token_map_ids is not None and own.token_map_ids and not covers_token_map(described, hasher.token_map):
         raise TableFormatError(
             f"The table of layer {own.layer} was written for another token map than the model has; use the tokenizer and "
             "weights that belong to the tables."
         )
+
+
+def _keeps_ids(hasher) -> bool:
+    """Whether a token map leaves ids as they are, as that of a model does which was made without, and then got tokens."""
+    token_map, size = hasher.token_map, hasher.hash_vocab_size
+    return token_map is not None and token_map[:size].tolist() == list(range(size))
 
 
 def _count_known_ids(token_map: torch.Tensor | None) -> int | None:
@@ -338,6 +344,11 @@ class StoredTable:
     def dtype(self) -> str:
         """The safetensors name of the rows' dtype."""
         return self.parts[0].weight.dtype
+
+    @property
+    def has_own_files(self) -> bool:
+        """Whether its files hold nothing else."""
+        return all(part.file.tensors.keys() == set(part.names.values()) for part in self.parts)
 
     @property
     def size(self) -> int:

@@ -90,6 +90,25 @@ def test_what_is_on_disk_is_saved(saved, tmp_path, tables, residency):
         assert torch.equal(tensor.contiguous().view(torch.uint8), expected[name].contiguous().view(torch.uint8)), name
 
 
+@pytest.mark.parametrize("tables", ["together", "apart"])
+def test_a_table_of_two_on_disk(saved, tmp_path, tables):
+    """Files of their own are for the tables of all layers, or of none; whatever is saved can be loaded again."""
+    model, folder = saved
+    split = EngramForCausalLM.from_pretrained(
+        folder / tables,
+        engram_residency="resident",
+        device_map=on_disk("model.backbone.layers.2"),
+        offload_folder=tmp_path / "offloaded",
+    )
+    assert [memory.table.is_resident for memory in split.model.memories().values()] == 2 * [tables == "together"]
+    assert (split.model.prefetcher is None) == (tables == "together")
+    assert torch.equal(logits(split), logits(model))
+    split.save_pretrained(tmp_path / "saved")
+    for residency in ("resident", "mapped"):
+        loaded = EngramForCausalLM.from_pretrained(tmp_path / "saved", engram_residency=residency)
+        assert torch.equal(logits(loaded), logits(model))
+
+
 @pytest.mark.parametrize("limit", [300_000, "300KB"])
 def test_auto_keeps_to_max_memory(saved, tmp_path, limit):
     model, folder = saved

@@ -271,7 +271,8 @@ def test_backpropagation_passes_a_mapped_table(saved):
         torch.testing.assert_close(parameter.grad, gradients[name].grad)
 
 
-def _spawned(model, queue) -> None:
+def _in_a_process(model, queue) -> None:
+    torch.set_num_threads(1)  # a forked process does not have the threads of the other
     queue.put(logits(model).tolist())
 
 
@@ -281,10 +282,9 @@ def test_other_processes(tmp_path, method):
     model = EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped")
     model.model.prefetcher.when = "always"
     expected = logits(model)
-    torch.set_num_threads(1)  # a forked process does not have this one's threads
     context = multiprocessing.get_context(method)
     queue = context.Queue()
-    process = context.Process(target=_spawned, args=(model, queue))
+    process = context.Process(target=_in_a_process, args=(model, queue), daemon=True)
     process.start()
     found = torch.tensor(queue.get(timeout=120))
     process.join()
@@ -295,6 +295,50 @@ def test_pinned_memory_needs_a_gpu(saved):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="there is none; use 'mapped'"):
             EngramForCausalLM.from_pretrained(saved[2], engram_residency="pinned")
+
+
+class Driver:
+    """Stands in for a GPU's driver, which locks pages of host memory: it notes which."""
+
+    def __init__(self):
+        self.locked = {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.locked[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]
+        return 0
+
+
+def test_the_host_reads_pinned_tables_as_well(saved, monkeypatch):
+    driver = Driver()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "cudart", lambda: driver)
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
+        model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="pinned", device_map="cpu")
+        tables = [memory.table.source for memory in model.model.memories().values()]
+        memory = [tensor for table in tables for tensor in table.parts[0].tables]
+        assert driver.locked == {tensor.data_ptr(): tensor.nbytes for tensor in memory}
+        assert sum(driver.locked.values()) == sum(table.stored.size for table in tables)
+        assert torch.equal(logits(model), logits(saved[0]))
+        del model, tables
+        gc.collect()
+        assert not driver.locked
+
+
+@pytest.mark.parametrize("when", ["always", "never"])
+def test_a_default_device_is_not_where_rows_go(saved, when):
+    """As with `torch.set_default_device("cuda")`; a device without memory shows what is made there by mistake."""
+    model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped")
+    model.model.prefetcher.when = when
+    with torch.device("meta"):
+        found = logits(model)
+        rows, _ = model.model.memories()[1].table.source.read(0, 5)
+    assert torch.equal(found, logits(saved[0]))
+    assert rows.device.type == "cpu"
 
 
 def test_auto_says_what_it_chose(caplog):
@@ -360,6 +404,82 @@ def test_saving_a_mapped_table_links_it(saved, tmp_path):
     assert torch.equal(logits(model), logits(saved[0]))
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path)), logits(saved[0]))
+
+
+def test_no_save_writes_a_table_that_an_earlier_one_wrote(saved, tmp_path):
+    """Out of a file with other weights in it, or a file that is gone since, it is written once, and linked from then on."""
+
+    def inodes(folder: Path) -> dict[str, int]:
+        return {path.name: path.stat().st_ino for path in folder.glob("engram-layer-*")}
+
+    model = EngramForCausalLM.from_pretrained(saved[1], engram_residency="mapped")
+    for name in ("first", "second", "second"):
+        model.save_pretrained(tmp_path / name)
+    assert inodes(tmp_path / "first") == inodes(tmp_path / "second") != {}
+    model = EngramForCausalLM.from_pretrained(tmp_path / "first", engram_residency="mapped")
+    for name in ("third", "fourth"):
+        model.save_pretrained(tmp_path / name)
+        shutil.rmtree(tmp_path / "first", ignore_errors=True)
+    assert inodes(tmp_path / "third") == inodes(tmp_path / "fourth") == inodes(tmp_path / "second")
+    assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path / "fourth")), logits(saved[0]))
+    # What took the place of a save is no copy of these rows.
+    other = EngramForCausalLM.from_pretrained(saved[1], engram_residency="mapped")
+    for save in (lambda: other.save_pretrained(tmp_path / "fifth"), lambda: model.save_pretrained(tmp_path / "fifth")):
+        save()
+    for path in (tmp_path / "fifth").glob("engram-layer-*"):
+        noise = path.read_bytes()
+        path.unlink()
+        path.write_bytes(noise[:-64] + bytes(64))
+    shutil.rmtree(tmp_path / "third")
+    shutil.rmtree(tmp_path / "fourth")
+    model.save_pretrained(tmp_path / "sixth")
+    assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path / "sixth")), logits(saved[0]))
+
+
+def test_a_relative_path_is_kept_wherever_the_process_goes(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(saved[2].parent)
+    model = EngramForCausalLM.from_pretrained(saved[2].name, engram_residency="mapped")
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("saved")
+    name = "engram-layer-00001.safetensors"
+    assert Path("saved", name).samefile(saved[2] / name)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(saved[0]))
+
+
+@pytest.mark.parametrize("residency", ["auto", "resident", "mapped"])
+def test_tables_among_the_weights_come_before_an_older_manifest(saved, tmp_path, residency):
+    """As after `push_to_hub` of a model that was mapped, and then of one that was trained: uploads delete nothing."""
+    trained = copy.deepcopy(saved[0])
+    with torch.no_grad():
+        for memory in trained.model.memories().values():
+            (memory.table.weight if memory.table.scale is None else memory.table.scale).copy_(
+                (memory.table.weight if memory.table.scale is None else memory.table.scale).float() * 2
+            )
+    trained.save_pretrained(tmp_path)
+    for path in saved[2].iterdir():
+        if is_table_file(path.name):
+            shutil.copy(path, tmp_path)
+    loaded = EngramForCausalLM.from_pretrained(tmp_path, engram_residency=residency)
+    assert torch.equal(logits(loaded), logits(trained))
+    assert not torch.equal(logits(loaded), logits(saved[0]))
+
+
+def test_only_the_first_process_saves_tables(saved, tmp_path, monkeypatch):
+    model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped")
+    monkeypatch.setattr(model, "should_save_on_this_rank", lambda is_main_process: False)
+    model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mapped_model_gets_more_tokens(saved, tmp_path):
+    """Its tables were written for ids as they are, and say so; the model has a map from now on, which keeps them."""
+    model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped")
+    assert model.config.engram_compressed_vocab_size is None
+    model.resize_token_embeddings(model.config.vocab_size + 12)
+    model.save_pretrained(tmp_path)
+    for residency in ("auto", "resident", "mapped"):
+        loaded = EngramForCausalLM.from_pretrained(tmp_path, engram_residency=residency)
+        assert torch.equal(logits(loaded), logits(model))
 
 
 def test_saving_in_place_and_over_another_kind(saved, tmp_path):
@@ -444,6 +564,8 @@ def test_a_table_of_another_shape_dtype_or_hash(saved, tmp_path):
     if saved[0].config.engram_table_dtype != "int8":
         messages["int8"] = "is stored as .*, but the config says engram_table_dtype 'int8'"
     for name, message in messages.items():
+        apart = EngramForCausalLM.from_pretrained(tmp_path / name, engram_residency="mapped")
+        apart.save_pretrained(tmp_path / name)
         for path in saved[2].iterdir():
             if is_table_file(path.name):
                 shutil.copy(path, tmp_path / name)
@@ -457,6 +579,9 @@ def test_asking_for_what_there_is_not(saved, tmp_path):
     saved[0].config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no safetensors file with memory tables"):
         EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped")
+    (tmp_path / "typo").mkdir()
+    with pytest.raises(OSError, match="no file named"):
+        EngramForCausalLM.from_pretrained(tmp_path / "typo", engram_residency="mapped")
 
 
 # --- prefetching ------------------------------------------------------------------------------------------------------
@@ -511,15 +636,15 @@ def test_what_could_not_be_read_is_not_kept(saved):
 def test_a_fork_while_rows_are_being_kept(saved):
     model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped")
     model.model.prefetcher.when = "always"
-    expected, context = logits(saved[0])[0, 0, :3].tolist(), multiprocessing.get_context("fork")
+    expected, context = logits(saved[0]), multiprocessing.get_context("fork")
     logits(model)
     with model.model.prefetcher._hot[1][0]._lock:  # held by nobody in the child, who could not wait for it
         queue = context.Queue()
-        process = context.Process(target=lambda: queue.put(logits(model)[0, 0, :3].tolist()))
+        process = context.Process(target=_in_a_process, args=(model, queue), daemon=True)
         process.start()
         found = queue.get(timeout=60)
     process.join()
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
+    torch.testing.assert_close(torch.tensor(found), expected)
 
 
 def test_parts_are_fetched_ahead_like_one_file(tmp_path):
@@ -594,3 +719,6 @@ def test_no_thread_outlives_the_model(saved):
 def test_prefetching_is_cold_always_or_never():
     with pytest.raises(ValueError, match="must be 'cold', 'always' or 'never'"):
         Prefetcher([], "sometimes")
+    prefetcher = Prefetcher([])
+    with pytest.raises(ValueError, match="must be 'cold', 'always' or 'never'"):
+        prefetcher.when = "sometimes"
