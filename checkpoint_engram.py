@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
@@ -44,16 +45,26 @@ def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callabl
     options = _download_options(kwargs)
 
     def resolve(file: str) -> Path | None:
-        found = cached_file(
-            str(name_or_path),
-            file,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **options,
-        )
+        try:
+            found = cached_file(str(name_or_path), file, **options)
+        except OSError as error:
+            if not _means_absent(error):
+                raise
+            found = None
         return None if found is None else Path(found).absolute()  # wherever the process goes later
 
     return resolve
+
+
+def _means_absent(error: OSError) -> bool:
+    """Whether `cached_file` says that there is no such file, or that there is neither a network nor a cached one.
+
+    A Hub that refuses to answer (busy, or forbidden) says nothing of what is there.
+    """
+    cause = error.__cause__
+    if isinstance(cause, LocalEntryNotFoundError):
+        return not isinstance(cause.__cause__, HfHubHTTPError)
+    return cause is None and error.errno is None
 
 
 def find_weights(resolve: Callable[[str], Path | None], variant: str | None) -> tuple[Path | None, Path | None]:

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import itertools
+import math
 import os
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from .hashing_engram import as_token_map, draw_primes, is_prime
 FORMAT_VERSION = 1
 
 # What tables can be stored as, and what a row's channels must then be a multiple of (docs/engram-table-format.md).
+# Far beyond any use; more would take minutes to check.
+_MOST_ORDERS, _MOST_HEADS = 64, 1024
 _ROW_MULTIPLES = {None: 1, "float8_e4m3fn": 32, "int8": 4}
 
 # Imported for its registration: a V4.1 model is to load as remote code, where nothing else would bring its backbone.
@@ -212,8 +215,12 @@ class EngramConfig(PreTrainedConfig):
         )
         yield len(set(ids)) == len(ids), f"engram_layer_ids {ids} names a layer twice; name each once."
         largest = self.engram_max_ngram_size
-        yield largest >= 2, f"engram_max_ngram_size is {largest}, but the smallest n-gram is 2; give 2 or more."
-        yield self.engram_n_heads > 0, f"engram_n_heads is {self.engram_n_heads}; it must be positive."
+        yield (
+            2 <= largest <= _MOST_ORDERS,
+            f"engram_max_ngram_size is {largest}, but n-grams have 2 to {_MOST_ORDERS} tokens; give 2 or more.",
+        )
+        heads = self.engram_n_heads
+        yield 0 < heads <= _MOST_HEADS, f"engram_n_heads is {heads}; it must be positive, and at most {_MOST_HEADS}."
         counts = self.bucket_counts
         yield (
             len(counts) == largest - 1,
@@ -243,7 +250,7 @@ class EngramConfig(PreTrainedConfig):
         for name in ("engram_norm_eps", "engram_conv_norm_eps"):
             # Zero is no epsilon: a position without memory is all zeros, and its norm would be NaN.
             eps = getattr(self, name)
-            yield eps is None or eps > 0, f"{name} is {eps}; it must be positive."
+            yield eps is None or 0 < eps < math.inf, f"{name} is {eps}; it must be positive, and finite."
         yield (
             self.engram_zero_gate_sign in (0, 1),
             f"engram_zero_gate_sign is {self.engram_zero_gate_sign}; it must be 0 (the demo) or 1 (V4.1).",

@@ -84,6 +84,11 @@ class EngramTable(nn.Module):
         self.weight = self.scale = None
         self.source = source
 
+    def keep_frozen(self) -> None:
+        """Quantized rows take no gradient; transformers loads every parameter of floating point as a trainable one."""
+        if self.table_dtype is not None:
+            self.requires_grad_(False)
+
     @property
     def is_resident(self) -> bool:
         """Whether the rows are parameters of this module."""

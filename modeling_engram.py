@@ -27,7 +27,14 @@ from .memory_engram import EngramTable
 from .modeling_deepseek_v41 import DeepseekV41TextModel
 from .prefetch_engram import Prefetcher
 from .quantization_engram import inherit_quantization
-from .residency_engram import FoundTables, find_tables, is_table_file, leave_tables_on_disk, save_tables
+from .residency_engram import (
+    FoundTables,
+    find_tables,
+    is_table_file,
+    leave_tables_on_disk,
+    save_tables,
+    tables_by_reference,
+)
 
 # Imported for its registration: a V4.1 model is to load as remote code, where nothing else would bring its backbone.
 KNOWN_BACKBONES = (DeepseekV41TextModel,)
@@ -94,6 +101,8 @@ class EngramPreTrainedModel(PreTrainedModel):
                 f"The checkpoint lacks {len(missing)} tensors of the memory, such as {missing[0]}; complete the folder "
                 "(a shard may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
             )
+        for memory in model.base_model.memories().values():
+            memory.table.keep_frozen()
         _hold_hash(model.base_model.hashing)
         model.base_model.hashing.verify_constants()
         if tables is not None:
@@ -119,6 +128,11 @@ class EngramPreTrainedModel(PreTrainedModel):
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+
+    def push_to_hub(self, *args, **kwargs):
+        """As in transformers; tables that are not parameters are uploaded from the files they are in."""
+        with tables_by_reference():
+            return super().push_to_hub(*args, **kwargs)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, token=None, **kwargs):
         # `push_to_hub` and `save_pretrained(push_to_hub=True)` meet here, after their README.md is written.

@@ -7,7 +7,8 @@ then mounted on its `EngramTable` modules, so that transformers never allocates,
 import contextlib
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -240,6 +241,22 @@ def free_host_memory() -> int:
     return max(free, 0)
 
 
+_BY_REFERENCE = ContextVar("tables are saved by reference", default=False)
+
+
+@contextlib.contextmanager
+def tables_by_reference() -> Iterator[None]:
+    """Within it, `save_tables` makes symbolic links where it cannot make hard ones: for a folder that is only uploaded.
+
+    That is a temporary one, perhaps on a file system in memory with no room for tables.
+    """
+    token = _BY_REFERENCE.set(True)
+    try:
+        yield
+    finally:
+        _BY_REFERENCE.reset(token)
+
+
 def save_tables(model, folder: str | os.PathLike) -> None:
     """Bring the tables of an `EngramModel` that are not in its state dict to a folder that it is saved to.
 
@@ -257,7 +274,7 @@ def save_tables(model, folder: str | os.PathLike) -> None:
         if source is not None:
             description = describe_table(model.hashing, index, width=source.width, dtype=source.stored.dtype)
             nearest = _nearest(source, folder)
-            entries[layer] = pass_on(nearest.stored, nearest.files, folder, description)
+            entries[layer] = pass_on(nearest.stored, nearest.files, folder, description, _BY_REFERENCE.get())
     if entries:
         write_manifest(folder, entries)
         for layer, stored in read_tables(folder).items():

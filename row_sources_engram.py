@@ -4,11 +4,12 @@ Both are a [`~memory_engram.RowSource`]. Rows are moved as bytes, whatever their
 and not every device indexes every dtype.
 """
 
+import contextlib
 import mmap
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from .safetensors_engram import read_stamp
 from .table_format_engram import TORCH_DTYPES, StoredTable, TableFormatError, TensorSpan
 
 _READ_BYTES = 16 << 20
@@ -69,7 +71,7 @@ class MappedRows:
         paths = {part.file.path for part in stored.parts}
         self._maps = {path: FileMap(path) for path in sorted(paths)}
         for part in stored.parts:
-            if self._maps[part.file.path].size != part.file.size:
+            if self._maps[part.file.path].stamp != part.file.stamp:
                 raise _changed(part.file.path)
         self.saved: tuple[StoredTable, dict[Path, tuple[int, ...]]] | None = None
         self.parts = self._open_parts()
@@ -165,6 +167,9 @@ class PinnedRows(MappedRows):
     Args:
         stored: the checked table.
 
+    Attributes:
+        readers: the memory as tensors of the GPUs that asked for rows; None for one that cannot read it.
+
     Raises:
         ValueError: there is no GPU, whose driver would lock the pages, or it refuses so many.
     """
@@ -176,7 +181,7 @@ class PinnedRows(MappedRows):
             raise ValueError(
                 "engram_residency='pinned' keeps tables in page-locked memory for a GPU, but there is none; use 'mapped'."
             )
-        self._views: dict[torch.device, RowBytes | None] = {}
+        self.readers: dict[torch.device, RowBytes | None] = {}
         # On the CPU, whatever the default: transformers builds models with "meta" as that.
         tables = [torch.empty((self.num_rows, size), dtype=torch.uint8, device="cpu") for size in self.row_bytes]
         for table in tables:
@@ -192,7 +197,7 @@ class PinnedRows(MappedRows):
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As in [`~memory_engram.RowSource`]; on the device of the ids if that can read the memory."""
         if self.is_visible_from(row_ids.device):
-            return self.typed(gather_bytes([self._views[row_ids.device]], row_ids))
+            return self.typed(gather_bytes([self.readers[row_ids.device]], row_ids))
         return self.typed(gather_bytes(self.parts, row_ids.cpu()))
 
     def request(self, row_ids: np.ndarray) -> None:
@@ -202,10 +207,10 @@ class PinnedRows(MappedRows):
         """Whether a device can read the memory itself."""
         if device.type != "cuda":
             return False
-        if device not in self._views:
+        if device not in self.readers:
             views = [_device_view(table, device) for table in self.parts[0].tables]
-            self._views[device] = None if any(view is None for view in views) else RowBytes.of(0, views)
-        return self._views[device] is not None
+            self.readers[device] = None if any(view is None for view in views) else RowBytes.of(0, views)
+        return self.readers[device] is not None
 
 
 def gather_bytes(parts: Sequence[RowBytes], row_ids: torch.Tensor) -> list[torch.Tensor]:
@@ -235,10 +240,12 @@ class FileMap:
             self.descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise TableFormatError(f"{path} cannot be opened ({error.strerror}); fetch the missing file.") from error
-        self.stamp = self._read_stamp()
-        self.size = self.stamp[-1]
+        self.stamp = read_stamp(self.descriptor)
+        size = self.stamp[-1]
+        if size == 0:
+            raise _changed(path)
         # Shared and read-only: a private mapping counts as memory that may be needed, and is refused beyond what there is.
-        self._map = mmap.mmap(self.descriptor, self.size, access=mmap.ACCESS_READ)
+        self._map = mmap.mmap(self.descriptor, size, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):
             self._map.madvise(mmap.MADV_RANDOM)
 
@@ -248,11 +255,7 @@ class FileMap:
 
     def changed(self) -> bool:
         """Whether the open file has another size or modification time than when it was opened."""
-        return self._read_stamp() != self.stamp
-
-    def _read_stamp(self) -> tuple[int, ...]:
-        status = os.fstat(self.descriptor)
-        return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+        return read_stamp(self.descriptor) != self.stamp
 
     def read(self, span: TensorSpan, first: int, stop: int) -> torch.Tensor:
         """Rows `first..stop-1` of a tensor, as bytes in memory of their own."""
@@ -302,22 +305,34 @@ def _lock_pages(owner: PinnedRows, memory: torch.Tensor) -> None:
     address, cudart = memory.data_ptr(), torch.cuda.cudart()
     error = cudart.cudaHostRegister(address, memory.nbytes, 0)
     if int(error) != 0:
+        _forget_error()
         raise ValueError(
-            f"The GPU's driver refused to lock {memory.nbytes / 1e9:.1f} GB of memory ({error}); free memory, raise "
-            "`ulimit -l`, or use engram_residency='mapped'."
+            f"The GPU's driver refused to lock {memory.nbytes / 1e9:.1f} GB of memory "
+            f"({cudart.cudaGetErrorString(error)}); free memory, raise `ulimit -l`, or use engram_residency='mapped'."
         )
-    weakref.finalize(owner, _unlock_pages, address).atexit = False  # the end of the process does that
+    unlock = weakref.finalize(owner, _unlock_pages, address, owner.readers, os.getpid())
+    unlock.atexit = False  # the end of the process does that
 
 
-def _unlock_pages(address: int) -> None:
-    torch.cuda.synchronize()
+def _forget_error() -> None:
+    """CUDA keeps an error for whoever asks next, and that should not be somebody else's kernel."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
+
+
+def _unlock_pages(address: int, readers: Iterable[torch.device], process: int) -> None:
+    if process != os.getpid():  # a forked process has no CUDA, and the pages are its parent's
+        return
+    for device in readers:
+        torch.cuda.synchronize(device)  # it may still be reading
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _device_view(memory: torch.Tensor, device: torch.device) -> torch.Tensor | None:
     """Page-locked uint8 `memory` `[R, ...]` as a tensor of the GPU, which reads it over the bus; None if it cannot.
 
-    A GPU that the memory was not locked for gets a copy from torch; one row shows that before the whole table is asked for.
+    Some versions of torch make a copy for a GPU that was not current when the memory was locked; one row shows that
+    before the whole table is asked for.
     """
     if torch.as_tensor(_DeviceMemory(memory[:1]), device=device).data_ptr() != memory.data_ptr():
         return None

@@ -15,6 +15,10 @@ from pathlib import Path
 
 # The limit of safetensors' own reader; a longer header is damaged.
 MAX_HEADER_BYTES = 100_000_000
+# The product of many sizes is a number that takes minutes to compute.
+MAX_DIMENSIONS = 64
+# What an error may quote of a hostile file.
+_MAX_MESSAGE = 1000
 # Of all dtypes that safetensors knows.
 ITEM_BITS = {
     "F4": 4,
@@ -33,6 +37,10 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
 
 class FileFormatError(ValueError):
     """A file that is missing, cut off, damaged, or against the rules of its format, said in one sentence."""
+
+    def __init__(self, message: str):
+        half = _MAX_MESSAGE // 2
+        super().__init__(message if len(message) <= _MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +75,14 @@ class FileHeader:
 
     Args:
         head: the length prefix and the header, byte for byte.
+        stamp: of the file it was read from; see [`read_stamp`]. None for one that is to be written.
     """
 
     path: Path
     head: bytes
     tensors: dict[str, TensorSpan]
     metadata: dict[str, str]
+    stamp: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -80,7 +90,7 @@ class FileHeader:
         return len(self.head) + sum(span.size for span in self.tensors.values())
 
     def __reduce__(self):
-        return parse_head, (self.path, self.head)  # all the rest is in these
+        return parse_head, (self.path, self.head, self.stamp)  # all the rest is in these
 
 
 def read_header(path: str | os.PathLike) -> FileHeader:
@@ -90,10 +100,11 @@ def read_header(path: str | os.PathLike) -> FileHeader:
         FileFormatError: the file is missing, cut off, damaged, or of another format.
     """
     path = Path(path)
-    _require_regular(path)
     try:
+        _require_regular(path)
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            stamp = read_stamp(file.fileno())
+            size = stamp[-1]
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
@@ -104,7 +115,7 @@ def read_header(path: str | os.PathLike) -> FileHeader:
             head = prefix + file.read(length)
     except OSError as error:
         raise FileFormatError(f"{path} cannot be read ({error.strerror}); fetch the missing file.") from error
-    header = parse_head(path, head)
+    header = parse_head(path, head, stamp)
     if header.size != size:
         raise FileFormatError(
             f"{path} has {size} bytes, but its header describes {header.size}: it is cut off or damaged; fetch it again."
@@ -112,7 +123,13 @@ def read_header(path: str | os.PathLike) -> FileHeader:
     return header
 
 
-def parse_head(path: Path, head: bytes) -> FileHeader:
+def read_stamp(descriptor: int) -> tuple[int, ...]:
+    """Inode, modification time and, last, size of an open file: another file has others, and so has a changed one."""
+    status = os.fstat(descriptor)
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def parse_head(path: Path, head: bytes, stamp: tuple[int, ...] | None = None) -> FileHeader:
     """Check the length prefix and header `head` of the file at `path` on their own.
 
     Raises:
@@ -131,7 +148,7 @@ def parse_head(path: Path, head: bytes) -> FileHeader:
                 "hole; fetch the file again."
             )
         end += span.size
-    return FileHeader(path, head, tensors, metadata)
+    return FileHeader(path, head, tensors, metadata, stamp)
 
 
 def _read_span(path: Path, data_start: int, name: str, entry) -> TensorSpan:
@@ -141,7 +158,7 @@ def _read_span(path: Path, data_start: int, name: str, entry) -> TensorSpan:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise FileFormatError(f"{where} has the unknown dtype {dtype!r}; upgrade engram-hf, or fetch the file again.")
-    if not are_counts(shape) or not are_counts(offsets) or len(offsets) != 2:
+    if not are_counts(shape) or len(shape) > MAX_DIMENSIONS or not are_counts(offsets) or len(offsets) != 2:
         raise FileFormatError(f"{where} has shape {shape!r} and data_offsets {offsets!r}, expected lists of sizes.")
     span = TensorSpan(path, name, dtype, tuple(shape), data_start + offsets[0])
     if span.size != offsets[1] - offsets[0] or math.prod(shape) * ITEM_BITS[dtype] % 8:
@@ -153,8 +170,8 @@ def _read_span(path: Path, data_start: int, name: str, entry) -> TensorSpan:
 
 
 def are_counts(value) -> bool:
-    """Whether parsed JSON is a list of whole numbers, none of them negative."""
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    """Whether parsed JSON is a list of whole numbers, none of them negative or beyond 64 bits."""
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
 def _require_regular(path: Path) -> None:
@@ -165,8 +182,8 @@ def _require_regular(path: Path) -> None:
 
 def read_json(path: Path, constants: bool = False) -> dict:
     """Read a file that is one JSON object; see [`parse_json`]."""
-    _require_regular(path)
     try:
+        _require_regular(path)
         data = path.read_bytes()
     except OSError as error:
         raise FileFormatError(

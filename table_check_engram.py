@@ -61,7 +61,7 @@ def check_folder(folder: str | Path, rows: bool = False) -> list[TableReport]:
         FileFormatError: names what is wrong.
     """
     folder = Path(folder)
-    token_map = _read_token_map(folder / TOKEN_MAP_NAME)
+    token_map = read_token_map(folder / TOKEN_MAP_NAME)
     reports = []
     for table in read_tables(folder).values():
         token_map_state = _check_token_map(table.description, token_map, folder)
@@ -71,7 +71,12 @@ def check_folder(folder: str | Path, rows: bool = False) -> list[TableReport]:
     return reports
 
 
-def _read_token_map(path: Path) -> torch.Tensor | None:
+def read_token_map(path: Path) -> torch.Tensor | None:
+    """The checked token map, int32 `[ids]`; None if there is no such file.
+
+    Raises:
+        FileFormatError: it is damaged, or breaks a rule of the format.
+    """
     if not os.path.lexists(path):  # a link to nothing is no absent map
         return None
     header = read_header(path)
@@ -142,11 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         reports = check_folder(options.folder, options.rows)
-    except FileFormatError as error:
+        print(*reports, sep="\n")
+        print(f"{options.folder}: {len(reports)} tables, {sum(r.table.size for r in reports) / 1e9:.3f} GB, all well.")
+        sys.stdout.flush()
+    except (FileFormatError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(*reports, sep="\n")
-    print(f"{options.folder}: {len(reports)} tables, {sum(r.table.size for r in reports) / 1e9:.3f} GB, all well.")
     return 0
 
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +27,11 @@ from .table_format_engram import (
     TableDescription,
     TableFormatError,
 )
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not a Unix system
+    fcntl = None
 
 # Bytes of rows held at once while a table is converted.
 _STEP_BYTES = 4 << 20
@@ -52,9 +58,8 @@ class FileWriter:
     def __init__(self, path: str | os.PathLike, head: bytes):
         self.path = Path(path)
         self.header = parse_head(self.path, head)
-        self._unfinished = Path(f"{path}.unfinished")
         with self._explained():
-            self._file = os.open(self._unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._unfinished, self._file = _begin(self.path)
         try:
             with self._explained():
                 _reserve(self._file, self.header.size)
@@ -76,15 +81,15 @@ class FileWriter:
             self._abandon()
             return
         with self._explained():
-            os.close(self._file)
             os.replace(self._unfinished, self.path)
+            os.close(self._file)  # last, since it is locked until then
 
     def _explained(self):
         return _explained(self.path, self.header.size)
 
     def _abandon(self) -> None:
-        os.close(self._file)
         self._unfinished.unlink(missing_ok=True)
+        os.close(self._file)
 
 
 class TableWriter(FileWriter):
@@ -117,6 +122,47 @@ def _head(d: TableDescription) -> bytes:
     if d.scale_dtype:
         tensors.append((d.tensors["scale"], d.scale_dtype, (count, d.width // d.scale_block)))
     return header_bytes(tensors, {METADATA_KEY: d.to_json()}, PAGE)
+
+
+def _begin(path: Path) -> tuple[Path, int]:
+    """Open the file that is to become `path`, empty; locked, and in place of one that was left by a killed process.
+
+    Raises:
+        ValueError: another process is writing it.
+    """
+    unfinished = Path(f"{path}.unfinished")
+    while True:
+        # What is there already is not emptied: it may be written by others, or be a link to another file.
+        with contextlib.suppress(FileExistsError):
+            file = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            if _lock(file) and _still_names(unfinished, file):
+                return unfinished, file
+            os.close(file)
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            file = os.open(unfinished, os.O_RDONLY)
+            try:
+                if not _lock(file):
+                    raise ValueError(
+                        f"{path} is being written by another process; wait for it, or name another folder."
+                    )
+                if _still_names(unfinished, file):
+                    unfinished.unlink()
+            finally:
+                os.close(file)
+
+
+def _lock(file: int) -> bool:
+    """Lock an open file for this process, until it is closed; False if another has done so."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 @contextlib.contextmanager
@@ -197,37 +243,41 @@ def _require_like(d: TableDescription, values: torch.Tensor, scale: torch.Tensor
         )
 
 
-def link_or_copy(source: int, path: Path, target: Path) -> None:
+def link_or_copy(source: int, path: Path, target: Path, symbolic: bool = False) -> None:
     """Make `target` the file that is open as `source` and was opened at `path`: a hard link, or else a copy.
 
     The bytes do not pass through this process. (On file systems that share blocks, the copy takes no space either.)
 
+    Args:
+        symbolic: instead of a copy, a symbolic link.
+
     Raises:
         OSError: the target cannot be written.
     """
-    unfinished, status = Path(f"{target}.unfinished"), os.fstat(source)
+    status = os.fstat(source)
     with _explained(target, status.st_size):
-        if target.exists() and os.path.samestat(target.stat(), status):
-            return
-        unfinished.unlink(missing_ok=True)
-        try:
-            if not _linked(source, path, unfinished):
-                _copy_file(source, unfinished, status.st_size)
-            os.replace(unfinished, target)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        makers = [os.link, os.symlink] if symbolic else [os.link]
+        if not _still_names(target, source) and not any(_linked(source, path, target, make) for make in makers):
+            _copy_file(source, target, status.st_size)
 
 
-def _linked(source: int, path: Path, target: Path) -> bool:
+def _linked(source: int, path: Path, target: Path, make: Callable[[str, Path], None]) -> bool:
     if not _still_names(path, source):
         return False
+    link = _aside(target)
     try:
-        os.link(os.path.realpath(path), target)  # a link to a symbolic link of a download cache would break with it
+        make(os.path.realpath(path), link)  # a link to a symbolic link of a download cache would break with it
+        os.replace(link, target)
     except OSError as error:
         if error.errno in _CANNOT_LINK:
             return False
         raise
     return True
+
+
+def _aside(path: Path) -> Path:
+    """A name beside `path` that no other process uses."""
+    return Path(f"{path}.{secrets.token_hex(8)}.unfinished")
 
 
 def _still_names(path: Path, source: int) -> bool:
@@ -239,9 +289,13 @@ def _still_names(path: Path, source: int) -> bool:
 
 
 def _copy_file(source: int, target: Path, size: int) -> None:
-    file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    unfinished, file = _begin(target)
     try:
         _copy_range(source, 0, file, 0, size)
+        os.replace(unfinished, target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     finally:
         os.close(file)
 
@@ -258,10 +312,13 @@ def write_manifest(folder: str | os.PathLike, entries: dict[int, dict]) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a small JSON file, complete or not at all."""
-    unfinished, text = Path(f"{path}.unfinished"), json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    unfinished, text = _aside(path), json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with _explained(path, len(text)):
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def manifest_entry(
@@ -370,7 +427,13 @@ def can_be_linked(stored: StoredTable, files: dict[Path, int], folder: Path) -> 
     )
 
 
-def pass_on(stored: StoredTable, files: dict[Path, int], folder: Path, description: TableDescription) -> dict:
+def pass_on(
+    stored: StoredTable,
+    files: dict[Path, int],
+    folder: Path,
+    description: TableDescription,
+    symbolic: bool = False,
+) -> dict:
     """Make an unchanged table part of `folder`; returns its entry of the manifest.
 
     Files that hold nothing but this table are linked, or copied whole. Out of files that hold other tensors too, the
@@ -379,13 +442,14 @@ def pass_on(stored: StoredTable, files: dict[Path, int], folder: Path, descripti
     Args:
         files: open file of every path in `stored`.
         description: of the table, for files that are written.
+        symbolic: as in [`link_or_copy`].
     """
     names = [table_file_name(stored.layer, index, len(stored.parts)) for index in range(len(stored.parts))]
     sources = [files[part.file.path] for part in stored.parts]
     ranges = [(part.first, part.stop) for part in stored.parts]
     if stored.has_own_files:
         for part, name, source in zip(stored.parts, names, sources, strict=True):
-            link_or_copy(source, part.file.path, folder / name)
+            link_or_copy(source, part.file.path, folder / name, symbolic)
         tensors = [part.names for part in stored.parts]
         self_describing = METADATA_KEY in stored.parts[0].file.metadata
         return manifest_entry(zip(names, ranges, tensors, strict=True), None if self_describing else description)

@@ -206,7 +206,7 @@ def _offsets(primes: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[next(ends) for _ in order] for order in primes]
 
 
-_IS_COUNT = (lambda value: type(value) is int and value >= 0, "a count")
+_IS_COUNT = (lambda value: are_counts([value]), "a count")
 _IS_COUNTS = (are_counts, "a list of counts")
 _IS_COUNT_OR_NULL = (lambda value: value is None or _IS_COUNT[0](value), "a count or null")
 _IS_GRID = (lambda value: isinstance(value, list) and all(map(are_counts, value)), "a list of lists of counts")
@@ -286,7 +286,7 @@ def _description_rules(d: TableDescription) -> list[tuple[bool, str]]:
         (total == d.num_rows, f"the primes sum to {total}, but num_rows is {d.num_rows}"),
         (d.offsets == _offsets(d.primes), "offsets is not the running sum of primes"),
         (
-            len(d.multipliers) == len(d.orders) + 1 and all(m % 2 and m < 2**63 for m in d.multipliers),
+            len(d.multipliers) == len(d.orders) + 1 and all(m % 2 for m in d.multipliers),
             f"multipliers must be {len(d.orders) + 1} odd numbers below 2^63",
         ),
         (d.pad_id < d.vocab_size, f"pad_id {d.pad_id} lies outside the compressed vocabulary of {d.vocab_size}"),
@@ -563,7 +563,7 @@ def table_keys(layers: Collection[int] | None = None) -> re.Pattern[str]:
     Args:
         layers: of these only.
     """
-    numbers = r"\d+" if layers is None else "|".join(map(str, layers))
+    numbers = "[0-9]{1,9}" if layers is None else "|".join(map(str, layers))
     return re.compile(rf"\blayers\.({numbers})\.engram\.(?:table|embed)\.(weight|scale)$")
 
 
@@ -577,8 +577,12 @@ def tables_in_checkpoint(files: Sequence[str | os.PathLike]) -> dict[int, Stored
     for file in map(read_header, files):
         for name, span in file.tensors.items():
             match = table_keys().search(name)
-            if match:
-                found.setdefault(int(match[1]), {})[match[2]] = file, span
+            if match and found.setdefault(int(match[1]), {}).setdefault(match[2], (file, span)) != (file, span):
+                _, other = found[int(match[1])][match[2]]
+                raise TableFormatError(
+                    f"Both {other.name!r} of {other.path} and {name!r} of {span.path} are the {match[2]} of the table of layer "
+                    f"{match[1]}; take one of them out."
+                )
     tables = {}
     for layer, spans in found.items():
         files_of_table = {file.path for file, _ in spans.values()}
@@ -586,5 +590,6 @@ def tables_in_checkpoint(files: Sequence[str | os.PathLike]) -> dict[int, Stored
         if "weight" in spans and len(files_of_table) == 1:
             file, weight = spans["weight"]
             scale = spans["scale"][1] if "scale" in spans else None
-            tables[layer] = StoredTable(layer, (_checked_part(0, weight.shape[0], file, weight, scale),))
+            rows = weight.shape[0] if weight.shape else 0
+            tables[layer] = StoredTable(layer, (_checked_part(0, rows, file, weight, scale),))
     return tables

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from engram_hf.configuration_engram import EngramConfig
+    from engram_hf.hashing_engram import NgramHasher
     from engram_hf.table_format_engram import StoredTable
 
 
@@ -32,7 +33,7 @@ def read_config(folder: Path) -> "EngramConfig":
     """The checked config of a model folder.
 
     Raises:
-        ValueError: it holds another kind of model, or none.
+        ValueError: it holds another kind of model, a damaged config, or none.
     """
     from transformers import AutoConfig
 
@@ -40,7 +41,12 @@ def read_config(folder: Path) -> "EngramConfig":
 
     if not is_model(folder):
         raise ValueError(f"{folder} has no config.json; name the folder of a saved model.")
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # what a field of a wrong type leads to is up to the backbone's config
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}, {error}.") from error
     if not isinstance(config, EngramConfig):
         raise ValueError(
             f"{folder} holds a plain {config.model_type!r} model without memory; EngramForCausalLM.from_backbone adds one."
@@ -55,6 +61,16 @@ def weight_files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*.safetensors")) if path.name != TOKEN_MAP_NAME]
 
 
+def require_shards(folder: Path) -> None:
+    """Raise ValueError if the index of a model folder names a file that is not there."""
+    from engram_hf.safetensors_engram import read_weight_map
+
+    for index in folder.glob("*.safetensors.index.json"):
+        missing = sorted(file for file in set(read_weight_map(index).values()) if not (folder / file).exists())
+        if missing:
+            raise ValueError(f"{folder} lacks {len(missing)} shards of its index, such as {missing[0]}; complete it.")
+
+
 def read_stored_tables(folder: Path) -> "dict[int, StoredTable]":
     """The tables of a model folder or table folder, by layer; only headers are read.
 
@@ -63,12 +79,83 @@ def read_stored_tables(folder: Path) -> "dict[int, StoredTable]":
     """
     from engram_hf.table_format_engram import MANIFEST_NAME, read_tables, tables_in_checkpoint
 
-    if (folder / MANIFEST_NAME).exists():
-        return read_tables(folder)
-    tables = tables_in_checkpoint(weight_files(folder))
+    tables = read_tables(folder) if (folder / MANIFEST_NAME).exists() else {}
+    named = {part.file.path for table in tables.values() for part in table.parts}
+    # As for `from_pretrained`, they come before what an older save left in files of its own.
+    tables |= tables_in_checkpoint([path for path in weight_files(folder) if path not in named])
     if not tables:
         raise ValueError(
             f"{folder} holds no memory tables: no {MANIFEST_NAME}, and no safetensors file with tensors named "
             "*.engram.table.weight. Name a folder written by save_pretrained, `engram convert` or `engram quantize`."
         )
     return tables
+
+
+def check_model(folder: Path) -> "tuple[NgramHasher, dict[int, StoredTable]]":
+    """Compare the tables, the stored hash and the token map of the model in `folder` with its config.
+
+    Returns:
+        The hash, and the table of every layer that the config lists, in its order.
+
+    Raises:
+        ValueError: something is missing, or they are not of one model.
+    """
+    from engram_hf.table_format_engram import require_same_hash
+
+    config, stored, tables = read_config(folder), read_stored_tables(folder), {}
+    hasher = _read_hasher(folder, config)
+    for index, (layer, rows) in enumerate(zip(config.engram_layer_ids, config.engram_num_embeddings, strict=True)):
+        if layer not in stored:
+            raise ValueError(f"{folder} has no table for layer {layer}; complete it (a shard may be absent).")
+        table = tables[layer] = stored[layer]
+        if (table.num_rows, table.width) != (rows, config.engram_head_dim):
+            raise ValueError(
+                f"The table of layer {layer} has {table.num_rows} rows of {table.width} channels, but the config asks for "
+                f"{rows} of {config.engram_head_dim}; tables and config.json are not of one model."
+            )
+        if table.description is not None:
+            require_same_hash(table.description, hasher, index)
+    _require_same_token_map(folder, hasher)
+    return hasher, tables
+
+
+def _read_hasher(folder: Path, config: "EngramConfig") -> "NgramHasher":
+    """The hash of a saved model, with the constants and the token map stored beside its weights."""
+    from safetensors import safe_open
+
+    from engram_hf.hashing_engram import NgramHasher
+    from engram_hf.safetensors_engram import read_header
+
+    hasher = NgramHasher.from_config(config)
+    expected, state = hasher.state_dict(), {}
+    for path in weight_files(folder):
+        names = {name.rpartition(".")[2]: name for name in read_header(path).tensors if ".hashing." in f".{name}"}
+        with safe_open(path, framework="pt") as file:
+            state |= {short: file.get_tensor(name) for short, name in names.items() if short in expected}
+    if missing := sorted(expected.keys() - state.keys()):
+        raise ValueError(f"{folder} lacks the hash tensors {', '.join(missing)}; complete it (a shard may be absent).")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"The hash tensor {name} in {folder} has shape {list(tensor.shape)}, but the config asks for "
+                f"{list(expected[name].shape)}; weights and config.json are not of one model."
+            )
+    hasher.load_state_dict(state)
+    hasher.verify_constants()
+    return hasher
+
+
+def _require_same_token_map(folder: Path, hasher: "NgramHasher") -> None:
+    from engram_hf.table_check_engram import read_token_map
+    from engram_hf.table_format_engram import TOKEN_MAP_NAME
+
+    found = read_token_map(folder / TOKEN_MAP_NAME)
+    if found is None or not hasher.has_token_map or hasher.token_map is None:
+        return
+    ids = min(len(found), len(hasher.token_map))
+    own, found = hasher.token_map[:ids], found[:ids].to(hasher.token_map.dtype)
+    hashed = (own >= 0) & (own < hasher.hash_vocab_size)  # tokens that were added since may have other ids
+    if not own[hashed].equal(found[hashed]):
+        raise ValueError(
+            f"{folder / TOKEN_MAP_NAME} is that of another tokenizer than the model's; put the one back that belongs to it."
+        )

@@ -96,7 +96,7 @@ def _describe_model(folder: Path, in_tables: int) -> dict[str, Any]:
         "token_ids": config.vocab_size,
         "compressed_ids": config.engram_compressed_vocab_size,
         "weight_bytes": stored,
-        "table_share": round(in_tables / stored, 4),
+        "table_share": round(in_tables / max(stored, in_tables), 4),
     }
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .folders import read_config, read_stored_tables, require_folder, weight_files
+from .folders import check_model, read_config, require_folder
 from .output import print_json
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from engram_hf.configuration_engram import EngramConfig
     from engram_hf.hashing_engram import NgramHasher
+    from engram_hf.table_format_engram import StoredTable
 
 
 def add_commands(commands: Any) -> None:
@@ -57,14 +58,14 @@ def look_up(folder: Path, text: str) -> list[dict[str, Any]]:
     from engram_hf.tokenization import EngramTokenizer
 
     config = read_config(folder)
-    hasher = read_hasher(folder, config)
+    hasher, tables = check_model(folder)
     tokenizer = EngramTokenizer.from_pretrained(folder)
     ids = tokenizer(text)["input_ids"]
     if not ids:
         raise ValueError("The text has no tokens; give at least one word.")
     compressed = hasher.compress(torch.tensor([ids]))
     row_ids = hasher(compressed)[:, 0]
-    norms = _row_norms(folder, config, row_ids)
+    norms = _row_norms(tables, row_ids)
     # [layer, position, order, head]
     by_head = (*row_ids.shape[:2], config.engram_max_ngram_size - 1, config.engram_n_heads)
     row_ids, norms = row_ids.view(by_head), norms.view(by_head)
@@ -96,46 +97,16 @@ def _reads(config: "EngramConfig", row_ids: "torch.Tensor", norms: "torch.Tensor
     return [{"layer": layer, "rows": rows, "norms": values} for layer, rows, values in layers]
 
 
-def read_hasher(folder: Path, config: "EngramConfig") -> "NgramHasher":
-    """The hash of a saved model, with the constants and the token map stored beside its weights.
-
-    Raises:
-        ValueError: they are missing, or not those of the config.
-    """
-    from safetensors import safe_open
-
-    from engram_hf.hashing_engram import NgramHasher
-    from engram_hf.safetensors_engram import read_header
-
-    hasher = NgramHasher.from_config(config)
-    state = {}
-    for path in weight_files(folder):
-        names = [name for name in read_header(path).tensors if ".hashing." in f".{name}"]
-        with safe_open(path, framework="pt") as file:
-            state |= {name.rpartition(".")[2]: file.get_tensor(name) for name in names}
-    if missing := sorted(hasher.state_dict().keys() - state.keys()):
-        raise ValueError(f"{folder} lacks the hash tensors {', '.join(missing)}; complete it (a shard may be absent).")
-    hasher.load_state_dict(state)
-    hasher.verify_constants()
-    return hasher
-
-
-def _row_norms(folder: Path, config: "EngramConfig", row_ids: "torch.Tensor") -> "torch.Tensor":
+def _row_norms(tables: "dict[int, StoredTable]", row_ids: "torch.Tensor") -> "torch.Tensor":
     """Euclidean norms `[L, S, T]` of the rows `row_ids` `[L, S, T]`."""
     import torch
 
     from engram_hf.memory_engram import read_rows
     from engram_hf.row_sources_engram import MappedRows
 
-    tables = read_stored_tables(folder)
     norms = []
-    for layer, rows in zip(config.engram_layer_ids, row_ids, strict=True):
-        if layer not in tables:
-            raise ValueError(f"{folder} has no table for layer {layer}; complete it (a shard may be absent).")
-        source = MappedRows(tables[layer])
-        if source.num_rows <= int(rows.max()):
-            raise ValueError(f"The table of layer {layer} has only {source.num_rows} rows; `engram check` says more.")
-        norms.append(read_rows(source, rows).unflatten(-1, (-1, source.width)).norm(dim=-1))
+    for table, rows in zip(tables.values(), row_ids, strict=True):
+        norms.append(read_rows(MappedRows(table), rows).unflatten(-1, (-1, table.width)).norm(dim=-1))
     return torch.stack(norms)
 
 

@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        for argument in arguments:
+            if not argument.isascii() and argument != argument.encode(errors="replace").decode():
+                raise ValueError(f"{argument!r} is not valid UTF-8; give names and texts in that encoding.")
         if checkpoints.is_for_script(arguments):
             return checkpoints.run_script(*arguments)
         options = build_parser().parse_args(arguments)
@@ -50,9 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
-        print(f"engram: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"engram: {_one_line(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("engram: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _one_line(message: str) -> str:
+    """A message that may quote a file's names, without what moves a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))

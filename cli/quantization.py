@@ -9,9 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .folders import is_model, read_config, read_stored_tables, require_folder, weight_files
+from .folders import (
+    check_model,
+    is_model,
+    read_config,
+    read_stored_tables,
+    require_folder,
+    require_shards,
+    weight_files,
+)
 from .output import columns, size
-from .tables import check_model
 
 if TYPE_CHECKING:
     from engram_hf.row_sources_engram import MappedRows
@@ -62,16 +69,21 @@ def quantize_model(folder: Path, target: Path, dtype: str) -> None:
     Raises:
         ValueError: there is no model with float tables in it, or they cannot have this dtype.
     """
+    from engram_hf.residency_engram import is_table_file
     from engram_hf.row_sources_engram import MappedRows
     from engram_hf.safetensors_engram import read_header, read_json
     from engram_hf.table_files_engram import write_json, write_manifest
     from engram_hf.table_format_engram import describe_table
 
+    require_shards(folder)
     hasher, tables = check_model(folder)
     sources = {}
     for index, (layer, stored) in enumerate(tables.items()):
         sources[layer] = MappedRows(stored), describe_table(hasher, index, width=stored.width, dtype=stored.dtype)
-    shards, moved = [read_header(path) for path in weight_files(folder)], _table_tensors(tables)
+    moved = _table_tensors(tables)
+    # Table files that are not the model's were left by an earlier save.
+    paths = [path for path in weight_files(folder) if path in moved or not is_table_file(path.name)]
+    shards = [read_header(path) for path in paths]
     with _progress(sum(span.size for shard in shards for span in shard.tensors.values())) as bar:
         entries, report = _write_quantized(sources, target, dtype, bar.update)
         for shard in shards:
@@ -176,9 +188,10 @@ def _index_without(path: Path, moved: "Mapping[Path, Mapping[str, TensorSpan]]")
     index, weight_map = read_json(path), read_weight_map(path)
     tables = {file: moved.get(path.parent / file, {}) for file in weight_map.values()}
     gone = {name: tables[file][name] for name, file in weight_map.items() if name in tables[file]}
-    metadata = dict(index.get("metadata") or {})
+    metadata = index.get("metadata")
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}
     for total, count in (("total_size", lambda span: span.size), ("total_parameters", lambda s: math.prod(s.shape))):
-        if total in metadata:
+        if isinstance(metadata.get(total), int):
             metadata[total] -= sum(map(count, gone.values()))
     return {**index, "metadata": metadata, "weight_map": {n: file for n, file in weight_map.items() if n not in gone}}
 
@@ -213,8 +226,9 @@ def _rewrite_card(folder: Path, target: Path, dtype: str) -> None:
     path, before = target / "README.md", read_config(folder)
     if not path.exists():
         return
-    after, text = copy.deepcopy(before), path.read_text(encoding="utf-8")
+    # As bytes: what is not ours may have any encoding and line ends.
+    after, text = copy.deepcopy(before), path.read_bytes()
     after.engram_table_dtype = dtype
     for old, new in zip(model_card(before).splitlines(), model_card(after).splitlines(), strict=True):
-        text = text if old == new else text.replace(old, new)
-    path.write_text(text, encoding="utf-8")
+        text = text if old == new else text.replace(old.encode(), new.encode())
+    path.write_bytes(text)

@@ -4,11 +4,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .folders import is_model, read_config, read_stored_tables, require_folder
-from .lookup import read_hasher
+from .folders import check_model, is_model, require_folder, require_shards
 
 if TYPE_CHECKING:
-    from engram_hf.hashing_engram import NgramHasher
     from engram_hf.table_format_engram import StoredTable
 
 
@@ -35,7 +33,10 @@ def run_check(options: argparse.Namespace) -> None:
     folder = require_folder(options.folder)
     has_model, has_files = is_model(folder), (folder / MANIFEST_NAME).exists()
     if has_model:
-        check_model(folder)
+        require_shards(folder)
+        _, tables = check_model(folder)
+        if has_files:
+            _require_one_of_each(folder, tables)
     if has_files or not has_model:
         print(*check_folder(folder, options.rows), sep="\n")
     if has_model:
@@ -44,28 +45,13 @@ def run_check(options: argparse.Namespace) -> None:
     print(f"{folder}: all well")
 
 
-def check_model(folder: Path) -> "tuple[NgramHasher, dict[int, StoredTable]]":
-    """Compare the tables and the stored hash of the model in `folder` with its config.
+def _require_one_of_each(folder: Path, tables: "dict[int, StoredTable]") -> None:
+    """Refuse table files that an earlier save left beside weights with tables in them."""
+    from engram_hf.table_format_engram import MANIFEST_NAME, read_tables
 
-    Returns:
-        The hash, and the table of every layer that the config lists, in its order.
-
-    Raises:
-        ValueError: something is missing, or they are not of one model.
-    """
-    from engram_hf.table_format_engram import require_same_hash
-
-    config, stored, tables = read_config(folder), read_stored_tables(folder), {}
-    hasher = read_hasher(folder, config)
-    for index, (layer, rows) in enumerate(zip(config.engram_layer_ids, config.engram_num_embeddings, strict=True)):
-        if layer not in stored:
-            raise ValueError(f"{folder} has no table for layer {layer}; complete it (a shard may be absent).")
-        table = tables[layer] = stored[layer]
-        if (table.num_rows, table.width) != (rows, config.engram_head_dim):
-            raise ValueError(
-                f"The table of layer {layer} has {table.num_rows} rows of {table.width} channels, but the config asks for "
-                f"{rows} of {config.engram_head_dim}; tables and config.json are not of one model."
-            )
-        if table.description is not None:
-            require_same_hash(table.description, hasher, index)
-    return hasher, tables
+    left = [layer for layer, table in read_tables(folder).items() if layer in tables and tables[layer] != table]
+    if left:
+        raise ValueError(
+            f"{folder} has the tables of layers {left} twice: among the weights, which are what a model loads, and in files "
+            f"of an earlier save; delete {MANIFEST_NAME} and the files it names."
+        )

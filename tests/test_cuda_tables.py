@@ -64,11 +64,14 @@ def test_the_gpu_reads_pinned_rows_by_itself(folder):
 
 
 def test_reading_pinned_rows_takes_no_memory_of_the_gpu(folder):
+    logits(load(folder, "resident"))  # what libraries keep for themselves is there from then on
+    gc.collect()
     before = torch.cuda.memory_allocated()
     model = load(folder, "pinned")
     weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    tables = sum(memory.table.source.stored.size for memory in model.model.memories().values())
     logits(model)
-    assert torch.cuda.memory_allocated() - before < weights + 1_000_000
+    assert torch.cuda.memory_allocated() - before < weights + tables // 2
 
 
 def test_mapped_rows_arrive_on_the_gpu(folder):
@@ -99,5 +102,5 @@ def test_auto_keeps_to_the_limit_of_a_gpu(folder, tmp_path):
         return model.model.memories()[1].table
 
     assert choice().is_resident
-    assert choice(max_memory={0: 300_000, "cpu": "4GB"}).source.residency == "pinned"
-    assert choice(max_memory={0: 300_000, "cpu": 0}).source.residency == "mapped"
+    assert choice(max_memory={0: 100_000, "cpu": "4GB"}).source.residency == "pinned"
+    assert choice(max_memory={0: 100_000, "cpu": 0}).source.residency == "mapped"

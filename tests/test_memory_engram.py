@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from engram_hf import EngramForCausalLM, EngramModel
+from engram_hf import EngramForCausalLM, EngramModel, row_sources_engram
 from engram_hf.hot_rows_engram import HotRows
 from engram_hf.memory_engram import EngramTable, dequantize_rows, quantize_rows, read_rows
 from engram_hf.prefetch_engram import FetchedRows, Prefetcher
@@ -197,6 +197,8 @@ def test_residency_never_changes_a_value(saved, folder, residency):
     for memory in model.model.memories().values():
         assert memory.table.is_resident is not is_mapped
         assert all(tensor.device.type != "meta" for tensor in memory.parameters())
+        is_trained = saved[0].config.engram_table_dtype is None
+        assert all(tensor.requires_grad == is_trained for tensor in memory.table.parameters())
 
 
 @pytest.mark.parametrize("residency", ["resident", "mapped"])
@@ -307,9 +309,22 @@ class Driver:
         self.locked[address] = size
         return 0
 
+    def cudaGetErrorString(self, error: int) -> str:
+        return "out of memory"
+
     def cudaHostUnregister(self, address: int) -> int:
         del self.locked[address]
         return 0
+
+
+def test_a_driver_may_refuse_to_lock_pages(saved, monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(driver, "cudaHostRegister", lambda address, size, flags: 2)
+    monkeypatch.setattr(row_sources_engram, "_forget_error", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    with pytest.raises(ValueError, match=r"refused to lock 0\.0 GB of memory \(out of memory\); free memory"):
+        EngramForCausalLM.from_pretrained(saved[2], engram_residency="pinned", device_map="cpu")
 
 
 def test_the_host_reads_pinned_tables_as_well(saved, monkeypatch):
@@ -317,7 +332,6 @@ def test_the_host_reads_pinned_tables_as_well(saved, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "cudart", lambda: driver)
-        patch.setattr(torch.cuda, "synchronize", lambda: None)
         model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="pinned", device_map="cpu")
         tables = [memory.table.source for memory in model.model.memories().values()]
         memory = [tensor for table in tables for tensor in table.parts[0].tables]
