@@ -272,6 +272,8 @@ def _linked(source: int, path: Path, target: Path, make: Callable[[str, Path], N
         if error.errno in _CANNOT_LINK:
             return False
         raise
+    finally:
+        link.unlink(missing_ok=True)  # still there, too, if the target became the same file meanwhile
     return True
 
 
