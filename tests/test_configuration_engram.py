@@ -48,6 +48,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     ("fields", "message"),
     [
         ({"engram_layer_ids": []}, "engram_layer_ids is empty; name at least one"),
+        ({"engram_max_ngram_size": 10**9}, "n-grams have 2 to 64 tokens"),
+        ({"engram_n_heads": 10**9}, "it must be positive, and at most 1024"),
+        ({"engram_norm_eps": float("inf")}, "it must be positive, and finite"),
         ({"engram_layer_ids": [-1]}, r"engram_layer_ids \[-1\] must lie in 0\.\.2"),
         ({"engram_layer_ids": [1, 3]}, r"engram_layer_ids \[1, 3\] must lie in 0\.\.2"),
         ({"engram_layer_ids": [1, 1]}, r"engram_layer_ids \[1, 1\] names a layer twice"),

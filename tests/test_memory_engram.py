@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,14 @@ from engram_hf import EngramForCausalLM, EngramModel, row_sources_engram
 from engram_hf.hot_rows_engram import HotRows
 from engram_hf.memory_engram import EngramTable, dequantize_rows, quantize_rows, read_rows
 from engram_hf.prefetch_engram import FetchedRows, Prefetcher
-from engram_hf.residency_engram import choose_residency, free_host_memory, gpus_of, is_table_file, save_tables
+from engram_hf.residency_engram import (
+    choose_residency,
+    free_host_memory,
+    gpus_of,
+    is_table_file,
+    save_tables,
+    tables_by_reference,
+)
 from engram_hf.rounding_deepseek_v41 import round_fp8
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.table_check_engram import check_folder
@@ -448,6 +456,20 @@ def test_no_save_writes_a_table_that_an_earlier_one_wrote(saved, tmp_path):
     shutil.rmtree(tmp_path / "fourth")
     model.save_pretrained(tmp_path / "sixth")
     assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path / "sixth")), logits(saved[0]))
+
+
+def test_an_upload_needs_no_room_for_tables(saved):
+    """Its temporary folder may be on a file system where no hard link leads, and which is small."""
+    model = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        with tables_by_reference():
+            save_tables(model.model, folder)
+        check_folder(folder, rows=True)
+        for path in Path(folder).glob("engram-layer-*"):
+            assert path.is_symlink()
+            assert path.samefile(saved[2] / path.name)
+        save_tables(model.model, Path(folder, "kept"))
+        assert not any(path.is_symlink() for path in Path(folder, "kept").iterdir())
 
 
 def test_a_relative_path_is_kept_wherever_the_process_goes(saved, tmp_path, monkeypatch):

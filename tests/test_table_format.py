@@ -7,6 +7,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -234,6 +235,29 @@ def test_a_failed_write_leaves_nothing(tmp_path, hasher):
     with pytest.raises(KeyboardInterrupt), TableWriter(path, description):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_has_one_writer_at_a_time(tmp_path, hasher):
+    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    path, (values, _) = tmp_path / "table.safetensors", stored_rows("BF16", description.num_rows)
+    with TableWriter(path, description) as writer:
+        with pytest.raises(ValueError, match="being written by another process"):
+            TableWriter(path, description)
+        writer.write(0, values)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert file_description(read_header(path)) == description
+
+
+def test_what_a_killed_writer_left_is_replaced_and_never_written_to(tmp_path, hasher):
+    """It may be a link to a table of another folder."""
+    write_folder(tmp_path / "source", hasher)
+    source, path = tmp_path / "source" / table_file_name(1), tmp_path / table_file_name(1)
+    content = source.read_bytes()
+    os.link(source, f"{path}.unfinished")
+    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    write_table_file(path, description, [stored_rows("BF16", description.num_rows, seed=9)])
+    assert source.read_bytes() == content != path.read_bytes()
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_a_full_disk_and_a_read_only_one_are_said(tmp_path, hasher):
@@ -526,6 +550,58 @@ def test_the_token_map_belongs_to_the_tables(tmp_path, hasher):
     (tmp_path / "engram_token_map.safetensors").symlink_to(tmp_path / "gone")
     with pytest.raises(FileFormatError, match="cannot be read"):
         check_folder(tmp_path)
+
+
+def test_two_tensors_for_one_table_are_refused(tmp_path):
+    names = ["draft.layers.12.engram.table.weight", "model.backbone.layers.12.engram.table.weight"]
+    save_file({name: torch.randn(9, 4) for name in names}, tmp_path / "model.safetensors")
+    with pytest.raises(TableFormatError, match="are the weight of the table of layer 12; take one of them out"):
+        tables_in_checkpoint([tmp_path / "model.safetensors"])
+
+
+@pytest.mark.parametrize("name", ["layers.7.engram.table.weight", f"layers.{'9' * 5000}.engram.table.weight"])
+def test_a_name_alone_makes_no_table(tmp_path, name):
+    save_file({name: torch.zeros(())}, tmp_path / "model.safetensors")
+    if len(name) > 1000:  # not even a layer
+        assert tables_in_checkpoint([tmp_path / "model.safetensors"]) == {}
+    else:
+        with pytest.raises(TableFormatError, match=r"has shape \[\], expected 0 rows"):
+            tables_in_checkpoint([tmp_path / "model.safetensors"])
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_file_that_was_replaced_since_it_was_checked(tmp_path, hasher, pickled):
+    """By one of the same size, as every save of the same model writes."""
+    write_folder(tmp_path / "one", hasher)
+    table = read_tables(tmp_path / "one")[1]
+    source = MappedRows(table)
+    other = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    write_table_file(tmp_path / "other", other, [stored_rows("BF16", other.num_rows, seed=5)])
+    os.replace(tmp_path / "other", tmp_path / "one" / table_file_name(1))
+    with pytest.raises(TableFormatError, match="was changed while it was in use"):
+        pickle.loads(pickle.dumps(source)) if pickled else MappedRows(table)
+    # What is open stays what it was.
+    assert torch.equal(source.fetch(torch.arange(5))[0], stored_rows("BF16", other.num_rows, seed=1)[0][:5])
+
+
+def test_an_emptied_file(tmp_path, hasher):
+    write_folder(tmp_path, hasher)
+    table = read_tables(tmp_path)[1]
+    os.truncate(tmp_path / table_file_name(1), 0)
+    with pytest.raises(TableFormatError, match="was changed"):
+        MappedRows(table)
+
+
+@pytest.mark.parametrize("shape", [100_000 * [1 << 62], 500 * [10**4000], 300_000 * [1]])
+def test_numbers_without_end_are_refused_at_once(tmp_path, shape):
+    digits = f"[{','.join('1' + '0' * 4000 if size >> 64 else str(size) for size in shape)}]"
+    text = f'{{"a": {{"dtype": "F32", "shape": {digits}, "data_offsets": [0, 4]}}}}'.encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    begin = time.process_time()
+    with pytest.raises(FileFormatError, match="expected lists of sizes") as caught:
+        read_header(tmp_path / "a.safetensors")
+    assert time.process_time() - begin < 5
+    assert len(str(caught.value)) < 1100
 
 
 @pytest.mark.parametrize("token_map", [TOKEN_MAP[:40], TOKEN_MAP.where(TOKEN_MAP != 49, 64)])

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,17 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_models import TEXT, make_config
-from safetensors.torch import save_file
+from command_models import TEXT, logits, make_config
+from safetensors.torch import load_file, save_file
 from tiny_tokenizer import make_tokenizer
 from transformers import LlamaConfig
 
 from engram_hf import EngramForCausalLM
 from engram_hf.cli.main import main
+from engram_hf.residency_engram import is_table_file
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.safetensors_engram import read_header
 from engram_hf.table_files_engram import write_table_file
-from engram_hf.table_format_engram import file_description, read_tables
+from engram_hf.table_format_engram import file_description, read_tables, token_map_digest
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["inspect", "card", "lookup", "check", "quantize", "compress", "convert", "export"]
@@ -243,6 +245,90 @@ def test_lookup_without_hash_or_text(complaint, saved, copy):
     assert "no tokens" in complaint("lookup", saved, "")
     (copy / "model.safetensors").unlink()
     assert "lacks the hash tensors multipliers, primes, token_map" in complaint("lookup", copy, TEXT)
+
+
+def older_tables(saved: Path, with_files: Path, folder: Path) -> Path:
+    """What is on the Hub after a push with mapped tables and one of the same model with trained tables among its weights."""
+    shutil.copytree(saved, folder)
+    trained = EngramForCausalLM.from_pretrained(saved)
+    with torch.no_grad():
+        for memory in trained.model.memories().values():
+            memory.table.weight.mul_(2)
+    trained.save_pretrained(folder)
+    for path in with_files.iterdir():
+        if is_table_file(path.name):
+            shutil.copy(path, folder)
+    return folder
+
+
+def test_commands_read_the_tables_that_a_model_reads(engram, complaint, saved, with_files, tmp_path):
+    folder = older_tables(saved, with_files, tmp_path / "both")
+    norms = [
+        [
+            layer["norms"]
+            for position in json.loads(engram("lookup", at, TEXT, "--json"))
+            for ngram in position["ngrams"]
+            for layer in ngram["layers"]
+        ]
+        for at in (folder, saved)
+    ]
+    torch.testing.assert_close(torch.tensor(norms[0]), 2 * torch.tensor(norms[1]))
+    assert "has the tables of layers [1, 2] twice" in complaint("check", folder)
+    engram("quantize", folder, tmp_path / "int8", "--dtype", "int8")
+    engram("check", tmp_path / "int8", "--rows")
+    models = [EngramForCausalLM.from_pretrained(at, engram_residency="mapped") for at in (folder, tmp_path / "int8")]
+    torch.testing.assert_close(*(logits(model) for model in models), rtol=0, atol=0.15)
+
+
+@pytest.mark.parametrize("folder", ["saved", "with_files"])
+@pytest.mark.parametrize("command", [["check", "{0}"], ["lookup", "{0}", TEXT], ["quantize", "{0}", "{0}-new"]])
+def test_the_token_map_of_another_tokenizer(complaint, folder, command, request, tmp_path):
+    copy = shutil.copytree(request.getfixturevalue(folder), tmp_path / "copy")
+    metadata = {"format_version": "1", "vocabulary_sha256": "0"}
+    values = torch.arange(len(make_tokenizer())).int()
+    metadata["map_sha256"] = token_map_digest(values)
+    save_file({"token_map": values}, copy / "engram_token_map.safetensors", metadata=metadata)
+    assert "is that of another tokenizer" in complaint(*(word.format(copy) for word in command))
+
+
+def test_a_shard_that_is_not_there(complaint, saved, tmp_path):
+    EngramForCausalLM.from_pretrained(saved).save_pretrained(tmp_path, max_shard_size="300KB")
+    names = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    (tmp_path / names["model.backbone.norm.weight"]).unlink()
+    for command in (["check", tmp_path], ["quantize", tmp_path, tmp_path / "new"]):
+        assert "lacks 1 shards of its index, such as model-" in complaint(*command)
+
+
+@pytest.mark.parametrize("command", ["check", "lookup"])
+def test_hash_tensors_of_another_shape(complaint, copy, command):
+    weights = load_file(copy / "model.safetensors")
+    weights["model.hashing.primes"] = weights["model.hashing.primes"][:1]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    sentence = complaint(command, copy, *[TEXT] * (command == "lookup"))
+    assert (
+        "The hash tensor primes" in sentence and "has shape [1, 2, 2], but the config asks for [2, 2, 2]" in sentence
+    )
+
+
+@pytest.mark.parametrize(
+    "fields", [{"engram_layer_ids": 3}, {"auto_map": 1}, {"id2label": 0}, {"engram_n_heads": "2"}]
+)
+def test_a_config_of_wrong_types(complaint, copy, fields):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | fields))
+    for command in (["inspect", copy], ["check", copy]):
+        assert complaint(*command)
+
+
+def test_what_is_no_text(complaint, saved):
+    assert "is not valid UTF-8" in complaint("lookup", saved, "caf\udce9")
+
+
+def test_names_in_a_file_do_not_reach_the_terminal(complaint, copy):
+    manifest = json.loads((copy / "engram_tables.json").read_text())
+    manifest["tables"]["1"]["weight"][0]["file"] = "\x1b]0;owned\x07"
+    (copy / "engram_tables.json").write_text(json.dumps(manifest))
+    assert "?]0;owned?" in complaint("check", copy)
 
 
 def test_scripts_get_their_arguments(golden, tmp_path, capsys):

@@ -155,6 +155,23 @@ def test_a_written_card_tells_of_the_new_tables(engram, copy, tmp_path):
     assert after != card and " int8," in after
 
 
+@pytest.mark.parametrize("card", [b"# caf\xe9\r\n", b"# Mine\r\n\r\nby hand\r\n"])
+def test_a_card_in_any_encoding_comes_along(engram, copy, tmp_path, card):
+    (copy / "README.md").write_bytes(card)
+    engram("quantize", copy, tmp_path / "target")
+    assert (tmp_path / "target" / "README.md").read_bytes() == card
+
+
+@pytest.mark.parametrize("metadata", [None, [1], 5, {"total_size": "12"}, {"total_size": None}])
+def test_strange_metadata_of_an_index(engram, sharded, tmp_path, metadata):
+    source = Path(shutil.copytree(sharded, tmp_path / "source"))
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": metadata}))
+    engram("quantize", source, tmp_path / "target")
+    engram("check", tmp_path / "target")
+    EngramForCausalLM.from_pretrained(tmp_path / "target")
+
+
 def test_a_folder_of_tables_alone(engram, copy, tmp_path):
     (copy / "config.json").unlink()
     target = tmp_path / "target"

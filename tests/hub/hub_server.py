@@ -110,6 +110,7 @@ class HubServer(ThreadingHTTPServer):
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.busy: set[str] = set()  # parts of paths that are answered 503
         self.objects = folder / "objects"
         self.objects.mkdir(parents=True)
         self.repositories: dict[str, Repository] = {}
@@ -206,6 +207,8 @@ class Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(parts.query)
         self.status = 0
         try:
+            if any(part in parts.path for part in self.server.busy):
+                raise HubError(503, "Busy")
             for method, pattern, action in ROUTES:
                 match = pattern.fullmatch(unquote(parts.path))
                 if match and method == self.command.replace("HEAD", "GET"):

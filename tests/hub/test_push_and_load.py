@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -167,14 +168,16 @@ def pushed(hub, model_folder, tmp_path_factory) -> Pushed:
     hang = hub.fail_once("PUT", "/lfs/me/interrupted/", "hold")
     hub.fail_once("PUT", "/lfs/me/model/", "error")
     hub.fail_once("PUT", "/lfs/me/model/", "drop")
-    env = client_environment(hub, folder / "home", HF_TOKEN=TOKEN)
-    process = start(PUSH, model_folder, TEXT, folder / "logits.npz", env=env, cwd=folder)
-    child = process.stdout.readline()
-    wait_for(hang, process)
-    os.kill(int(child), signal.SIGKILL)
-    files, history = hub.files("me/interrupted"), list(hub.repository("me/interrupted").history)
-    large = [path.name for path in hub.objects.iterdir() if len(path.name) == 64]
-    said = finish(process)
+    # Temporary files in memory, as on many systems: the tables of a mapped model are on another file system than these.
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        env = client_environment(hub, folder / "home", HF_TOKEN=TOKEN, TMPDIR=memory)
+        process = start(PUSH, model_folder, TEXT, folder / "logits.npz", env=env, cwd=folder)
+        child = process.stdout.readline()
+        wait_for(hang, process)
+        os.kill(int(child), signal.SIGKILL)
+        files, history = hub.files("me/interrupted"), list(hub.repository("me/interrupted").history)
+        large = [path.name for path in hub.objects.iterdir() if len(path.name) == 64]
+        said = finish(process)
     with np.load(folder / "logits.npz") as logits:
         return Pushed(said, dict(logits), files, history, large)
 
@@ -310,6 +313,28 @@ def test_mapped_tables_arrive_in_files_of_their_own_and_mean_the_same(hub, pushe
     assert tables | {"engram_tables.json", "model.safetensors"} <= hub.files("me/mapped")
     assert len(hub.read("me/mapped", "model.safetensors")) < len(hub.read("me/model", "model.safetensors")) / 10
     np.testing.assert_allclose(loaded.logits["mapped"], pushed.logits["first"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("file", ["engram_tables.json", "engram-layer-00001.safetensors"])
+def test_a_busy_hub_is_not_taken_for_one_without_tables(hub, pushed, tmp_path, file):
+    code = """
+import json, sys
+from engram_hf import EngramForCausalLM
+said = {}
+for residency in ("auto", "mapped"):
+    try:
+        EngramForCausalLM.from_pretrained("me/mapped", engram_residency=residency)
+    except OSError as error:
+        said[residency] = str(error)
+print(json.dumps(said))
+"""
+    hub.busy = {f"/me/mapped/resolve/main/{file}"}
+    try:
+        said = finish(start(code, env=client_environment(hub, tmp_path / "home"), cwd=tmp_path))
+    finally:
+        hub.busy = set()
+    assert said.keys() == {"auto", "mapped"}
+    assert all("couldn't connect" in sentence for sentence in said.values())
 
 
 def test_revisions_differ(pushed):
