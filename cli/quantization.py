@@ -69,10 +69,11 @@ def quantize_model(folder: Path, target: Path, dtype: str) -> None:
     Raises:
         ValueError: there is no model with float tables in it, or they cannot have this dtype.
     """
+    from engram_hf.file_writer_engram import write_json
     from engram_hf.residency_engram import is_table_file
     from engram_hf.row_sources_engram import MappedRows
     from engram_hf.safetensors_engram import read_header, read_json
-    from engram_hf.table_files_engram import write_json, write_manifest
+    from engram_hf.table_files_engram import write_manifest
     from engram_hf.table_format_engram import describe_table
 
     require_shards(folder)
@@ -166,8 +167,8 @@ def _pass_on_weights(
     shard: "FileHeader", target: Path, moved: Collection[str], advance: Callable[[int], object]
 ) -> None:
     """Make the tensors of a file that have not `moved` part of `target`; the bytes do not pass through this process."""
+    from engram_hf.file_writer_engram import FileWriter, link_or_copy
     from engram_hf.safetensors_engram import header_bytes
-    from engram_hf.table_files_engram import FileWriter, link_or_copy
 
     kept = sorted((s for s in shard.tensors.values() if s.name not in moved), key=lambda span: span.offset)
     with shard.path.open("rb") as source:

@@ -18,6 +18,7 @@ FAMILIES = [
         "hashing_engram",
         "configuration_engram",
         "safetensors_engram",
+        "file_writer_engram",
         "checkpoint_engram",
         "table_format_engram",
         "memory_engram",

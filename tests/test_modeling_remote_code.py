@@ -33,6 +33,7 @@ ROOT_FILES = {
     "configuration_engram.py",
     "hashing_engram.py",
     "safetensors_engram.py",
+    "file_writer_engram.py",
     "checkpoint_engram.py",
     "table_format_engram.py",
     "memory_engram.py",

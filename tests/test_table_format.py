@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from engram_hf.file_writer_engram import link_or_copy
 from engram_hf.hashing_engram import NgramHasher
 from engram_hf.memory_engram import dequantize_rows, quantize_rows
 from engram_hf.row_sources_engram import MappedRows
@@ -25,7 +26,6 @@ from engram_hf.safetensors_engram import FileFormatError, read_header
 from engram_hf.table_check_engram import check_folder, main
 from engram_hf.table_files_engram import (
     TableWriter,
-    link_or_copy,
     manifest_entry,
     quantize_table,
     table_file_name,

@@ -1,0 +1,228 @@
+"""Writing files that are whole or not there: written beside their name, by one process at a time, and renamed when complete."""
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .safetensors_engram import FileFormatError, TensorSpan, parse_head
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not a Unix system
+    fcntl = None
+
+# What systems and file systems answer that have no hard links, or not between these two places.
+_CANNOT_LINK = {getattr(errno, name) for name in ("EXDEV", "EPERM", "EMLINK", "ENOTSUP", "ENOSYS", "ENOENT", "EACCES")}
+
+
+class FileWriter:
+    """Writes one safetensors file, in any order; as a context manager, it leaves a whole file or none.
+
+    Args:
+        path: of the file.
+        head: what it begins with; see `safetensors_engram.header_bytes`.
+
+    Raises:
+        ValueError: another process is writing the file.
+        OSError: it cannot be written; the message says what is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike, head: bytes):
+        self.path = Path(path)
+        self.header = parse_head(self.path, head)
+        with self._explained():
+            self._unfinished, self._file = _begin(self.path)
+        try:
+            with self._explained():
+                _reserve(self._file, self.header.size)
+                _write_all(self._file, head, 0)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def copy(self, name: str, span: TensorSpan, source: int) -> None:
+        """Write the tensor `name` from `span`, which lies in the open file `source`, inside the kernel."""
+        with self._explained():
+            _copy_range(source, span.offset, self._file, self.header.tensors[name].offset, span.size)
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write bytes from byte `offset` of the file on."""
+        with self._explained():
+            _write_all(self._file, data, offset)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            self._abandon()
+            return
+        with self._explained():
+            os.replace(self._unfinished, self.path)
+            os.close(self._file)  # last, since it is locked until then
+
+    def _explained(self):
+        return _explained(self.path, self.header.size)
+
+    def _abandon(self) -> None:
+        self._unfinished.unlink(missing_ok=True)
+        os.close(self._file)
+
+
+def link_or_copy(source: int, path: Path, target: Path, symbolic: bool = False) -> None:
+    """Make `target` the file that is open as `source` and was opened at `path`: a hard link, or else a copy.
+
+    The bytes do not pass through this process. (On file systems that share blocks, the copy takes no space either.)
+
+    Args:
+        symbolic: instead of a copy, a symbolic link.
+
+    Raises:
+        OSError: the target cannot be written.
+    """
+    status = os.fstat(source)
+    with _explained(target, status.st_size):
+        makers = [os.link, os.symlink] if symbolic else [os.link]
+        if not still_names(target, source) and not any(_linked(source, path, target, make) for make in makers):
+            _copy_file(source, target, status.st_size)
+
+
+def _linked(source: int, path: Path, target: Path, make: Callable[[str, Path], None]) -> bool:
+    if not still_names(path, source):
+        return False
+    link = _aside(target)
+    try:
+        make(os.path.realpath(path), link)  # a link to a symbolic link of a download cache would break with it
+        os.replace(link, target)
+    except OSError as error:
+        if error.errno in _CANNOT_LINK:
+            return False
+        raise
+    finally:
+        link.unlink(missing_ok=True)  # still there, too, if the target became the same file meanwhile
+    return True
+
+
+def _aside(path: Path) -> Path:
+    """A name beside `path` that no other process uses."""
+    return Path(f"{path}.{secrets.token_hex(8)}.unfinished")
+
+
+def still_names(path: Path, source: int) -> bool:
+    """Whether the file that is open as `source` still has its name, and no other file took that."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(source))
+    except OSError:
+        return False
+
+
+def _copy_file(source: int, target: Path, size: int) -> None:
+    unfinished, file = _begin(target)
+    try:
+        _copy_range(source, 0, file, 0, size)
+        os.replace(unfinished, target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(file)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a small JSON file, complete or not at all."""
+    unfinished, text = _aside(path), json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    with _explained(path, len(text)):
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _begin(path: Path) -> tuple[Path, int]:
+    """Open the file that is to become `path`, empty; locked, and in place of one that was left by a killed process.
+
+    Raises:
+        ValueError: another process is writing it.
+    """
+    unfinished = Path(f"{path}.unfinished")
+    while True:
+        # What is there already is not emptied: it may be written by others, or be a link to another file.
+        with contextlib.suppress(FileExistsError):
+            file = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            if _lock(file) and still_names(unfinished, file):
+                return unfinished, file
+            os.close(file)
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            file = os.open(unfinished, os.O_RDONLY)
+            try:
+                if not _lock(file):
+                    raise ValueError(
+                        f"{path} is being written by another process; wait for it, or name another folder."
+                    )
+                if still_names(unfinished, file):
+                    unfinished.unlink()
+            finally:
+                os.close(file)
+
+
+def _lock(file: int) -> bool:
+    """Lock an open file for this process, until it is closed; False if another has done so."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _explained(path: Path, size: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            message = f"{path} needs {size:,} bytes, which do not fit there; free space, or write to another disk"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            message = f"{path} cannot be written ({error.strerror}); choose a folder that is writable"
+        else:
+            raise
+        raise OSError(error.errno, message) from error
+
+
+def _reserve(file: int, size: int) -> None:
+    """Take the space now: a disk that is too small is found before hours of work, not after."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)
+
+
+def _write_all(file: int, data, offset: int) -> None:
+    data = memoryview(data)
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _copy_range(source: int, source_offset: int, target: int, target_offset: int, count: int) -> None:
+    """Copy bytes between open files; the kernel shares the blocks where the file system can."""
+    while count:
+        try:
+            copied = os.copy_file_range(source, target, min(count, 1 << 30), source_offset, target_offset)
+        except (AttributeError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            # Not on this system, or not between these file systems.
+            copied = os.pwrite(target, os.pread(source, min(count, 1 << 22), source_offset), target_offset)
+        if not copied:
+            raise FileFormatError("A file became shorter while it was copied; restore it and copy again.")
+        source_offset, target_offset, count = source_offset + copied, target_offset + copied, count - copied
