@@ -71,12 +71,12 @@ def _provenance(text_config: PreTrainedConfig, token: str | bool | None) -> dict
 
 
 def _body(config: EngramConfig, repo_id: str, data: ModelCardData) -> str:
-    layers = _enumerate(config.engram_layer_ids)
+    layers = f"layer{'s' if len(config.engram_layer_ids) > 1 else ''} {_enumerate(config.engram_layer_ids)}"
     facts = "\n".join(f"| {name} | {fact} |" for name, fact in _facts(config, data.base_model).items())
     return f"""# {repo_id.split("/")[-1]}
 
-A `{config.text_config.model_type}` language model with [Engram](https://arxiv.org/abs/2601.07372) memory: decoder layers
-{layers} add rows of large tables to what they compute, and hashes of the last {_orders(config)} tokens say which rows.
+A `{config.text_config.model_type}` language model with [Engram](https://arxiv.org/abs/2601.07372) memory in decoder {layers}:
+rows of large tables, chosen by hashes of the last {_orders(config)} tokens, are added to what the model computes.
 
 | | |
 |---|---|

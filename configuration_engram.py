@@ -170,6 +170,21 @@ class EngramConfig(PreTrainedConfig):
         for name, value in kept.items():
             setattr(self.text_config, name, value)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, but the config of another kind of model is refused: its fields mean other things.
+
+        Raises:
+            ValueError: it is one.
+        """
+        found = config_dict.get("model_type")
+        if found not in (None, cls.model_type):
+            raise ValueError(
+                f"This is the config of a {found!r} model, not of one with memory; add memory to it with "
+                "EngramForCausalLM.from_backbone, or load it as it is with AutoModelForCausalLM."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def _refuse_unknown(self, extras: dict[str, Any]) -> None:
         if self.engram_format_version > FORMAT_VERSION:
             raise ValueError(
@@ -307,7 +322,9 @@ class EngramConfig(PreTrainedConfig):
                 vocabulary's size and the pad id; None if the fields say so themselves, or for no compression.
             layer_ids: decoder layers that get a memory.
             variant: `"paper"` or `"v4.1"`; any field can be overridden.
-            rows: approximate rows of each layer's table.
+            rows: approximate rows of each layer's table. Without this, `memory_fraction` and `engram_vocab_size`, a table
+                has the variant's: five buckets a head for each token of the vocabulary (paper), or the release's 384
+                million rows (V4.1).
             memory_fraction: share of all parameters that the memory shall have, between 0 and 1 (exclusive).
             **engram_fields: fields of [`EngramConfig`], by name.
 

@@ -55,10 +55,22 @@ def read_config(folder: Path) -> "EngramConfig":
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, the token map apart."""
-    from engram_hf.table_format_engram import TOKEN_MAP_NAME
+    """The safetensors files of a model or table folder, the token map apart; with an index, those that it or a manifest names.
 
-    return [path for path in sorted(folder.glob("*.safetensors")) if path.name != TOKEN_MAP_NAME]
+    Raises:
+        ValueError: index or manifest are damaged.
+    """
+    from engram_hf.safetensors_engram import read_weight_map
+    from engram_hf.table_format_engram import MANIFEST_NAME, TOKEN_MAP_NAME, read_manifest
+
+    files = [path for path in sorted(folder.glob("*.safetensors")) if path.name != TOKEN_MAP_NAME]
+    named = {file for index in folder.glob("*.safetensors.index.json") for file in read_weight_map(index).values()}
+    if not named:
+        return files
+    if (folder / MANIFEST_NAME).exists():
+        entries = read_manifest(folder / MANIFEST_NAME).values()
+        named |= {location["file"] for entry in entries for location in entry["weight"]}
+    return [path for path in files if path.name in named]
 
 
 def require_shards(folder: Path) -> None:
@@ -123,6 +135,7 @@ def _read_hasher(folder: Path, config: "EngramConfig") -> "NgramHasher":
     """The hash of a saved model, with the constants and the token map stored beside its weights."""
     from safetensors import safe_open
 
+    from engram_hf.configuration_engram import EngramConfig
     from engram_hf.hashing_engram import NgramHasher
     from engram_hf.safetensors_engram import read_header
 
@@ -133,6 +146,8 @@ def _read_hasher(folder: Path, config: "EngramConfig") -> "NgramHasher":
         with safe_open(path, framework="pt") as file:
             state |= {short: file.get_tensor(name) for short, name in names.items() if short in expected}
     if missing := sorted(expected.keys() - state.keys()):
+        if config.model_type != EngramConfig.model_type:
+            raise ValueError(f"{folder} is in the layout of {config.model_type}; `engram convert` it first.")
         raise ValueError(f"{folder} lacks the hash tensors {', '.join(missing)}; complete it (a shard may be absent).")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:

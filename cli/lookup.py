@@ -59,6 +59,8 @@ def look_up(folder: Path, text: str) -> list[dict[str, Any]]:
 
     config = read_config(folder)
     hasher, tables = check_model(folder)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ValueError(f"{folder} has no tokenizer; tokenizer.save_pretrained puts one there.")
     tokenizer = EngramTokenizer.from_pretrained(folder)
     ids = tokenizer(text)["input_ids"]
     if not ids:

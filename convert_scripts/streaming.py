@@ -173,8 +173,10 @@ def run_plan(plan: Plan, target: Path) -> int:
             final name that is not complete, and files already complete are kept for the next start.
     """
     try:
-        if _is_complete(plan, target):
-            return 0
+        if _is_finished(plan, target):
+            if _is_whole(plan, target):
+                return 0
+            _reopen(plan, target)
         with _Journal(plan, target) as journal:
             todo = [file for file in plan.files if not _is_done(file, target, journal.done)]
             # A table of 100 GB left for last would be written by one thread alone.
@@ -188,11 +190,27 @@ def run_plan(plan: Plan, target: Path) -> int:
         raise _explain(error, target) from error
 
 
-def _is_complete(plan: Plan, target: Path) -> bool:
+def _is_finished(plan: Plan, target: Path) -> bool:
     manifest, journal = target / MANIFEST_NAME, target / JOURNAL_NAME
     if journal.exists() or not manifest.is_file():
         return False
     return read_manifest(target)["fingerprint"] == plan.fingerprint
+
+
+def _is_whole(plan: Plan, target: Path) -> bool:
+    """Whether a finished conversion still has its files; documents may have been edited since."""
+    files = read_manifest(target)["files"]
+    documents = all((target / name).is_file() for name in plan.documents)
+    return documents and all(_is_done(file, target, files) for file in plan.files)
+
+
+def _reopen(plan: Plan, target: Path) -> None:
+    """Make a finished conversion that lost files an interrupted one, which goes on with the files that are there."""
+    files = read_manifest(target)["files"]
+    kept = [{"name": file.name, **files[file.name]} for file in plan.files if _is_done(file, target, files)]
+    lines = [{"fingerprint": plan.fingerprint}, *kept]
+    write_atomically(target / JOURNAL_NAME, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    (target / MANIFEST_NAME).unlink()
 
 
 def read_manifest(folder: Path) -> dict:
@@ -444,7 +462,7 @@ def _verify_file(path: Path, record: dict) -> int:
         checksum = zlib.crc32(chunk, checksum)
     if f"{checksum:08x}" != record["crc32"]:
         raise ConversionError(
-            f"{path} differs from the checksum in the manifest; it is damaged or edited, convert again."
+            f"{path} differs from the checksum in the manifest; it is damaged or edited: delete it and convert again."
         )
     return record["size"]
 

@@ -184,6 +184,17 @@ def test_a_config_of_another_seed_is_refused(mixtral, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3"])
+def test_a_plain_model_is_refused_before_it_is_built(tmp_path, monkeypatch, name):
+    """Its config means another thing to `EngramConfig`, which would fill in a backbone and large tables."""
+    AutoModelForCausalLM.from_config(BACKBONES[name]()).save_pretrained(tmp_path)
+    monkeypatch.setattr(EngramForCausalLM, "__init__", None)
+    with pytest.raises(
+        ValueError, match=r"config of a '\w+' model, .* add memory to it with EngramForCausalLM.from_backbone"
+    ):
+        EngramForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_plain_checkpoint_is_refused(tmp_path):
     """Whoever writes an Engram config beside a backbone's weights gets no random memory."""
     AutoModelForCausalLM.from_config(BACKBONES["mixtral"]()).save_pretrained(tmp_path)

@@ -320,6 +320,25 @@ def test_a_config_of_wrong_types(complaint, copy, fields):
         assert complaint(*command)
 
 
+def test_a_release_has_to_be_converted(complaint, golden):
+    release = golden / "deepseek_v41_tiny"
+    for command in (["check", release], ["lookup", release, TEXT]):
+        assert "is in the layout of deepseek_v41; `engram convert` it first" in complaint(*command)
+
+
+def test_files_that_an_index_does_not_name_are_none_of_the_model(engram, saved, tmp_path):
+    EngramForCausalLM.from_pretrained(saved).save_pretrained(tmp_path, max_shard_size="300KB")
+    save_file({"draft.layers.1.engram.table.weight": torch.zeros(2, 32)}, tmp_path / "notes.safetensors")
+    engram("check", tmp_path)
+    assert len(json.loads(engram("inspect", tmp_path, "--json"))["tables"]) == 2
+
+
+def test_lookup_without_a_tokenizer(complaint, copy):
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    assert "has no tokenizer; tokenizer.save_pretrained puts one there" in complaint("lookup", copy, TEXT)
+
+
 def test_what_is_no_text(complaint, saved):
     assert "is not valid UTF-8" in complaint("lookup", saved, "caf\udce9")
 

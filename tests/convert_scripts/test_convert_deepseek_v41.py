@@ -352,6 +352,27 @@ def test_a_second_run_finds_the_work_done(tiny, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
+@pytest.mark.parametrize("name", ["model-00003-of-00010.safetensors", "engram-layer-00001.safetensors", "config.json"])
+@pytest.mark.parametrize("damage", ["lost", "cut off"])
+def test_a_second_run_writes_what_was_lost(tiny, tmp_path, capsys, name, damage):
+    out = tmp_path / "out"
+    assert run(tiny, out) == 0
+    before, stamps = contents(out), {path.name: path.stat().st_mtime_ns for path in out.glob("*0*.safetensors")}
+    if damage == "lost":
+        (out / name).unlink()
+    elif name == "config.json":  # an edited document is the user's
+        (out / name).write_text("{}")
+        before[name] = b"{}"
+    else:
+        os.truncate(out / name, 100)
+    assert run(tiny, out) == 0
+    assert contents(out) == before
+    written = {path.name for path in out.glob("*0*.safetensors") if path.stat().st_mtime_ns != stamps[path.name]}
+    assert written == {name} & stamps.keys()
+    assert run(tiny, out) == 0
+    assert "already complete" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_another_conversion_does_not_overwrite_a_finished_one(tiny, tmp_path, capsys):
     assert run(tiny, tmp_path / "out") == 0
     before = contents(tmp_path / "out")
