@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
@@ -48,7 +49,7 @@ def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callabl
         try:
             found = cached_file(str(name_or_path), file, **options)
         except OSError as error:
-            if not _means_absent(error):
+            if not _means_absent(error) and not _is_known_absent(name_or_path, file, options):
                 raise
             found = None
         return None if found is None else Path(found).absolute()  # wherever the process goes later
@@ -77,6 +78,13 @@ def find_weights(resolve: Callable[[str], Path | None], variant: str | None) -> 
 def _of_variant(name: str, variant: str | None) -> str:
     stem, _, ending = name.rpartition(".")
     return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def _is_known_absent(name_or_path: str | os.PathLike, file: str, options: dict[str, Any]) -> bool:
+    """Whether the cache has it that the repository, as it was when last asked, has no such file."""
+    where = {name: options[name] for name in ("cache_dir", "revision") if name in options}
+    path = os.path.join(options.get("subfolder", ""), file)
+    return try_to_load_from_cache(str(name_or_path), path, **where) is _CACHED_NO_EXIST
 
 
 @dataclass

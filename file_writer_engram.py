@@ -91,6 +91,19 @@ def link_or_copy(source: int, path: Path, target: Path, symbolic: bool = False) 
             _copy_file(source, target, status.st_size)
 
 
+def can_link(source: int, path: Path, folder: Path) -> bool:
+    """Whether a hard link to the file that is open as `source` can be made in `folder`.
+
+    Tried, for nothing else tells: one disk may be mounted twice, and another user's files may be protected.
+    """
+    target = _aside(folder / path.name)
+    with _explained(folder / path.name, 0):
+        try:
+            return _linked(source, path, target, os.link)
+        finally:
+            target.unlink(missing_ok=True)
+
+
 def _linked(source: int, path: Path, target: Path, make: Callable[[str, Path], None]) -> bool:
     if not still_names(path, source):
         return False
@@ -153,34 +166,51 @@ def _begin(path: Path) -> tuple[Path, int]:
     while True:
         # What is there already is not emptied: it may be written by others, or be a link to another file.
         with contextlib.suppress(FileExistsError):
-            file = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            if _lock(file) and still_names(unfinished, file):
+            file = _create(unfinished)
+            if _lock(file) is not False and still_names(unfinished, file):
                 return unfinished, file
             os.close(file)
             continue
-        with contextlib.suppress(FileNotFoundError):
-            file = os.open(unfinished, os.O_RDONLY)
-            try:
-                if not _lock(file):
-                    raise ValueError(
-                        f"{path} is being written by another process; wait for it, or name another folder."
-                    )
-                if still_names(unfinished, file):
-                    unfinished.unlink()
-            finally:
-                os.close(file)
+        is_left = _is_left(unfinished)
+        if is_left is None:  # nobody can tell
+            unfinished = _aside(path)
+            return unfinished, _create(unfinished)
+        if not is_left:
+            raise ValueError(f"{path} is being written by another process; wait for it, or name another folder.")
 
 
-def _lock(file: int) -> bool:
-    """Lock an open file for this process, until it is closed; False if another has done so."""
-    if fcntl is None:
+def _create(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+
+
+def _is_left(unfinished: Path) -> bool | None:
+    """Whether a file that is there was left by a killed process, and is gone now; None if the file system has no locks."""
+    if unfinished.is_symlink():
+        unfinished.unlink(missing_ok=True)
         return True
+    try:
+        file = os.open(unfinished, os.O_RDWR | os.O_NONBLOCK)  # NFS locks only what is open for writing
+    except FileNotFoundError:
+        return True
+    try:
+        is_left = _lock(file)
+        if is_left and still_names(unfinished, file):
+            unfinished.unlink()
+    finally:
+        os.close(file)
+    return is_left
+
+
+def _lock(file: int) -> bool | None:
+    """Lock an open file for this process, until it is closed; False if another has done so, None without locks."""
+    if fcntl is None:
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
-        return True
+    except OSError:  # a file system that has none
+        return None
     return True
 
 

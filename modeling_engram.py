@@ -101,8 +101,7 @@ class EngramPreTrainedModel(PreTrainedModel):
                 f"The checkpoint lacks {len(missing)} tensors of the memory, such as {missing[0]}; complete the folder "
                 "(a shard may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
             )
-        for memory in model.base_model.memories().values():
-            memory.table.keep_frozen()
+        model.base_model.keep_tables_frozen()
         _hold_hash(model.base_model.hashing)
         model.base_model.hashing.verify_constants()
         if tables is not None:
@@ -280,6 +279,11 @@ class EngramModel(EngramPreTrainedModel):
     def memories(self) -> dict[int, EngramMemory]:
         """The memory of every listed decoder layer, by layer."""
         return {layer_id: self.backbone.layers[layer_id].engram for layer_id in self.config.engram_layer_ids}
+
+    def keep_tables_frozen(self) -> None:
+        """To be called after loading; see [`~memory_engram.EngramTable.keep_frozen`]."""
+        for memory in self.memories().values():
+            memory.table.keep_frozen()
 
     def replace_token_map(self, token_map: torch.Tensor) -> None:
         """Check and install a token map `[V]`; see [`EngramPreTrainedModel.set_token_map`]."""

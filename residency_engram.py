@@ -277,7 +277,8 @@ def save_tables(model, folder: str | os.PathLike) -> None:
             entries[layer] = pass_on(nearest.stored, nearest.files, folder, description, _BY_REFERENCE.get())
     if entries:
         write_manifest(folder, entries)
-        for layer, stored in read_tables(folder).items():
+        # What is only uploaded is gone soon.
+        for layer, stored in read_tables(folder).items() if not _BY_REFERENCE.get() else ():
             model.memories()[layer].table.source.saved = stored, MappedRows(stored).stamps
     _remove_stale_files(folder, entries)
 
@@ -285,13 +286,19 @@ def save_tables(model, folder: str | os.PathLike) -> None:
 def _nearest(source: MappedRows, folder: Path) -> MappedRows:
     """A table's own files, or those that the last save made of them if only these can be linked to `folder`."""
     source.require_unchanged()
-    if source.saved is not None and not can_be_linked(source.stored, source.files, folder):
+    if source.saved is not None and not _takes_no_space(source, folder):
         stored, stamps = source.saved
         with contextlib.suppress(TableFormatError):  # that save is gone
             saved = MappedRows(stored)
-            if saved.stamps == stamps and can_be_linked(stored, saved.files, folder):
+            if saved.stamps == stamps and _takes_no_space(saved, folder):
                 return saved
     return source
+
+
+def _takes_no_space(source: MappedRows, folder: Path) -> bool:
+    if _BY_REFERENCE.get():
+        return source.stored.has_own_files
+    return can_be_linked(source.stored, source.files, folder)
 
 
 def _remove_stale_files(folder: Path, entries: dict[int, dict]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .file_writer_engram import FileWriter, link_or_copy, still_names, write_json
+from .file_writer_engram import FileWriter, can_link, link_or_copy, write_json
 from .memory_engram import dequantize_rows, quantize_rows
 from .safetensors_engram import header_bytes
 from .table_format_engram import (
@@ -204,11 +204,8 @@ def _quantized(description: TableDescription, table_dtype: str) -> TableDescript
 
 
 def can_be_linked(stored: StoredTable, files: dict[Path, int], folder: Path) -> bool:
-    """Whether `pass_on` has nothing to copy, as far as can be told without trying."""
-    device = folder.stat().st_dev
-    return stored.has_own_files and all(
-        still_names(path, source) and os.fstat(source).st_dev == device for path, source in files.items()
-    )
+    """Whether `pass_on` has nothing to copy."""
+    return stored.has_own_files and all(can_link(source, path, folder) for path, source in files.items())
 
 
 def pass_on(

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from engram_hf.table_format_engram import StoredTable
 
 
+_SINGLE = "model.safetensors"
+
+
 def require_folder(name: str) -> Path:
     """The folder `name`.
 
@@ -55,7 +58,9 @@ def read_config(folder: Path) -> "EngramConfig":
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model or table folder, the token map apart; with an index, those that it or a manifest names.
+    """The safetensors files that a model is loaded from, and those that a manifest names.
+
+    As `from_pretrained` does: one file, or else the shards of the index. A folder without either may hold tables alone.
 
     Raises:
         ValueError: index or manifest are damaged.
@@ -63,24 +68,35 @@ def weight_files(folder: Path) -> list[Path]:
     from engram_hf.safetensors_engram import read_weight_map
     from engram_hf.table_format_engram import MANIFEST_NAME, TOKEN_MAP_NAME, read_manifest
 
-    files = [path for path in sorted(folder.glob("*.safetensors")) if path.name != TOKEN_MAP_NAME]
-    named = {file for index in folder.glob("*.safetensors.index.json") for file in read_weight_map(index).values()}
-    if not named:
-        return files
+    named = set()
     if (folder / MANIFEST_NAME).exists():
         entries = read_manifest(folder / MANIFEST_NAME).values()
-        named |= {location["file"] for entry in entries for location in entry["weight"]}
-    return [path for path in files if path.name in named]
+        named = {location["file"] for entry in entries for location in entry["weight"]}
+    index = find_index(folder)
+    if index is not None:
+        named |= set(read_weight_map(index).values())
+    elif (folder / _SINGLE).exists():
+        named.add(_SINGLE)
+    else:
+        return [path for path in sorted(folder.glob("*.safetensors")) if path.name != TOKEN_MAP_NAME]
+    return [path for path in sorted(folder.glob("*.safetensors")) if path.name in named]
+
+
+def find_index(folder: Path) -> Path | None:
+    """The index of a model's shards; None where one file has all weights, beside which an older index may lie."""
+    index = folder / f"{_SINGLE}.index.json"
+    return index if index.exists() and not (folder / _SINGLE).exists() else None
 
 
 def require_shards(folder: Path) -> None:
     """Raise ValueError if the index of a model folder names a file that is not there."""
     from engram_hf.safetensors_engram import read_weight_map
 
-    for index in folder.glob("*.safetensors.index.json"):
-        missing = sorted(file for file in set(read_weight_map(index).values()) if not (folder / file).exists())
-        if missing:
-            raise ValueError(f"{folder} lacks {len(missing)} shards of its index, such as {missing[0]}; complete it.")
+    index = find_index(folder)
+    files = set() if index is None else set(read_weight_map(index).values())
+    missing = sorted(file for file in files if not (folder / file).exists())
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} shards of its index, such as {missing[0]}; complete it.")
 
 
 def read_stored_tables(folder: Path) -> "dict[int, StoredTable]":

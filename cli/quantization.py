@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .folders import (
     check_model,
+    find_index,
     is_model,
     read_config,
     read_stored_tables,
@@ -91,7 +92,8 @@ def quantize_model(folder: Path, target: Path, dtype: str) -> None:
             _pass_on_weights(shard, target, moved.get(shard.path, {}), bar.update)
     _copy_documents(folder, target)
     _rewrite_card(folder, target, dtype)
-    for index in folder.glob("*.safetensors.index.json"):
+    index = find_index(folder)
+    if index is not None:
         write_json(target / index.name, _index_without(index, moved))
     write_manifest(target, entries)
     write_json(

@@ -216,6 +216,7 @@ class DeepseekV41ForCausalLM(EngramForCausalLM):
                 f"{pretrained_model_name_or_path} lacks the weights of {enumerate_names(info['missing_keys'])}; fetch the "
                 f"missing files."
             )
+        model.model.keep_tables_frozen()
         location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
         model.set_token_map(EngramTokenizer.from_pretrained(pretrained_model_name_or_path, **location))
         # From here on nothing tells it from a converted one, and it is saved as one.

@@ -468,6 +468,13 @@ def test_an_upload_needs_no_room_for_tables(saved):
         for path in Path(folder).glob("engram-layer-*"):
             assert path.is_symlink()
             assert path.samefile(saved[2] / path.name)
+        for name in ("first", "second"):
+            save_tables(model.model, Path(folder, name))
+        inodes = [
+            [path.stat().st_ino for path in sorted(Path(folder, name).glob("engram-layer-*"))]
+            for name in ("first", "second")
+        ]
+        assert inodes[0] == inodes[1] != []  # from another file system, they are copied once
         save_tables(model.model, Path(folder, "kept"))
         assert not any(path.is_symlink() for path in Path(folder, "kept").iterdir())
 

@@ -1,5 +1,7 @@
 """The table format: what is written can be read by others and by us, and nothing damaged is ever read."""
 
+import errno
+import fcntl
 import json
 import os
 import pickle
@@ -246,6 +248,52 @@ def test_a_table_has_one_writer_at_a_time(tmp_path, hasher):
         writer.write(0, values)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert file_description(read_header(path)) == description
+
+
+def test_a_file_system_that_locks_only_what_is_written(tmp_path, hasher, monkeypatch):
+    """As NFS does."""
+    lock = fcntl.flock
+
+    def locks_writers(file, operation):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", locks_writers)
+    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    refused = pytest.raises(ValueError, match="being written by another process")
+    with TableWriter(tmp_path / "table", description), refused:
+        TableWriter(tmp_path / "table", description)
+
+
+def test_a_file_system_without_locks(tmp_path, hasher, monkeypatch):
+    """The last whole file wins, and no writer touches another's."""
+
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    rows = [stored_rows("BF16", description.num_rows, seed)[0] for seed in (1, 2)]
+    path = tmp_path / "table"
+    with TableWriter(path, description) as first:
+        with TableWriter(path, description) as second:
+            first.write(0, rows[0])
+            second.write(0, rows[1])
+        written = path.read_bytes()
+        assert written.endswith(rows[1].view(torch.uint8).numpy().tobytes())
+    assert path.read_bytes().endswith(rows[0].view(torch.uint8).numpy().tobytes())
+    assert [file.name for file in tmp_path.iterdir()] == ["table"]
+
+
+@pytest.mark.parametrize("left", ["a dangling link", "a pipe"])
+def test_strange_things_in_a_writers_way(tmp_path, hasher, left):
+    unfinished = tmp_path / "table.unfinished"
+    unfinished.symlink_to(tmp_path / "gone") if left == "a dangling link" else os.mkfifo(unfinished)
+    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    write_table_file(tmp_path / "table", description, [stored_rows("BF16", description.num_rows)])
+    assert [file.name for file in tmp_path.iterdir()] == ["table"]
+    assert file_description(read_header(tmp_path / "table")) == description
 
 
 def test_what_a_killed_writer_left_is_replaced_and_never_written_to(tmp_path, hasher):

@@ -196,13 +196,11 @@ def test_check_finds_a_damaged_file(complaint, copy):
     assert "engram-layer-00002.safetensors" in complaint("check", copy)
 
 
-def test_check_finds_another_models_config(complaint, copy):
+def test_check_finds_another_models_config(complaint, saved, tmp_path):
+    copy = Path(shutil.copytree(saved, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
     config["engram_seed"] = 1
     (copy / "config.json").write_text(json.dumps(config))
-    (copy / "engram_tables.json").unlink()
-    for path in copy.glob("engram-layer-*"):
-        path.rename(path.with_name(f"model-{path.name}"))
     assert "multipliers" in complaint("check", copy)
 
 
@@ -331,6 +329,22 @@ def test_files_that_an_index_does_not_name_are_none_of_the_model(engram, saved, 
     save_file({"draft.layers.1.engram.table.weight": torch.zeros(2, 32)}, tmp_path / "notes.safetensors")
     engram("check", tmp_path)
     assert len(json.loads(engram("inspect", tmp_path, "--json"))["tables"]) == 2
+
+
+def test_files_that_an_older_save_left(engram, saved, tmp_path):
+    """Another variant, and the index of shards that are gone, which transformers leaves."""
+    folder, model = tmp_path / "folder", EngramForCausalLM.from_pretrained(saved)
+    model.save_pretrained(folder, max_shard_size="300KB")
+    model.save_pretrained(folder)
+    model.save_pretrained(folder, variant="other")
+    make_tokenizer().save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").exists() and (folder / "model.other.safetensors").exists()
+    engram("check", folder)
+    engram("inspect", folder)
+    assert engram("lookup", folder, TEXT) == engram("lookup", saved, TEXT)
+    engram("quantize", folder, tmp_path / "new")
+    engram("check", tmp_path / "new", "--rows")
+    assert not (tmp_path / "new" / "model.safetensors.index.json").exists()
 
 
 def test_lookup_without_a_tokenizer(complaint, copy):

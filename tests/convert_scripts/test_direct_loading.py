@@ -58,6 +58,8 @@ def test_golden_logits(request, truth, kind):
     """The release itself, its conversion with quantized weights, and dequantized."""
     model = load(request.getfixturevalue(kind), dtype=torch.float32)
     assert (type(model).__name__, type(model.config).__name__) == ("EngramForCausalLM", "EngramConfig")
+    tables = [tensor for memory in model.model.memories().values() for tensor in memory.table.parameters()]
+    assert all(tensor.requires_grad == (model.config.engram_table_dtype is None) for tensor in tables)
     assert_golden_logits(model, truth)
 
 

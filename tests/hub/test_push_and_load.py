@@ -330,6 +330,11 @@ print(json.dumps(said))
 """
     hub.busy = {f"/me/mapped/resolve/main/{file}"}
     try:
+        # What was asked for before is known, also that there is no such file.
+        load = 'import json; from engram_hf import EngramForCausalLM; EngramForCausalLM.from_pretrained("me/model"); print(1)'
+        for busy in (set(), {"/me/model/resolve"}):
+            hub.busy |= busy
+            assert finish(start(load, env=client_environment(hub, tmp_path / "home"), cwd=tmp_path)) == 1
         said = finish(start(code, env=client_environment(hub, tmp_path / "home"), cwd=tmp_path))
     finally:
         hub.busy = set()
