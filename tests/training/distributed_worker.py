@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 distributed_worker.py FOLDER
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -107,7 +108,10 @@ def main() -> None:
         tensors = run(EngramForCausalLM.from_pretrained(folder / "model"), rows, folder)
         if distributed.get_rank() == 0:
             save_file(tensors, folder / f"{run.__name__}_{distributed.get_world_size()}.safetensors")
+    distributed.barrier()
     distributed.destroy_process_group()
+    # All is written. Gloo's threads that still hold tensors may abort a process whose interpreter shuts down (pytorch 179291).
+    os._exit(0)
 
 
 if __name__ == "__main__":
