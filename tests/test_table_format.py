@@ -1,14 +1,10 @@
 """The table format: what is written can be read by others and by us, and nothing damaged is ever read."""
 
-import errno
-import fcntl
 import json
 import os
 import pickle
 import random
 import struct
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -20,7 +16,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from engram_hf.file_writer_engram import link_or_copy
 from engram_hf.hashing_engram import NgramHasher
 from engram_hf.memory_engram import dequantize_rows, quantize_rows
 from engram_hf.row_sources_engram import MappedRows
@@ -237,130 +232,6 @@ def test_a_failed_write_leaves_nothing(tmp_path, hasher):
     with pytest.raises(KeyboardInterrupt), TableWriter(path, description):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_table_has_one_writer_at_a_time(tmp_path, hasher):
-    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
-    path, (values, _) = tmp_path / "table.safetensors", stored_rows("BF16", description.num_rows)
-    with TableWriter(path, description) as writer:
-        with pytest.raises(ValueError, match="being written by another process"):
-            TableWriter(path, description)
-        writer.write(0, values)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    assert file_description(read_header(path)) == description
-
-
-def test_a_file_system_that_locks_only_what_is_written(tmp_path, hasher, monkeypatch):
-    """As NFS does."""
-    lock = fcntl.flock
-
-    def locks_writers(file, operation):
-        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(errno.EBADF, "Bad file descriptor")
-        lock(file, operation)
-
-    monkeypatch.setattr(fcntl, "flock", locks_writers)
-    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
-    refused = pytest.raises(ValueError, match="being written by another process")
-    with TableWriter(tmp_path / "table", description), refused:
-        TableWriter(tmp_path / "table", description)
-
-
-def test_a_file_system_without_locks(tmp_path, hasher, monkeypatch):
-    """The last whole file wins, and no writer touches another's."""
-
-    def refuse(file, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
-    rows = [stored_rows("BF16", description.num_rows, seed)[0] for seed in (1, 2)]
-    path = tmp_path / "table"
-    with TableWriter(path, description) as first:
-        with TableWriter(path, description) as second:
-            first.write(0, rows[0])
-            second.write(0, rows[1])
-        written = path.read_bytes()
-        assert written.endswith(rows[1].view(torch.uint8).numpy().tobytes())
-    assert path.read_bytes().endswith(rows[0].view(torch.uint8).numpy().tobytes())
-    assert [file.name for file in tmp_path.iterdir()] == ["table"]
-
-
-@pytest.mark.parametrize("left", ["a dangling link", "a pipe"])
-def test_strange_things_in_a_writers_way(tmp_path, hasher, left):
-    unfinished = tmp_path / "table.unfinished"
-    unfinished.symlink_to(tmp_path / "gone") if left == "a dangling link" else os.mkfifo(unfinished)
-    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
-    write_table_file(tmp_path / "table", description, [stored_rows("BF16", description.num_rows)])
-    assert [file.name for file in tmp_path.iterdir()] == ["table"]
-    assert file_description(read_header(tmp_path / "table")) == description
-
-
-def test_what_a_killed_writer_left_is_replaced_and_never_written_to(tmp_path, hasher):
-    """It may be a link to a table of another folder."""
-    write_folder(tmp_path / "source", hasher)
-    source, path = tmp_path / "source" / table_file_name(1), tmp_path / table_file_name(1)
-    content = source.read_bytes()
-    os.link(source, f"{path}.unfinished")
-    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
-    write_table_file(path, description, [stored_rows("BF16", description.num_rows, seed=9)])
-    assert source.read_bytes() == content != path.read_bytes()
-    assert not list(tmp_path.glob("*.unfinished"))
-
-
-def test_a_full_disk_and_a_read_only_one_are_said(tmp_path, hasher):
-    """In a process of its own: it limits the size of its files, and gives up the right to write everywhere."""
-    script = f"""
-import os, resource, sys
-sys.path[:0] = {[str(Path(__file__).parent)]!r}
-from pathlib import Path
-from test_table_format import WIDTH, TableWriter, stored_rows, write_folder, table_file_name, link_or_copy
-from engram_hf.safetensors_engram import read_header
-from engram_hf.table_format_engram import file_description
-folder = Path({str(tmp_path)!r})
-description = file_description(read_header(folder / "tables" / table_file_name(1)))
-source = os.open(folder / "tables" / table_file_name(1), os.O_RDONLY)
-def attempt(action):
-    try:
-        action()
-    except OSError as error:
-        print(error)
-resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-attempt(lambda: TableWriter(folder / "full.safetensors", description))
-os.remove(folder / "tables" / table_file_name(1))  # not to be linked, so that it is copied
-attempt(lambda: link_or_copy(source, folder / "gone", folder / "copy.safetensors"))
-os.chmod(folder, 0o555)
-if os.geteuid() == 0:
-    os.setuid(65534)
-attempt(lambda: TableWriter(folder / "locked.safetensors", description))
-attempt(lambda: link_or_copy(source, folder / "gone", folder / "locked.safetensors"))
-"""
-    write_folder(tmp_path / "tables", hasher)
-    tmp_path.chmod(0o755)
-    try:
-        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    finally:
-        tmp_path.chmod(0o755)
-    lines = run.stdout.splitlines()
-    assert len(lines) == 4, run.stderr
-    assert all("do not fit there; free space" in line for line in lines[:2])
-    assert all("cannot be written (Permission denied)" in line for line in lines[2:])
-    assert [path.name for path in tmp_path.iterdir()] == ["tables"]
-
-
-def test_a_linked_file_is_one_file(tmp_path):
-    (tmp_path / "a").write_bytes(b"rows" * 9999)
-    source = os.open(tmp_path / "a", os.O_RDONLY)
-    link_or_copy(source, tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").samefile(tmp_path / "a")
-    link_or_copy(source, tmp_path / "a", tmp_path / "a")  # in place
-    # Another file took the name: what was opened is copied, not what is there now.
-    os.replace(tmp_path / "b", tmp_path / "kept")
-    (tmp_path / "a").unlink()
-    (tmp_path / "a").write_bytes(b"other")
-    link_or_copy(source, tmp_path / "a", tmp_path / "c")
-    assert (tmp_path / "c").read_bytes() == b"rows" * 9999
-    os.close(source)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,173 @@
+"""Files that are whole or not there, whatever else writes beside them and whatever the file system can do."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from engram_hf.file_writer_engram import FileWriter, can_link, link_or_copy, write_json
+from engram_hf.safetensors_engram import header_bytes, read_header
+
+HEAD = header_bytes([("a", "U8", (64,))])
+REFUSED = pytest.raises(ValueError, match="being written by another process")
+
+
+def write(path: Path, content: bytes = 64 * b"a") -> None:
+    with FileWriter(path, HEAD) as writer:
+        writer.write_at(len(HEAD), memoryview(content))
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "a"
+    with FileWriter(path, HEAD) as writer:
+        writer.write_at(len(HEAD), memoryview(64 * b"a"))
+        assert not path.exists()
+    with safe_open(path, "np") as file:
+        assert file.get_tensor("a").tobytes() == 64 * b"a"
+    assert read_header(path).head == HEAD
+    with pytest.raises(KeyboardInterrupt), FileWriter(path, HEAD) as writer:
+        writer.write_at(len(HEAD), memoryview(64 * b"b"))
+        raise KeyboardInterrupt
+    assert path.read_bytes() == HEAD + 64 * b"a"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_has_one_writer_at_a_time(tmp_path):
+    with FileWriter(tmp_path / "a", HEAD), REFUSED:
+        FileWriter(tmp_path / "a", HEAD)
+    write(tmp_path / "a")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_system_that_locks_only_what_is_open_for_writing(tmp_path, monkeypatch):
+    """As NFS does."""
+    lock = fcntl.flock
+
+    def lock_writers(file, operation):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_writers)
+    with FileWriter(tmp_path / "a", HEAD), REFUSED:
+        FileWriter(tmp_path / "a", HEAD)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """The last whole file wins, and no writer touches another's."""
+
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    path = tmp_path / "a"
+    with FileWriter(path, HEAD) as first:
+        with FileWriter(path, HEAD) as second:
+            first.write_at(len(HEAD), memoryview(64 * b"1"))
+            second.write_at(len(HEAD), memoryview(64 * b"2"))
+        assert path.read_bytes() == HEAD + 64 * b"2"
+    assert path.read_bytes() == HEAD + 64 * b"1"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_replaced_and_never_written_to(tmp_path):
+    """It may be a link to a file of another folder."""
+    (tmp_path / "source").write_bytes(b"rows of another model")
+    path, left = tmp_path / "a", tmp_path / "a.unfinished"
+    for make in (
+        lambda: left.write_bytes(b"half"),
+        lambda: os.link(tmp_path / "source", left),
+        lambda: left.symlink_to(tmp_path / "source"),
+        lambda: left.symlink_to(tmp_path / "nowhere"),
+        lambda: os.mkfifo(left),
+    ):
+        make()
+        write(path)
+        assert path.read_bytes() == HEAD + 64 * b"a"
+        assert (tmp_path / "source").read_bytes() == b"rows of another model"
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "source"]
+
+
+def test_a_full_disk_and_a_read_only_one_are_said(tmp_path):
+    """In a process of its own: it limits the size of its files, and gives up the right to write everywhere."""
+    script = f"""
+import os, resource
+from pathlib import Path
+from engram_hf.file_writer_engram import FileWriter, link_or_copy
+from engram_hf.safetensors_engram import header_bytes
+folder, head = Path({str(tmp_path)!r}), header_bytes([("a", "U8", (9000,))])
+source = os.open(folder / "source", os.O_RDONLY)
+os.remove(folder / "source")  # not to be linked, so that it is copied
+def attempt(action):
+    try:
+        action()
+    except OSError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+attempt(lambda: FileWriter(folder / "full", head))
+attempt(lambda: link_or_copy(source, folder / "source", folder / "copy"))
+os.chmod(folder, 0o555)
+if os.geteuid() == 0:
+    os.setuid(65534)
+attempt(lambda: FileWriter(folder / "locked", head))
+attempt(lambda: link_or_copy(source, folder / "source", folder / "locked"))
+"""
+    (tmp_path / "source").write_bytes(9000 * b"a")
+    tmp_path.chmod(0o755)
+    try:
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    finally:
+        tmp_path.chmod(0o755)
+    lines = run.stdout.splitlines()
+    assert len(lines) == 4, run.stderr
+    assert all("do not fit there; free space" in line for line in lines[:2])
+    assert all("cannot be written (Permission denied)" in line for line in lines[2:])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_linked_file_is_one_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"rows" * 9999)
+    source = os.open(tmp_path / "a", os.O_RDONLY)
+    assert can_link(source, tmp_path / "a", tmp_path)
+    link_or_copy(source, tmp_path / "a", tmp_path / "b")
+    link_or_copy(source, tmp_path / "a", tmp_path / "b")  # it is there already
+    assert (tmp_path / "b").samefile(tmp_path / "a")
+    link_or_copy(source, tmp_path / "a", tmp_path / "a")  # in place
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
+    # Another file took the name: what was opened is copied, not what is there now.
+    os.replace(tmp_path / "b", tmp_path / "kept")
+    (tmp_path / "a").unlink()
+    (tmp_path / "a").write_bytes(b"other")
+    assert not can_link(source, tmp_path / "a", tmp_path)
+    link_or_copy(source, tmp_path / "a", tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == b"rows" * 9999
+    assert not (tmp_path / "c").samefile(tmp_path / "kept")
+    os.close(source)
+
+
+def test_two_mounts_of_one_disk_are_found_out_by_trying(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    (tmp_path / "a").write_bytes(b"rows")
+    source = os.open(tmp_path / "a", os.O_RDONLY)
+    monkeypatch.setattr(os, "link", refuse)
+    assert not can_link(source, tmp_path / "a", tmp_path)
+    link_or_copy(source, tmp_path / "a", tmp_path / "b", symbolic=True)
+    assert (tmp_path / "b").is_symlink() and (tmp_path / "b").samefile(tmp_path / "a")
+    link_or_copy(source, tmp_path / "a", tmp_path / "c")
+    assert not (tmp_path / "c").samefile(tmp_path / "a") and (tmp_path / "c").read_bytes() == b"rows"
+    os.close(source)
+
+
+def test_a_small_json_file_is_replaced_as_a_whole(tmp_path):
+    write_json(tmp_path / "a.json", {"é": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
