@@ -32,6 +32,7 @@ from .residency_engram import (
     find_tables,
     is_table_file,
     leave_tables_on_disk,
+    remove_stale_tables,
     save_tables,
     tables_by_reference,
 )
@@ -135,6 +136,7 @@ class EngramPreTrainedModel(PreTrainedModel):
 
     def _upload_modified_files(self, working_dir, repo_id, *args, token=None, **kwargs):
         # `push_to_hub` and `save_pretrained(push_to_hub=True)` meet here, after their README.md is written.
+        self._remove_stale_tables(working_dir)
         write_model_card(os.path.join(working_dir, "README.md"), self.config, repo_id, token)
         return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
 
@@ -211,13 +213,25 @@ class EngramPreTrainedModel(PreTrainedModel):
         Tables that are not parameters are linked to the folder, or copied by the kernel: they have not changed.
         """
         # Of a sharded model every process calls this, and only the first one writes.
-        if self.should_save_on_this_rank(is_main_process) and not getattr(self, "_hf_peft_config_loaded", False):
+        writes = self.should_save_on_this_rank(is_main_process) and not os.path.isfile(save_directory)
+        if writes and not self._saves_adapter():
             save_tables(self.base_model, save_directory)
         self.config.auto_map = dict(AUTO_MAP)
         # Under the names of the modules: `Trainer` resumes by `load_state_dict`, and would silently skip experts that had
         # been split and renamed as the backbone's own hub layout has them (transformers issue 48805).
         kwargs.setdefault("save_original_format", False)
-        return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        result = super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if writes:
+            self._remove_stale_tables(save_directory)
+        return result
+
+    def _remove_stale_tables(self, folder: str | os.PathLike) -> None:
+        if not self._saves_adapter():
+            remove_stale_tables(self.base_model, folder)
+
+    def _saves_adapter(self) -> bool:
+        # Of a model with adapters that transformers added, it saves those alone.
+        return getattr(self, "_hf_peft_config_loaded", False)
 
 
 def _hold_hash(hashing: NgramHasher) -> None:

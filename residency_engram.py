@@ -21,7 +21,7 @@ from .checkpoint_engram import find_weights, resolver
 from .memory_engram import EngramTable
 from .row_sources_engram import MappedRows, PinnedRows
 from .safetensors_engram import read_weight_map
-from .table_files_engram import can_be_linked, pass_on, write_manifest
+from .table_files_engram import can_be_linked, pass_on, table_file_names, write_manifest
 from .table_format_engram import (
     MANIFEST_NAME,
     TORCH_DTYPES,
@@ -260,18 +260,17 @@ def tables_by_reference() -> Iterator[None]:
 def save_tables(model, folder: str | os.PathLike) -> None:
     """Bring the tables of an `EngramModel` that are not in its state dict to a folder that it is saved to.
 
-    They have not changed since they were loaded, so their files are linked, or copied inside the kernel. If all tables
-    are in the state dict, what an earlier save left in the folder is removed: it would be taken for this model's.
+    They have not changed since they were loaded, so their files are linked, or copied inside the kernel.
 
     Raises:
         TableFormatError: a file changed since it was loaded.
         OSError: the folder cannot be written; the message says why.
     """
     folder, entries = Path(folder), {}
-    folder.mkdir(parents=True, exist_ok=True)
     for index, (layer, memory) in enumerate(model.memories().items()):
         source = memory.table.source
         if source is not None:
+            folder.mkdir(parents=True, exist_ok=True)
             description = describe_table(model.hashing, index, width=source.width, dtype=source.stored.dtype)
             nearest = _nearest(source, folder)
             entries[layer] = pass_on(nearest.stored, nearest.files, folder, description, _BY_REFERENCE.get())
@@ -280,7 +279,6 @@ def save_tables(model, folder: str | os.PathLike) -> None:
         # What is only uploaded is gone soon.
         for layer, stored in read_tables(folder).items() if not _BY_REFERENCE.get() else ():
             model.memories()[layer].table.source.saved = stored, MappedRows(stored).stamps
-    _remove_stale_files(folder, entries)
 
 
 def _nearest(source: MappedRows, folder: Path) -> MappedRows:
@@ -301,10 +299,15 @@ def _takes_no_space(source: MappedRows, folder: Path) -> bool:
     return can_be_linked(source.stored, source.files, folder)
 
 
-def _remove_stale_files(folder: Path, entries: dict[int, dict]) -> None:
-    current = {location["file"] for entry in entries.values() for location in entry["weight"]}
-    current |= {MANIFEST_NAME} if entries else set()
-    for path in folder.iterdir():
+def remove_stale_tables(model, folder: str | os.PathLike) -> None:
+    """Remove table files that an earlier save left in a folder, and that are not of the `EngramModel` saved there now.
+
+    To be called when its weights are written: until then, these files may be the only copy of a resident table.
+    """
+    sources = [memory.table.source for memory in model.memories().values()]
+    current = {name for source in sources if source is not None for name in table_file_names(source.stored)}
+    current |= {MANIFEST_NAME} if current else set()
+    for path in Path(folder).iterdir():
         if is_table_file(path.name) and path.name not in current:
             path.unlink()
 

@@ -30,6 +30,11 @@ def table_file_name(layer: int, part: int = 0, parts: int = 1) -> str:
     return f"engram-layer-{layer:05d}{f'-{part:05d}-of-{parts:05d}' if parts > 1 else ''}.safetensors"
 
 
+def table_file_names(stored: StoredTable) -> list[str]:
+    """What the files of a table's parts are called in a model folder."""
+    return [table_file_name(stored.layer, index, len(stored.parts)) for index in range(len(stored.parts))]
+
+
 class TableWriter(FileWriter):
     """Writes one table file, row range by row range.
 
@@ -225,7 +230,7 @@ def pass_on(
         description: of the table, for files that are written.
         symbolic: as in [`link_or_copy`].
     """
-    names = [table_file_name(stored.layer, index, len(stored.parts)) for index in range(len(stored.parts))]
+    names = table_file_names(stored)
     sources = [files[part.file.path] for part in stored.parts]
     ranges = [(part.first, part.stop) for part in stored.parts]
     if stored.has_own_files:

@@ -538,6 +538,16 @@ def test_saving_in_place_and_over_another_kind(saved, tmp_path):
         assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path)), logits(saved[0]))
 
 
+def test_a_save_that_fails_loses_no_table(saved, tmp_path):
+    """The only copy of a resident table are the files it was loaded from, until the weights were written."""
+    shutil.copytree(saved[2], tmp_path, dirs_exist_ok=True)
+    model = EngramForCausalLM.from_pretrained(tmp_path, engram_residency="resident")
+    model.generation_config.temperature = 0.5  # without sampling: refused
+    with pytest.raises(ValueError, match="temperature"):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path)), logits(saved[0]))
+
+
 def test_a_table_that_changed_is_not_passed_on(saved, tmp_path):
     source = shutil.copytree(saved[2], tmp_path / "source")
     model = EngramForCausalLM.from_pretrained(source, engram_residency="mapped")
