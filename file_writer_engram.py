@@ -167,7 +167,7 @@ def _begin(path: Path) -> tuple[Path, int]:
         # What is there already is not emptied: it may be written by others, or be a link to another file.
         with contextlib.suppress(FileExistsError):
             file = _create(unfinished)
-            if _lock(file) is not False and still_names(unfinished, file):
+            if lock_file(file) is not False and still_names(unfinished, file):
                 return unfinished, file
             os.close(file)
             continue
@@ -180,7 +180,7 @@ def _begin(path: Path) -> tuple[Path, int]:
 
 
 def _create(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
 
 def _is_left(unfinished: Path) -> bool | None:
@@ -193,7 +193,7 @@ def _is_left(unfinished: Path) -> bool | None:
     except FileNotFoundError:
         return True
     try:
-        is_left = _lock(file)
+        is_left = lock_file(file)
         if is_left and still_names(unfinished, file):
             unfinished.unlink()
     finally:
@@ -201,7 +201,7 @@ def _is_left(unfinished: Path) -> bool | None:
     return is_left
 
 
-def _lock(file: int) -> bool | None:
+def lock_file(file: int) -> bool | None:
     """Lock an open file for this process, until it is closed; False if another has done so, None without locks."""
     if fcntl is None:
         return None

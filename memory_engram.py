@@ -196,9 +196,10 @@ def _read_from(source: RowReader, row_ids: torch.Tensor, dtype: torch.dtype | No
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # Asynchronous only from page-locked memory.
-    tensor = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
-    return tensor.to(device, non_blocking=True)
+    # Asynchronous only from page-locked memory, and only there sure to be read before it is used for others.
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _side_by_side(rows: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:

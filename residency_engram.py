@@ -229,8 +229,8 @@ _GROUP_FILES = [
 
 def free_host_memory() -> int:
     """Bytes of memory that this process can still take, a container's limit included."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 34
-    with contextlib.suppress(OSError, ValueError):  # another system: what sysconf says
+    free = _memory_of_the_system()
+    with contextlib.suppress(OSError, ValueError):  # another system than Linux
         (available,) = re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         free = int(available) * 1024
     for names in _GROUP_FILES:
@@ -239,6 +239,15 @@ def free_host_memory() -> int:
             (unused,) = re.findall(r"^(?:total_)?inactive_file (\d+)$", counts, re.MULTILINE)[-1:]
             free = min(free, int(limit) - int(used) + int(unused))
     return max(free, 0)
+
+
+def _memory_of_the_system() -> int:
+    """What `sysconf` says is free; of systems that do not tell that, half of all, or 16 GB if they tell neither."""
+    names = getattr(os, "sysconf_names", {})
+    for name, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
+        if name in names:
+            return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") // share
+    return 1 << 34
 
 
 _BY_REFERENCE = ContextVar("tables are saved by reference", default=False)

@@ -247,7 +247,8 @@ class FileMap:
         # Shared and read-only: a private mapping counts as memory that may be needed, and is refused beyond what there is.
         self._map = mmap.mmap(self.descriptor, size, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):
-            self._map.madvise(mmap.MADV_RANDOM)
+            with contextlib.suppress(OSError):  # advice, which not every file system takes
+                self._map.madvise(mmap.MADV_RANDOM)
 
     def __del__(self):
         if self.descriptor >= 0:
@@ -259,6 +260,8 @@ class FileMap:
 
     def read(self, span: TensorSpan, first: int, stop: int) -> torch.Tensor:
         """Rows `first..stop-1` of a tensor, as bytes in memory of their own."""
+        if not hasattr(os, "preadv"):  # not a Unix system
+            return self.view(span)[first:stop].clone()
         size = span.size // span.shape[0]
         rows = torch.empty((stop - first, size), dtype=torch.uint8, device="cpu")
         target, offset = memoryview(rows.numpy()).cast("B"), span.offset + first * size
@@ -277,8 +280,9 @@ class FileMap:
         begins = np.flatnonzero(np.append(True, first[1:] > last[:-1] + 1))
         ends = np.append(begins[1:], len(first)) - 1
         runs = zip((first[begins] * mmap.PAGESIZE).tolist(), ((last[ends] + 1) * mmap.PAGESIZE).tolist(), strict=True)
-        for begin, end in runs:
-            os.posix_fadvise(self.descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+        with contextlib.suppress(OSError):  # advice, which not every file system takes
+            for begin, end in runs:
+                os.posix_fadvise(self.descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def view(self, span: TensorSpan) -> torch.Tensor:
         """A tensor `[R, ...]` as bytes over the file."""

@@ -59,6 +59,7 @@ setup(
         ],
     },
     classifiers=[
+        "Operating System :: POSIX",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

@@ -10,7 +10,6 @@ on a machine with two busy cores.)
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from ..file_writer_engram import lock_file
 from ..safetensors_engram import TensorSpan, header_bytes, read_json
 from .safetensors_files import ConversionError
 
@@ -238,12 +238,8 @@ class _Journal:
         if not self.path.exists():
             self._start()
         self._file = self.path.open("r+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConversionError(
-                f"another conversion is writing to {self.path.parent}; wait for it to end."
-            ) from None
+        if lock_file(self._file.fileno()) is False:
+            raise ConversionError(f"another conversion is writing to {self.path.parent}; wait for it to end.")
         self._read()
         return self
 
