@@ -37,6 +37,7 @@ class EngramHistoryLayer(CacheLayerMixin):
         self.record_past = False
         self.ids: torch.Tensor | None = None  # [B, past]
         self.sequence_ids: torch.Tensor | None = None  # [B, past]
+        self.is_numbered = False  # whether sequence ids were the caller's, not told from positions
         self.conv_inputs: dict[int, torch.Tensor] = {}  # layer -> [B, kept, G, D]
         self.conv_reach = 0
 
@@ -49,6 +50,13 @@ class EngramHistoryLayer(CacheLayerMixin):
         self.ids = torch.cat([past[0], ids], dim=1)
         self.sequence_ids = torch.cat([past[1], sequence_ids], dim=1)
         return past
+
+    def last_sequence_ids(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """Sequence ids `[B, 1]` of the last position before `ids` `[B, S]`; None before the first."""
+        if self.ids is None:
+            return None
+        self._require_batch(ids)
+        return self.sequence_ids[:, -1:].to(ids.device)
 
     def _require_batch(self, ids: torch.Tensor) -> None:
         if self.ids.shape[0] != ids.shape[0]:
@@ -108,6 +116,7 @@ class EngramHistoryLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.ids = self.sequence_ids = None
+        self.is_numbered = False
         self.conv_inputs = {}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -207,6 +216,7 @@ class StaticEngramHistoryLayer(EngramHistoryLayer):
             return
         self.ids.fill_(DEAD)
         self.sequence_ids.fill_(DEAD)
+        self.is_numbered = False
         self.length.zero_()
         for state in self.conv_inputs.values():
             state.zero_()

@@ -12,7 +12,6 @@ import os
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -366,7 +365,8 @@ class EngramModel(EngramPreTrainedModel):
             attention_mask: `[B, past + S]`, 0 for padding; masks of other shapes say nothing about padding here.
             position_ids: `[B, S]`; a document starts wherever they do not go on by one.
             image_mask: bool `[B, S]`, True at image positions: no memory there, none looked back through.
-            sequence_ids: `[B, S]`, equal within a packed document; instead of `position_ids`.
+            sequence_ids: `[B, S]`, equal within a packed document; instead of `position_ids`. Later calls of the same
+                `history` go on with it, or without any with the last document.
             history: what earlier calls left; extended by this one.
         """
         alive = _alive(input_ids, attention_mask, image_mask)
@@ -376,10 +376,11 @@ class EngramModel(EngramPreTrainedModel):
             # A padded position may hold anything, even an id without an entry in the map.
             ids = self.hashing.compress(input_ids.masked_fill(~alive, self.config.engram_pad_token_id))
             ids = ids.masked_fill(~alive, DEAD)
-        past_length = 0 if history is None else history.get_seq_length()
-        sequence_ids = _sequence_ids(input_ids, position_ids, sequence_ids, past_length)
+        is_numbered = sequence_ids is not None
+        sequence_ids = _sequence_ids(input_ids, position_ids, sequence_ids, history)
         past_ids = past_sequence_ids = None
         if history is not None:
+            history.is_numbered |= is_numbered
             sequence_ids = torch.zeros_like(ids) if sequence_ids is None else sequence_ids
             past_ids, past_sequence_ids = history.remember_ids(ids, sequence_ids)
         row_ids = self.hashing(ids, sequence_ids, past_ids, past_sequence_ids)
@@ -462,13 +463,18 @@ def _sequence_ids(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor | None,
     sequence_ids: torch.Tensor | None,
-    past_length: int | torch.Tensor,
+    history: EngramHistoryLayer | None,
 ) -> torch.Tensor | None:
-    """Documents `[B, S]`: as given, or told from where position ids restart."""
+    """Documents `[B, S]`: as given, or told from where position ids restart; without either, the last one goes on."""
     if sequence_ids is not None:
         return sequence_ids.to(input_ids.device).long().expand_as(input_ids)
+    last = None if history is None else history.last_sequence_ids(input_ids)
+    # The caller's numbers cannot be compared with what positions tell.
+    if last is not None and (position_ids is None or history.is_numbered):
+        return last.expand_as(input_ids)
     if position_ids is None:
         return None
+    past_length = 0 if history is None else history.get_seq_length()
     positions = position_ids[0] if position_ids.dim() == 3 else position_ids  # multimodal: the temporal axis
     index = torch.arange(input_ids.shape[1], device=input_ids.device) + past_length  # a tensor in a static cache
     # Where a document began: the same for all of its positions, and another for the next document.
@@ -655,6 +661,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         attention_mask=None,
         inputs_embeds=None,
         image_mask=None,
+        seq_idx=None,
         **kwargs,
     ):
         """As in transformers, and what memory needs besides: ids beside embeddings, and masks of just these positions."""
@@ -670,10 +677,11 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
         if embeds is not None and input_ids.shape[1] >= length:
             inputs["input_ids"] = input_ids[:, -length:]
-        if image_mask is not None:
-            start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-            generated = max(start + length - image_mask.shape[1], 0)
-            inputs["image_mask"] = F.pad(image_mask, (0, generated), value=False)[:, start : start + length]
+        if image_mask is not None:  # what is generated is text
+            image_mask = _of_call(image_mask, torch.zeros_like(image_mask[:, :1]), past_key_values, length)
+            inputs["image_mask"] = image_mask
+        if seq_idx is not None:  # and belongs to the last document
+            inputs["seq_idx"] = _of_call(seq_idx, seq_idx[:, -1:], past_key_values, length)
         if attention_mask is not None and inputs.get("attention_mask") is not attention_mask:
             # For a static cache the mask became 4-D, which no longer says what is padding.
             inputs["padding_mask"] = attention_mask[:, -length:]
@@ -720,6 +728,13 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             for hook in hooks:
                 hook.remove()
         return gates
+
+
+def _of_call(prompt: torch.Tensor, beyond: torch.Tensor, cache: Cache | None, length: int) -> torch.Tensor:
+    """The `length` positions after those in `cache`, of what is `[B, S]` for a prompt and `[B, 1]` for all that follows."""
+    start = 0 if cache is None else int(cache.get_seq_length())
+    missing = max(start + length - prompt.shape[1], 0)
+    return torch.cat([prompt, beyond.expand(-1, missing)], dim=1)[:, start : start + length]
 
 
 def _host_parts(host: PreTrainedModel) -> dict[str, str]:

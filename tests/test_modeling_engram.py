@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -37,6 +38,7 @@ from transformers import (
 )
 
 from engram_hf import EngramConfig, EngramForCausalLM, EngramModel
+from engram_hf.cache_engram import attach_history
 
 SMALL = {"layer_ids": [1], "engram_vocab_size": 97, "engram_n_heads": 2, "engram_head_dim": 8}
 
@@ -463,6 +465,9 @@ def test_a_mask_of_another_shape_leaves_padding_to_padding_mask(mixtral):
     torch.testing.assert_close(told, logits_of(mixtral, ids[:, 3:]), rtol=0, atol=1e-5)
 
 
+POSITIONS = torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5, 6]])  # of two documents
+
+
 def test_numbered_documents_are_cut_like_restarting_positions(mixtral):
     ids = random_ids(1, 9)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
@@ -471,6 +476,37 @@ def test_numbered_documents_are_cut_like_restarting_positions(mixtral):
     assert torch.equal(mixtral.model.prepare_memory(ids, sequence_ids=numbered).row_ids, by_position)
     arguments = {"position_ids": positions, "use_cache": False}
     assert torch.equal(logits_of(mixtral, ids, **arguments, seq_idx=numbered), logits_of(mixtral, ids, **arguments))
+
+
+BY_NUMBER = {"sequence_ids": torch.tensor([[7, 7, 5, 5, 5, 5]])}
+BY_POSITION = {"position_ids": POSITIONS[:, :6]}
+LATER_POSITIONS = {"position_ids": POSITIONS[:, 6:]}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (BY_NUMBER, {"sequence_ids": torch.full((1, 3), 5)}),
+        (BY_NUMBER, {}),
+        (BY_NUMBER, LATER_POSITIONS),
+        (BY_POSITION, {}),
+        (BY_POSITION, LATER_POSITIONS),
+    ],
+)
+def test_a_later_call_goes_on_with_the_last_document(mixtral, first, second):
+    ids = random_ids(1, 9)
+    expected = mixtral.model.prepare_memory(ids, position_ids=POSITIONS).row_ids
+
+    history = attach_history(DynamicCache(config=mixtral.config.text_config), mixtral.config)
+    parts = (ids[:, :6], first), (ids[:, 6:], second)
+    found = [mixtral.model.prepare_memory(part, history=history, **said).row_ids for part, said in parts]
+    assert torch.equal(torch.cat(found, dim=2), expected)
+
+
+def test_documents_of_a_prompt_are_told_to_generate(mixtral):
+    ids, documents = random_ids(1, 6), torch.full((1, 6), 5)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(mixtral.generate(ids, seq_idx=documents, **options), mixtral.generate(ids, **options))
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------
