@@ -8,6 +8,7 @@ import copyreg
 import functools
 import math
 import types
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ from .cache_engram import EngramHistoryLayer
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD
 from .memory_engram import EngramTable, RowReader
+
+# Tokens that are compared, or get their update, at once where no gradient is needed: a long prompt would take many times the
+# memory of its residual streams.
+_BLOCK_TOKENS = 1024
 
 
 class EngramInputs(NamedTuple):
@@ -162,13 +167,15 @@ class EngramMemory(nn.Module):
     def fuse(self, hidden_states: torch.Tensor, rows: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
         """As `forward`, with the gathered rows `[B, S, T * W]` given."""
         streams = hidden_states if hidden_states.dim() == 4 else hidden_states.unsqueeze(-2)
-        keys, value = self._project(rows)
-        precise = torch.promote_types(streams.dtype, torch.float32)
-        gate = self.gate(self._similarity(streams.to(precise), keys.to(precise)), inputs.alive)
-        update = gate.unsqueeze(-1) * value.to(precise).unsqueeze(-2)
-        if self.conv is not None:
+        dot, value = _in_blocks(self._compare, streams, rows)
+        gate = self.gate(dot, inputs.alive)
+        if self.conv is None:
+            (streams,) = _in_blocks(self._add, streams, gate, value)
+        else:
+            update = _update(gate, value)
             update = update + F.silu(self._convolve(self.conv_norm(update), inputs))
-        return hidden_states + update.to(hidden_states.dtype).view_as(hidden_states)
+            streams = streams + update.to(streams.dtype)
+        return streams.view_as(hidden_states)
 
     @torch.no_grad()
     def silence(self) -> None:
@@ -182,9 +189,15 @@ class EngramMemory(nn.Module):
         keys, value = self.kv_proj(rows).split([self.streams * self.hidden_size, self.hidden_size], dim=-1)
         return keys.unflatten(-1, (self.streams, self.hidden_size)), value
 
-    def _similarity(self, streams: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Scaled dot products `[B, S, G]` of normalized streams and keys."""
-        return (self.q_norm(streams) * self.k_norm(keys)).sum(-1) / math.sqrt(self.hidden_size)
+    def _compare(self, streams: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled dot products `[B, S, G]` of normalized streams and keys, and the value `[B, S, D]`."""
+        keys, value = self._project(rows)
+        precise = torch.promote_types(streams.dtype, torch.float32)
+        product = self.q_norm(streams.to(precise)) * self.k_norm(keys.to(precise))
+        return product.sum(-1) / math.sqrt(self.hidden_size), value
+
+    def _add(self, streams: torch.Tensor, gate: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor]:
+        return (streams + _update(gate, value).to(streams.dtype),)
 
     def _convolve(self, states: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
         """The convolution of `[B, S, G, D]`, with what earlier calls left in front; remembers `states` for later ones."""
@@ -193,6 +206,26 @@ class EngramMemory(nn.Module):
         else:
             past = states.new_zeros((states.shape[0], self.conv.reach, *states.shape[2:]))
         return self.conv(torch.cat([past, states], dim=1), _padded_sequence_ids(inputs, self.conv.reach))
+
+
+def _update(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`[B, S, G, D]`, in the gate's dtype."""
+    return gate.unsqueeze(-1) * value.to(gate.dtype).unsqueeze(-2)
+
+
+def _in_blocks(compute: Callable[..., tuple[torch.Tensor, ...]], *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What `compute` makes of `states` `[B, S, ...]`, some positions at a time; each is computed from itself alone."""
+    batch, length = states[0].shape[:2]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or batch * length <= _BLOCK_TOKENS:
+        return compute(*states)
+    step = max(1, _BLOCK_TOKENS // batch)
+    results: list[torch.Tensor] = []
+    for index, block in enumerate(zip(*(state.split(step, dim=1) for state in states), strict=True)):
+        parts = compute(*block)
+        results = results or [part.new_empty((batch, length, *part.shape[2:])) for part in parts]
+        for result, part in zip(results, parts, strict=True):
+            result[:, index * step : (index + 1) * step] = part
+    return tuple(results)
 
 
 def _padded_sequence_ids(inputs: EngramInputs, reach: int) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
-from engram_hf import EngramConfig
+from engram_hf import EngramConfig, layer_engram
 from engram_hf.cache_engram import EngramHistoryLayer
 from engram_hf.layer_engram import EngramDecoderLayerMixin, EngramInputs, EngramMemory, add_memory_to_layer
 
@@ -312,6 +312,22 @@ def test_chunks_equal_the_whole(variant, size):
 
 
 # --- shapes and dtypes
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("block", [1, 14, 2 * LENGTH - 1])
+def test_a_long_prompt_is_fused_in_blocks(monkeypatch, variant, block):
+    """Without gradients a few tokens at a time, which a hook on the gate does not notice."""
+    memory, (hidden, rows) = make_memory(variant), random_states()
+    inputs = make_inputs(alive=two_dead())
+    whole = memory.fuse(hidden, rows, inputs)
+    gates, projected = watch_gates(memory), []
+    memory.kv_proj.register_forward_hook(lambda module, args, output: projected.append(output.shape[:2].numel()))
+    monkeypatch.setattr(layer_engram, "_BLOCK_TOKENS", block)
+    with torch.no_grad():
+        torch.testing.assert_close(memory.fuse(hidden, rows, inputs), whole.detach())
+    assert [gate.shape for gate in gates] == [(2, LENGTH, 2)]
+    assert sum(projected) == 2 * LENGTH and max(projected) <= max(block, 2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
