@@ -20,9 +20,9 @@ from .hashing_engram import as_token_map, draw_primes, is_prime
 
 FORMAT_VERSION = 1
 
-# What tables can be stored as, and what a row's channels must then be a multiple of (docs/engram-table-format.md).
 # Far beyond any use; more would take minutes to check.
 _MOST_ORDERS, _MOST_HEADS = 64, 1024
+# What tables can be stored as, and what a row's channels must then be a multiple of (docs/engram-table-format.md).
 _ROW_MULTIPLES = {None: 1, "float8_e4m3fn": 32, "int8": 4}
 
 # Imported for its registration: a V4.1 model is to load as remote code, where nothing else would bring its backbone.
@@ -180,8 +180,8 @@ class EngramConfig(PreTrainedConfig):
         found = config_dict.get("model_type")
         if found not in (None, cls.model_type):
             raise ValueError(
-                f"This is the config of a {found!r} model, not of one with memory; add memory to it with "
-                "EngramForCausalLM.from_backbone, or load it as it is with AutoModelForCausalLM."
+                f"This is the config of a {found!r} model, not an EngramConfig; load it with AutoModelForCausalLM (a release "
+                "of DeepSeek's, too, after `import engram_hf`), or add memory to it with EngramForCausalLM.from_backbone."
             )
         return super().from_dict(config_dict, **kwargs)
 
@@ -341,7 +341,8 @@ class EngramConfig(PreTrainedConfig):
                 "AutoConfig.from_pretrained(name)."
             )
         text_config = text_config.get_text_config(decoder=True)
-        fields = {**VARIANTS[variant], "engram_layer_ids": list(layer_ids), **engram_fields}
+        fields = {**VARIANTS[variant], "engram_layer_ids": list(map(int, layer_ids)), **engram_fields}
+        fields.setdefault("dtype", text_config.dtype)
         if tokenizer is not None:
             fields.setdefault("engram_compressed_vocab_size", _compressed_size(tokenizer, text_config))
         fields.setdefault("engram_pad_token_id", _first_id(tokenizer, text_config))

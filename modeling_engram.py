@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from .cache_engram import EngramHistoryLayer, attach_history
 from .card_engram import write_model_card
@@ -35,6 +36,8 @@ from .residency_engram import (
     save_tables,
     tables_by_reference,
 )
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # Imported for its registration: a V4.1 model is to load as remote code, where nothing else would bring its backbone.
 KNOWN_BACKBONES = (DeepseekV41TextModel,)
@@ -256,8 +259,10 @@ class EngramModel(EngramPreTrainedModel):
         engram_tables: FoundTables | None = None,
     ):
         super().__init__(config)
+        config.validate_engram()  # fields of the backbone may have changed since the config was made
         if backbone is None:
-            backbone = AutoModel.from_config(config.text_config)
+            # In the dtype that the caller builds this model in, as a backbone that is built by itself.
+            backbone = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         config.text_config = backbone.config  # from_config copies; there is to be one
         self.hashing = NgramHasher.from_config(config)
         layers = _decoder_layers(backbone, config)
@@ -418,6 +423,8 @@ class EngramModel(EngramPreTrainedModel):
         if use_cache is None:
             use_cache = getattr(self.config.text_config, "use_cache", False)
         if self.training and getattr(self.backbone, "gradient_checkpointing", False):
+            if past_key_values is not None:
+                logger.warning_once("past_key_values is left out of account: gradient checkpointing runs without a cache.")
             use_cache, past_key_values = False, None  # a replayed layer would store its states twice
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
@@ -523,7 +530,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     ):
         super().__init__(config)
         if host is None:
-            host = AutoModelForCausalLM.from_config(config.text_config)
+            host = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.model = EngramModel(config, host.base_model, engram_tables)
         self.lm_head = host.get_output_embeddings()
         self._host_names = _host_parts(host)

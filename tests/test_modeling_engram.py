@@ -100,6 +100,26 @@ def test_layers_with_memory_are_still_of_their_class(mixtral):
 # --- building and loading --------------------------------------------------------------------------------------------
 
 
+def test_a_new_model_has_the_dtype_that_its_backbone_would_have():
+    """The caller's, or with `from_config` the one of the config."""
+    text_config = BACKBONES["mixtral"]()
+    text_config.dtype = torch.bfloat16
+    config = EngramConfig.for_backbone(text_config, **SMALL)
+    for build_model in (AutoModelForCausalLM.from_config, AutoModel.from_config):
+        built_model = build_model(copy.deepcopy(config))
+        assert {parameter.dtype for parameter in built_model.parameters()} == {torch.bfloat16}
+    for build_model in (EngramForCausalLM, EngramModel):
+        built_model = build_model(copy.deepcopy(config))
+        assert {parameter.dtype for parameter in built_model.parameters()} == {torch.float32}
+
+
+def test_a_config_that_was_made_wrong_afterwards_builds_no_model():
+    config = engram_config("mixtral")
+    config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.1, the backbone's 2 decoder layers"):
+        EngramForCausalLM(config)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_new_model_is_initialized(dtype):
     """Tables and projections like the backbone's weights, norms to one, the convolution to the identity."""
