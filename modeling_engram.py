@@ -424,7 +424,9 @@ class EngramModel(EngramPreTrainedModel):
             use_cache = getattr(self.config.text_config, "use_cache", False)
         if self.training and getattr(self.backbone, "gradient_checkpointing", False):
             if past_key_values is not None:
-                logger.warning_once("past_key_values is left out of account: gradient checkpointing runs without a cache.")
+                logger.warning_once(
+                    "past_key_values is left out of account: gradient checkpointing runs without a cache."
+                )
             use_cache, past_key_values = False, None  # a replayed layer would store its states twice
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)

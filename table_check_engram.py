@@ -151,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.folder}: {len(reports)} tables, {sum(r.table.size for r in reports) / 1e9:.3f} GB, all well.")
         sys.stdout.flush()
     except (FileFormatError, OSError) as error:
-        print(error, file=sys.stderr)
+        # It may quote names from files; what moves a terminal's cursor is left out.
+        print("".join(letter if letter.isprintable() else "?" for letter in str(error)), file=sys.stderr)
         return 1
     return 0
 

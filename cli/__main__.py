@@ -1,4 +1,4 @@
-"""`python -m engram_hf.cli`."""
+"""`python -m engram_cli`."""
 
 import sys
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .folders import is_model, read_config, read_stored_tables, require_folder, weight_files
-from .output import columns, print_json, size
+from .output import columns, print_json, printable, size
 
 
 def add_commands(commands: Any) -> None:
@@ -111,7 +111,7 @@ def _for_people(value: Any) -> str:
     if isinstance(value, dict):
         return f"auto is {value['auto']}; can be {', '.join(value['options'])}"
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(map(printable, value))
     if isinstance(value, float):
         return f"{value:.1%}"
-    return "none" if value is None else f"{value:,}" if isinstance(value, int) else value
+    return "none" if value is None else f"{value:,}" if isinstance(value, int) else printable(value)

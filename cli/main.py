@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from . import checkpoints, inspection, lookup, quantization, tables, vocabulary
+from .output import printable
 
 EPILOG = """\
 examples:
@@ -53,14 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
-        print(f"engram: {_one_line(str(error))}", file=sys.stderr)
+        print(f"engram: {printable(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("engram: interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-def _one_line(message: str) -> str:
-    """A message that may quote a file's names, without what moves a terminal's cursor."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))

@@ -8,7 +8,10 @@ from typing import Any
 def columns(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Rows under their titles, padded to equal width; numbers to the right."""
     rows = [list(row) for row in rows]
-    cells = [list(titles), *[[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]]
+    cells = [
+        list(titles),
+        *[[f"{cell:,}" if isinstance(cell, int) else printable(cell) for cell in row] for row in rows],
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     is_number = [all(isinstance(cell, int) for cell in column) for column in zip(*rows, strict=True)]
     lines = [
@@ -19,6 +22,11 @@ def columns(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         for line in cells
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def printable(value: Any) -> str:
+    """A text that may quote names from files, on one line and without what moves a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(value).split()))
 
 
 def size(count: int) -> str:

@@ -88,7 +88,7 @@ def verify(source: str, target: Path, revision: str | None = None) -> None:
 
     watch = Stopwatch()
     manifest = read_manifest(target)
-    plan = plan_conversion(Source.open(source, revision), ImportOptions(**manifest["options"]))
+    plan = plan_conversion(Source.open(source, revision), ImportOptions.from_record(manifest.get("options")))
     if plan.fingerprint != manifest["fingerprint"]:
         raise ConversionError(
             f"{target} is a conversion of another checkpoint than {source}, or of another version of it."

@@ -48,14 +48,15 @@ def check_config(config: Mapping) -> None:
             f"config.json has model_type {config.get('model_type')!r}, expected {DEEPSEEK_V41.name!r} with a text_config; "
             f"is SOURCE a DeepSeek-V4.1 checkpoint?"
         )
-    found = config.get("quantization_config") or {}
+    found = config.get("quantization_config")
+    found = found if isinstance(found, Mapping) else {}
     for key, expected in _QUANTIZATION.items():
         if found.get(key) != expected:
             raise ConversionError(
                 f"quantization_config of config.json has {key} = {found.get(key)!r}, the release's is {expected!r}; "
                 f"other storage is not supported."
             )
-    missing = [name for name in _ENGRAM_FIELDS if name not in config["text_config"]]
+    missing = [name for name in ("num_hidden_layers", *_ENGRAM_FIELDS) if name not in config["text_config"]]
     if missing:
         raise ConversionError(f"text_config of config.json lacks {missing[0]!r}; is it a DeepSeek-V4.1 config?")
 
@@ -107,6 +108,9 @@ def to_engram_config(config: Mapping, dtype: str, dequantize_tables: bool) -> En
 def to_upstream_config(ours: Mapping) -> dict:
     """The upstream config of our config.json, for a model without the record of a release."""
     text = {key: copy.deepcopy(value) for key, value in ours["text_config"].items() if not key.startswith("_")}
+    missing = [name for name in _ENGRAM_FIELDS if name not in ours]
+    if missing:
+        raise ConversionError(f"config.json lacks {missing[0]!r}; is it the config of a model with memory?")
     text |= {name: ours[name] for name in _ENGRAM_FIELDS}
     rope = DeepseekV41TextConfig(**{key: value for key, value in text.items() if key != "model_type"})
     for derived in ("rope_parameters", "layer_types", "dtype", "transformers_version", "architectures"):

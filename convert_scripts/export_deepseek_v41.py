@@ -46,7 +46,7 @@ def plan(folder: Path, record: Path) -> Plan:
         )
     config = to_upstream_config(ours)
     bindings = bind(DEEPSEEK_V41, config["text_config"])
-    return plan_export(DEEPSEEK_V41, read_model(folder, record), record, config, bindings, {})
+    return plan_export(DEEPSEEK_V41, read_model(folder, record), record, config, bindings)
 
 
 def export(source: str, target: Path, record: Path | None = None) -> None:

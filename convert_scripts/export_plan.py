@@ -86,9 +86,7 @@ def _read_piece(folder: Path, pieces: list[dict], shards: dict[str, FileHeader])
     return shard.tensors[tensor]
 
 
-def plan_export(
-    family: Family, model: Model, record: Path, config: Mapping, bindings: list[Binding], options: Mapping
-) -> Plan:
+def plan_export(family: Family, model: Model, record: Path, config: Mapping, bindings: list[Binding]) -> Plan:
     """Plan the upstream folder.
 
     Args:
@@ -102,19 +100,19 @@ def plan_export(
         files = _recorded_shards(family, model, record / RECORD_FOLDER, sources)
         documents = _recorded_documents(record / RECORD_FOLDER)
     else:
-        files = _ruled_shards(model, bindings, sources)
+        files = _ruled_shards(model, sources)
         documents = [*_shared(model.folder)]
         files_of = {name: file.name for file in files for name in file.tensors}
         total = sum(file.size - file.parts[0].size for file in files)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files_of.items()))}
         made = {"config.json": json_bytes(config), INDEX_NAME: json_bytes(index)}
-        return Plan(files + documents, made, _facts(family, model, options))
-    return Plan(files + documents, {}, _facts(family, model, options))
+        return Plan(files + documents, made, _facts(family, model))
+    return Plan(files + documents, {}, _facts(family, model))
 
 
-def _facts(family: Family, model: Model, options: Mapping) -> dict:
+def _facts(family: Family, model: Model) -> dict:
     source = Checkpoint(model.folder, model.shards, model.tensors)
-    return {"family": family.name, "direction": "export", "options": dict(options), "source": describe_source(source)}
+    return {"family": family.name, "direction": "export", "source": describe_source(source)}
 
 
 def _check_model(model: Model, bindings: list[Binding]) -> None:
@@ -225,9 +223,7 @@ def _shared(folder: Path) -> list[OutputFile]:
     return [OutputFile(name, [Copy(folder / name, 0, (folder / name).stat().st_size)]) for name in names]
 
 
-def _ruled_shards(
-    model: Model, bindings: list[Binding], sources: dict[str, tuple[Binding, UpstreamTensor]]
-) -> list[OutputFile]:
+def _ruled_shards(model: Model, sources: dict[str, tuple[Binding, UpstreamTensor]]) -> list[OutputFile]:
     """The release's rule: embedding first, then one layer a shard, then norm and head, then one Engram layer a shard."""
     groups: dict[tuple[int, int], list[Tensor]] = {}
     for binding, tensor in sources.values():

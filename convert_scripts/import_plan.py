@@ -13,7 +13,7 @@ The target folder holds
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from ..safetensors_engram import ITEM_BITS, FileHeader, TensorSpan, header_bytes
 from ..table_format_engram import FORMAT_VERSION as TABLE_FORMAT_VERSION
@@ -58,6 +58,21 @@ class ImportOptions:
             raise ConversionError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}.")
         if self.dequantize_tables and (self.link_tables or self.dtype == "keep"):
             raise ConversionError("dequantized tables need a dtype other than 'keep', and cannot be linked.")
+
+    @classmethod
+    def from_record(cls, record) -> "ImportOptions":
+        """Options as a finished conversion recorded them.
+
+        Raises:
+            ConversionError: they are none of this release.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(record, dict) or not set(record) <= set(names):
+            raise ConversionError(
+                f"The options on record are {record!r}, expected {', '.join(names)}; verify with the release that "
+                "converted."
+            )
+        return cls(**record)
 
     def target_dtype(self, binding: Binding) -> str | None:
         """The dtype a binding's values are converted to; None where they keep the release's."""

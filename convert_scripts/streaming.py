@@ -18,13 +18,13 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from ..file_writer_engram import lock_file
-from ..safetensors_engram import TensorSpan, header_bytes, read_json
+from ..safetensors_engram import TensorSpan, header_bytes, is_file_name, parse_json, read_json
 from .safetensors_files import ConversionError
 
 MANIFEST_NAME = "conversion_manifest.json"
@@ -221,7 +221,25 @@ def read_manifest(folder: Path) -> dict:
             f"{folder / MANIFEST_NAME} has format version {manifest.get('format_version')!r}, this release reads "
             f"{FORMAT_VERSION}; use the release that wrote it."
         )
+    files = manifest.get("files")
+    is_listed = isinstance(files, dict) and all(_is_record(name, record) for name, record in files.items())
+    if not is_listed or not isinstance(manifest.get("fingerprint"), str):
+        raise ConversionError(
+            f"{folder / MANIFEST_NAME} does not list files with their sizes and checksums; it is damaged, convert again."
+        )
     return manifest
+
+
+def _is_record(name, record) -> bool:
+    """Whether parsed JSON names a file below the folder, its size, and its checksum if it has one."""
+    return (
+        isinstance(name, str)
+        and all(map(is_file_name, name.split("/")))
+        and isinstance(record, dict)
+        and type(record.get("size")) is int
+        and record["size"] >= 0
+        and isinstance(record.get("crc32", ""), str)
+    )
 
 
 class _Journal:
@@ -259,14 +277,17 @@ class _Journal:
         write_atomically(self.path, json.dumps({"fingerprint": self.fingerprint}).encode() + b"\n")
 
     def _read(self) -> None:
-        lines = self._file.read().splitlines(keepends=True)
-        if json.loads(lines[0])["fingerprint"] != self.fingerprint:
+        lines = self._file.read().splitlines(keepends=True) or [b""]
+        complete = [line for line in lines[1:] if line.endswith(b"\n")]
+        begin, *records = [parse_json(line, str(self.path)) for line in [lines[0], *complete]]
+        if begin.get("fingerprint") != self.fingerprint:
             raise ConversionError(
                 f"{self.path.parent} holds an interrupted conversion of another source or with other options; "
                 f"repeat that command, or choose an empty folder."
             )
-        complete = [line for line in lines[1:] if line.endswith(b"\n")]
-        self.done = {record["name"]: record for record in map(json.loads, complete)}
+        if not all(_is_record(record.get("name"), record) for record in records):
+            raise ConversionError(f"{self.path} is damaged; empty {self.path.parent}, and convert again.")
+        self.done = {record["name"]: record for record in records}
         self._file.truncate(sum(map(len, [lines[0], *complete])))
         self._file.seek(0, os.SEEK_END)
 
@@ -434,27 +455,36 @@ def verify_files(folder: Path, manifest: dict) -> int:
     Linked files are the source's own: only their size is compared.
 
     Raises:
-        ConversionError: names the first file that is missing or differs.
+        ConversionError: names a file that is missing or differs.
     """
     from tqdm import tqdm
 
     read = 0
     total = sum(record["size"] for record in manifest["files"].values() if "crc32" in record)
+    stop = threading.Event()
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar, ThreadPoolExecutor(WORKERS) as pool:
-        jobs = [pool.submit(_verify_file, folder / name, record) for name, record in manifest["files"].items()]
-        for job in jobs:
-            read += job.result()
-            bar.update(read - bar.n)
+        jobs = [pool.submit(_verify_file, folder / name, record, stop) for name, record in manifest["files"].items()]
+        try:
+            for job in as_completed(jobs):
+                read += job.result()
+                bar.update(read - bar.n)
+        finally:
+            # The first damage, or an interruption from the keyboard, is told before hundreds of gigabytes are read.
+            stop.set()
+            for job in jobs:
+                job.cancel()
     return read
 
 
-def _verify_file(path: Path, record: dict) -> int:
+def _verify_file(path: Path, record: dict, stop: threading.Event) -> int:
     if not path.is_file() or path.stat().st_size != record["size"]:
         raise ConversionError(f"{path} is missing or has another size than the manifest says; convert again.")
     if "crc32" not in record:
         return 0
     checksum = 0
     for chunk in Copy(path, 0, record["size"]).chunks():
+        if stop.is_set():
+            raise _Interrupted
         checksum = zlib.crc32(chunk, checksum)
     if f"{checksum:08x}" != record["crc32"]:
         raise ConversionError(

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from checkpoint_tools import contents, write_safetensors
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from engram_hf.convert_scripts import convert_deepseek_v41
+from engram_hf.convert_scripts import convert_deepseek_v41, streaming
 from engram_hf.convert_scripts.command_line import run_command
 from engram_hf.convert_scripts.safetensors_files import read_checkpoint
 from engram_hf.table_format_engram import read_tables
@@ -497,3 +498,81 @@ def test_two_conversions_into_one_folder_at_once(tiny, tmp_path, capsys):
         fcntl.flock(held, fcntl.LOCK_EX)
         assert run(tiny, target) == 1
     assert "another conversion is writing" in capsys.readouterr().err
+
+
+# --- what is damaged ---
+
+
+def assert_one_sentence(capsys, *words):
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"files": None}, "does not list files"),
+        ({"files": {"a": 1}}, "does not list files"),
+        ({"files": {"../../other": {"size": 0}}}, "does not list files"),
+        ({"files": {"/etc/hostname": {"size": 0}}}, "does not list files"),
+        ({"files": {"a": {"size": -1}}}, "does not list files"),
+        ({"files": {"a": {"size": 1, "crc32": 5}}}, "does not list files"),
+        ({"fingerprint": None}, "does not list files"),
+        ({"options": None}, "options on record"),
+        ({"options": {"colour": "red"}}, "options on record"),
+    ],
+)
+def test_a_damaged_manifest(tiny, converted, tmp_path, capsys, change, words):
+    target = shutil.copytree(converted, tmp_path / "out")
+    path = target / "conversion_manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change))
+    assert run(tiny, target, "--verify-only") == 1
+    assert_one_sentence(capsys, words)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([""], "not valid JSON"),
+        (["[1]\n"], "must be a JSON object"),
+        (["{FINGERPRINT}", "half\n"], "not valid JSON"),
+        (["{FINGERPRINT}", '{"size": 1}\n'], "is damaged"),
+        (["{FINGERPRINT}", '{"name": "../other", "size": 1}\n'], "is damaged"),
+    ],
+)
+def test_a_damaged_journal(tiny, converted, tmp_path, capsys, lines, words):
+    manifest = json.loads((converted / "conversion_manifest.json").read_text(encoding="utf-8"))
+    begin = json.dumps({"fingerprint": manifest["fingerprint"]}) + "\n"
+    (tmp_path / "out").mkdir()
+    journal = tmp_path / "out" / ".conversion-journal"
+    journal.write_text("".join(lines).replace("{FINGERPRINT}", begin))
+    before = journal.read_text()
+    assert run(tiny, tmp_path / "out") == 1
+    assert_one_sentence(capsys, words)
+    assert journal.read_text() == before
+
+
+def test_a_verification_ends_with_the_first_damage(tiny, converted, tmp_path, capsys, monkeypatch):
+    target, read = shutil.copytree(converted, tmp_path / "out"), []
+    (target / "model-00001-of-00010.safetensors").write_bytes(b"damaged")
+    chunks = streaming.Copy.chunks
+
+    def slow_chunks(part):
+        read.append(part.path)
+        time.sleep(0.05)
+        return chunks(part)
+
+    monkeypatch.setattr(streaming, "WORKERS", 1)
+    monkeypatch.setattr(streaming.Copy, "chunks", slow_chunks)
+    assert run(tiny, target, "--verify-only") == 1
+    assert "model-00001-of-00010.safetensors is missing or has another size" in capsys.readouterr().err
+    assert len(read) < len(json.loads((target / "conversion_manifest.json").read_text(encoding="utf-8"))["files"]) / 2
+
+
+@pytest.mark.parametrize("quantization", [5, [], None, "fp8"])
+def test_a_config_with_another_kind_of_quantization(checkpoint, tmp_path, capsys, quantization):
+    path = checkpoint.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": quantization}))
+    assert run(checkpoint.folder, tmp_path / "out") == 1
+    assert_one_sentence(capsys, "quant_method")

@@ -281,3 +281,12 @@ def test_bad_models_are_refused(copy, tmp_path, capsys, case):
     written = contents(tmp_path / "back") if (tmp_path / "back").exists() else {}
     assert not any(name.endswith(".part") for name in written)
     assert contents(copy) == before
+
+
+def test_a_config_without_memory(converted, tmp_path, capsys):
+    source = shutil.copytree(converted, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    del config["engram_n_heads"]
+    (source / "config.json").write_text(json.dumps(config))
+    assert export(source, tmp_path / "back") == 1
+    assert "config.json lacks 'engram_n_heads'" in capsys.readouterr().err
