@@ -302,6 +302,7 @@ def _require_same_past(cache: Cache, history: EngramHistoryLayer) -> None:
         return  # a static cache that this memory has seen; comparing would wait for the device at every step
     if seen != held:
         raise ValueError(
-            f"past_key_values holds {int(held)} positions, of which this model's memory saw {seen} (another model, "
-            "such as the bare backbone, filled or cropped it); pass this model's own cache, or None to start afresh."
+            f"past_key_values holds {int(held)} positions, of which this model's memory saw {seen} (another model, such as "
+            "the bare backbone, or a tuned prefix filled it, or cropped it); pass this model's own cache, or None to start "
+            "afresh."
         )

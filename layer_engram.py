@@ -33,7 +33,7 @@ class EngramInputs(NamedTuple):
     sequence_ids: torch.Tensor | None = None  # [B, S]
     past_sequence_ids: torch.Tensor | None = None  # [B, past]
     history: EngramHistoryLayer | None = None
-    readers: set[int] | None = None  # memories that read these inputs, noted as they do
+    readers: set[int] | None = None  # memories that read these inputs, noted as they do; None if nobody asks
     fetched: tuple[RowReader, ...] | None = None  # rows of every layer that are being read already
 
 

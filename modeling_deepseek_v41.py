@@ -625,7 +625,7 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
         ).float()
         shared = SharedAttention()
         angles = self._position_embeddings(layout)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:
             streams, pre, *shared = layer(
                 streams,
                 pre,

@@ -238,9 +238,10 @@ class EngramPreTrainedModel(PreTrainedModel):
 
 def _hold_hash(hashing: NgramHasher) -> None:
     """Bring back what `offload_buffers` took away: the hash is used outside of its forward too, and is small."""
-    if any(buffer.is_meta for buffer in hashing.buffers()):
-        hashing._hf_hook.pre_forward(hashing)
-        hashing._hf_hook.offload = False
+    hook = getattr(hashing, "_hf_hook", None)
+    if hook is not None and any(buffer.is_meta for buffer in hashing.buffers()):
+        hook.pre_forward(hashing)
+        hook.offload = False
 
 
 class EngramModel(EngramPreTrainedModel):
@@ -272,6 +273,7 @@ class EngramModel(EngramPreTrainedModel):
             add_memory_to_layer(layers[layer_id], config, index, dtype)
         self.backbone = backbone
         self._no_split_modules = sorted({type(layers[layer_id]).__name__ for layer_id in config.engram_layer_ids})
+        self._reaches_layers = False  # whether what forward hands to the backbone is known to arrive
         self._takes_image_mask = "image_mask" in inspect.signature(backbone.forward).parameters
         _inherit_abilities(self, backbone)
         if engram_tables is not None:
@@ -374,6 +376,7 @@ class EngramModel(EngramPreTrainedModel):
                 `history` go on with it, or without any with the last document.
             history: what earlier calls left; extended by this one.
         """
+        _hold_hash(self.hashing)
         alive = _alive(input_ids, attention_mask, image_mask)
         if alive is None:
             ids = self.hashing.compress(input_ids)
@@ -389,7 +392,9 @@ class EngramModel(EngramPreTrainedModel):
             sequence_ids = torch.zeros_like(ids) if sequence_ids is None else sequence_ids
             past_ids, past_sequence_ids = history.remember_ids(ids, sequence_ids)
         row_ids = self.hashing(ids, sequence_ids, past_ids, past_sequence_ids)
-        return EngramInputs(row_ids, alive, sequence_ids, past_sequence_ids, history, readers=set())
+        # Known to reach the layers, or compiled: what they note would be guarded, and compiled again whenever it changes.
+        readers = None if self._reaches_layers or torch.compiler.is_compiling() else set()
+        return EngramInputs(row_ids, alive, sequence_ids, past_sequence_ids, history, readers)
 
     def forward(
         self,
@@ -447,7 +452,9 @@ class EngramModel(EngramPreTrainedModel):
             engram_inputs=memory,
             **kwargs,
         )
-        if not memory.readers:
+        self._reaches_layers |= bool(memory.readers)
+        # With `assistant_early_exit`, the layers that run may all come before the first memory.
+        if memory.readers == set() and min(self.config.engram_layer_ids) < self.config.num_hidden_layers:
             raise ValueError(
                 f"{type(self.backbone).__name__} ran without memory: it does not hand keyword arguments on to its layers, "
                 "so Engram cannot reach them; use another backbone."
@@ -507,9 +514,10 @@ def _decoder_layers(backbone: PreTrainedModel, config: EngramConfig) -> nn.Modul
 
 
 def _inherit_abilities(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
-    """What `generate` and `compile` ask of a model is decided by its backbone."""
+    """What `generate`, `compile` and trainers ask of a model is decided by its backbone."""
     model._is_stateful = backbone._is_stateful
     model._can_compile_fullgraph = backbone._can_compile_fullgraph
+    model.config._attn_implementation = backbone.config._attn_implementation
 
 
 class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
@@ -541,9 +549,18 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {"lm_head.weight": f"{embedding_name}.weight"}
         # In a tuple, so that torch does not register the host as a submodule: it only lends its forward.
         self._host = (host,)
+        self._lend_parts()  # now, lest the first forward change what a compiler has seen
         self.vocab_size = config.vocab_size
         _inherit_abilities(self, host)
         self.post_init()
+        for plan in (
+            "_tp_plan",
+            "_pp_plan",
+        ):  # what the host's class says of its head; the layers' came with the backbone
+            own = getattr(type(host), plan, None) or {}
+            getattr(self, plan).update(
+                {self._host_names[name]: how for name, how in own.items() if name in self._host_names}
+            )
 
     @classmethod
     def from_backbone(
@@ -644,12 +661,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits of the last so many positions only (0: all), or of these positions.
             **kwargs: `image_mask`, `seq_idx` (see [`EngramModel.forward`]) and anything the host takes.
         """
-        host = self._host[0]
-        for host_name, own_name in self._host_names.items():
-            # Adapters and resizing replace our modules; the host follows.
-            module = getattr(self, own_name)
-            if host._modules[host_name] is not module:
-                host._modules[host_name] = module
+        host = self._lend_parts()
         return host.forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -661,6 +673,15 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def _lend_parts(self) -> PreTrainedModel:
+        """The host, with this model's modules for its own: adapters and resizing replace them."""
+        host = self._host[0]
+        for host_name, own_name in self._host_names.items():
+            module = getattr(self, own_name)
+            if host._modules[host_name] is not module:
+                host._modules[host_name] = module
+        return host
 
     def prepare_inputs_for_generation(
         self,
@@ -732,7 +753,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
                 )
             )
         try:
-            self(input_ids, use_cache=False, **kwargs)
+            self(input_ids, **{**kwargs, "use_cache": False})
         finally:
             for hook in hooks:
                 hook.remove()

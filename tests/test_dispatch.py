@@ -3,6 +3,7 @@
 Maps name whole decoder layers, or more: accelerate does not take a part of a layer from disk on any backbone.
 """
 
+import accelerate
 import pytest
 import torch
 from tiny_backbones import build, random_ids
@@ -122,3 +123,12 @@ def test_auto_keeps_to_max_memory(saved, tmp_path, limit):
     limited = load(max_memory={"cpu": limit})
     assert limited.model.memories()[1].table.source.residency == "mapped"
     assert torch.equal(logits(limited), logits(model))
+
+
+@pytest.mark.parametrize("residency", ["resident", "mapped"])
+def test_accelerate_offloads_a_loaded_model(saved, residency):
+    """With its buffers, of which the hash needs some before its own forward."""
+    model, folder = saved
+    loaded = EngramForCausalLM.from_pretrained(folder / "together", engram_residency=residency)
+    accelerate.cpu_offload(loaded, execution_device="cpu", offload_buffers=True)
+    assert torch.equal(logits(loaded), logits(model))

@@ -120,9 +120,11 @@ def test_a_backbone_may_assist_and_be_assisted(mixtral):
     assert torch.equal(bare.generate(ids, **GREEDY, assistant_model=mixtral), bare.generate(ids, **GREEDY))
 
 
-def test_its_own_first_layers_may_assist(mixtral):
+@pytest.mark.parametrize("layers", [1, 2])
+def test_its_own_first_layers_may_assist(mixtral, layers):
+    """The first memory is in layer 1: one layer assists without any."""
     ids = random_ids(1, 9)
-    assert torch.equal(mixtral.generate(ids, **GREEDY, assistant_early_exit=2), mixtral.generate(ids, **GREEDY))
+    assert torch.equal(mixtral.generate(ids, **GREEDY, assistant_early_exit=layers), mixtral.generate(ids, **GREEDY))
 
 
 @pytest.mark.parametrize("name", STATIC)

@@ -649,6 +649,24 @@ def test_compiled_once_for_all_tokens_of_a_static_cache():
     torch.testing.assert_close(decoded, logits_of(model, ids)[:, 8:], rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_forward_is_compiled_once_from_the_first_call_on():
+    torch.compiler.reset()
+    model, graphs = build("llama"), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    for seed in range(3):
+        compiled(random_ids(2, 9, seed=seed), use_cache=False)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_the_attention_is_called_what_the_backbone_calls_it(name):
+    """Trainers build a second model with what the config of the first one says."""
+    model = build(name)
+    assert model.config._attn_implementation == model.model.backbone.config._attn_implementation
+    model.set_attn_implementation(model.config._attn_implementation)
+
+
 def test_every_device_map_gives_the_same_logits(mixtral, tmp_path):
     ids = random_ids(2, 9)
     mixtral.save_pretrained(tmp_path / "model")

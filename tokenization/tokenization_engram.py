@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import cached_file
+from transformers.models.auto import tokenization_auto
+from transformers.utils import hub
 
 from .vocabulary_compression import TOKEN_MAP_FILE, build_token_map, read_token_map, write_token_map
 
@@ -101,7 +101,11 @@ class EngramTokenizer(PreTrainedTokenizerFast):
         missing or does not belong to the tokenizer beside it.
         """
         location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
-        declared = get_tokenizer_config(pretrained_model_name_or_path, **location).get("tokenizer_class")
+        # By its module: `datasets` hashes a tokenizer that is remote code with all functions that its methods name, and these
+        # lead it around in circles.
+        declared = tokenization_auto.get_tokenizer_config(pretrained_model_name_or_path, **location).get(
+            "tokenizer_class"
+        )
         is_ours = declared in (cls.__name__, EngramTokenizer.__name__)
         # `_from_auto`: `AutoTokenizer` has already chosen this class, asking it again would not end.
         if is_ours or kwargs.get("_from_auto", False):
@@ -166,7 +170,7 @@ class EngramTokenizer(PreTrainedTokenizerFast):
         self._mapped_tokens = len(self)
 
     def _load_token_map(self, name_or_path: str | os.PathLike, location: dict[str, Any], required: bool) -> None:
-        path = cached_file(
+        path = hub.cached_file(
             name_or_path,
             TOKEN_MAP_FILE,
             _raise_exceptions_for_gated_repo=False,

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 from engram_hf import EngramForCausalLM
 from engram_hf.training import engram_parameter_groups
@@ -99,13 +100,25 @@ def fsdp2(model: EngramForCausalLM, rows: list[dict], folder: Path) -> dict[str,
     return parameters(model) | local | {"logits": gathered(output.logits)}
 
 
+@torch.no_grad()
+def tensor_parallel(model: EngramForCausalLM, rows: list[dict], folder: Path) -> dict[str, torch.Tensor]:
+    """A forward of every process over all rows, with the weights split as the backbone and its head say."""
+    logits = model(torch.stack([row["input_ids"] for row in rows])).logits
+    local = {
+        f"local.{name}": torch.tensor((one.to_local() if isinstance(one, DTensor) else one).shape[0])
+        for name, one in model.named_parameters()
+    }
+    return local | {"logits": whole(logits)}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     stored = load_file(folder / "rows.safetensors")
     rows = [dict(zip(stored, values, strict=True)) for values in zip(*stored.values(), strict=True)]
-    for run in (accelerate_loop, trainer, fsdp2):
-        tensors = run(EngramForCausalLM.from_pretrained(folder / "model"), rows, folder)
+    for run in (accelerate_loop, trainer, fsdp2, tensor_parallel):
+        options = {"distributed_config": DistributedConfig(tp_plan="auto")} if run is tensor_parallel else {}
+        tensors = run(EngramForCausalLM.from_pretrained(folder / "model", **options), rows, folder)
         if distributed.get_rank() == 0:
             save_file(tensors, folder / f"{run.__name__}_{distributed.get_world_size()}.safetensors")
     distributed.barrier()

@@ -85,3 +85,12 @@ def test_every_parameter_is_sharded_the_tables_too(results):
         name = f"model.backbone.layers.{layer}.engram.table.weight"
         rows = two[f"after.{name}"].shape[0]
         assert two[f"local.{name}"].item() == (rows + 1) // 2
+
+
+def test_weights_are_split_over_processes_as_the_backbone_and_its_head_say(results):
+    """`tp_plan="auto"`; tables are read by all."""
+    one, two = results["tensor_parallel", 1], results["tensor_parallel", 2]
+    torch.testing.assert_close(two["logits"], one["logits"], rtol=1e-5, atol=1e-5)
+    split = {key for key in one if key.startswith("local.") and two[key] * 2 == one[key]}
+    assert {"local.lm_head.weight", "local.model.backbone.layers.1.self_attn.q_proj.weight"} <= split
+    assert not any(".engram." in key for key in split)
