@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from .configuration_engram import EngramConfig
+from .configuration_engram import EngramConfig, count_parameters
 from .memory_engram import EngramTable
 
 # How transformers' `create_and_tag_model_card` describes a repository that had no card.
@@ -102,7 +102,7 @@ use this repository's tokenizer, and pass `input_ids` even where you pass `input
 
 def _facts(config: EngramConfig, base_model: str | None) -> dict[str, str]:
     text = config.text_config
-    backbone, memory = _backbone_parameters(text), _memory_parameters(config)
+    backbone, memory = count_parameters(text), _memory_parameters(config)
     source = f"[{base_model}](https://huggingface.co/{base_model}), " if base_model else ""
     rows = _enumerate([f"{count:,}" for count in config.engram_num_embeddings])
     compressed = config.engram_compressed_vocab_size
@@ -124,12 +124,6 @@ def _licence_sentence(data: ModelCardData) -> str:
     link = getattr(data, "license_link", None)
     stated = f"[{name}]({link})" if link else f"`{name}`"
     return f"{stated}, as the backbone's." if data.base_model else f"{stated}."
-
-
-def _backbone_parameters(text_config: PreTrainedConfig) -> int:
-    # Counted from the config, since loaded weights may be quantized or packed.
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(text_config).num_parameters()
 
 
 def _memory_parameters(config: EngramConfig) -> int:

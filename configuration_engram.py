@@ -403,7 +403,7 @@ class EngramConfig(PreTrainedConfig):
         """Rows of each table that make the memory `fraction` of all parameters."""
         if not 0 < fraction < 1:
             raise ValueError(f"memory_fraction is {fraction}; it must lie between 0 and 1, both excluded.")
-        memory = _count_parameters(self.text_config) * fraction / (1 - fraction)
+        memory = count_parameters(self.text_config) * fraction / (1 - fraction)
         rows = round((memory / len(self.engram_layer_ids) - self.parameters_beside_table) / self.engram_head_dim)
         if rows <= 0:
             raise ValueError(
@@ -513,8 +513,11 @@ def as_decoder_config(text_config: dict | PreTrainedConfig | None) -> PreTrained
     return text_config
 
 
-def _count_parameters(text_config: PreTrainedConfig) -> int:
-    """Parameters of the causal language model `text_config` describes, without allocating it."""
+def count_parameters(text_config: PreTrainedConfig) -> int:
+    """Parameters of the causal language model `text_config` describes, without allocating it.
+
+    Counted from the config, since loaded weights may be quantized or packed.
+    """
     from transformers import AutoModelForCausalLM  # here, so that reading a config does not load the model code
 
     with torch.device("meta"):
