@@ -107,7 +107,7 @@ def read_header(path: str | os.PathLike) -> FileHeader:
             size = stamp[-1]
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise FileFormatError(
                     f"{path} is not a whole safetensors file: it has {size} bytes and announces a header of {length} (a "
                     f"header may have {MAX_HEADER_BYTES}); fetch it again."

@@ -276,10 +276,7 @@ def _description_rules(d: TableDescription) -> list[tuple[bool, str]]:
             f"tensors names {sorted(d.tensors)}, which does not fit rows of {d.dtype}",
         ),
         (0 <= d.rows[0] < d.rows[1] <= d.num_rows, f"rows {list(d.rows)} is no part of {d.num_rows} rows"),
-        (
-            len(d.orders) > 0 and d.orders == list(range(2, len(d.orders) + 2)),
-            f"orders is {d.orders}, expected [2, 3, ...]",
-        ),
+        (d.orders == list(range(2, len(d.orders) + 2)), f"orders is {d.orders}, expected [2, 3, ...]"),
         (len(d.primes) == len(d.orders), f"primes has {len(d.primes)} lists for {len(d.orders)} orders"),
         (all(len(order) == d.heads for order in d.primes), f"primes does not list {d.heads} heads for every order"),
         (all(prime > 0 for order in d.primes for prime in order), "a head has no rows: its prime is 0"),
@@ -467,7 +464,7 @@ def _checked_part(first: int, stop: int, file: FileHeader, weight: TensorSpan, s
     if (scale is None) != (scale_dtype is None):
         raise TableFormatError(f"{where} is {weight.dtype}, which needs {'scales' if scale_dtype else 'no scales'}.")
     if scale is not None:
-        per_row = -(-width // block) if block else 1
+        per_row = width // block if block else 1
         if width % (block or 4) or scale.dtype != scale_dtype or scale.shape != (stop - first, per_row):
             raise TableFormatError(
                 f"{where} is {weight.dtype} of width {width} with scales {scale.dtype} {list(scale.shape)}, expected a "

@@ -1,5 +1,6 @@
 """A model of the first layers, from a checkpoint of all: what is opened, what is loaded, and what is said."""
 
+import errno
 import json
 import re
 import shutil
@@ -7,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_backbones import BACKBONES, build, built, random_ids
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from engram_hf import EngramConfig, EngramForCausalLM, EngramModel
+from engram_hf import EngramConfig, EngramForCausalLM, EngramModel, checkpoint_engram
 from engram_hf.safetensors_engram import FileFormatError, read_weight_map
 
 COUNT = 2  # of three layers; layer 1 has a memory, and layer 2 another one
@@ -148,6 +150,17 @@ def test_one_file_for_everything(tmp_path, messages):
     assert messages() == []
 
 
+def test_one_shard_of_two(tmp_path):
+    built("mixtral").save_pretrained(tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    weight_map = {key: "later.safetensors" if "layers.2." in key else "first.safetensors" for key in whole}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    first = {key: value for key, value in whole.items() if weight_map[key] == "first.safetensors"}
+    save_file(first, tmp_path / "first.safetensors", metadata={"format": "pt"})
+    assert_first_layers_of(built("mixtral"), first_layers(tmp_path))
+
+
 def test_a_variant_and_a_subfolder(tmp_path):
     built("mixtral").save_pretrained(tmp_path / "inner", max_shard_size="20KB", variant="small")
     index = "model.safetensors.index.small.json"
@@ -217,7 +230,77 @@ def test_a_config_json_that_lost_layers_is_not_taken_for_a_wish(saved, messages)
     assert "model.backbone.layers.2" in report and "model.hashing.primes" in report
 
 
+def test_without_a_config_json_nothing_is_known_of_more_layers(saved):
+    folder = saved()
+    config = EngramConfig.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    model, info = EngramForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(layer_output(model, 2), layer_output(built("mixtral"), 2))
+
+
+def test_a_config_json_may_hold_infinity(saved):
+    """As Python writes it, and transformers for some backbones."""
+    path = saved() / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "limit": float("inf")}))
+    assert_first_layers_of(built("mixtral"), first_layers(remove_what_is_not_needed(path.parent)))
+
+
+def test_whoever_names_the_weights_gets_those(saved):
+    folder = saved()
+    config = EngramConfig.from_pretrained(folder).first_layers(COUNT)
+    with pytest.raises(OSError, match="no file named"):
+        EngramForCausalLM.from_pretrained(folder, config=config, use_safetensors=False)
+    for path in folder.glob("model-*.safetensors"):
+        path.unlink()
+    save_file(built("mixtral").state_dict(), folder / "mine.safetensors", metadata={"format": "pt"})
+    config.transformers_weights = "mine.safetensors"
+    model, info = EngramForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
+    assert not any(info.values()), info
+    assert_first_layers_of(built("mixtral"), model)
+
+
+def test_weights_without_a_name_come_from_no_folder(saved, tmp_path, monkeypatch):
+    """Not from one that is called None."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved(), tmp_path / "None")
+    config = EngramConfig.from_pretrained("None").first_layers(COUNT)
+    state = first_layers(tmp_path / "None").state_dict()
+    model, info = EngramForCausalLM.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    assert not any(info.values()), info
+    assert_first_layers_of(built("mixtral"), model)
+
+
 # --- bad input
+
+
+def test_files_are_looked_for_where_the_model_comes_from(monkeypatch):
+    where = {
+        "cache_dir": "cache",
+        "force_download": True,
+        "proxies": {"https": "proxy"},
+        "token": False,
+        "revision": "v2",
+        "subfolder": "inner",
+        "local_files_only": True,
+    }
+    asked = []
+    monkeypatch.setattr(checkpoint_engram, "cached_file", lambda *args, **options: asked.append((args, options)))
+    resolve = checkpoint_engram.resolver("me/model", {**where, "dtype": "auto", "variant": None})
+    assert resolve("config.json") is None
+    assert asked == [(("me/model", "config.json"), where)]
+
+
+@pytest.mark.parametrize("cause", [None, ConnectionError("busy")], ids=["full disk", "busy Hub"])
+def test_what_cannot_be_had_is_not_absent(monkeypatch, cause):
+    """Else a model would be loaded without it."""
+
+    def fail(*_, **__):
+        raise (OSError(errno.ENOSPC, "sorry") if cause is None else OSError("sorry")) from cause
+
+    monkeypatch.setattr(checkpoint_engram, "cached_file", fail)
+    with pytest.raises(OSError, match="sorry"):
+        checkpoint_engram.resolver("me/model", {})("model.safetensors")
 
 
 def test_a_needed_shard_that_is_missing(saved):
@@ -246,6 +329,7 @@ def test_an_index_that_leaves_its_folder(saved, file):
         ("{}", "has no weight_map"),
         ('{"weight_map": ["a"]}', "has no weight_map"),
         ('{"weight_map": {"a": 1}}', "has no weight_map"),
+        ('{"weight_map": {"a": "b.safetensors", "c": []}}', "has no weight_map"),
         ('{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}', "names 'a' twice"),
     ],
 )

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from engram_hf.file_writer_engram import FileWriter, can_link, link_or_copy, write_json
-from engram_hf.safetensors_engram import header_bytes, read_header
+from engram_hf.file_writer_engram import FileWriter, can_link, link_or_copy, still_names, write_json
+from engram_hf.safetensors_engram import FileFormatError, header_bytes, read_header
 
 HEAD = header_bytes([("a", "U8", (64,))])
 REFUSED = pytest.raises(ValueError, match="being written by another process")
@@ -79,6 +79,7 @@ def test_what_a_killed_writer_left_is_replaced_and_never_written_to(tmp_path):
     """It may be a link to a file of another folder."""
     (tmp_path / "source").write_bytes(b"rows of another model")
     path, left = tmp_path / "a", tmp_path / "a.unfinished"
+    opened = os.listdir("/proc/self/fd")
     for make in (
         lambda: left.write_bytes(b"half"),
         lambda: os.link(tmp_path / "source", left),
@@ -91,6 +92,7 @@ def test_what_a_killed_writer_left_is_replaced_and_never_written_to(tmp_path):
         assert path.read_bytes() == HEAD + 64 * b"a"
         assert (tmp_path / "source").read_bytes() == b"rows of another model"
         assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "source"]
+    assert len(os.listdir("/proc/self/fd")) == len(opened)
 
 
 def test_a_full_disk_and_a_read_only_one_are_said(tmp_path):
@@ -130,6 +132,26 @@ attempt(lambda: link_or_copy(source, folder / "source", folder / "locked"))
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("way", ["pwrite", "copy_file_range"])
+def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, way):
+    """Not every file system keeps the space that is asked for at the beginning."""
+
+    def fill(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "source").write_bytes(HEAD + 64 * b"a")
+    span = read_header(tmp_path / "source").tensors["a"]
+    source = os.open(tmp_path / "source", os.O_RDONLY)
+    with pytest.raises(OSError, match="do not fit there; free space"), FileWriter(tmp_path / "a", HEAD) as writer:
+        monkeypatch.setattr(os, way, fill)
+        if way == "pwrite":
+            writer.write_at(len(HEAD), memoryview(64 * b"a"))
+        else:
+            writer.copy("a", span, source)
+    os.close(source)
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_linked_file_is_one_file(tmp_path):
     (tmp_path / "a").write_bytes(b"rows" * 9999)
     source = os.open(tmp_path / "a", os.O_RDONLY)
@@ -150,9 +172,12 @@ def test_a_linked_file_is_one_file(tmp_path):
     os.close(source)
 
 
-def test_two_mounts_of_one_disk_are_found_out_by_trying(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", ["EXDEV", "EPERM", "EMLINK", "ENOTSUP", "ENOSYS", "ENOENT", "EACCES"])
+def test_where_there_are_no_hard_links_is_found_out_by_trying(tmp_path, monkeypatch, code):
+    """One disk mounted twice, a file system that has none, a file with too many, one that is gone, or another user's."""
+
     def refuse(*_):
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
+        raise OSError(getattr(errno, code), "no link")
 
     (tmp_path / "a").write_bytes(b"rows")
     source = os.open(tmp_path / "a", os.O_RDONLY)
@@ -162,7 +187,65 @@ def test_two_mounts_of_one_disk_are_found_out_by_trying(tmp_path, monkeypatch):
     assert (tmp_path / "b").is_symlink() and (tmp_path / "b").samefile(tmp_path / "a")
     link_or_copy(source, tmp_path / "a", tmp_path / "c")
     assert not (tmp_path / "c").samefile(tmp_path / "a") and (tmp_path / "c").read_bytes() == b"rows"
+    link_or_copy(source, tmp_path / "a", tmp_path / "a", symbolic=True)  # in place
+    assert still_names(tmp_path / "a", source) and not (tmp_path / "a").is_symlink()
     os.close(source)
+
+
+@pytest.mark.parametrize("kernel_copies", [True, False])
+def test_a_tensor_is_copied_out_of_a_file(tmp_path, monkeypatch, kernel_copies):
+    """Its bytes and no others; not between all file systems does the kernel do it."""
+    if not kernel_copies:
+
+        def refuse(*_):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    tensors = [("a", "U8", (10,)), ("b", "U8", (64,)), ("c", "U8", (10,))]
+    head = header_bytes(tensors)
+    (tmp_path / "source").write_bytes(head + 10 * b"a" + 64 * b"b" + 10 * b"c")
+    span = read_header(tmp_path / "source").tensors["b"]
+    source = os.open(tmp_path / "source", os.O_RDONLY)
+    with FileWriter(tmp_path / "target", head) as writer:
+        writer.copy("b", span, source)
+    assert (tmp_path / "target").read_bytes() == head + bytes(10) + 64 * b"b" + bytes(10)
+    os.truncate(tmp_path / "source", len(head) + 20)
+    with pytest.raises(FileFormatError, match="became shorter"), FileWriter(tmp_path / "cut", head) as writer:
+        writer.copy("b", span, source)
+    assert not (tmp_path / "cut").exists()
+    os.close(source)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("EIO", r"^\[Errno 5\] no link$"),
+        ("EROFS", "cannot be written .*choose a folder that is writable"),
+        ("ENOSPC", "do not fit there; free space"),
+        ("EDQUOT", "do not fit there; free space"),
+    ],
+)
+def test_what_else_goes_wrong_is_said(tmp_path, monkeypatch, code, said):
+    def fail(*_):
+        raise OSError(getattr(errno, code), "no link")
+
+    (tmp_path / "a").write_bytes(b"rows")
+    source = os.open(tmp_path / "a", os.O_RDONLY)
+    monkeypatch.setattr(os, "link", fail)
+    for action in (can_link, link_or_copy):
+        with pytest.raises(OSError, match=said):
+            action(source, tmp_path / "a", tmp_path / "b")
+    os.close(source)
+
+
+def test_a_link_that_cannot_get_its_name_is_taken_away(tmp_path):
+    (tmp_path / "a").write_bytes(b"rows")
+    (tmp_path / "folder").mkdir()
+    source = os.open(tmp_path / "a", os.O_RDONLY)
+    with pytest.raises(IsADirectoryError):
+        link_or_copy(source, tmp_path / "a", tmp_path / "folder")
+    os.close(source)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "folder"]
 
 
 def test_a_small_json_file_is_replaced_as_a_whole(tmp_path):

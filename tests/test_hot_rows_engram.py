@@ -75,6 +75,14 @@ def test_rows_that_are_read_once_do_not_drive_out_those_read_often():
     assert read(cache, often).mean() > 0.9
 
 
+def test_rows_that_are_read_no_more_give_way():
+    cache = HotRows(WIDTHS, 100_000)
+    for row_ids in (np.arange(2 * cache.capacity), 1_000_000 + np.arange(cache.capacity // 4)):
+        for _ in range(60):
+            read(cache, row_ids)
+    assert read(cache, row_ids).mean() > 0.9
+
+
 @pytest.mark.parametrize("row_ids", [np.arange(0), np.array([(1 << 62) + 3, 1 << 40, 0])], ids=["none", "large"])
 def test_any_ids(row_ids):
     cache = HotRows(WIDTHS, 10_000)
@@ -87,3 +95,14 @@ def test_threads_find_whole_rows():
     batches = zipf_batches(200, 300)
     with ThreadPoolExecutor(4) as pool:
         assert any(found.any() for found in pool.map(lambda row_ids: read(cache, row_ids), batches))
+
+
+@pytest.mark.parametrize("use", [HotRows.find, lambda cache, row_ids: cache.offer(row_ids, rows_of(row_ids))])
+def test_one_thread_at_a_time(use):
+    cache = HotRows(WIDTHS, 20_000)
+    with ThreadPoolExecutor(1) as pool:
+        with cache._lock:
+            future = pool.submit(use, cache, np.arange(9))
+            with pytest.raises(TimeoutError):
+                future.result(timeout=0.1)
+        future.result(timeout=60)

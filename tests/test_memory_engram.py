@@ -8,12 +8,15 @@ import multiprocessing
 import os
 import pickle
 import re
+import resource
 import shutil
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from mmap import PAGESIZE
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from engram_hf import EngramForCausalLM, EngramModel, row_sources_engram
+from engram_hf import EngramForCausalLM, EngramModel, residency_engram, row_sources_engram
 from engram_hf.hot_rows_engram import HotRows
 from engram_hf.memory_engram import EngramTable, dequantize_rows, quantize_rows, read_rows
 from engram_hf.prefetch_engram import FetchedRows, Prefetcher
@@ -36,6 +39,7 @@ from engram_hf.residency_engram import (
 )
 from engram_hf.rounding_deepseek_v41 import round_fp8
 from engram_hf.row_sources_engram import MappedRows
+from engram_hf.safetensors_engram import read_header
 from engram_hf.table_check_engram import check_folder
 from engram_hf.table_format_engram import read_tables, tables_in_checkpoint
 
@@ -84,6 +88,18 @@ def test_float_rows_are_trained_and_others_are_not(dtype):
     assert torch.equal(table.weight.grad, reference.grad)
     for quantized in DTYPES[1:]:
         assert not any(parameter.requires_grad for parameter in make_table(quantized)[0].parameters())
+
+
+def test_rows_are_float32_unless_asked_otherwise():
+    """Whatever is the default while a model is built."""
+    table, rows = make_table("int8")
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = read_rows(table, torch.tensor([[3, 5]]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, rows[[3, 5]].view(1, -1))
 
 
 def test_every_float8_number_times_every_scale():
@@ -154,6 +170,12 @@ def test_a_quantized_table_keeps_its_dtypes(table_dtype):
     before = table.weight.dtype, table.scale.dtype
     assert (table.bfloat16().weight.dtype, table.scale.dtype) == before
     assert table.to("meta").weight.device.type == table.scale.device.type == "meta"
+
+
+def test_a_float_table_goes_along_with_the_models_dtype():
+    table, rows = make_table(None)
+    assert table.bfloat16().weight.dtype == torch.bfloat16
+    assert torch.equal(table(torch.tensor([[3, 5]])), rows[[3, 5]].view(1, -1).bfloat16())
 
 
 @pytest.mark.parametrize("table_dtype", DTYPES)
@@ -382,6 +404,18 @@ def test_auto_says_what_it_chose(caplog):
     assert "Memory tables of 2.1 GB are resident" in caplog.text
 
 
+def test_auto_takes_a_quarter_of_max_memory(tmp_path):
+    """Within which all of the model would fit."""
+    model = build("qwen3", engram_vocab_size=2_000)
+    model.save_pretrained(tmp_path)
+    size = sum(memory.table.weight.nbytes for memory in model.model.memories().values())
+    assert sum(tensor.nbytes for tensor in model.state_dict().values()) < 2 * size
+    for times, is_resident in ((3.9, False), (4.1, True)):
+        limits = {"cpu": int(times * size)}
+        loaded = EngramForCausalLM.from_pretrained(tmp_path, device_map="auto", max_memory=limits)
+        assert loaded.model.memories()[1].table.is_resident is is_resident
+
+
 @pytest.mark.parametrize(
     ("device_map", "gpus"),
     [
@@ -406,6 +440,36 @@ def test_free_memory_is_that_of_the_machine_or_its_container():
     assert 0 < free < int(total) * 1024
 
 
+MEMINFO = "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 8000 kB\n"
+IN_USE = {"memory.current": "4000\n", "memory.stat": "anon 90\ninactive_file 700\nactive_file 80\n"}
+IN_USE_V1 = {
+    "memory/memory.usage_in_bytes": "4000\n",
+    "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 700\ntotal_unevictable 2\n",  # of groups below, too
+}
+
+
+@pytest.mark.parametrize(
+    ("group", "free"),
+    [
+        ({}, 8000 * 1024),
+        (IN_USE, 8000 * 1024),
+        ({**IN_USE, "memory.max": "max\n"}, 8000 * 1024),
+        ({**IN_USE, "memory.max": "5000\n"}, 1700),
+        ({**IN_USE, "memory.max": "3000\n"}, 0),  # it was lowered
+        ({**IN_USE, "memory.max": "90000000\n"}, 8000 * 1024),
+        ({**IN_USE_V1, "memory/memory.limit_in_bytes": "5000\n"}, 1700),
+    ],
+)
+def test_free_memory_of_a_container(tmp_path, monkeypatch, group, free):
+    """Both versions of control groups, in a file system that has its root elsewhere."""
+    files = {f"sys/fs/cgroup/{name}": text for name, text in group.items()} | {"proc/meminfo": MEMINFO}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(residency_engram, "Path", lambda *parts: tmp_path.joinpath("/".join(parts).lstrip("/")))
+    assert free_host_memory() == free
+
+
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
@@ -417,6 +481,7 @@ def test_saving_a_mapped_table_links_it(saved, tmp_path):
     assert tables == ["engram-layer-00001.safetensors", "engram-layer-00002.safetensors", "engram_tables.json"]
     for name in tables[:2]:
         assert (tmp_path / name).samefile(saved[2] / name)
+        assert all(".table." in tensor for tensor in read_header(tmp_path / name).tensors)
     check_folder(tmp_path, rows=True)
     shutil.copytree(tmp_path, elsewhere)
     shutil.rmtree(tmp_path)
@@ -477,6 +542,35 @@ def test_an_upload_needs_no_room_for_tables(saved):
         assert inodes[0] == inodes[1] != []  # from another file system, they are copied once
         save_tables(model.model, Path(folder, "kept"))
         assert not any(path.is_symlink() for path in Path(folder, "kept").iterdir())
+
+
+def test_files_that_describe_nothing_are_described_by_the_manifest(saved, tmp_path):
+    """As shards of a release may lie beside a model."""
+    from test_table_format import METADATA_KEY, edit_header
+
+    shutil.copytree(saved[2], tmp_path / "silent")
+    expected = {layer: table.description for layer, table in read_tables(saved[2]).items()}
+    for path in (tmp_path / "silent").glob("engram-layer-*"):
+        edit_header(path, lambda header: header["__metadata__"].pop(METADATA_KEY))
+    model = EngramForCausalLM.from_pretrained(tmp_path / "silent", engram_residency="mapped")
+    assert not any(table.description for table in read_tables(tmp_path / "silent").values())
+    model.save_pretrained(tmp_path / "saved")
+    tables = read_tables(tmp_path / "saved")
+    assert {layer: table.description for layer, table in tables.items()} == expected
+    for path in (tmp_path / "saved").glob("engram-layer-*"):
+        assert path.samefile(tmp_path / "silent" / path.name)
+
+
+def test_an_upload_refers_to_what_was_saved_before(saved, tmp_path):
+    """If its own files have other weights in them, too."""
+    model = EngramForCausalLM.from_pretrained(saved[1], engram_residency="mapped")
+    save_tables(model.model, tmp_path)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        with tables_by_reference():
+            save_tables(model.model, folder)
+        names = [path.name for path in Path(folder).iterdir() if path.is_symlink()]
+        assert sorted(names) == [f"engram-layer-0000{layer}.safetensors" for layer in (1, 2)]
+        assert all(Path(folder, name).samefile(tmp_path / name) for name in names)
 
 
 def test_a_relative_path_is_kept_wherever_the_process_goes(saved, tmp_path, monkeypatch):
@@ -700,7 +794,8 @@ def test_a_fork_while_rows_are_being_kept(saved):
     torch.testing.assert_close(torch.tensor(found), expected)
 
 
-def test_parts_are_fetched_ahead_like_one_file(tmp_path):
+def tables_in_parts(folder: Path) -> list[EngramTable]:
+    """Two tables, each in three files."""
     from test_table_format import LAYERS, NgramHasher, write_folder
 
     hasher = NgramHasher(
@@ -709,15 +804,48 @@ def test_parts_are_fetched_ahead_like_one_file(tmp_path):
     )  # fmt: skip
     for name, constant in hasher.derive_constants().items():
         getattr(hasher, name).copy_(constant)
-    write_folder(tmp_path, hasher, "F8_E4M3", parts=3)
+    write_folder(folder, hasher, "F8_E4M3", parts=3)
     tables = []
-    for stored in read_tables(tmp_path).values():
+    for stored in read_tables(folder).values():
         tables.append(EngramTable(stored.num_rows, stored.width, "float8_e4m3fn"))
         tables[-1].mount(MappedRows(stored))
+    return tables
+
+
+def test_parts_are_fetched_ahead_like_one_file(tmp_path):
+    tables = tables_in_parts(tmp_path)
     ids = torch.randint(0, min(table.num_rows for table in tables), (2, 3, 700))
     fetched = Prefetcher(tables, "always").start(ids)
     for table, rows, some in zip(tables, fetched, ids, strict=True):
         assert torch.equal(bits(table(some, source=rows)), bits(read_rows(table.source, some)))
+
+
+def test_the_system_is_asked_for_the_pages_of_all_rows(tmp_path, monkeypatch):
+    """For no other pages, in file order, and once for those side by side."""
+    requests = []
+
+    def advise(file: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        requests.append((os.path.basename(os.readlink(f"/proc/self/fd/{file}")), offset, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    tables = tables_in_parts(tmp_path)
+    ids = torch.tensor([[0, 1, 127, 128, 300, 900, 900, table.num_rows - 1] for table in tables])
+    for rows, some in zip(Prefetcher(tables, "always").start(ids), ids, strict=True):
+        rows.fetch(some)
+    expected = []
+    for table, some in zip(tables, ids.tolist(), strict=True):
+        for part in table.source.stored.parts:
+            for span in part.spans.values():
+                size = span.size // span.shape[0]
+                begins = [span.offset + (row - part.first) * size for row in some if part.first <= row < part.stop]
+                pages = {at // PAGESIZE for begin in begins for at in range(begin, begin + size)}
+                starts = sorted(page for page in pages if page - 1 not in pages)
+                stops = sorted(page + 1 for page in pages if page + 1 not in pages)
+                for start, stop in zip(starts, stops, strict=True):
+                    expected.append((span.path.name, start * PAGESIZE, (stop - start) * PAGESIZE))
+    assert requests == expected
+    assert len({length for _, _, length in requests}) > 1
 
 
 def test_a_float_table_may_begin_anywhere(tmp_path):
@@ -737,6 +865,32 @@ def test_a_float_table_may_begin_anywhere(tmp_path):
         assert scale is None
         assert torch.equal(found, values[ids])
     assert torch.equal(rows.read(3, 9)[0], values[3:9])
+
+
+def test_rows_are_fetched_ahead_while_they_come_from_a_disk(saved, monkeypatch):
+    """Of the first forward nothing is known; then it takes a page from a disk per 256 rows of the last one."""
+    usage = SimpleNamespace(ru_inblock=80, ru_majflt=0)
+    monkeypatch.setattr(resource, "getrusage", lambda who: usage)
+    prefetcher = EngramForCausalLM.from_pretrained(saved[2], engram_residency="mapped").model.prefetcher
+    ids = torch.arange(256).view(2, 128) % 100
+
+    def is_fetched_ahead(more_blocks: int = 0, more_faults: int = 0, row_ids: torch.Tensor = ids) -> bool:
+        usage.ru_inblock += more_blocks
+        usage.ru_majflt += more_faults
+        return prefetcher.start(row_ids) is not None
+
+    assert is_fetched_ahead()
+    assert not is_fetched_ahead()
+    assert not is_fetched_ahead(8)  # one page, of 256 rows that the layers read themselves
+    assert is_fetched_ahead(16)
+    assert is_fetched_ahead(8)  # one page, of the 200 rows that were fetched
+    assert not is_fetched_ahead(0)
+    assert not is_fetched_ahead(0, 12)  # 12 pages by waiting are among the 14 by asking
+    assert is_fetched_ahead(0, 4)
+    prefetcher.when = "never"
+    assert not is_fetched_ahead(800)
+    prefetcher.when = "always"
+    assert is_fetched_ahead(0)
 
 
 def test_warm_memory_is_not_fetched_ahead(saved):

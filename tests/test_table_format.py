@@ -1,12 +1,18 @@
 """The table format: what is written can be read by others and by us, and nothing damaged is ever read."""
 
+import contextlib
+import copy
+import gc
 import json
 import os
 import pickle
 import random
+import re
+import runpy
 import struct
+import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,12 +22,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from engram_hf import table_files_engram
 from engram_hf.hashing_engram import NgramHasher
 from engram_hf.memory_engram import dequantize_rows, quantize_rows
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.safetensors_engram import FileFormatError, read_header
-from engram_hf.table_check_engram import check_folder, main
+from engram_hf.table_check_engram import check_folder, main, read_token_map
 from engram_hf.table_files_engram import (
+    QuantizationError,
     TableWriter,
     manifest_entry,
     quantize_table,
@@ -37,12 +45,13 @@ from engram_hf.table_format_engram import (
     file_description,
     read_manifest,
     read_tables,
+    require_same_hash,
     tables_in_checkpoint,
     token_map_digest,
 )
 
 WIDTH, LAYERS = 32, [1, 3]
-TOKEN_MAP = torch.arange(60) % 50
+TOKEN_MAP = torch.arange(60, dtype=torch.int32) % 50
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +152,16 @@ def test_the_description_names_the_tokenizers_map(hasher):
     assert (d.token_map_ids, d.token_map_sha256) == (60, token_map_digest(TOKEN_MAP))
     assert d.pad_id == 2
     assert d.num_rows == int(hasher.primes[0].sum())
+    again = copy.deepcopy(hasher)
+    again.token_map[59] = 0  # as good an id as others
+    assert describe_table(again, 0, width=WIDTH, dtype="BF16").token_map_ids == 60
+
+
+def test_a_header_lists_tensors_in_any_order(tmp_path, hasher):
+    content = write_folder(tmp_path, hasher, "I8")
+    edit_header(tmp_path / table_file_name(1), lambda header: header.update([header.popitem(), header.popitem()]))
+    found, scale = MappedRows(read_tables(tmp_path)[1]).read(0, 60)
+    assert torch.equal(found, content[1][0]) and torch.equal(scale, content[1][1])
 
 
 def test_an_upstream_shard_is_read_as_it_is(tmp_path):
@@ -153,18 +172,34 @@ def test_an_upstream_shard_is_read_as_it_is(tmp_path):
     write_manifest(tmp_path, {2: manifest_entry([("shard.safetensors", (0, 20), names)])})
     (report,) = check_folder(tmp_path)
     assert (report.aligned, report.token_map, report.table.description) == (False, "unknown", None)
+    assert str(report).endswith("in 1 file, not page-aligned, hash not described")
     found, found_scale = MappedRows(report.table).fetch(torch.tensor([19, 4]))
     assert torch.equal(dequantize_rows(found, found_scale), dequantize_rows(values, scale)[[19, 4]])
 
 
-@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"])
-def test_a_shard_may_hold_anything_else_that_safetensors_holds(tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("bits", "dtypes"),
+    [
+        (4, ["F4"]),
+        (6, ["F6_E2M3", "F6_E3M2"]),
+        (8, ["BOOL", "U8", "I8", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"]),
+        (16, ["I16", "U16", "F16", "BF16"]),
+        (32, ["I32", "U32", "F32"]),
+        (64, ["I64", "U64", "F64", "C64"]),
+    ],
+)
+def test_a_shard_may_hold_anything_else_that_safetensors_holds(tmp_path, bits, dtypes):
     values, _ = stored_rows("F32", 4)
-    save_file({"rows": values, "other": torch.zeros(24, dtype=torch.uint8)}, tmp_path / "shard.safetensors")
-    shape = [24 * 8 // {"F4": 4, "F6_E2M3": 6, "C64": 64}.get(dtype, 8)]
-    edit_header(tmp_path / "shard.safetensors", lambda header: header["other"].update(dtype=dtype, shape=shape))
+    others = {f"other {index}": torch.zeros(24, dtype=torch.uint8) for index in range(len(dtypes))}
+    save_file({"rows": values, **others}, tmp_path / "shard.safetensors")
+
+    def change(header):
+        for name, dtype in zip(others, dtypes, strict=True):
+            header[name].update(dtype=dtype, shape=[24 * 8 // bits])
+
+    edit_header(tmp_path / "shard.safetensors", change)
     with safe_open(tmp_path / "shard.safetensors", "pt") as file:
-        assert set(file.keys()) == {"rows", "other"}
+        assert set(file.keys()) == {"rows", *others}
     write_manifest(tmp_path, {0: manifest_entry([("shard.safetensors", (0, 4), {"weight": "rows"})])})
     found, _ = MappedRows(read_tables(tmp_path)[0]).fetch(torch.arange(4))
     assert torch.equal(found, values)
@@ -180,10 +215,31 @@ def test_tables_among_ordinary_weights_are_found_by_name(tmp_path):
 def test_the_command_prints_a_summary(tmp_path, hasher, capsys):
     write_folder(tmp_path, hasher, "I8", parts=2)
     assert main([str(tmp_path), "--rows"]) == 0
-    assert f"layer 1: {int(hasher.primes[0].sum())} rows x 32 I8" in capsys.readouterr().out
+    summary = capsys.readouterr().out
+    assert f"layer 1: {int(hasher.primes[0].sum())} rows x 32 I8" in summary
+    assert summary.count("in 2 files, token map absent\n") == 2
     (tmp_path / "engram_tables.json").unlink()
     assert main([str(tmp_path)]) == 1
     assert "engram_tables.json cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_it_runs_as_a_module(tmp_path, hasher, capsys, monkeypatch):
+    write_folder(tmp_path, hasher)
+    monkeypatch.setattr(sys, "argv", ["table_check_engram", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("engram_hf.table_check_engram", run_name="__main__")
+    assert ended.value.code == 0
+    assert f"{tmp_path}: 2 tables" in capsys.readouterr().out
+
+
+def test_a_summary_that_nobody_gets_is_no_success(tmp_path, hasher, capsys, monkeypatch):
+    write_folder(tmp_path, hasher)
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # it cannot be closed without an error either
+        monkeypatch.setattr(sys, "stdout", full)
+        status = main([str(tmp_path)])
+    assert status == 1
+    assert "No space left on device" in capsys.readouterr().err
 
 
 # --- quantizing -------------------------------------------------------------------------------------------------------
@@ -194,7 +250,8 @@ def test_the_command_prints_a_summary(tmp_path, hasher, capsys):
     # Half a step of three mantissa bits, the largest channel at 448 or just below half of it; half of 1/127.
     [("float8_e4m3fn", 2**-4), ("int8", 1 / 254)],
 )
-def test_quantizing_reports_its_error(tmp_path, hasher, table_dtype, worst):
+def test_quantizing_reports_its_error(tmp_path, hasher, monkeypatch, table_dtype, worst):
+    monkeypatch.setattr(table_files_engram, "_STEP_BYTES", 7 * 4 * WIDTH)  # some rows at a time, and a rest
     content = write_folder(tmp_path, hasher, "BF16")
     source = read_tables(tmp_path)[1]
     description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
@@ -210,6 +267,12 @@ def test_quantizing_reports_its_error(tmp_path, hasher, table_dtype, worst):
     assert error.largest == (decoded - rows).abs().max().item() > 0
     assert error.relative == pytest.approx(((decoded - rows).norm() / rows.norm()).item(), rel=1e-5)
     assert error.largest <= worst * rows.abs().max()
+
+
+def test_quantizing_zeros_makes_no_error():
+    error = QuantizationError()
+    error.add(torch.zeros(3, WIDTH), torch.zeros(3, WIDTH))
+    assert (error.rows, error.largest, error.relative) == (3, 0, 0)
 
 
 def test_a_quantized_table_is_not_quantized_again(tmp_path, hasher):
@@ -269,6 +332,7 @@ def test_a_manifest_of_another_version_or_without_tables_is_refused(tmp_path, ha
         (2, "upgrade engram-hf"),
         ("1", "expected 1"),
         (None, "expected 1"),
+        (0, "expected 1"),
         (True, "expected 1"),
     ):
         edit_json(tmp_path / "engram_tables.json", lambda m, version=version: m.update(format_version=version))
@@ -368,6 +432,9 @@ def test_scales_belong_to_their_rows(tmp_path, hasher):
     edit_json(manifest, lambda m: m["tables"]["1"].pop("scale"))
     with pytest.raises(TableFormatError, match="needs scales"):
         read_tables(tmp_path)
+    edit_json(manifest, lambda m: m["tables"]["1"].update(scale=3))
+    with pytest.raises(TableFormatError, match=r"The scale of layer 1 in .* must list the tensors"):
+        read_tables(tmp_path)
     manifest.write_text(good)
     edit_json(manifest, lambda m: m["tables"]["1"]["scale"].pop())
     with pytest.raises(TableFormatError, match="split differently"):
@@ -398,8 +465,18 @@ def test_scales_belong_to_their_rows(tmp_path, hasher):
         ({"layer": 2}, "is used as"),
         ({"layer": True}, "expected a count"),
         ({"rows": [0, 5]}, "expected 5 rows"),
+        ({"rows": [0, 0]}, "is no part of"),
+        ({"rows": [0, 61]}, "is no part of 60 rows"),
         ({"tensors": {"weight": "other"}}, "but holds others"),
         ({"tensors": {}}, "does not fit rows"),
+        ({"tensors": {"weight": ["a list"]}}, "an object of names"),
+        ({"tensors": 3}, "an object of names"),
+        ({"primes": 3}, "a list of lists of counts"),
+        ({"rows": [0]}, "two row numbers"),
+        ({"dtype": ["BF16"]}, "a string"),
+        ({"dtype": "F64"}, "expected one of F32, BF16"),
+        ({"scale_dtype": 3}, "a string or null"),
+        ({"scale_block": -1}, "a count or null"),
         ({"token_map_ids": None}, "both be null"),
     ],
 )
@@ -408,6 +485,60 @@ def test_a_description_without_contradiction(tmp_path, hasher, members, message)
     edit_description(tmp_path / table_file_name(1), **members)
     with pytest.raises(TableFormatError, match=message):
         read_tables(tmp_path)
+
+
+@pytest.mark.parametrize("members", [{"dtype": "F16"}, {"width": 16}, {"rows": [0, 5]}], ids=str)
+def test_a_file_alone_says_what_it_holds(tmp_path, hasher, members):
+    """Without a manifest beside it that could be compared."""
+    write_folder(tmp_path, hasher)
+    edit_description(tmp_path / table_file_name(1), **members)
+    with pytest.raises(TableFormatError, match=r"is used as|expected 5 rows"):
+        file_description(read_header(tmp_path / table_file_name(1)))
+
+
+@pytest.mark.parametrize(
+    ("member", "other"),
+    [("primes", [[11, 13], [17, 23]]), ("multipliers", [1, 3, 5]), ("vocab_size", 51), ("pad_id", 3)],
+)
+def test_a_table_of_another_hash_is_told_from_the_models(hasher, member, other):
+    described = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    require_same_hash(described, hasher, 0)
+    with pytest.raises(TableFormatError, match=f"written for the {member} {re.escape(str(other))}"):
+        require_same_hash(replace(described, **{member: other}), hasher, 0)
+
+
+def test_parts_of_one_table_may_name_it_differently(tmp_path, hasher):
+    description = describe_table(hasher, 0, width=WIDTH, dtype="F32")
+    values, parts = stored_rows("F32", 60)[0], []
+    for name, rows in (("a", (0, 20)), ("b", (20, 60))):
+        own = replace(description, rows=rows, tensors={"weight": name})
+        write_table_file(tmp_path / name, own, [(values[slice(*rows)], None)])
+        parts.append((name, rows, own.tensors))
+    write_manifest(tmp_path, {1: manifest_entry(parts)})
+    assert torch.equal(MappedRows(read_tables(tmp_path)[1]).read(0, 60)[0], values)
+
+
+def with_token_map(hasher: NgramHasher, token_map: torch.Tensor | None) -> NgramHasher:
+    changed = copy.deepcopy(hasher)
+    changed.token_map = token_map
+    return changed
+
+
+def test_a_table_of_another_token_map_is_told_from_the_models(hasher):
+    described = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    unmapped = replace(described, token_map_sha256=None, token_map_ids=None)
+    padding, other = TOKEN_MAP.new_full((4,), -1), TOKEN_MAP.where(TOKEN_MAP != 49, 48)
+    for token_map in (other, TOKEN_MAP[:59]):
+        with pytest.raises(TableFormatError, match="was written for another token map"):
+            require_same_hash(described, with_token_map(hasher, token_map), 0)
+    for table, token_map in ((unmapped, other), (described, None)):
+        with pytest.raises(TableFormatError, match="Only one of model and table"):
+            require_same_hash(table, with_token_map(hasher, token_map), 0)
+    # Tokens were added; the tokenizer is not known yet; or its map does nothing.
+    longer = torch.cat([TOKEN_MAP, TOKEN_MAP.new_tensor([7]), padding])
+    unknown = replace(described, pad_id=-1), torch.cat([TOKEN_MAP.new_full((60,), -1), padding])
+    for table, token_map in ((described, longer), unknown, (unmapped, torch.arange(64))):
+        require_same_hash(table, with_token_map(hasher, token_map), 0)
 
 
 def test_parts_of_one_table_describe_one_hash(tmp_path, hasher):
@@ -427,6 +558,8 @@ def test_a_description_in_the_manifest_is_checked_too(tmp_path, hasher):
     part = (table_file_name(1), description.rows, description.tensors)
     write_manifest(tmp_path, {1: manifest_entry([part], description)})
     assert read_tables(tmp_path)[1].description.multipliers == description.multipliers
+    entry = json.loads((tmp_path / "engram_tables.json").read_text())["tables"]["1"]
+    assert entry["description"].keys() == asdict(description).keys() - {"rows", "tensors"}  # of one file
     write_manifest(tmp_path, {1: manifest_entry([part], replace(description, dtype="F16"))})
     with pytest.raises(TableFormatError, match="but describe"):
         read_tables(tmp_path)
@@ -443,15 +576,17 @@ def test_rows_that_left_their_page_are_refused(tmp_path, hasher):
         read_tables(tmp_path)
 
 
-def write_token_map(folder: Path, values: torch.Tensor, digest: str | None = None) -> None:
-    metadata = {"format_version": "1", "map_sha256": digest or token_map_digest(values), "vocabulary_sha256": "0"}
-    save_file({"token_map": values.int()}, folder / "engram_token_map.safetensors", metadata=metadata)
+def write_token_map(
+    folder: Path, values: torch.Tensor, digest: str | None = None, version: str = "1", name: str = "token_map"
+) -> None:
+    metadata = {"format_version": version, "map_sha256": digest or token_map_digest(values), "vocabulary_sha256": "0"}
+    save_file({name: values}, folder / "engram_token_map.safetensors", metadata=metadata)
 
 
 def test_the_token_map_belongs_to_the_tables(tmp_path, hasher):
     write_folder(tmp_path, hasher)
     assert {report.token_map for report in check_folder(tmp_path)} == {"absent"}
-    write_token_map(tmp_path, torch.cat([TOKEN_MAP, torch.tensor([50, 51])]))  # tokens were added
+    write_token_map(tmp_path, torch.cat([TOKEN_MAP, TOKEN_MAP.new_tensor([50, 51])]))  # tokens were added
     assert {report.token_map for report in check_folder(tmp_path)} == {"checked"}
     write_token_map(tmp_path, TOKEN_MAP.flip(0))
     with pytest.raises(TableFormatError, match="another token map"):
@@ -459,7 +594,7 @@ def test_the_token_map_belongs_to_the_tables(tmp_path, hasher):
     write_token_map(tmp_path, TOKEN_MAP, digest="0" * 64)
     with pytest.raises(TableFormatError, match="is damaged"):
         check_folder(tmp_path)
-    write_token_map(tmp_path, torch.cat([TOKEN_MAP, torch.tensor([-1])]))
+    write_token_map(tmp_path, torch.cat([TOKEN_MAP, TOKEN_MAP.new_tensor([-1])]))
     with pytest.raises(TableFormatError, match="negative ids"):
         check_folder(tmp_path)
     write_token_map(tmp_path, TOKEN_MAP[:0])
@@ -471,11 +606,57 @@ def test_the_token_map_belongs_to_the_tables(tmp_path, hasher):
         check_folder(tmp_path)
 
 
+@pytest.mark.parametrize("other", [torch.zeros(4, 8, dtype=torch.float16), torch.zeros(4, 16)])
+def test_parts_of_one_table_are_alike(tmp_path, other):
+    """Of shards that describe nothing, too."""
+    save_file({"a": torch.zeros(4, 8), "b": other}, tmp_path / "shard.safetensors")
+    parts = [("shard.safetensors", rows, {"weight": name}) for name, rows in (("a", (0, 4)), ("b", (4, 8)))]
+    write_manifest(tmp_path, {0: manifest_entry(parts)})
+    with pytest.raises(TableFormatError, match="differ in dtype or width"):
+        read_tables(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        (TOKEN_MAP, {"version": "2"}, "has format_version '2', expected '1'; upgrade engram-hf"),
+        (TOKEN_MAP.long(), {}, "no vector `token_map` of I32"),
+        (TOKEN_MAP[None], {}, "no vector `token_map` of I32"),
+        (TOKEN_MAP, {"name": "map"}, "no vector `token_map` of I32"),
+    ],
+)
+def test_a_token_map_of_another_form(tmp_path, values, options, message):
+    write_token_map(tmp_path, values, **options)
+    with pytest.raises(TableFormatError, match=re.escape(message)):
+        read_token_map(tmp_path / "engram_token_map.safetensors")
+
+
 def test_two_tensors_for_one_table_are_refused(tmp_path):
     names = ["draft.layers.12.engram.table.weight", "model.backbone.layers.12.engram.table.weight"]
     save_file({name: torch.randn(9, 4) for name in names}, tmp_path / "model.safetensors")
     with pytest.raises(TableFormatError, match="are the weight of the table of layer 12; take one of them out"):
         tables_in_checkpoint([tmp_path / "model.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "message"),
+    [
+        (torch.zeros(4, 8, dtype=torch.int64), None, "is I64, expected one of F32, BF16"),
+        (torch.zeros(4, 0), None, "expected 4 rows"),
+        (torch.zeros(4, 8, 1), None, "expected 4 rows"),
+        (torch.zeros(4, 8), torch.zeros(4, 1), "needs no scales"),
+        (torch.zeros(4, 6, dtype=torch.int8), torch.zeros(4, 1), "multiple of 4"),
+        (torch.zeros(4, 8, dtype=torch.int8), torch.zeros(4, 2), "scales F32 \\[4, 1\\]"),
+        (torch.zeros(4, 8, dtype=torch.int8), torch.zeros(4, 1).half(), "scales F32 \\[4, 1\\]"),
+        (torch.zeros(4, 48).to(torch.float8_e4m3fn), torch.ones(4, 2).to(torch.float8_e8m0fnu), "multiple of 32"),
+        (torch.zeros(4, 64).to(torch.float8_e4m3fn), torch.ones(4, 1).to(torch.float8_e8m0fnu), "\\[4, 2\\]"),
+    ],
+)
+def test_rows_and_scales_are_of_one_format(tmp_path, weight, scale, message):
+    tensors = {"weight": weight} if scale is None else {"weight": weight, "scale": scale}
+    save_file({f"layers.2.engram.table.{kind}": some for kind, some in tensors.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(TableFormatError, match=message):
+        tables_in_checkpoint([tmp_path / "a.safetensors"])
 
 
 @pytest.mark.parametrize("name", ["layers.7.engram.table.weight", f"layers.{'9' * 5000}.engram.table.weight"])
@@ -501,6 +682,13 @@ def test_a_file_that_was_replaced_since_it_was_checked(tmp_path, hasher, pickled
         pickle.loads(pickle.dumps(source)) if pickled else MappedRows(table)
     # What is open stays what it was.
     assert torch.equal(source.fetch(torch.arange(5))[0], stored_rows("BF16", other.num_rows, seed=1)[0][:5])
+
+
+@pytest.mark.parametrize("length", [10, 1000, 1001, 10**6])
+def test_an_error_quotes_no_more_than_a_screen(length):
+    message = str(FileFormatError("begin" + "x" * (length - 8) + "end"))
+    assert message.startswith("begin") and message.endswith("end")
+    assert len(message) == (length if length <= 1000 else 1005)
 
 
 def test_an_emptied_file(tmp_path, hasher):
@@ -534,15 +722,16 @@ def test_a_token_map_fits_the_vocabulary(tmp_path, hasher, token_map):
         check_folder(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "I8"])
-def test_scales_are_numbers(tmp_path, hasher, dtype):
+@pytest.mark.parametrize("wrong", [None, float("nan"), float("inf"), -0.5], ids=str)
+def test_scales_are_numbers(tmp_path, hasher, wrong):
+    dtype = "F8_E4M3" if wrong is None else "I8"
     content = write_folder(tmp_path, hasher, dtype)
     values, scale = content[1]
     scale = scale.clone()
-    if dtype == "I8":
-        scale[5, 0] = float("nan")
-    else:
+    if wrong is None:
         scale.view(torch.uint8)[5, 0] = 255
+    else:
+        scale[4:6, 0] = torch.tensor([0.0, wrong])
     description = describe_table(hasher, 0, width=WIDTH, dtype=dtype)
     write_table_file(tmp_path / table_file_name(1), description, [(values, scale)])
     with pytest.raises(TableFormatError, match="Row 5 of layer 1 has a scale that is no valid number"):
@@ -577,6 +766,9 @@ def test_a_missing_truncated_or_foreign_file(tmp_path, hasher):
         struct.pack("<Q", 2**63) + data[8:]: "not a whole safetensors file",
         struct.pack("<Q", 4) + b"[[1]": "not valid JSON",
         struct.pack("<Q", 2) + b"[]": "must be a JSON object",
+        struct.pack("<Q", 9) + b'{"a":[1]}': "expected dtype, shape and data_offsets",
+        struct.pack("<Q", 19) + b'{"__metadata__":[]}': "must map strings to strings",
+        struct.pack("<Q", 24) + b'{"__metadata__":{"a":1}}': "must map strings to strings",
         struct.pack("<Q", 100_000) + b"[" * 100_000: "not valid JSON",
     }
     for content, message in foreign.items():
@@ -585,6 +777,9 @@ def test_a_missing_truncated_or_foreign_file(tmp_path, hasher):
             read_tables(tmp_path)
     path.unlink()
     with pytest.raises(FileFormatError, match="fetch the missing file"):
+        read_tables(tmp_path)
+    path.mkdir()
+    with pytest.raises(FileFormatError, match="cannot be read \\(Is a directory\\)"):
         read_tables(tmp_path)
 
 
@@ -598,6 +793,19 @@ def test_a_file_that_changes_under_the_process(tmp_path, hasher):
     for use in (lambda: rows.fetch(torch.tensor([40])), lambda: rows.read(0, 40), lambda: MappedRows(table)):
         with pytest.raises(TableFormatError, match="changed while it was in use"):
             use()
+
+
+def test_files_are_closed_with_their_table(tmp_path, hasher):
+    def is_open() -> bool:
+        links = Path("/proc/self/fd").iterdir()
+        return any(os.path.realpath(link) == os.path.realpath(tmp_path / table_file_name(1)) for link in links)
+
+    write_folder(tmp_path, hasher)
+    rows = MappedRows(read_tables(tmp_path)[1])
+    assert is_open()
+    del rows
+    gc.collect()
+    assert not is_open()
 
 
 def mutated(data: bytes, generator: random.Random) -> bytes:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from command_models import make_config
+from engram_cli.main import main
 from tiny_backbones import randomize
 from tiny_tokenizer import make_tokenizer
 
 from engram_hf import EngramForCausalLM
-from engram_hf.cli.main import main
 
 
 @pytest.fixture(scope="module")

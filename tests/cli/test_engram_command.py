@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from command_models import TEXT, logits, make_config
+from engram_cli.main import main
 from safetensors.torch import load_file, save_file
+from tiny_backbones import BACKBONES
 from tiny_tokenizer import make_tokenizer
 from transformers import LlamaConfig
 
-from engram_hf import EngramForCausalLM
-from engram_hf.cli.main import main
+from engram_hf import EngramConfig, EngramForCausalLM
 from engram_hf.residency_engram import is_table_file
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.safetensors_engram import read_header
@@ -35,7 +36,7 @@ SCRIPTS = [["convert", "deepseek-v4.1"], ["convert", "demo"], ["export", "deepse
 def test_help_needs_no_heavy_import():
     code = """
 import sys
-from cli.main import main
+from engram_cli.main import main
 try:
     main(["--help"])
 finally:
@@ -66,7 +67,7 @@ def test_wrong_usage_ends_with_2(words, capsys):
 
 
 def test_it_runs_as_a_module_and_stops_quietly_when_nobody_reads(saved):
-    command = [sys.executable, "-m", "engram_hf.cli", "compress", str(saved)]
+    command = [sys.executable, "-m", "engram_cli", "compress", str(saved)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     errors = process.stderr.read()
@@ -75,6 +76,22 @@ def test_it_runs_as_a_module_and_stops_quietly_when_nobody_reads(saved):
 
 
 # inspect, card, compress
+
+
+@pytest.mark.parametrize("command", ["inspect", "check"])
+def test_names_from_files_do_not_move_the_cursor(copy, capsys, command):
+    tables, name = json.loads((copy / "engram_tables.json").read_text()), "layer\x1b[31m\x07.safetensors"
+    for pieces in tables["tables"]["1"].values():
+        for piece in pieces:
+            (copy / piece["file"]).rename(copy / name)
+            piece["file"] = name
+            break
+    (copy / "engram_tables.json").write_text(json.dumps(tables))
+    if command == "check":
+        (copy / name).write_bytes(b"damaged")
+    main([command, str(copy)])
+    printed = "".join(capsys.readouterr())
+    assert "layer?[31m?.safetensors" in printed and "\x1b" not in printed
 
 
 @pytest.mark.parametrize("folder", ["saved", "with_files"])
@@ -151,7 +168,11 @@ def test_lookup_of_equal_words_is_equal(engram, saved):
 def test_lookup_for_people(engram, saved):
     lines = engram("lookup", saved, "the café").splitlines()
     assert lines[0] == "0  'the'  id 4, compressed 4 ('the' 'THE')"
-    assert "   3-gram  (cut) 'the' 'café'" in lines
+    at = lines.index("   3-gram  (cut) 'the' 'café'")
+    _, cafe = json.loads(engram("lookup", saved, "the café", "--json"))
+    for line, layer in zip(lines[at + 1 :], cafe["ngrams"][1]["layers"], strict=True):
+        words = ["layer", str(layer["layer"]), "rows", *(f"{row:,}" for row in layer["rows"])]
+        assert line.split() == [*words, "norms", *(f"{norm:.3g}" for norm in layer["norms"])]
 
 
 def test_lookup_reads_only_the_rows_it_needs(engram, tmp_path):
@@ -289,6 +310,19 @@ def test_the_token_map_of_another_tokenizer(complaint, folder, command, request,
     assert "is that of another tokenizer" in complaint(*(word.format(copy) for word in command))
 
 
+def test_more_ids_than_the_tokenizer_has(engram, tmp_path):
+    """Many releases pad their vocabulary."""
+    backbone = BACKBONES["mixtral"]()
+    backbone.vocab_size += 32
+    sizes = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": 499}
+    model = EngramForCausalLM(EngramConfig.for_backbone(backbone, make_tokenizer(), layer_ids=[1, 2], **sizes))
+    model.set_token_map(make_tokenizer())
+    for part in (model, make_tokenizer()):
+        part.save_pretrained(tmp_path)
+    assert (tmp_path / "engram_token_map.safetensors").exists()
+    assert engram("check", tmp_path).endswith("all well\n")
+
+
 def test_a_shard_that_is_not_there(complaint, saved, tmp_path):
     EngramForCausalLM.from_pretrained(saved).save_pretrained(tmp_path, max_shard_size="300KB")
     names = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
@@ -316,6 +350,15 @@ def test_a_config_of_wrong_types(complaint, copy, fields):
     (copy / "config.json").write_text(json.dumps(config | fields))
     for command in (["inspect", copy], ["check", copy]):
         assert complaint(*command)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "engram: It looks like the config file"), ('{"model_type": "abacus"}', "engram: The checkpoint you are")],
+)
+def test_what_transformers_says_of_a_config_is_enough(complaint, copy, text, said):
+    (copy / "config.json").write_text(text)
+    assert complaint("inspect", copy).startswith(said)
 
 
 def test_a_release_has_to_be_converted(complaint, golden):

@@ -172,14 +172,25 @@ def test_strange_metadata_of_an_index(engram, sharded, tmp_path, metadata):
     EngramForCausalLM.from_pretrained(tmp_path / "target")
 
 
-def test_a_folder_of_tables_alone(engram, copy, tmp_path):
+def test_a_folder_of_tables_alone(engram, complaint, copy, tmp_path):
     (copy / "config.json").unlink()
     target = tmp_path / "target"
-    engram("quantize", copy, target, "--dtype", "int8")
+    assert "relative error" in engram("quantize", copy, target, "--dtype", "int8")
     assert "token map checked" in engram("check", target, "--rows")
     with safe_open(target / "engram-layer-00001.safetensors", framework="pt") as file:
         names = list(file.keys())
         assert {file.get_tensor(name).dtype for name in names} == {torch.int8, torch.float32}
+    assert "holds a model or tables already" in complaint("quantize", copy, target)
+    (copy / "engram_token_map.safetensors").unlink()
+    engram("quantize", copy, tmp_path / "unmapped")
+    assert "token map absent" in engram("check", tmp_path / "unmapped")
+
+
+def test_tables_that_do_not_say_how_they_are_hashed(complaint, tmp_path):
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    save_file({"layers.1.engram.embed.weight": torch.zeros(4, 32)}, folder / "shard.safetensors")
+    assert "does not describe its hash; name a model's folder" in complaint("quantize", folder, tmp_path / "new")
 
 
 def test_what_is_quantized_and_what_is_there_is_refused(engram, complaint, saved, tmp_path):
@@ -205,7 +216,7 @@ def test_rows_that_are_no_numbers_leave_no_model(complaint, saved, tmp_path):
 
 LIMITED = """
 import resource, sys
-from engram_hf.cli.main import main
+from engram_cli.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 sys.exit(main(["quantize", *sys.argv[2:]]))
 """
@@ -227,9 +238,21 @@ def test_a_full_disk_leaves_no_model_and_the_command_can_be_repeated(engram, sav
     assert engram("check", target, "--rows")
 
 
+def test_documents_that_do_not_fit_leave_no_model(with_files, tmp_path):
+    """They are copied last but for the files that make a folder a model."""
+    source, target = Path(shutil.copytree(with_files, tmp_path / "source")), tmp_path / "target"
+    size = max(path.stat().st_size for path in source.iterdir()) + 1000
+    (source / "training.log").write_bytes(bytes(size + 1))
+    command = [sys.executable, "-c", LIMITED, str(size), str(source), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr.splitlines()[-1]
+    assert (target / "tokenizer.json").exists() and not is_whole(target)
+
+
 MEASURED = """
 import re, sys
-from engram_hf.cli.main import main
+from engram_cli.main import main
 assert main(["quantize", *sys.argv[1:]]) == 0
 print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
