@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from table_models import DTYPES
+from tiny_backbones import build
+
+from engram_hf import EngramForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -12,6 +16,18 @@ GOLDEN = Path(__file__).parent / "golden"
 def golden() -> Path:
     """Folder of the golden data: known answers, the miniature V4.1 checkpoint, chat strings."""
     return GOLDEN
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
+def saved_tables(request, tmp_path_factory):
+    """A model, the folder it is saved in as ordinary weights, and one that was saved with its tables mapped."""
+    model = build("qwen3", engram_table_dtype=request.param, engram_head_dim=32)
+    for memory in model.model.memories().values():
+        memory.table.reset_parameters(1.0)  # random bytes would be no valid scales
+    plain, mapped = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("mapped")
+    model.save_pretrained(plain)
+    EngramForCausalLM.from_pretrained(plain, engram_residency="mapped").save_pretrained(mapped)
+    return model, plain, mapped
 
 
 @pytest.fixture(scope="session", autouse=True)

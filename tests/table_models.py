@@ -1,0 +1,28 @@
+"""What tests of a model's tables share: how they may be stored, and what tells two models apart."""
+
+import torch
+from tiny_backbones import random_ids
+
+DTYPES = [None, "float8_e4m3fn", "int8"]
+IDS = random_ids(2, 9)
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    """Of a model on `IDS`."""
+    return model(IDS).logits
+
+
+def table_keys(model) -> list[str]:
+    """Tensors of tables in its state dict."""
+    return [key for key in model.state_dict() if ".table." in key]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Its bytes, by which NaN equals itself and zeros differ by their sign."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+def put_logits(model, queue) -> None:
+    torch.set_num_threads(1)  # a forked process does not have the threads of the other
+    queue.put(logits(model).tolist())

@@ -1,0 +1,233 @@
+"""Saving a model whose tables are no parameters: linked, written once, never lost."""
+
+import copy
+import os
+import pickle
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from table_models import logits
+from tiny_backbones import random_ids
+from transformers import Trainer, TrainingArguments
+
+from engram_hf import EngramForCausalLM
+from engram_hf.residency_engram import (
+    is_table_file,
+    save_tables,
+    tables_by_reference,
+)
+from engram_hf.safetensors_engram import read_header
+from engram_hf.table_check_engram import check_folder
+from engram_hf.table_format_engram import read_tables
+
+
+def test_saving_a_mapped_table_links_it(saved_tables, tmp_path):
+    tmp_path, elsewhere = tmp_path / "saved_tables", tmp_path / "moved"
+    model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
+    model.save_pretrained(tmp_path)
+    tables = sorted(path.name for path in tmp_path.iterdir() if is_table_file(path.name))
+    assert tables == ["engram-layer-00001.safetensors", "engram-layer-00002.safetensors", "engram_tables.json"]
+    for name in tables[:2]:
+        assert (tmp_path / name).samefile(saved_tables[2] / name)
+        assert all(".table." in tensor for tensor in read_header(tmp_path / name).tensors)
+    check_folder(tmp_path, rows=True)
+    shutil.copytree(tmp_path, elsewhere)
+    shutil.rmtree(tmp_path)
+    moved = EngramForCausalLM.from_pretrained(elsewhere, engram_residency="mapped")
+    assert torch.equal(logits(moved), logits(saved_tables[0]))
+    # The open files outlive their names.
+    assert torch.equal(logits(model), logits(saved_tables[0]))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path)), logits(saved_tables[0]))
+
+
+def test_no_save_writes_a_table_that_an_earlier_one_wrote(saved_tables, tmp_path):
+    """Out of a file with other weights in it, or a file that is gone since, it is written once, and linked from then on."""
+
+    def inodes(folder: Path) -> dict[str, int]:
+        return {path.name: path.stat().st_ino for path in folder.glob("engram-layer-*")}
+
+    model = EngramForCausalLM.from_pretrained(saved_tables[1], engram_residency="mapped")
+    for name in ("first", "second", "second"):
+        model.save_pretrained(tmp_path / name)
+    assert inodes(tmp_path / "first") == inodes(tmp_path / "second") != {}
+    model = EngramForCausalLM.from_pretrained(tmp_path / "first", engram_residency="mapped")
+    for name in ("third", "fourth"):
+        model.save_pretrained(tmp_path / name)
+        shutil.rmtree(tmp_path / "first", ignore_errors=True)
+    assert inodes(tmp_path / "third") == inodes(tmp_path / "fourth") == inodes(tmp_path / "second")
+    assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path / "fourth")), logits(saved_tables[0]))
+    # What took the place of a save is no copy of these rows.
+    other = EngramForCausalLM.from_pretrained(saved_tables[1], engram_residency="mapped")
+    for save in (lambda: other.save_pretrained(tmp_path / "fifth"), lambda: model.save_pretrained(tmp_path / "fifth")):
+        save()
+    for path in (tmp_path / "fifth").glob("engram-layer-*"):
+        noise = path.read_bytes()
+        path.unlink()
+        path.write_bytes(noise[:-64] + bytes(64))
+    shutil.rmtree(tmp_path / "third")
+    shutil.rmtree(tmp_path / "fourth")
+    model.save_pretrained(tmp_path / "sixth")
+    assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path / "sixth")), logits(saved_tables[0]))
+
+
+def test_an_upload_needs_no_room_for_tables(saved_tables):
+    """Its temporary folder may be on a file system where no hard link leads, and which is small."""
+    model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        with tables_by_reference():
+            save_tables(model.model, folder)
+        check_folder(folder, rows=True)
+        for path in Path(folder).glob("engram-layer-*"):
+            assert path.is_symlink()
+            assert path.samefile(saved_tables[2] / path.name)
+        for name in ("first", "second"):
+            save_tables(model.model, Path(folder, name))
+        inodes = [
+            [path.stat().st_ino for path in sorted(Path(folder, name).glob("engram-layer-*"))]
+            for name in ("first", "second")
+        ]
+        assert inodes[0] == inodes[1] != []  # from another file system, they are copied once
+        save_tables(model.model, Path(folder, "kept"))
+        assert not any(path.is_symlink() for path in Path(folder, "kept").iterdir())
+
+
+def test_files_that_describe_nothing_are_described_by_the_manifest(saved_tables, tmp_path):
+    """As shards of a release may lie beside a model."""
+    from test_table_format import METADATA_KEY, edit_header
+
+    shutil.copytree(saved_tables[2], tmp_path / "silent")
+    expected = {layer: table.description for layer, table in read_tables(saved_tables[2]).items()}
+    for path in (tmp_path / "silent").glob("engram-layer-*"):
+        edit_header(path, lambda header: header["__metadata__"].pop(METADATA_KEY))
+    model = EngramForCausalLM.from_pretrained(tmp_path / "silent", engram_residency="mapped")
+    assert not any(table.description for table in read_tables(tmp_path / "silent").values())
+    model.save_pretrained(tmp_path / "saved_tables")
+    tables = read_tables(tmp_path / "saved_tables")
+    assert {layer: table.description for layer, table in tables.items()} == expected
+    for path in (tmp_path / "saved_tables").glob("engram-layer-*"):
+        assert path.samefile(tmp_path / "silent" / path.name)
+
+
+def test_an_upload_refers_to_what_was_saved_before(saved_tables, tmp_path):
+    """If its own files have other weights in them, too."""
+    model = EngramForCausalLM.from_pretrained(saved_tables[1], engram_residency="mapped")
+    save_tables(model.model, tmp_path)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        with tables_by_reference():
+            save_tables(model.model, folder)
+        names = [path.name for path in Path(folder).iterdir() if path.is_symlink()]
+        assert sorted(names) == [f"engram-layer-0000{layer}.safetensors" for layer in (1, 2)]
+        assert all(Path(folder, name).samefile(tmp_path / name) for name in names)
+
+
+def test_a_relative_path_is_kept_wherever_the_process_goes(saved_tables, tmp_path, monkeypatch):
+    monkeypatch.chdir(saved_tables[2].parent)
+    model = EngramForCausalLM.from_pretrained(saved_tables[2].name, engram_residency="mapped")
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("saved_tables")
+    name = "engram-layer-00001.safetensors"
+    assert Path("saved_tables", name).samefile(saved_tables[2] / name)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(saved_tables[0]))
+
+
+@pytest.mark.parametrize("residency", ["auto", "resident", "mapped"])
+def test_tables_among_the_weights_come_before_an_older_manifest(saved_tables, tmp_path, residency):
+    """As after `push_to_hub` of a model that was mapped, and then of one that was trained: uploads delete nothing."""
+    trained = copy.deepcopy(saved_tables[0])
+    with torch.no_grad():
+        for memory in trained.model.memories().values():
+            (memory.table.weight if memory.table.scale is None else memory.table.scale).copy_(
+                (memory.table.weight if memory.table.scale is None else memory.table.scale).float() * 2
+            )
+    trained.save_pretrained(tmp_path)
+    for path in saved_tables[2].iterdir():
+        if is_table_file(path.name):
+            shutil.copy(path, tmp_path)
+    loaded = EngramForCausalLM.from_pretrained(tmp_path, engram_residency=residency)
+    assert torch.equal(logits(loaded), logits(trained))
+    assert not torch.equal(logits(loaded), logits(saved_tables[0]))
+
+
+def test_only_the_first_process_saves_tables(saved_tables, tmp_path, monkeypatch):
+    model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
+    monkeypatch.setattr(model, "should_save_on_this_rank", lambda is_main_process: False)
+    model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mapped_model_gets_more_tokens(saved_tables, tmp_path):
+    """Its tables were written for ids as they are, and say so; the model has a map from now on, which keeps them."""
+    model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
+    assert model.config.engram_compressed_vocab_size is None
+    model.resize_token_embeddings(model.config.vocab_size + 12)
+    model.save_pretrained(tmp_path)
+    for residency in ("auto", "resident", "mapped"):
+        loaded = EngramForCausalLM.from_pretrained(tmp_path, engram_residency=residency)
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def test_saving_in_place_and_over_another_kind(saved_tables, tmp_path):
+    shutil.copytree(saved_tables[2], tmp_path, dirs_exist_ok=True)
+    inodes = {path.name: path.stat().st_ino for path in tmp_path.glob("engram-layer-*")}
+    for residency, has_files in (("mapped", True), ("resident", False), ("mapped", True)):
+        EngramForCausalLM.from_pretrained(tmp_path, engram_residency=residency).save_pretrained(tmp_path)
+        files = {path.name: path.stat().st_ino for path in tmp_path.iterdir() if is_table_file(path.name)}
+        assert bool(files) is has_files
+        if residency == "mapped" and inodes:
+            assert inodes.items() <= files.items()
+            inodes = {}
+        assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path)), logits(saved_tables[0]))
+
+
+def test_a_save_that_fails_loses_no_table(saved_tables, tmp_path):
+    """The only copy of a resident table are the files it was loaded from, until the weights were written."""
+    shutil.copytree(saved_tables[2], tmp_path, dirs_exist_ok=True)
+    model = EngramForCausalLM.from_pretrained(tmp_path, engram_residency="resident")
+    model.generation_config.temperature = 0.5  # without sampling: refused
+    with pytest.raises(ValueError, match="temperature"):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path)), logits(saved_tables[0]))
+
+
+def test_a_table_that_changed_is_not_passed_on(saved_tables, tmp_path):
+    source = shutil.copytree(saved_tables[2], tmp_path / "source")
+    model = EngramForCausalLM.from_pretrained(source, engram_residency="mapped")
+    os.truncate(source / "engram-layer-00002.safetensors", 5000)
+    with pytest.raises(ValueError, match="changed while it was in use"):
+        logits(model)
+    with pytest.raises(ValueError, match="changed while it was in use"):
+        save_tables(model.model, tmp_path / "target")
+    assert not (tmp_path / "target" / "engram_tables.json").exists()
+
+
+def test_checkpoints_of_training_beside_a_mapped_table(saved_tables, tmp_path):
+    """A checkpoint has what was trained and links to the tables, and training resumes from it."""
+    data = [{"input_ids": row, "labels": row} for row in random_ids(8, 6)]
+
+    def train(resume: bool = False, steps: int = 4) -> EngramForCausalLM:
+        model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
+        options = TrainingArguments(
+            tmp_path,
+            per_device_train_batch_size=2,
+            max_steps=steps,
+            save_steps=2,
+            report_to=[],
+            use_cpu=True,
+            learning_rate=0.01,
+            lr_scheduler_type="constant",
+            disable_tqdm=True,
+        )
+        Trainer(model, options, train_dataset=data).train(resume_from_checkpoint=resume)
+        return model
+
+    whole = train()
+    checkpoint = tmp_path / "checkpoint-2"
+    assert (checkpoint / "engram-layer-00001.safetensors").samefile(saved_tables[2] / "engram-layer-00001.safetensors")
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert torch.equal(logits(train(resume=True)), logits(whole))
+    assert not torch.equal(logits(whole), logits(saved_tables[0]))
+    assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path / "checkpoint-4")), logits(whole))
