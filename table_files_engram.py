@@ -66,40 +66,6 @@ def _head(d: TableDescription) -> bytes:
     return header_bytes(tensors, {METADATA_KEY: d.to_json()}, PAGE)
 
 
-def write_table_file(
-    path: str | os.PathLike,
-    description: TableDescription,
-    rows: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
-) -> None:
-    """Write one table file from `(values, scale)` of consecutive row ranges, which need not fit into memory together.
-
-    Raises:
-        ValueError: there are more or fewer rows than `description` says, or of another dtype or width.
-        OSError: the file cannot be written.
-    """
-    first, stop = description.rows
-    with TableWriter(path, description) as writer:
-        for values, scale in rows:
-            _require_like(description, values, scale)
-            if first + len(values) > stop:
-                break
-            writer.write(first, values, scale)
-            first += len(values)
-        else:
-            if first == stop:
-                return
-        raise ValueError(f"{path} was to hold rows {list(description.rows)}, but rows for another number were given.")
-
-
-def _require_like(d: TableDescription, values: torch.Tensor, scale: torch.Tensor | None) -> None:
-    given = NAMES.get(values.dtype), tuple(values.shape[1:]), None if scale is None else NAMES.get(scale.dtype)
-    if given != (d.dtype, (d.width,), d.scale_dtype):
-        raise ValueError(
-            f"Rows of dtype, width and scale dtype {given} were given for layer {d.layer}, expected "
-            f"{(d.dtype, (d.width,), d.scale_dtype)}."
-        )
-
-
 def write_manifest(folder: str | os.PathLike, entries: dict[int, dict]) -> None:
     """Write `engram_tables.json`, complete or not at all; write it last.
 

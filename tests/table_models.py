@@ -1,7 +1,9 @@
-"""What tests of a model's tables share: how they may be stored, and what tells two models apart."""
+"""What tests of tables share: how they may be stored, and what tells two models apart."""
 
 import torch
 from tiny_backbones import random_ids
+
+from engram_hf.table_files_engram import TableWriter
 
 DTYPES = [None, "float8_e4m3fn", "int8"]
 IDS = random_ids(2, 9)
@@ -26,3 +28,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def put_logits(model, queue) -> None:
     torch.set_num_threads(1)  # a forked process does not have the threads of the other
     queue.put(logits(model).tolist())
+
+
+def write_table(path, description, values: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    """One table file with all of its rows."""
+    with TableWriter(path, description) as writer:
+        writer.write(description.rows[0], values, scale)

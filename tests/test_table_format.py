@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from table_models import write_table
 
 from engram_hf import table_files_engram
 from engram_hf.hashing_engram import NgramHasher
@@ -35,7 +36,6 @@ from engram_hf.table_files_engram import (
     quantize_table,
     table_file_name,
     write_manifest,
-    write_table_file,
 )
 from engram_hf.table_format_engram import (
     METADATA_KEY,
@@ -90,7 +90,7 @@ def write_folder(folder: Path, hasher: NgramHasher, dtype: str = "BF16", parts: 
         locations = []
         for part, (first, stop) in enumerate(pairwise(cuts)):
             name, own = table_file_name(layer, part, parts), description.with_rows(first, stop)
-            write_table_file(folder / name, own, [(values[first:stop], None if scale is None else scale[first:stop])])
+            write_table(folder / name, own, values[first:stop], None if scale is None else scale[first:stop])
             locations.append((name, (first, stop), own.tensors))
         entries[layer] = manifest_entry(locations)
     write_manifest(folder, entries)
@@ -288,10 +288,6 @@ def test_a_quantized_table_is_not_quantized_again(tmp_path, hasher):
 def test_a_failed_write_leaves_nothing(tmp_path, hasher):
     description = describe_table(hasher, 0, width=WIDTH, dtype="F32")
     path = tmp_path / "table.safetensors"
-    with pytest.raises(ValueError, match="rows for another number"):
-        write_table_file(path, description, [(torch.zeros(3, WIDTH), None)])
-    with pytest.raises(ValueError, match="expected \\('F32', \\(32,\\), None\\)"):
-        write_table_file(path, description, [(torch.zeros(3, WIDTH, dtype=torch.float16), None)])
     with pytest.raises(KeyboardInterrupt), TableWriter(path, description):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
@@ -512,7 +508,7 @@ def test_parts_of_one_table_may_name_it_differently(tmp_path, hasher):
     values, parts = stored_rows("F32", 60)[0], []
     for name, rows in (("a", (0, 20)), ("b", (20, 60))):
         own = replace(description, rows=rows, tensors={"weight": name})
-        write_table_file(tmp_path / name, own, [(values[slice(*rows)], None)])
+        write_table(tmp_path / name, own, values[slice(*rows)])
         parts.append((name, rows, own.tensors))
     write_manifest(tmp_path, {1: manifest_entry(parts)})
     assert torch.equal(MappedRows(read_tables(tmp_path)[1]).read(0, 60)[0], values)
@@ -676,7 +672,7 @@ def test_a_file_that_was_replaced_since_it_was_checked(tmp_path, hasher, pickled
     table = read_tables(tmp_path / "one")[1]
     source = MappedRows(table)
     other = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
-    write_table_file(tmp_path / "other", other, [stored_rows("BF16", other.num_rows, seed=5)])
+    write_table(tmp_path / "other", other, *stored_rows("BF16", other.num_rows, seed=5))
     os.replace(tmp_path / "other", tmp_path / "one" / table_file_name(1))
     with pytest.raises(TableFormatError, match="was changed while it was in use"):
         pickle.loads(pickle.dumps(source)) if pickled else MappedRows(table)
@@ -733,7 +729,7 @@ def test_scales_are_numbers(tmp_path, hasher, wrong):
     else:
         scale[4:6, 0] = torch.tensor([0.0, wrong])
     description = describe_table(hasher, 0, width=WIDTH, dtype=dtype)
-    write_table_file(tmp_path / table_file_name(1), description, [(values, scale)])
+    write_table(tmp_path / table_file_name(1), description, values, scale)
     with pytest.raises(TableFormatError, match="Row 5 of layer 1 has a scale that is no valid number"):
         check_folder(tmp_path)
 
@@ -747,7 +743,7 @@ def test_rows_are_numbers(tmp_path, hasher, dtype):
     description = describe_table(hasher, 1, width=WIDTH, dtype=dtype)
     first = round(description.num_rows / 2)
     rows = (values[first:], None if scale is None else scale[first:])
-    write_table_file(tmp_path / table_file_name(3, 1, 2), description.with_rows(first, description.num_rows), [rows])
+    write_table(tmp_path / table_file_name(3, 1, 2), description.with_rows(first, description.num_rows), *rows)
     check_folder(tmp_path)
     with pytest.raises(TableFormatError, match=f"Row {len(values) - 2} of layer 3 has a weight"):
         check_folder(tmp_path, rows=True)

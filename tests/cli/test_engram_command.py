@@ -14,6 +14,7 @@ import torch
 from command_models import TEXT, logits, make_config
 from engram_cli.main import main
 from safetensors.torch import load_file, save_file
+from table_models import write_table
 from tiny_backbones import BACKBONES
 from tiny_tokenizer import make_tokenizer
 from transformers import LlamaConfig
@@ -22,7 +23,6 @@ from engram_hf import EngramConfig, EngramForCausalLM
 from engram_hf.residency_engram import is_table_file
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.safetensors_engram import read_header
-from engram_hf.table_files_engram import write_table_file
 from engram_hf.table_format_engram import file_description, read_tables, token_map_digest
 
 ROOT = Path(__file__).parents[2]
@@ -230,7 +230,7 @@ def test_check_finds_tables_of_another_hash(complaint, with_files, copy):
     path = copy / "engram-layer-00001.safetensors"
     described = file_description(read_header(path))
     rows = MappedRows(read_tables(with_files)[1]).read(0, described.num_rows)
-    write_table_file(path, replace(described, multipliers=[1, 3, 5]), [rows])
+    write_table(path, replace(described, multipliers=[1, 3, 5]), *rows)
     assert "written for the multipliers [1, 3, 5]" in complaint("check", copy)
 
 
