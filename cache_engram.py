@@ -263,7 +263,21 @@ def attach_history(cache: Cache, config: EngramConfig) -> EngramHistoryLayer:
             "model's own cache, or None to start afresh."
         )
     _require_same_past(cache, history)
+    if getattr(cache, "offloading", False):
+        _fetch_first(cache)
     return history
+
+
+def _fetch_first(cache: Cache) -> None:
+    """Bring the first layer that is away to its device.
+
+    A cache that offloads its layers does so at the end of the last one, after which it finds the history instead.
+    """
+    for layer in cache.layers:
+        keys = getattr(layer, "keys", None)
+        if keys is not None and keys.device != layer.device:
+            layer.prefetch()
+            return
 
 
 def _append_history(cache: Cache, config: EngramConfig) -> EngramHistoryLayer:

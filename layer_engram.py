@@ -167,7 +167,9 @@ class EngramMemory(nn.Module):
     def fuse(self, hidden_states: torch.Tensor, rows: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
         """As `forward`, with the gathered rows `[B, S, T * W]` given."""
         streams = hidden_states if hidden_states.dim() == 4 else hidden_states.unsqueeze(-2)
-        dot, value = _in_blocks(self._compare, streams, rows)
+        # Weights that are elsewhere would be brought here for every block.
+        is_offloaded = getattr(getattr(self.kv_proj, "_hf_hook", None), "offload", False)
+        dot, value = self._compare(streams, rows) if is_offloaded else _in_blocks(self._compare, streams, rows)
         gate = self.gate(dot, inputs.alive)
         if self.conv is None:
             (streams,) = _in_blocks(self._add, streams, gate, value)

@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, Cache,
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4Experts,
     DeepseekV4ForCausalLM,
@@ -676,5 +677,7 @@ for _config in {DeepseekV41TextConfig, _registered}:
     if _config.__module__.rpartition(".")[2] == DeepseekV41TextConfig.__module__.rpartition(".")[2]:
         AutoModel.register(_config, DeepseekV41TextModel, exist_ok=True)
         AutoModelForCausalLM.register(_config, DeepseekV41TextForCausalLM, exist_ok=True)
+# Trainer looks here for whether labels are to be shifted when it smooths them.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(DeepseekV41TextConfig.model_type, DeepseekV41TextForCausalLM.__name__)
 
 __all__ = ["DeepseekV41PreTrainedModel", "DeepseekV41TextForCausalLM", "DeepseekV41TextModel"]

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .cache_engram import EngramHistoryLayer, attach_history
@@ -377,7 +378,7 @@ class EngramModel(EngramPreTrainedModel):
             history: what earlier calls left; extended by this one.
         """
         _hold_hash(self.hashing)
-        alive = _alive(input_ids, attention_mask, image_mask)
+        alive = _alive(input_ids, attention_mask, image_mask, history)
         if alive is None:
             ids = self.hashing.compress(input_ids)
         else:
@@ -463,16 +464,31 @@ class EngramModel(EngramPreTrainedModel):
 
 
 def _alive(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, image_mask: torch.Tensor | None
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    image_mask: torch.Tensor | None,
+    history: EngramHistoryLayer | None,
 ) -> torch.Tensor | None:
     """Positions `[B, S]` that are neither padding nor image; None if that is all of them."""
     alive = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        alive = attention_mask[:, -input_ids.shape[1] :].to(input_ids.device).bool()
+        alive = _mask_of_call(attention_mask, input_ids.shape[1], history).to(input_ids.device).bool()
     if image_mask is not None:
         text = ~image_mask.to(input_ids.device).bool()
         alive = text if alive is None else alive & text
     return alive
+
+
+def _mask_of_call(mask: torch.Tensor, length: int, history: EngramHistoryLayer | None) -> torch.Tensor:
+    """The `length` positions of this call in a mask that begins with the past, and may go on into the future."""
+    others = mask.shape[1] - length
+    past = others if history is None else history.get_seq_length()
+    if not isinstance(past, torch.Tensor):
+        start = min(past, others)
+        return mask[:, start : start + length]
+    # A static cache knows its length on the device; asking for it would wait for that.
+    start = past.to(mask.device).clamp_max(others)
+    return mask.index_select(1, torch.arange(length, device=mask.device) + start)
 
 
 def _sequence_ids(
@@ -694,8 +710,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         seq_idx=None,
         **kwargs,
     ):
-        """As in transformers, and what memory needs besides: ids beside embeddings, and masks of just these positions."""
-        inputs = super().prepare_inputs_for_generation(
+        """As the host does, and what memory needs besides: ids beside embeddings, and masks of just these positions."""
+        inputs = self._host[0].prepare_inputs_for_generation(
             input_ids,
             *args,
             past_key_values=past_key_values,
@@ -703,7 +719,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        embeds = inputs.get("inputs_embeds")
+        # Some hosts begin anew in the middle (Phi-3, where other rotations hold from a length on).
+        embeds, past_key_values = inputs.get("inputs_embeds"), inputs.get("past_key_values")
         length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
         if embeds is not None and input_ids.shape[1] >= length:
             inputs["input_ids"] = input_ids[:, -length:]
@@ -780,6 +797,9 @@ def _host_parts(host: PreTrainedModel) -> dict[str, str]:
         )
     return names
 
+
+# Trainer looks here for whether labels are to be shifted when it smooths them.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(EngramConfig.model_type, EngramForCausalLM.__name__)
 
 EngramModel.register_for_auto_class("AutoModel")
 EngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")

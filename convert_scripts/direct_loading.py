@@ -18,6 +18,7 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
 )
 
 from ..configuration_engram import EngramConfig
@@ -70,7 +71,7 @@ class TakeStacked(ConversionOps):
         weight, scale = tensors["weight"], tensors.get("scale")
         parameter = _parameter(model, full_layer_name)
         if scale is None:
-            return {target: _as_parameter(weight, parameter)}
+            return {target: _as_parameter(weight, model, full_layer_name)}
         if _parameter(model, f"{full_layer_name}_scale_inv") is not None:
             return {target: weight, f"{target}_scale_inv": scale}
         storage = FP4_ROWS if weight.dtype == torch.int8 else FP8_BLOCKS
@@ -80,21 +81,30 @@ class TakeStacked(ConversionOps):
 
 
 class TakeAsIs(ConversionOps):
-    """A tensor, unchanged, in the dtype of its parameter."""
+    """A tensor, unchanged but for its dtype."""
 
     def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
         """`input_dict`: pattern -> list of one tensor; see `ConversionOps.convert`."""
         (values,) = input_dict.values()
-        return {full_layer_name: _as_parameter(_only(values), _parameter(model, full_layer_name))}
+        value, quantizer = _only(values), getattr(model, "hf_quantizer", None)
+        # transformers leaves the floats of a quantized checkpoint as they are stored; those of any other it has cast by now.
+        if quantizer is not None and quantizer.pre_quantized:
+            value = _as_parameter(value, model, full_layer_name)
+        return {full_layer_name: value}
 
 
 def _only(value):
     return value[0] if isinstance(value, list) else value
 
 
-def _as_parameter(value: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tensor:
-    """`value` in its parameter's dtype: transformers before 5.20 leaves a quantized checkpoint's floats as they are stored."""
-    return value if parameter is None or value.dtype.itemsize == 1 else value.to(parameter.dtype)
+def _as_parameter(value: torch.Tensor, model: torch.nn.Module | None, name: str) -> torch.Tensor:
+    """`value` in the dtype that the model shall have it in: its parameter's, or float32 where the model keeps that."""
+    parameter = _parameter(model, name)
+    if parameter is None or value.dtype.itemsize == 1:
+        return value
+    kept = model._get_dtype_plan(parameter.dtype)
+    is_kept = kept and build_glob_alternation(list(kept))[0].search(name)
+    return value.to(torch.float32 if is_kept else parameter.dtype)
 
 
 def _parameter(model: torch.nn.Module | None, name: str | None) -> torch.Tensor | None:

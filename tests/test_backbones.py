@@ -182,6 +182,24 @@ def test_from_backbone_is_exact_until_it_is_trained(name, by, tmp_path):
 
 
 @on_every_backbone
+def test_what_a_backbone_keeps_in_float32_stays_so(name, tmp_path):
+    """Loaded in bfloat16: the logits are those of the backbone that is loaded so."""
+    config = BACKBONES[name]()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "host")
+    host = AutoModelForCausalLM.from_pretrained(tmp_path / "host", dtype=torch.bfloat16).eval()
+    dtypes = {key: tensor.dtype for key, tensor in host.base_model.state_dict().items()}
+    ids = random_ids(2, 12)
+    before = logits_of(host, ids)
+    size = {"engram_vocab_size": 97, "engram_n_heads": 2, "engram_head_dim": 8}
+    EngramForCausalLM.from_backbone(host, layer_ids=LAYER_IDS, **size).save_pretrained(tmp_path / "model")
+    loaded = EngramForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    found = {key: tensor.dtype for key, tensor in loaded.model.backbone.state_dict().items() if ".engram." not in key}
+    assert found == dtypes
+    assert torch.equal(logits_of(loaded, ids), before)
+
+
+@on_every_backbone
 @in_both_variants
 def test_a_saved_model_is_the_model(model, tmp_path):
     ids = random_ids(2, 12)

@@ -104,3 +104,9 @@ def test_auto_keeps_to_the_limit_of_a_gpu(folder, tmp_path):
     assert choice().is_resident
     assert choice(max_memory={0: 100_000, "cpu": "4GB"}).source.residency == "pinned"
     assert choice(max_memory={0: 100_000, "cpu": 0}).source.residency == "mapped"
+
+
+def test_a_cache_may_be_offloaded(folder):
+    model, options = load(folder, "mapped"), {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(IDS.cuda(), **options)
+    assert torch.equal(model.generate(IDS.cuda(), **options, cache_implementation="offloaded"), expected)

@@ -4,10 +4,21 @@ import copy
 
 import pytest
 import torch
-from tiny_backbones import BACKBONES, bare, built, engram_config, random_ids, randomize, tiny_tokenizer
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
+from tiny_backbones import (
+    BACKBONES,
+    LAYER_IDS,
+    VOCAB,
+    bare,
+    built,
+    engram_config,
+    random_ids,
+    randomize,
+    tiny_tokenizer,
+)
+from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config, StaticCache, pipeline
 
 from engram_hf import EngramForCausalLM
+from engram_hf.cache_engram import attach_history
 
 # DeepSeek-V4 compresses keys in windows that start at the first position, padding or not.
 LEFT_PADDED = [name for name in BACKBONES if name != "deepseek_v4"]
@@ -132,6 +143,59 @@ def test_a_static_cache_changes_no_token(model):
     padded = pad_left([random_ids(1, 4), random_ids(1, 9)])
     static = model.generate(**padded, **GREEDY, cache_implementation="static")
     assert torch.equal(static, model.generate(**padded, **GREEDY))
+
+
+@torch.no_grad()
+def test_a_mask_may_be_as_long_as_a_static_cache():
+    """As in loops that are written for fixed shapes: it goes on beyond the positions of a call."""
+    model, ids = built("llama"), random_ids(2, 12)
+    cache, positions, parts = StaticCache(config=model.config, max_cache_len=16), torch.arange(16), []
+    for start, stop in [(0, 8), *((at, at + 1) for at in range(8, 12))]:
+        mask = (positions < stop).long().expand(2, -1)
+        parts.append(model(ids[:, start:stop], attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_host_that_begins_anew_in_the_middle():
+    """Phi-3 rotates otherwise beyond its first context length, and computes all keys again when it gets there."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0, 8.0, 16.0, 32.0],
+    }
+    size = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "pad_token_id": 0}
+    config = Phi3Config(
+        **size,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        rope_parameters={**rope, "original_max_position_embeddings": 16},
+    )
+    torch.manual_seed(0)
+    host, ids = randomize(AutoModelForCausalLM.from_config(config)).eval(), random_ids(2, 10)
+    greedy = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
+    expected = host.generate(ids, **greedy)
+    fields = {"engram_vocab_size": 97, "engram_n_heads": 2, "engram_head_dim": 8}
+    model = EngramForCausalLM.from_backbone(host, layer_ids=LAYER_IDS, **fields)
+    assert torch.equal(model.generate(ids, **greedy), expected)
+    randomize(model)
+    assert torch.equal(model.generate(ids, **greedy), model.generate(ids, **greedy, use_cache=False))
+
+
+@pytest.mark.parametrize("offloaded", [(0, 1, 2), (1, 2)])
+def test_a_cache_that_offloads_gets_its_first_layer_back(offloaded):
+    """Another device than the layer's stands for the host's memory here."""
+    model = built("llama")
+    cache = DynamicCache(config=model.config)
+    model(random_ids(1, 5), past_key_values=cache)
+    cache.offloading = True
+    for layer in offloaded:
+        cache.layers[layer].device = torch.device("meta")
+    attach_history(cache, model.config)
+    places = [layer.keys.device.type for layer in cache.layers[:3]]
+    assert places == ["meta" if layer == offloaded[0] else "cpu" for layer in range(3)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 50])

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -328,6 +329,19 @@ def test_a_long_prompt_is_fused_in_blocks(monkeypatch, variant, block):
         torch.testing.assert_close(memory.fuse(hidden, rows, inputs), whole.detach())
     assert [gate.shape for gate in gates] == [(2, LENGTH, 2)]
     assert sum(projected) == 2 * LENGTH and max(projected) <= max(block, 2)
+
+
+def test_offloaded_weights_are_fetched_once_for_a_long_prompt(monkeypatch):
+    memory, (hidden, rows), calls = make_memory(), random_states(), []
+    accelerate.cpu_offload(memory, execution_device="cpu")
+    fetch = memory.kv_proj._hf_hook.pre_forward
+    monkeypatch.setattr(
+        memory.kv_proj._hf_hook, "pre_forward", lambda *args, **kwargs: calls.append(1) or fetch(*args, **kwargs)
+    )
+    monkeypatch.setattr(layer_engram, "_BLOCK_TOKENS", 4)
+    with torch.no_grad():
+        memory.fuse(hidden, rows, make_inputs())
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_backbones import BACKBONES, LAYER_IDS, build, random_ids, randomize
+from torch.nn import functional as F
 from training_runs import TEXTS, losses
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening
 
@@ -140,6 +141,20 @@ def test_evaluation_and_prediction(model, trainer, corpus):
     assert run.evaluate(corpus)["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
     predictions = run.predict(corpus).predictions
     torch.testing.assert_close(torch.as_tensor(predictions), expected.logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_smoothed_labels_are_those_of_the_next_tokens(built, name, trainer, corpus):
+    """Trainer shifts them only for classes that it knows to be causal language models."""
+    run = trainer(
+        copy.deepcopy(built[name]), max_steps=1, label_smoothing_factor=0.2, per_device_eval_batch_size=len(corpus)
+    )
+    found = run.evaluate(corpus)["eval_loss"]
+    rows = torch.stack([row["input_ids"] for row in corpus])
+    with torch.no_grad():
+        logits = built[name](rows).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, rows[:, 1:].flatten(), label_smoothing=0.2)
+    assert found == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.fixture
