@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 from transformers.utils.hub import cached_files, extract_commit_hash
 
 from .configuration_engram import EngramConfig, as_decoder_config
@@ -57,6 +64,30 @@ def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callabl
     return resolve
 
 
+def settle_revision(name_or_path: str | os.PathLike | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` by which all files come from one state of a Hub repository.
+
+    Tables may take hours to download. Weights that are pushed meanwhile would be taken for theirs: no hash tells them apart.
+
+    Args:
+        name_or_path: a folder or Hub id.
+        kwargs: what `from_pretrained` was called with.
+
+    Raises:
+        OSError: there is no config.json, without which transformers would build a backbone of its default size.
+    """
+    if name_or_path is None or kwargs.get("gguf_file"):
+        return kwargs
+    resolve = resolver(name_or_path, kwargs)
+    config = resolve(CONFIG_NAME)
+    if config is None:
+        if kwargs.get("config") is None and resolve(ADAPTER_CONFIG_NAME) is None:
+            raise OSError(f"{name_or_path} has no {CONFIG_NAME}; complete it, or name the folder of a saved model.")
+        return kwargs
+    commit = None if os.path.isdir(name_or_path) else extract_commit_hash(str(config), None)
+    return kwargs if commit is None else {**kwargs, "revision": commit}
+
+
 def _means_absent(error: OSError) -> bool:
     """Whether `cached_file` says that there is no such file, or that there is neither a network nor a cached one.
 
@@ -84,7 +115,10 @@ def _is_known_absent(name_or_path: str | os.PathLike, file: str, options: dict[s
     """Whether the cache has it that the repository, as it was when last asked, has no such file."""
     where = {name: options[name] for name in ("cache_dir", "revision") if name in options}
     path = os.path.join(options.get("subfolder", ""), file)
-    return try_to_load_from_cache(str(name_or_path), path, **where) is _CACHED_NO_EXIST
+    try:
+        return try_to_load_from_cache(str(name_or_path), path, **where) is _CACHED_NO_EXIST
+    except HFValidationError:  # neither a folder nor a Hub id
+        return False
 
 
 @dataclass
@@ -179,9 +213,6 @@ def _choose_shards(name_or_path: str | os.PathLike, kwargs: dict[str, Any], inde
     if not needed or len(needed) == len(files) or not needed[0].endswith(".safetensors"):
         return kwargs
     logger.info(f"Loading {layers.count} layers of {name_or_path}: {len(needed)} of {len(files)} shards.")
-    commit = extract_commit_hash(str(index), None)
-    if commit is not None and not os.path.isdir(name_or_path):
-        kwargs = {**kwargs, "revision": commit}  # all shards of one state, whatever is pushed meanwhile
     if len(needed) > 1:
         layers.shards = cached_files(str(name_or_path), needed[1:], **_download_options(kwargs))
     layers.weight_map = {key: file for key, file in weight_map.items() if file in needed}

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .cache_engram import EngramHistoryLayer, attach_history
 from .card_engram import write_model_card
-from .checkpoint_engram import choose_first_layers, take_first_layers, undo_renamings_of_memory
+from .checkpoint_engram import choose_first_layers, settle_revision, take_first_layers, undo_renamings_of_memory
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD, NgramHasher, as_token_map
 from .layer_engram import EngramInputs, EngramMemory, EngramRMSNorm, add_memory_to_layer
@@ -94,6 +94,7 @@ class EngramPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: tables or hash constants are missing from the checkpoint, or disagree with its config.
         """
+        kwargs = settle_revision(pretrained_model_name_or_path, kwargs)
         kwargs = choose_first_layers(pretrained_model_name_or_path, kwargs)
         tables = find_tables(pretrained_model_name_or_path, engram_residency, **kwargs)
         if tables is not None:
@@ -103,7 +104,7 @@ class EngramPreTrainedModel(PreTrainedModel):
         if missing:
             raise ValueError(
                 f"The checkpoint lacks {len(missing)} tensors of the memory, such as {missing[0]}; complete the folder "
-                "(a shard may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
+                "(a shard or engram_tables.json may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
             )
         model.base_model.keep_tables_frozen()
         _hold_hash(model.base_model.hashing)
@@ -140,7 +141,8 @@ class EngramPreTrainedModel(PreTrainedModel):
     def _upload_modified_files(self, working_dir, repo_id, *args, token=None, **kwargs):
         # `push_to_hub` and `save_pretrained(push_to_hub=True)` meet here, after their README.md is written.
         self._remove_stale_tables(working_dir)
-        write_model_card(os.path.join(working_dir, "README.md"), self.config, repo_id, token)
+        if not self._saves_adapter():
+            write_model_card(os.path.join(working_dir, "README.md"), self.config, repo_id, token)
         return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
 
     def initialize_weights(self):
@@ -514,6 +516,8 @@ def _sequence_ids(
 
 
 def _decoder_layers(backbone: PreTrainedModel, config: EngramConfig) -> nn.ModuleList:
+    if isinstance(backbone, EngramModel):
+        backbone = backbone.backbone  # its layers will say that they have memory
     if "past_key_values" not in inspect.signature(backbone.forward).parameters:
         raise ValueError(
             f"{type(backbone).__name__} keeps no past_key_values, where the memory's history lives; use a backbone with "

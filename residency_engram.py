@@ -137,6 +137,11 @@ def find_tables(name_or_path, residency: str = "auto", **kwargs) -> FoundTables 
     if residency not in RESIDENCIES:
         raise ValueError(f"engram_residency is {residency!r}; it must be one of {', '.join(map(repr, RESIDENCIES))}.")
     if name_or_path is None or kwargs.get("gguf_file") or kwargs.get("state_dict") is not None:
+        if residency in ("mapped", "pinned"):
+            raise ValueError(
+                f"engram_residency={residency!r} reads tables from safetensors files, but the weights come from elsewhere "
+                "(a state_dict or a GGUF file); leave it out."
+            )
         return None
     resolve = resolver(name_or_path, kwargs)
     # A given config may be that of fewer layers than were saved.
@@ -151,8 +156,8 @@ def find_tables(name_or_path, residency: str = "auto", **kwargs) -> FoundTables 
         # Of what is no model at all, transformers speaks.
         if residency in ("mapped", "pinned") and resolve(CONFIG_NAME) is not None:
             raise ValueError(
-                f"{name_or_path} has no safetensors file with memory tables, so engram_residency={residency!r} is not "
-                "possible; leave it out, or name a folder that was saved by save_pretrained."
+                f"{name_or_path} has no {MANIFEST_NAME}, and no memory tables among its safetensors weights, so "
+                f"engram_residency={residency!r} is not possible; complete it, or name a folder that was saved by save_pretrained."
             )
         return None
     if residency == "auto":

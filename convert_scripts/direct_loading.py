@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
     build_glob_alternation,
 )
 
+from ..checkpoint_engram import settle_revision
 from ..configuration_engram import EngramConfig
 from ..modeling_engram import EngramForCausalLM
 from ..residency_engram import find_tables
@@ -216,6 +217,7 @@ class DeepseekV41ForCausalLM(EngramForCausalLM):
         Raises:
             ValueError: a tensor is missing, or the tokenizer's compressed vocabulary is not the one of the tables.
         """
+        kwargs = settle_revision(pretrained_model_name_or_path, kwargs)
         tables = find_tables(pretrained_model_name_or_path, engram_residency, **kwargs)
         if tables is not None:
             kwargs["engram_tables"] = tables

@@ -321,8 +321,23 @@ def test_asking_for_what_there_is_not(saved_tables, tmp_path):
     with pytest.raises(ValueError, match="must be one of 'auto', 'resident', 'mapped', 'pinned'"):
         EngramForCausalLM.from_pretrained(saved_tables[1], engram_residency="disk")
     saved_tables[0].config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no safetensors file with memory tables"):
+    with pytest.raises(ValueError, match=r"has no engram_tables\.json, and no memory tables among"):
         EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped")
     (tmp_path / "typo").mkdir()
-    with pytest.raises(OSError, match="no file named"):
+    with pytest.raises(OSError, match=r"has no config\.json"):
         EngramForCausalLM.from_pretrained(tmp_path / "typo", engram_residency="mapped")
+    with pytest.raises(ValueError, match="the weights come from elsewhere"):
+        EngramForCausalLM.from_pretrained(
+            saved_tables[1], state_dict=saved_tables[0].state_dict(), engram_residency="mapped"
+        )
+
+
+@pytest.mark.parametrize("place", ["nowhere", "no/where/at/all", "folder", "config.json", ""])
+def test_what_is_no_model_is_an_os_error(saved_tables, tmp_path, monkeypatch, place):
+    """As of every model of transformers; weights without a config would be given the one of a model of many gigabytes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    shutil.copy(saved_tables[1] / "model.safetensors", tmp_path / "folder")
+    shutil.copy(saved_tables[1] / "config.json", tmp_path)
+    with pytest.raises(OSError):
+        EngramForCausalLM.from_pretrained(f"./{place}" if place else place)

@@ -315,10 +315,25 @@ def test_mapped_tables_arrive_in_files_of_their_own_and_mean_the_same(hub, pushe
     np.testing.assert_allclose(loaded.logits["mapped"], pushed.logits["first"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["me/model", "me/mapped"])
+def test_all_files_are_of_one_state(hub, pushed, tmp_path, name):
+    """Whatever is pushed while tables are downloaded: after the first file, none is asked for by the branch's name."""
+    code = f'from engram_hf import EngramForCausalLM; EngramForCausalLM.from_pretrained("{name}", engram_residency="mapped"); print(1)'
+    before = len(hub.requests)
+    assert finish(start(code, env=client_environment(hub, tmp_path / "home"), cwd=tmp_path)) == 1
+    asked = [re.fullmatch(f"/{name}/resolve/([^/]+)/(.+)", request.path) for request in hub.requests[before:]]
+    by_branch = {found[2] for found in asked if found and found[1] == "main"}
+    by_commit = {found[2] for found in asked if found and found[1] == hub.repository(name).resolve("main")}
+    assert by_branch == {"config.json"}
+    assert "model.safetensors" in by_commit
+
+
 @pytest.mark.parametrize("file", ["engram_tables.json", "engram-layer-00001.safetensors"])
 def test_a_busy_hub_is_not_taken_for_one_without_tables(hub, pushed, tmp_path, file):
-    code = """
-import json, sys
+    impatient = "import json, time; time.sleep = lambda seconds: None\n"  # between the client's many tries
+    code = (
+        impatient
+        + """
 from engram_hf import EngramForCausalLM
 said = {}
 for residency in ("auto", "mapped"):
@@ -328,10 +343,14 @@ for residency in ("auto", "mapped"):
         said[residency] = str(error)
 print(json.dumps(said))
 """
-    hub.busy = {f"/me/mapped/resolve/main/{file}"}
+    )
+    hub.busy = {f"/me/mapped/resolve/{hub.repository('me/mapped').resolve('main')}/{file}"}
     try:
         # What was asked for before is known, also that there is no such file.
-        load = 'import json; from engram_hf import EngramForCausalLM; EngramForCausalLM.from_pretrained("me/model"); print(1)'
+        load = (
+            impatient
+            + 'from engram_hf import EngramForCausalLM; EngramForCausalLM.from_pretrained("me/model"); print(1)'
+        )
         for busy in (set(), {"/me/model/resolve"}):
             hub.busy |= busy
             assert finish(start(load, env=client_environment(hub, tmp_path / "home"), cwd=tmp_path)) == 1
