@@ -274,7 +274,9 @@ def test_a_backbone_without_a_cache_is_refused():
         EngramForCausalLM.from_backbone(host, **SMALL)
 
 
-def test_a_backbone_that_drops_keyword_arguments_does_not_run_without_memory(own):
+def test_a_backbone_that_drops_keyword_arguments_does_not_run_without_memory():
+    """Told by the first forward that a model runs."""
+    own = build("mixtral")
     backbone = own.model.backbone
     backbone.forward = lambda engram_inputs, **kwargs: type(backbone).forward(backbone, **kwargs)
     with pytest.raises(ValueError, match="MixtralModel ran without memory"):
