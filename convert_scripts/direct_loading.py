@@ -87,9 +87,9 @@ class TakeAsIs(ConversionOps):
     def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
         """`input_dict`: pattern -> list of one tensor; see `ConversionOps.convert`."""
         (values,) = input_dict.values()
-        value, quantizer = _only(values), getattr(model, "hf_quantizer", None)
+        value = _only(values)
         # transformers leaves the floats of a quantized checkpoint as they are stored; those of any other it has cast by now.
-        if quantizer is not None and quantizer.pre_quantized:
+        if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
             value = _as_parameter(value, model, full_layer_name)
         return {full_layer_name: value}
 

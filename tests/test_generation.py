@@ -180,8 +180,6 @@ def test_a_host_that_begins_anew_in_the_middle():
     fields = {"engram_vocab_size": 97, "engram_n_heads": 2, "engram_head_dim": 8}
     model = EngramForCausalLM.from_backbone(host, layer_ids=LAYER_IDS, **fields)
     assert torch.equal(model.generate(ids, **greedy), expected)
-    randomize(model)
-    assert torch.equal(model.generate(ids, **greedy), model.generate(ids, **greedy, use_cache=False))
 
 
 @pytest.mark.parametrize("offloaded", [(0, 1, 2), (1, 2)])

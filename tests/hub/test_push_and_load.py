@@ -324,7 +324,8 @@ def test_all_files_are_of_one_state(hub, pushed, tmp_path, name):
     asked = [re.fullmatch(f"/{name}/resolve/([^/]+)/(.+)", request.path) for request in hub.requests[before:]]
     by_branch = {found[2] for found in asked if found and found[1] == "main"}
     by_commit = {found[2] for found in asked if found and found[1] == hub.repository(name).resolve("main")}
-    assert by_branch == {"config.json"}
+    # Some releases of transformers look for an adapter before anything else.
+    assert by_branch - {"adapter_config.json"} == {"config.json"}
     assert "model.safetensors" in by_commit
 
 
