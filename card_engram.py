@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedConfig
 
 from .configuration_engram import EngramConfig, count_parameters
-from .memory_engram import EngramTable
+from .table_engram import EngramTable
 
 # How transformers' `create_and_tag_model_card` describes a repository that had no card.
 _PLACEHOLDER = "This model card has been automatically generated."

@@ -1,12 +1,11 @@
 """`EngramConfig`: a backbone's config plus the fields of its memory, under DeepSeek's names."""
 
-import copy
 import difflib
 import itertools
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -68,11 +67,6 @@ _FORWARDED = (
     "bos_token_id",
     "eos_token_id",
 )
-
-
-# Of DeepSeek-V4.1's config: the ratios go on with those of draft layers; sources are named by their layer.
-_RATIOS = "compress_ratios"
-_SOURCES, _LAST_SOURCE = ("kv_source_layer_ids", "index_source_layer_ids"), "candidate_source_layer_id"
 
 
 @lru_cache(maxsize=32)
@@ -354,43 +348,6 @@ class EngramConfig(PreTrainedConfig):
             rows = smallest._rows_for_fraction(memory_fraction)
         return cls(text_config=text_config, **{**fields, "engram_vocab_size": smallest._buckets_for_rows(rows)})
 
-    def first_layers(self, count: int) -> "EngramConfig":
-        """A copy of this config for the first `count` decoder layers.
-
-        Given to `from_pretrained` as `config`, it loads that much of a checkpoint, and from the Hub downloads no more.
-        The layers and their memories compute what they compute in the whole model. A backbone that counts layers from
-        its last one (shared keys and values in Gemma 3n) has no such prefix.
-
-        Args:
-            count: how many layers, from 1 to all of them; one with a memory has to be among them.
-
-        Raises:
-            ValueError: there are not so many layers, none of them has a memory, or `engram_layer_ids` is in an order in
-                which the kept tables would be hashed differently.
-        """
-        total, ids = self.num_hidden_layers, self.engram_layer_ids
-        if type(count) is not int or not 1 <= count <= total:
-            raise ValueError(f"count is {count!r}, but the backbone has {total} decoder layers; give 1 to {total}.")
-        kept = [layer for layer in ids if layer < count]
-        if not kept:
-            raise ValueError(
-                f"count is {count}, but the first memory is in layer {min(ids)}; keep at least {min(ids) + 1} layers."
-            )
-        for before, layer in zip(ids, kept, strict=False):
-            if before != layer:
-                raise ValueError(
-                    f"engram_layer_ids {ids} lists layer {before} before layer {layer}, and primes are drawn in that "
-                    f"order: without the former the latter would be hashed differently; keep at least {before + 1} layers."
-                )
-        config = copy.deepcopy(self)
-        for name, value in first_layers_of(vars(config.text_config), count).items():
-            setattr(config.text_config, name, value)
-        config.text_config.validate()
-        config.engram_layer_ids = kept
-        config.engram_num_embeddings = self.engram_num_embeddings[: len(kept)]
-        config._set_rows()
-        return config
-
     def to_diff_dict(self) -> dict[str, Any]:
         """As in transformers, without the folder that the backbone came from: what is saved goes elsewhere."""
         fields = super().to_diff_dict()
@@ -440,26 +397,6 @@ class EngramConfig(PreTrainedConfig):
         norms = 2 * streams * hidden
         conv = streams * hidden * (self.engram_conv_kernel_size + 1) if self.engram_conv_kernel_size else 0
         return projection + norms + conv
-
-
-def first_layers_of(fields: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Those fields of a backbone's config that are others when it has only its first `count` layers.
-
-    Args:
-        fields: of the backbone with all its layers, by name.
-    """
-    total = fields["num_hidden_layers"]
-    changed = {"num_hidden_layers": count}
-    for name, value in fields.items():
-        # Any list with one entry a layer (`layer_types`, ...); of token ids there may be as many by chance.
-        per_layer = isinstance(value, (list, tuple)) and len(value) == total and "token" not in name
-        if name in _SOURCES and value is not None:
-            changed[name] = [layer for layer in value if layer < count]
-        elif name == _LAST_SOURCE:
-            changed[name] = None if value is None or value >= count else value
-        elif name == _RATIOS or (per_layer and not name.startswith(("_", "engram_"))):
-            changed[name] = None if value is None else value[:count] + value[total:]
-    return changed
 
 
 def _first_id(tokenizer, text_config: PreTrainedConfig) -> int:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .cache_engram import EngramHistoryLayer
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD
-from .memory_engram import EngramTable, RowReader
+from .table_engram import EngramTable, RowReader
 
 # Tokens that are compared, or get their update, at once where no gradient is needed: a long prompt would take many times the
 # memory of its residual streams.

@@ -6,6 +6,7 @@ forward. What they read is decided once per forward, from token ids alone, and t
 Shape letters: B batch, S positions, G residual streams, D hidden size, L Engram layers, T hash heads of all orders.
 """
 
+import copy
 import dataclasses
 import inspect
 import os
@@ -20,14 +21,12 @@ from transformers.utils import logging
 
 from .cache_engram import EngramHistoryLayer, attach_history
 from .card_engram import write_model_card
-from .checkpoint_engram import choose_first_layers, settle_revision, take_first_layers, undo_renamings_of_memory
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD, NgramHasher, as_token_map
 from .layer_engram import EngramInputs, EngramMemory, EngramRMSNorm, add_memory_to_layer
-from .memory_engram import EngramTable
+from .loading_engram import settle_revision, undo_renamings_of_memory
 from .modeling_deepseek_v41 import DeepseekV41TextModel
 from .prefetch_engram import Prefetcher
-from .quantization_engram import inherit_quantization
 from .residency_engram import (
     FoundTables,
     find_tables,
@@ -37,6 +36,7 @@ from .residency_engram import (
     save_tables,
     tables_by_reference,
 )
+from .table_engram import EngramTable
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -83,9 +83,6 @@ class EngramPreTrainedModel(PreTrainedModel):
     ):
         """As in transformers; the stored hash is compared with the config, and no table may be missing.
 
-        With a `config` of fewer layers than were saved (`EngramConfig.first_layers`), only the shards and tables of these
-        layers are opened, and from the Hub downloaded.
-
         Args:
             engram_residency: where the tables live. `"resident"`: parameters of the model. `"mapped"`: in their
                 files, paged in as rows are read, frozen. `"pinned"`: page-locked host memory, frozen. `"auto"`:
@@ -95,7 +92,6 @@ class EngramPreTrainedModel(PreTrainedModel):
             ValueError: tables or hash constants are missing from the checkpoint, or disagree with its config.
         """
         kwargs = settle_revision(pretrained_model_name_or_path, kwargs)
-        kwargs = choose_first_layers(pretrained_model_name_or_path, kwargs)
         tables = find_tables(pretrained_model_name_or_path, engram_residency, **kwargs)
         if tables is not None:
             kwargs["engram_tables"] = tables
@@ -121,9 +117,6 @@ class EngramPreTrainedModel(PreTrainedModel):
     # The one place where the names of what is loaded can be told after all submodels have had their say.
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        first_layers = take_first_layers(model.config)
-        if first_layers is not None:
-            checkpoint_files, load_config = first_layers.prepare(model, checkpoint_files, load_config)
         mapping = load_config.weight_mapping or []
         mapping = [*mapping, *undo_renamings_of_memory(model, mapping)]
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
@@ -304,7 +297,7 @@ class EngramModel(EngramPreTrainedModel):
         return {layer_id: self.backbone.layers[layer_id].engram for layer_id in self.config.engram_layer_ids}
 
     def keep_tables_frozen(self) -> None:
-        """To be called after loading; see [`~memory_engram.EngramTable.keep_frozen`]."""
+        """To be called after loading; see [`~table_engram.EngramTable.keep_frozen`]."""
         for memory in self.memories().values():
             memory.table.keep_frozen()
 
@@ -633,7 +626,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         model = cls(config, host)
         model.model.hashing.to(host.device)
         model.generation_config = host.generation_config
-        inherit_quantization(model, host)
+        _inherit_quantization(model, host)
         for memory in model.model.memories().values():
             memory.silence()
         if tokenizer is not None and config.engram_compressed_vocab_size is not None:
@@ -800,6 +793,50 @@ def _host_parts(host: PreTrainedModel) -> dict[str, str]:
             "needs a plain causal language model."
         )
     return names
+
+
+def _inherit_quantization(model: PreTrainedModel, host: PreTrainedModel) -> None:
+    """Say of a model on a quantized host what it is: transformers saves, and PEFT adapts, such layers in their own way.
+
+    Loading such a model quantizes every layer that its config does not name as left out, so all that are not are named.
+
+    Args:
+        model: an `EngramForCausalLM`; changed in place.
+        host: the causal language model that lent it its layers.
+
+    Raises:
+        ValueError: the host is quantized in a way that cannot leave anything out.
+    """
+    if getattr(host, "hf_quantizer", None) is None:
+        return
+    config = copy.deepcopy(host.hf_quantizer.quantization_config)
+    names = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
+    skipped = next((name for name in names if hasattr(config, name)), None)
+    if skipped is None:
+        raise ValueError(
+            f"A {type(config).__name__} cannot leave the memory out of what it quantizes; add memory to the backbone "
+            "before it is quantized."
+        )
+    setattr(config, skipped, _unquantized_modules(model.model) + ["lm_head"] * _is_unquantized(model.lm_head))
+    for flag in ("is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(host, flag):
+            setattr(model, flag, getattr(host, flag))
+    model.hf_quantizer = copy.copy(host.hf_quantizer)
+    model.hf_quantizer.quantization_config = model.config.quantization_config = config
+    del host.config.quantization_config  # of the backbone alone, and no longer true of it
+
+
+def _unquantized_modules(model: PreTrainedModel) -> list[str]:
+    # Patterns, from the root of a model with head or without: not every quantizer takes the end of a name.
+    return [f"(model.)?{name}" for name, module in model.named_modules() if _is_unquantized(module)]
+
+
+def _is_unquantized(module: nn.Module) -> bool:
+    """Whether a linear layer, or one of stacked experts, has only matrices of ordinary floats."""
+    matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
+    is_candidate = isinstance(module, nn.Linear) or any(matrix.dim() > 2 for matrix in matrices)
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return is_candidate and all(type(matrix) is nn.Parameter and matrix.dtype in floats for matrix in matrices)
 
 
 # Trainer looks here for whether labels are to be shifted when it smooths them.

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from .hot_rows_engram import HotRows
-from .memory_engram import EngramTable, RowReader
 from .row_sources_engram import MappedRows, PinnedRows
+from .table_engram import EngramTable, RowReader
 
 try:
     import resource
@@ -63,7 +63,7 @@ class Arrival:
 
 
 class FetchedRows:
-    """Rows of one layer that another thread is fetching from files: see [`~memory_engram.RowReader`].
+    """Rows of one layer that another thread is fetching from files: see [`~table_engram.RowReader`].
 
     Args:
         source: the table.
@@ -133,7 +133,7 @@ class FetchedRows:
         return stream.run(lambda: [tensor.to(stream.device, non_blocking=True) for tensor in tensors])
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in [`~memory_engram.RowReader`], of ids that were asked for; waits for them."""
+        """As in [`~table_engram.RowReader`], of ids that were asked for; waits for them."""
         arrival = [step.result() for step in self._steps][-1]
         known, *rows = [torch.from_numpy(self.row_ids), *self._rows] if arrival is None else arrival.wait()
         known, order = known.sort()
@@ -142,7 +142,7 @@ class FetchedRows:
 
 
 class ReadByDevice:
-    """Rows of one layer that a GPU is reading from page-locked memory: see [`~memory_engram.RowReader`].
+    """Rows of one layer that a GPU is reading from page-locked memory: see [`~table_engram.RowReader`].
 
     Args:
         source: the table, visible from the device of `row_ids`.
@@ -157,7 +157,7 @@ class ReadByDevice:
         )
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in [`~memory_engram.RowReader`], of the very ids that were asked for."""
+        """As in [`~table_engram.RowReader`], of the very ids that were asked for."""
         values, *scales = self._arrival.wait()
         return values, scales[0] if scales else None
 

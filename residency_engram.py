@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import get_device, get_max_memory
 from transformers.utils import CONFIG_NAME, logging
 
-from .checkpoint_engram import find_weights, resolver
-from .memory_engram import EngramTable
+from .loading_engram import find_weights, resolver
 from .row_sources_engram import MappedRows, PinnedRows
 from .safetensors_engram import read_weight_map
+from .table_engram import EngramTable
 from .table_files_engram import can_be_linked, pass_on, table_file_names, write_manifest
 from .table_format_engram import (
     MANIFEST_NAME,

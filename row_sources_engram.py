@@ -1,6 +1,6 @@
 """Where rows come from that are no parameters: a table's files, mapped, or page-locked host memory.
 
-Both are a [`~memory_engram.RowSource`]. Rows are moved as bytes, whatever their dtype: a file may place them at any offset,
+Both are a [`~table_engram.RowSource`]. Rows are moved as bytes, whatever their dtype: a file may place them at any offset,
 and not every device indexes every dtype.
 """
 
@@ -42,7 +42,7 @@ class RowBytes(NamedTuple):
 
 
 class MappedRows:
-    """A table in its files, paged in as rows are read: see [`~memory_engram.RowSource`].
+    """A table in its files, paged in as rows are read: see [`~table_engram.RowSource`].
 
     Opening costs no memory whatever the size; processes that map the same file share its pages. It is never copied:
     `deepcopy` and pickling (spawned workers) give another view of the same files.
@@ -104,7 +104,7 @@ class MappedRows:
         return {path: opened.stamp for path, opened in self._maps.items()}
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in [`~memory_engram.RowSource`].
+        """As in [`~table_engram.RowSource`].
 
         Raises:
             TableFormatError: a file was cut off or overwritten under the running process.
@@ -128,7 +128,7 @@ class MappedRows:
         return values, scales[0] if scales else None
 
     def read(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in [`~memory_engram.RowSource`], by large reads instead of page faults."""
+        """As in [`~table_engram.RowSource`], by large reads instead of page faults."""
         self.require_unchanged()
         pieces: dict[str, list[torch.Tensor]] = {}
         for part in self.stored.parts:
@@ -195,7 +195,7 @@ class PinnedRows(MappedRows):
         return [RowBytes.of(0, tables)]
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in [`~memory_engram.RowSource`]; on the device of the ids if that can read the memory."""
+        """As in [`~table_engram.RowSource`]; on the device of the ids if that can read the memory."""
         if self.is_visible_from(row_ids.device):
             return self.typed(gather_bytes([self.readers[row_ids.device]], row_ids))
         return self.typed(gather_bytes(self.parts, row_ids.cpu()))

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from .file_writer_engram import FileWriter, can_link, link_or_copy, write_json
-from .memory_engram import dequantize_rows, quantize_rows
 from .safetensors_engram import header_bytes
+from .table_engram import dequantize_rows, quantize_rows
 from .table_format_engram import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -133,7 +133,7 @@ def quantize_table(
     """Write a float table to one file as float8 or int8, a few megabytes at a time.
 
     Args:
-        source: what reads the rows; see `memory_engram.RowSource`.
+        source: what reads the rows; see `table_engram.RowSource`.
         description: of the table as it is.
         table_dtype: `"float8_e4m3fn"`, by the rule of the release, or `"int8"`.
         advance: told after every step how many bytes of the source it has read.

@@ -103,8 +103,8 @@ def _row_norms(tables: "dict[int, StoredTable]", row_ids: "torch.Tensor") -> "to
     """Euclidean norms `[L, S, T]` of the rows `row_ids` `[L, S, T]`."""
     import torch
 
-    from engram_hf.memory_engram import read_rows
     from engram_hf.row_sources_engram import MappedRows
+    from engram_hf.table_engram import read_rows
 
     norms = []
     for table, rows in zip(tables.values(), row_ids, strict=True):

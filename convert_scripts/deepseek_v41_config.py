@@ -7,6 +7,7 @@ backbone in `text_config`, Engram's fields on top under the same names, and the 
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -14,7 +15,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import modeling_engram
 from ..configuration_deepseek_v41 import DeepseekV41TextConfig
-from ..configuration_engram import VARIANTS, EngramConfig, first_layers_of
+from ..configuration_engram import VARIANTS, EngramConfig
 from ..hashing_engram import DEAD, NgramHasher
 from ..modeling_engram import AUTO_MAP
 from ..table_format_engram import NAMES, TableDescription, describe_table
@@ -39,6 +40,11 @@ _ENGRAM_FIELDS = (
     "engram_compressed_vocab_size",
     "engram_num_embeddings",
 )
+
+
+# Of DeepSeek-V4.1's config: the ratios go on with those of draft layers; sources are named by their layer.
+_RATIOS = "compress_ratios"
+_SOURCES, _LAST_SOURCE = ("kv_source_layer_ids", "index_source_layer_ids"), "candidate_source_layer_id"
 
 
 def check_config(config: Mapping) -> None:
@@ -72,10 +78,30 @@ def first_layers(config: Mapping, count: int) -> dict:
         raise ConversionError(
             f"--layers is {count}, but the first memory is in layer {min(rows)}; keep at least {min(rows) + 1} layers."
         )
-    text |= first_layers_of(text, count)
+    text |= _first_layers_of(text, count)
     text["engram_layer_ids"] = [layer for layer in rows if layer < count]
     text["engram_num_embeddings"] = [rows[layer] for layer in text["engram_layer_ids"]]
     return {**config, "text_config": text}
+
+
+def _first_layers_of(fields: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Those fields of a backbone's config that are others when it has only its first `count` layers.
+
+    Args:
+        fields: of the backbone with all its layers, by name.
+    """
+    total = fields["num_hidden_layers"]
+    changed = {"num_hidden_layers": count}
+    for name, value in fields.items():
+        # Any list with one entry a layer (`layer_types`, ...); of token ids there may be as many by chance.
+        per_layer = isinstance(value, (list, tuple)) and len(value) == total and "token" not in name
+        if name in _SOURCES and value is not None:
+            changed[name] = [layer for layer in value if layer < count]
+        elif name == _LAST_SOURCE:
+            changed[name] = None if value is None or value >= count else value
+        elif name == _RATIOS or (per_layer and not name.startswith(("_", "engram_"))):
+            changed[name] = None if value is None else value[:count] + value[total:]
+    return changed
 
 
 def to_engram_config(config: Mapping, dtype: str, dequantize_tables: bool) -> EngramConfig:

@@ -21,8 +21,8 @@ from transformers.core_model_loading import (
     build_glob_alternation,
 )
 
-from ..checkpoint_engram import settle_revision
 from ..configuration_engram import EngramConfig
+from ..loading_engram import settle_revision
 from ..modeling_engram import EngramForCausalLM
 from ..residency_engram import find_tables
 from ..tokenization import EngramTokenizer

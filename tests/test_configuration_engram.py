@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from engram_hf import EngramConfig, EngramForCausalLM
-from engram_hf.configuration_deepseek_v41 import DeepseekV41TextConfig
 from engram_hf.configuration_engram import FORMAT_VERSION, VARIANTS
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -307,104 +306,6 @@ def test_every_released_format_still_loads(version):
         name: value for name, value in saved.items() if name.startswith("engram_")
     }
     assert {name: getattr(config.text_config, name) for name in text} == text
-
-
-# --- the first layers
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("count", [2, 3])
-def test_the_first_layers_of_every_backbone(name, count):
-    whole = engram_config(name)
-    first = whole.first_layers(count)
-    kept = [layer for layer in LAYER_IDS if layer < count]
-    assert (first.num_hidden_layers, first.engram_layer_ids) == (count, kept)
-    assert first.engram_num_embeddings == whole.engram_num_embeddings[: len(kept)]
-    assert first.primes == whole.primes[: len(kept)]
-    for field in ("layer_types", "mlp_layer_types"):
-        if getattr(whole.text_config, field, None) is not None:
-            assert getattr(first.text_config, field) == getattr(whole.text_config, field)[:count]
-    assert whole.num_hidden_layers == 3 and whole.engram_layer_ids == LAYER_IDS
-
-
-def test_the_first_layers_are_saved_as_such(tmp_path):
-    first = engram_config("gpt_oss").first_layers(2)
-    first.save_pretrained(tmp_path)
-    again = EngramConfig.from_pretrained(tmp_path)
-    assert again.to_dict() == first.to_dict()
-    assert len(again.text_config.layer_types) == 2
-
-
-def test_all_other_fields_of_the_first_layers_are_those_of_the_whole():
-    whole = engram_config("mixtral", "v4.1", dtype="bfloat16", auto_map={"AutoConfig": "x.Y"}, image_token_id=7)
-    # Two token ids for two layers: they are not one for each layer.
-    whole.text_config = LlamaConfig(num_hidden_layers=3, vocab_size=128, eos_token_id=[5, 6, 7])
-    fields = ("num_hidden_layers", "text_config", "engram_layer_ids", "engram_num_embeddings")
-    whole_fields, first_fields = whole.to_dict(), whole.first_layers(2).to_dict()
-    assert first_fields["text_config"] == {**whole_fields["text_config"], "num_hidden_layers": 2}
-    for field in fields:
-        whole_fields.pop(field, None), first_fields.pop(field, None)
-    assert first_fields == whole_fields
-
-
-def deepseek_v41(**fields) -> EngramConfig:
-    """Its schedule in small: eight layers and the ratio of a draft layer after them."""
-    text_config = DeepseekV41TextConfig(
-        vocab_size=128,
-        num_hidden_layers=8,
-        num_nextn_predict_layers=1,
-        compress_ratios=[0, 0, 2, 2, 2, 1, 1, 1, 0],
-        kv_source_layer_ids=[2, 4, 5],
-        index_source_layer_ids=[2, 4, 5, 7],
-        candidate_source_layer_id=5,
-    )
-    return small(text_config=text_config, **{"engram_layer_ids": [1, 4], **fields})
-
-
-@pytest.mark.parametrize(
-    ("count", "ratios", "kv_sources", "index_sources", "candidates"),
-    [
-        (2, [0, 0, 0], [], [], None),
-        (5, [0, 0, 2, 2, 2, 0], [2, 4], [2, 4], None),
-        (6, [0, 0, 2, 2, 2, 1, 0], [2, 4, 5], [2, 4, 5], 5),
-        (8, [0, 0, 2, 2, 2, 1, 1, 1, 0], [2, 4, 5], [2, 4, 5, 7], 5),
-    ],
-)
-def test_the_schedule_of_deepseek_v41_is_cut_to_the_first_layers(count, ratios, kv_sources, index_sources, candidates):
-    text = deepseek_v41().first_layers(count).text_config
-    assert text.compress_ratios == ratios
-    assert (text.kv_source_layer_ids, text.index_source_layer_ids) == (kv_sources, index_sources)
-    assert text.candidate_source_layer_id == candidates
-
-
-@pytest.mark.parametrize(
-    ("layer_ids", "count", "message"),
-    [
-        ([1, 4], 0, "count is 0, but the backbone has 8 decoder layers; give 1 to 8"),
-        ([1, 4], 9, "count is 9, but the backbone has 8 decoder layers; give 1 to 8"),
-        ([1, 4], -1, "count is -1, "),
-        ([1, 4], 2.0, r"count is 2\.0, "),
-        ([1, 4], True, "count is True, "),
-        ([4, 1], 1, "count is 1, but the first memory is in layer 1; keep at least 2 layers"),
-        ([4, 1], 2, r"\[4, 1\] lists layer 4 before layer 1, .* hashed differently; keep at least 5 layers"),
-        ([1, 4, 2], 3, r"\[1, 4, 2\] lists layer 4 before layer 2, .* keep at least 5 layers"),
-    ],
-)
-def test_layers_that_cannot_be_the_first(layer_ids, count, message):
-    with pytest.raises(ValueError, match=message):
-        deepseek_v41(engram_layer_ids=layer_ids).first_layers(count)
-
-
-def test_the_order_of_memories_matters_only_where_it_is_cut():
-    assert deepseek_v41(engram_layer_ids=[4, 1, 7]).first_layers(5).engram_layer_ids == [4, 1]
-
-
-def test_no_layers_in_a_schedule_that_they_contradict():
-    """Layer 3 of ratio 2 would be left without the source of ratio 2 that it reads."""
-    config = deepseek_v41()
-    config.text_config.compress_ratios = [0, 0, 1, 2, 2, 1, 1, 1, 0]
-    with pytest.raises(ValueError, match="Layer 3 has compress ratio 2"):
-        config.first_layers(4)
 
 
 # --- beside the backbone's config

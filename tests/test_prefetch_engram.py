@@ -19,9 +19,9 @@ from table_models import IDS, bits, logits, put_logits
 
 from engram_hf import EngramForCausalLM
 from engram_hf.hot_rows_engram import HotRows
-from engram_hf.memory_engram import EngramTable, read_rows
 from engram_hf.prefetch_engram import FetchedRows, Prefetcher
 from engram_hf.row_sources_engram import MappedRows
+from engram_hf.table_engram import EngramTable, read_rows
 from engram_hf.table_format_engram import read_tables, tables_in_checkpoint
 
 

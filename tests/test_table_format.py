@@ -25,10 +25,10 @@ from table_models import write_table
 
 from engram_hf import table_files_engram
 from engram_hf.hashing_engram import NgramHasher
-from engram_hf.memory_engram import dequantize_rows, quantize_rows
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.safetensors_engram import FileFormatError, read_header
 from engram_hf.table_check_engram import check_folder, main, read_token_map
+from engram_hf.table_engram import dequantize_rows, quantize_rows
 from engram_hf.table_files_engram import (
     QuantizationError,
     TableWriter,
