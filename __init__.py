@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from . import auto_deepseek_v41 as auto_deepseek_v41
 from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
 from .modeling_engram import EngramForCausalLM, EngramModel

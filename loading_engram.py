@@ -104,8 +104,8 @@ def _is_known_absent(name_or_path: str | os.PathLike, file: str, options: dict[s
         return False
 
 
-def undo_renamings_of_memory(model: PreTrainedModel, mapping: list[WeightTransform]) -> list[WeightRenaming]:
-    """Renamings that give the memory its names back, to be applied after those of the backbone.
+def rename_stored_tensors(model: PreTrainedModel, mapping: list[WeightTransform]) -> list[WeightTransform]:
+    """The backbone's `mapping` from stored names to those of parameters, with what a model with memory needs besides.
 
     A backbone whose checkpoints have other names than its modules renames every key below it that fits a pattern, and
     the memory's may fit by accident: DeepSeek-V4 turns each `q_norm` into `q_a_norm`.
@@ -118,4 +118,7 @@ def undo_renamings_of_memory(model: PreTrainedModel, mapping: list[WeightTransfo
             renamed, _ = renaming.rename_source_key(renamed)
         if ".engram." in key and renamed != key:
             undo[renamed.split(".engram.")[1]] = key.split(".engram.")[1]
-    return [WeightRenaming(f".engram.{renamed}", f".engram.{name}") for renamed, name in undo.items()]
+    back = [WeightRenaming(f".engram.{renamed}", f".engram.{name}") for renamed, name in undo.items()]
+    if model.config.engram_format_version == 1:  # kept the backbone in a submodule of that name
+        back.insert(0, WeightRenaming(r"^model\.backbone\.", "model."))
+    return [*mapping, *back]

@@ -124,7 +124,7 @@ def describe_table(hasher, index: int, *, width: int, dtype: str) -> TableDescri
     layer, pad = hasher.layer_ids[index], hasher.pad_token_id
     primes = hasher.primes[index].tolist()
     scale_dtype, block = ROW_FORMATS[dtype]
-    name = f"model.backbone.layers.{layer}.engram.table"
+    name = f"model.layers.{layer}.engram.table"
     tensors = {"weight": f"{name}.weight"} | ({"scale": f"{name}.scale"} if scale_dtype else {})
     known = _count_known_ids(hasher.token_map)
     return TableDescription(

@@ -13,11 +13,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .. import modeling_engram
+from .. import auto_deepseek_v41
 from ..configuration_deepseek_v41 import DeepseekV41TextConfig
 from ..configuration_engram import VARIANTS, EngramConfig
 from ..hashing_engram import DEAD, NgramHasher
-from ..modeling_engram import AUTO_MAP
 from ..table_format_engram import NAMES, TableDescription, describe_table
 from ..tokenization.vocabulary_compression import TOKEN_MAP_FILE, build_token_map, token_map_bytes
 from .deepseek_v41 import DEEPSEEK_V41
@@ -178,8 +177,8 @@ def build_hasher(config: EngramConfig, tokenizer: Tokenizer) -> NgramHasher:
 
 def remote_code(config: EngramConfig) -> dict[str, bytes]:
     """The files with which a folder loads where this package is not installed; `config` is made to name them."""
-    config.auto_map = dict(AUTO_MAP)
-    entry = Path(modeling_engram.__file__)
+    config.auto_map = config.remote_code_map()
+    entry = Path(auto_deepseek_v41.__file__)
     files = {entry, *map(Path, get_relative_import_files(entry))}
     return {path.name: path.read_bytes() for path in sorted(files)}
 

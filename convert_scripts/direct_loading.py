@@ -126,7 +126,7 @@ def stored_form_conversions(family: Family) -> list[LoadingConverter]:
 
 def _leaf(rule: Rule) -> str:
     """Our name below the layer, or below the model, of a rule's tensor."""
-    return rule.ours.split("{layer}.")[-1].removeprefix("model.backbone.")
+    return rule.ours.split("{layer}.")[-1].removeprefix("model.")
 
 
 def _table_conversions() -> list[LoadingConverter]:

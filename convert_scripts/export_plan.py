@@ -65,7 +65,7 @@ def _read_tables(folder: Path, shards: dict[str, FileHeader]) -> dict[str, Tenso
     """The tables that the folder's manifest names, under their names in a state dict."""
     entries = read_manifest(folder / TABLES_NAME)
     return {
-        f"model.backbone.layers.{layer}.engram.table.{kind}": _read_piece(folder, entry[kind], shards)
+        f"model.layers.{layer}.engram.table.{kind}": _read_piece(folder, entry[kind], shards)
         for layer, entry in entries.items()
         for kind in ("weight", "scale")
         if kind in entry

@@ -74,7 +74,7 @@ def test_greedy(name, variant):
 def test_memory_chooses_other_tokens(mixtral):
     silent, ids = copy.deepcopy(mixtral), random_ids(2, 9)
     for memory in silent.model.memories().values():
-        memory.silence()
+        memory.zero_value_projection()
     assert not torch.equal(mixtral.generate(ids, **GREEDY), silent.generate(ids, **GREEDY))
 
 

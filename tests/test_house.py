@@ -126,10 +126,10 @@ def test_public_names():
 HASH = {"model.hashing.multipliers", "model.hashing.primes"}
 BACKBONE = {
     "lm_head.weight",
-    "model.backbone.embed_tokens.weight",
-    "model.backbone.norm.weight",
+    "model.embed_tokens.weight",
+    "model.norm.weight",
     *(
-        f"model.backbone.layers.{layer}.{name}.weight"
+        f"model.layers.{layer}.{name}.weight"
         for layer in range(3)
         for name in (
             "input_layernorm",
@@ -167,9 +167,9 @@ MEMORY = {
 def test_names_of_a_checkpoint(variant):
     """A renamed tensor orphans every checkpoint in the world: this list changes with the format version only."""
     state = build("llama", variant).state_dict()
-    memory = {f"model.backbone.layers.{layer}.engram.{name}" for layer in (1, 2) for name in MEMORY[variant]}
+    memory = {f"model.layers.{layer}.engram.{name}" for layer in (1, 2) for name in MEMORY[variant]}
     assert set(state) == HASH | BACKBONE | memory
-    shapes = {name: tuple(state[f"model.backbone.layers.1.engram.{name}"].shape) for name in MEMORY[variant]}
+    shapes = {name: tuple(state[f"model.layers.1.engram.{name}"].shape) for name in MEMORY[variant]}
     assert shapes == MEMORY[variant]
 
 
@@ -178,8 +178,8 @@ def test_names_that_compression_and_float8_rows_add():
     assert "model.hashing.token_map" in state
     state = build("llama", "v4.1", engram_table_dtype="float8_e4m3fn", engram_head_dim=32).state_dict()
     assert {name for name in state if name.endswith("table.scale")} == {
-        "model.backbone.layers.1.engram.table.scale",
-        "model.backbone.layers.2.engram.table.scale",
+        "model.layers.1.engram.table.scale",
+        "model.layers.2.engram.table.scale",
     }
 
 

@@ -378,7 +378,7 @@ def test_autocast_keeps_the_streams_in_float32():
 def test_a_silenced_memory_changes_nothing(variant, dtype):
     memory, (hidden, rows) = make_memory(variant, dtype=dtype), random_states(dtype=dtype)
     assert not torch.equal(memory.fuse(hidden, rows, make_inputs()), hidden)
-    memory.silence()
+    memory.zero_value_projection()
     assert torch.equal(memory.fuse(hidden, rows, make_inputs()), hidden)
     _, grads = gradients(memory, memory.fuse, hidden, rows, make_inputs())
     assert grads[2][-HIDDEN:].any()  # the value rows of the projection learn from there
@@ -452,7 +452,7 @@ def test_a_layer_with_memory_can_be_copied(decoder_layer, config):
     twin = copy.deepcopy(decoder_layer)
     assert type(twin) is type(decoder_layer)
     assert torch.equal(run_layer(twin, config), run_layer(decoder_layer, config))
-    twin.engram.silence()
+    twin.engram.zero_value_projection()
     assert not torch.equal(run_layer(twin, config), run_layer(decoder_layer, config))
 
 

@@ -98,7 +98,7 @@ def test_moving_and_copying_leave_a_mapped_table_where_it_is(saved_tables):
 
 def test_a_compiled_backbone(saved_tables):
     model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
-    model.model.backbone.compile(backend="eager")
+    model.model.compile(backend="eager")
     for when in ("never", "always"):
         model.model.prefetcher.when = when
         assert torch.equal(logits(model), logits(saved_tables[0]))

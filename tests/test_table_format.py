@@ -206,7 +206,7 @@ def test_a_shard_may_hold_anything_else_that_safetensors_holds(tmp_path, bits, d
 
 
 def test_tables_among_ordinary_weights_are_found_by_name(tmp_path):
-    name = "model.backbone.layers.12.engram.table.weight"
+    name = "model.layers.12.engram.table.weight"
     save_file({name: torch.randn(9, 4), "lm_head.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     tables = tables_in_checkpoint([tmp_path / "model.safetensors"])
     assert {layer: (table.num_rows, table.width) for layer, table in tables.items()} == {12: (9, 4)}
@@ -628,7 +628,7 @@ def test_a_token_map_of_another_form(tmp_path, values, options, message):
 
 
 def test_two_tensors_for_one_table_are_refused(tmp_path):
-    names = ["draft.layers.12.engram.table.weight", "model.backbone.layers.12.engram.table.weight"]
+    names = ["draft.layers.12.engram.table.weight", "model.layers.12.engram.table.weight"]
     save_file({name: torch.randn(9, 4) for name in names}, tmp_path / "model.safetensors")
     with pytest.raises(TableFormatError, match="are the weight of the table of layer 12; take one of them out"):
         tables_in_checkpoint([tmp_path / "model.safetensors"])

@@ -144,7 +144,7 @@ def test_a_prefix_has_the_streams_of_the_whole(golden, tiny, tmp_path):
     with safe_open(golden / "deepseek_v41_tiny" / "golden.safetensors", "pt") as file:
         ids, expected = file.get_tensor("long.input_ids"), file.get_tensor("long.layers.4.streams")
     seen = []
-    model.model.backbone.layers[4].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.model.layers[4].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         model(ids, use_cache=False)
     assert (seen[0] - expected).abs().max() < 1e-4
@@ -183,7 +183,7 @@ def test_a_missing_shard_tensor_is_named(tiny, tmp_path):
     gone = "model-00004-of-00014.safetensors"
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != gone}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"lacks the weights of 'model\.backbone\.layers\.2\."):
+    with pytest.raises(ValueError, match=r"lacks the weights of 'model\.layers\.2\."):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
