@@ -207,11 +207,16 @@ class EngramMemory(nn.Module):
 
     def _convolve(self, states: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
         """The convolution of `[B, S, G, D]`, with what earlier calls left in front; stages `states` for later ones."""
+        reach, length = self.conv.reach, states.shape[1]
         if inputs.history is not None:
             past = inputs.history.stage_conv(self.index, states, inputs.compaction)
+            past = past[:, past.shape[1] - reach :]
         else:
-            past = states.new_zeros((states.shape[0], self.conv.reach, *states.shape[2:]))
-        return inputs.compaction.restore(self.conv(inputs.compaction.join(past, states), inputs.documents))
+            past = states.new_zeros((states.shape[0], reach, *states.shape[2:]))
+        documents = inputs.documents
+        if documents is not None:
+            documents = documents[:, documents.shape[1] - reach - length :]
+        return inputs.compaction.restore(self.conv(inputs.compaction.join(past, states), documents))
 
 
 def _update(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -263,18 +268,24 @@ def add_memory_to_layer(layer: nn.Module, config: EngramConfig, index: int, dtyp
         config, index: as of [`EngramMemory`].
         dtype: of the memory's parameters; None for torch's default.
 
+
+    Raises:
+        ValueError: see [`require_extensible`].
     """
+    require_extensible(layer)
     device = next(layer.parameters()).device
     layer.engram = EngramMemory(config, index, device=device, dtype=dtype)
     extend(layer, LayerWithMemory)
 
 
 def require_extensible(module: nn.Module) -> None:
-    """Refuse a module whose forward a tool replaced on the instance, so that its memory would never run.
+    """Refuse a module that has memory, or whose forward a tool replaced on the instance, so that memory would never run.
 
     Raises:
         ValueError: names the module's class.
     """
+    if isinstance(module, RuntimeSubclass):
+        raise ValueError("This backbone already has Engram memory; start from the backbone without it.")
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         raise ValueError(
             f"The forward of a {type(module).__name__} was replaced on the instance, so its memory would never run; add "

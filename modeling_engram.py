@@ -174,6 +174,8 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, EngramTable):
+            if not module.is_resident or module.weight.is_meta:
+                return  # a device map put it on disk
             module.reset_parameters(getattr(self.config, "initializer_range", None) or 0.02)
         elif isinstance(module, EngramRMSNorm):
             init.ones_(module.weight)
@@ -277,9 +279,10 @@ class EngramModel(EngramPreTrainedModel):
         if backbone is None:
             # In the dtype that the caller builds this model in, as a backbone that is built by itself.
             backbone = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
+        require_extensible(backbone)
         layers = _decoder_layers(backbone, config)
-        for module in (backbone, *(layers[layer_id] for layer_id in config.engram_layer_ids)):
-            require_extensible(module)
+        for layer_id in config.engram_layer_ids:
+            require_extensible(layers[layer_id])  # all of them before the first one is changed
         extend(backbone, EngramModel)
         return backbone
 
@@ -426,9 +429,10 @@ class EngramModel(EngramPreTrainedModel):
             ids = ids.where(valid, DEAD)
         if self.hashing.token_map is not None:
             valid = ids >= 0  # no memory either where the hash does not know a token
-        documents = _documents(input_ids, compaction, position_ids, sequence_ids, history)
         if history is not None:
             history.require_batch(input_ids.shape[0])
+        documents = _documents(input_ids, compaction, position_ids, sequence_ids, history)
+        if history is not None:
             documents = torch.zeros_like(ids) if documents is None else documents
             past = history.before(ids)
             history.stage(ids, documents, compaction, sequence_ids is not None)
@@ -455,6 +459,7 @@ class EngramModel(EngramPreTrainedModel):
         row_ids = self.hashing(ids[:, reach:], split[0], ids[:, :reach], split[1])
         if compaction.is_text is not None:
             row_ids = compaction.restore(row_ids.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
+            row_ids = row_ids.where(compaction.is_text[..., None], 0)
         return row_ids, documents
 
     def _run_with_memory(self, run_backbone: Callable, inputs: dict[str, Any]):
@@ -592,8 +597,6 @@ def _documents(
 def _decoder_layers(backbone: PreTrainedModel, config: EngramConfig) -> nn.ModuleList:
     layers = getattr(backbone, "layers", None)
     expected = config.text_config.num_hidden_layers
-    if isinstance(backbone, EngramModel):
-        raise ValueError("This backbone already has Engram memory; start from the backbone without it.")
     if not set(CACHE_NAMES) & set(inspect.signature(backbone.forward).parameters) or not _counts_positions(config):
         raise ValueError(
             f"{type(backbone).__name__} keeps no transformers Cache that counts positions, where the memory's history lives; "
@@ -712,10 +715,13 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             model.set_token_map(tokenizer)
         return model.train(host.training)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, image_mask=None, seq_idx=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, attention_mask=None, inputs_embeds=None, image_mask=None, seq_idx=None, **kwargs
+    ):
         """As the host does, and what memory needs besides: ids beside embeddings, and masks of just these positions."""
-        attention_mask = kwargs.get("attention_mask")
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
         # Phi-3 drops its cache past the original context length.
         embeds, cache = inputs.get("inputs_embeds"), inputs.get(self.base_model._cache_name)
         length = (inputs["input_ids"] if embeds is None else embeds).shape[1]

@@ -48,12 +48,12 @@ def logits_of(model, ids: torch.Tensor, **kwargs) -> torch.Tensor:
 
 @torch.no_grad()
 def logits_in_chunks(model, ids: torch.Tensor, size: int, between=None) -> torch.Tensor:
-    """Logits of `ids` fed `size` at a time; `between` is called on the memory's cache layer after every chunk."""
+    """Logits of `ids` fed `size` at a time; `between` is called on the memory's history after every chunk."""
     cache, parts = DynamicCache(config=model.config), []
     for chunk in ids.split(size, dim=1):
         parts.append(model(chunk, past_key_values=cache).logits)
         if between is not None:
-            between(cache.layers[-1])
+            between(cache.engram_history)
     return torch.cat(parts, dim=1)
 
 
@@ -195,7 +195,11 @@ def test_what_a_backbone_keeps_in_float32_stays_so(name, tmp_path):
     size = {"engram_vocab_size": 97, "engram_n_heads": 2, "engram_head_dim": 8}
     EngramForCausalLM.from_backbone(host, layer_ids=LAYER_IDS, **size).save_pretrained(tmp_path / "model")
     loaded = EngramForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
-    found = {key: tensor.dtype for key, tensor in loaded.model.state_dict().items() if ".engram." not in key}
+    found = {
+        key: tensor.dtype
+        for key, tensor in loaded.model.state_dict().items()
+        if "engram." not in key and "hashing." not in key
+    }
     assert found == dtypes
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(logits_of(loaded, ids), before)

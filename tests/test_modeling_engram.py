@@ -141,9 +141,7 @@ def test_a_new_model_is_initialized(dtype):
 
 def test_the_output_layer_and_embeddings_are_found(mixtral):
     assert mixtral.get_output_embeddings() is mixtral.lm_head
-    assert (
-        mixtral.get_input_embeddings() is mixtral.model.get_input_embeddings() is mixtral.model.embed_tokens
-    )
+    assert mixtral.get_input_embeddings() is mixtral.model.get_input_embeddings() is mixtral.model.embed_tokens
     assert mixtral.base_model is mixtral.model
 
 
