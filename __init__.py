@@ -7,6 +7,7 @@ from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
 from .modeling_engram import EngramForCausalLM, EngramModel
 from .tokenization import EngramTokenizer
+from .training import peft_defaults
 
 __version__ = "0.1.0"
 __all__ = ["EngramConfig", "EngramForCausalLM", "EngramModel", "EngramTokenizer"]
@@ -16,3 +17,4 @@ AutoModel.register(EngramConfig, EngramModel)
 AutoModelForCausalLM.register(EngramConfig, EngramForCausalLM)
 AutoTokenizer.register(EngramConfig, fast_tokenizer_class=EngramTokenizer)
 direct_loading.register()
+peft_defaults.register()

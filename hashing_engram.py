@@ -302,6 +302,7 @@ class NgramHasher(nn.Module):
         # Zeros until `derive_constants` or a checkpoint fills them: on the meta device there is nothing to derive into.
         self.register_buffer("multipliers", torch.zeros((len(layer_ids), max_ngram), dtype=torch.int64))
         self.register_buffer("primes", torch.zeros((len(layer_ids), max_ngram - 1, heads), dtype=torch.int64))
+        self.stored_dtype: torch.dtype | None = None  # of a checkpoint in which they were cast; see `settle`
         self._settled: list[tuple[torch.Tensor, int]] | None = None
         self._exact: dict[str, torch.Tensor] = {}
         self._has_token_map = False
@@ -361,8 +362,11 @@ class NgramHasher(nn.Module):
             ValueError: they are not those that the configuration implies, or a cast has lost the token map.
         """
         for name, buffer in list(self.named_buffers()):
+            if self.stored_dtype is not None:  # as `from_pretrained` found it, and truncated it
+                buffer = buffer.to(self.stored_dtype)
             if buffer.is_floating_point():
                 setattr(self, name, self._as_integers(name, buffer))
+        self.stored_dtype = None
         self.verify_constants()
         self._exact = {name: buffer.cpu().clone() for name, buffer in self.named_buffers()}
         self._has_token_map = self.token_map is None or bool((self.token_map >= 0).any())

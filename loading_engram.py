@@ -2,10 +2,12 @@
 
 import copy
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
@@ -19,6 +21,10 @@ from transformers.utils import (
 )
 from transformers.utils.hub import extract_commit_hash
 
+from .safetensors_engram import read_header
+
+_IS_HASH = re.compile(r"\bhashing\.(?:token_map|multipliers|primes)$")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _ORIGIN = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder", "local_files_only")
 
 
@@ -122,3 +128,20 @@ def rename_stored_tensors(model: PreTrainedModel, mapping: list[WeightTransform]
     if model.config.engram_format_version == 1:  # kept the backbone in a submodule of that name
         back.insert(0, WeightRenaming(r"^model\.backbone\.", "model."))
     return [*mapping, *back]
+
+
+def stored_dtype_of_hash(
+    state_dict: Mapping[str, torch.Tensor] | None, files: Sequence[str] | None
+) -> torch.dtype | None:
+    """The dtype in which a checkpoint has the hash, if a tool has cast it to floating point; else None.
+
+    transformers loads floats into integer buffers without a word.
+    """
+    for file in files or ():
+        for name, span in read_header(file).tensors.items() if str(file).endswith(".safetensors") else ():
+            if _IS_HASH.search(name) and span.dtype in _FLOATS:
+                return _FLOATS[span.dtype]
+    for name, tensor in (state_dict or {}).items():
+        if _IS_HASH.search(name) and tensor.is_floating_point():
+            return tensor.dtype
+    return None

@@ -40,7 +40,7 @@ from .layer_engram import (
     extend,
     require_extensible,
 )
-from .loading_engram import rename_stored_tensors, settle_revision
+from .loading_engram import rename_stored_tensors, settle_revision, stored_dtype_of_hash
 from .prefetch_engram import Prefetcher
 from .residency_engram import (
     FoundTables,
@@ -151,6 +151,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     # Only here is the key mapping of all submodels known.
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        model.base_model.hashing.stored_dtype = stored_dtype_of_hash(state_dict, checkpoint_files)
         mapping = load_config.weight_mapping or []
         load_config = dataclasses.replace(load_config, weight_mapping=rename_stored_tensors(model, mapping))
         leave_tables_on_disk(model, load_config.device_map)
@@ -310,6 +311,8 @@ class EngramModel(EngramPreTrainedModel):
             engram_tables.mount(self)
         self.prefetcher: Prefetcher | None = None
         self.prefetch_mounted()
+        self._added_tokens_share_ids = False
+        self._keep_token_map_beside_embeddings()
         self.init_weights()
 
     @classmethod
@@ -339,6 +342,14 @@ class EngramModel(EngramPreTrainedModel):
         _hold_hash(self.hashing)
         self.hashing.settle()
 
+    def _keep_token_map_beside_embeddings(self) -> None:
+        """Have the ids of added tokens travel with their embeddings, which is what an adapter saves of added tokens."""
+        embeddings = self.get_input_embeddings()
+        embeddings.register_state_dict_post_hook(_AddTokenMap(self))
+        embeddings.register_load_state_dict_pre_hook(_TakeTokenMap(self))
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._keys_to_ignore_on_save = {*(self._keys_to_ignore_on_save or ()), f"{name}.{_TOKEN_MAP_KEY}"}
+
     def replace_token_map(self, token_map: torch.Tensor) -> None:
         """Check and install a token map `[V]`; see [`EngramPreTrainedModel.set_token_map`]."""
         current = self.hashing.token_map
@@ -353,6 +364,8 @@ class EngramModel(EngramPreTrainedModel):
                 "resize_token_embeddings(len(tokenizer)) first."
             )
         self._require_same_ids(token_map, current[: token_map.numel()].cpu())
+        known = int((current >= 0).sum())
+        self._added_tokens_share_ids |= known > 0 and not torch.equal(current[: token_map.numel()].cpu(), token_map)
         current.fill_(DEAD)
         current[: token_map.numel()] = token_map.to(current.device)
         self.config.engram_added_tokens = int(token_map.max()) + 1 - self.config.engram_compressed_vocab_size
@@ -540,6 +553,35 @@ class EngramModel(EngramPreTrainedModel):
             )
 
 
+# In a state dict, under the input embeddings.
+_TOKEN_MAP_KEY = "engram_token_map"
+
+
+class _AddTokenMap:
+    """Hook of the input embeddings: adds the compressed ids of added tokens to their state dict.
+
+    PEFT saves the embeddings of a model whose vocabulary has grown with the adapter, and nothing else of the model. What
+    `save_pretrained` writes does not have them: there, the whole token map is a buffer of its own.
+    """
+
+    def __init__(self, model: "EngramModel"):
+        self.model = model
+
+    def __call__(self, _module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
+        # The same resizing alone would give each new token an id of its own.
+        if self.model._added_tokens_share_ids:
+            state_dict[prefix + _TOKEN_MAP_KEY] = self.model.hashing.token_map.clone()
+
+
+class _TakeTokenMap(_AddTokenMap):
+    """Hook of the input embeddings: installs the compressed ids that were saved with them."""
+
+    def __call__(self, _module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
+        token_map = state_dict.pop(prefix + _TOKEN_MAP_KEY, None)
+        if token_map is not None:
+            self.model.replace_token_map(as_token_map(token_map[token_map >= 0]))
+
+
 def _forward_with_memory(forward: Callable, parameters: tuple[str, ...]) -> Callable:
     """The backbone's `forward`, with memory: of the same arguments, by position and by name."""
 
@@ -653,8 +695,11 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     ):
         # The host has been initialized as what it is, and its base model has memory.
         self._become(config)
+        base, prefix = self.base_model, self.base_model_prefix
         for name in ("_no_split_modules", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
-            setattr(self, name, {*(getattr(self, name) or ()), *(getattr(self.base_model, name) or ())})
+            setattr(self, name, {*(getattr(self, name) or ()), *(getattr(base, name) or ())})
+        beside = {f"{prefix}.{name}" for name in base._keys_to_ignore_on_save or () if name.endswith(_TOKEN_MAP_KEY)}
+        self._keys_to_ignore_on_save = {*(self._keys_to_ignore_on_save or ()), *beside}
         self.init_weights()
 
     @classmethod
