@@ -25,7 +25,6 @@ FAMILIES = [
         "table_files_engram",
         "row_sources_engram",
         "residency_engram",
-        "hot_rows_engram",
         "prefetch_engram",
         "table_check_engram",
         "cache_engram",
