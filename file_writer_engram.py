@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,9 @@ try:
 except ModuleNotFoundError:  # not a Unix system
     fcntl = None
 
-# What systems and file systems answer that have no hard links, or not between these two places.
+# Linux' request to share the blocks of one file with another (include/uapi/linux/fs.h).
+_FICLONE = 0x40049409
+# What systems and file systems answer that have no links, or not between these two places.
 _CANNOT_LINK = {getattr(errno, name) for name in ("EXDEV", "EPERM", "EMLINK", "ENOTSUP", "ENOSYS", "ENOENT", "EACCES")}
 
 
@@ -74,50 +77,82 @@ class FileWriter:
 
 
 def link_or_copy(source: int, path: Path, target: Path, symbolic: bool = False) -> None:
-    """Make `target` the file that is open as `source` and was opened at `path`: a hard link, or else a copy.
+    """Make `target` the file that is open as `source` and was opened at `path`, without moving its bytes if that is possible.
 
-    The bytes do not pass through this process. (On file systems that share blocks, the copy takes no space either.)
+    On a file system that shares blocks (XFS, Btrfs), it is a copy that takes no space. Elsewhere it is a hard link, and the
+    file becomes read-only under all its names: whoever copies another file over one name would overwrite it under the
+    others, too. Where neither is possible, it is a copy.
 
     Args:
-        symbolic: instead of a copy, a symbolic link.
+        symbolic: make a symbolic link instead, for a folder that is only read and soon removed.
 
     Raises:
         OSError: the target cannot be written.
     """
     status = os.fstat(source)
     with _explained(target, status.st_size):
-        makers = [os.link, os.symlink] if symbolic else [os.link]
-        if not still_names(target, source) and not any(_linked(source, path, target, make) for make in makers):
+        ways = [_link_symbolically] if symbolic else [_clone, _link_read_only]
+        if not still_names(target, source) and not any(_made(source, path, target, way) for way in ways):
             _copy_file(source, target, status.st_size)
 
 
 def can_link(source: int, path: Path, folder: Path) -> bool:
-    """Whether a hard link to the file that is open as `source` can be made in `folder`.
+    """Whether `link_or_copy` would take no space for the file that is open as `source` in `folder`.
 
     Tried, for nothing else tells: one disk may be mounted twice, and another user's files may be protected.
     """
     target = _aside(folder / path.name)
     with _explained(folder / path.name, 0):
         try:
-            return _linked(source, path, target, os.link)
+            return any(_made(source, path, target, way) for way in (_clone, _link))
         finally:
             target.unlink(missing_ok=True)
 
 
-def _linked(source: int, path: Path, target: Path, make: Callable[[str, Path], None]) -> bool:
-    if not still_names(path, source):
-        return False
-    link = _aside(target)
+def _made(source: int, path: Path, target: Path, way: Callable[[int, Path, Path], None]) -> bool:
+    """Whether `target` was made of the open file in a way that not all systems have."""
+    made = _aside(target)
     try:
-        make(os.path.realpath(path), link)  # a link to a symbolic link of a download cache would break with it
-        os.replace(link, target)
+        way(source, path, made)
+        os.replace(made, target)
     except OSError as error:
         if error.errno in _CANNOT_LINK:
             return False
         raise
     finally:
-        link.unlink(missing_ok=True)  # still there, too, if the target became the same file meanwhile
+        made.unlink(missing_ok=True)  # still there, too, if the target became the same file meanwhile
     return True
+
+
+def _clone(source: int, path: Path, target: Path) -> None:
+    """Share the blocks of the open file."""
+    file = _create(target)
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "no ioctl")
+        fcntl.ioctl(file, _FICLONE, source)
+    except OSError as error:
+        raise OSError(errno.ENOTSUP, "no shared blocks") from error  # systems answer this in many ways
+    finally:
+        os.close(file)
+
+
+def _link(source: int, path: Path, target: Path) -> None:
+    """Make a hard link, if the open file still has its name."""
+    if not still_names(path, source):
+        raise OSError(errno.ENOENT, "another file has its name")
+    os.link(os.path.realpath(path), target)  # a link to a symbolic link of a download cache would break with it
+
+
+def _link_read_only(source: int, path: Path, target: Path) -> None:
+    _link(source, path, target)
+    os.chmod(target, stat.S_IMODE(os.fstat(source).st_mode) & ~0o222)
+
+
+def _link_symbolically(source: int, path: Path, target: Path) -> None:
+    if not still_names(path, source):
+        raise OSError(errno.ENOENT, "another file has its name")
+    os.symlink(os.path.realpath(path), target)
 
 
 def _aside(path: Path) -> Path:
@@ -216,16 +251,17 @@ def lock_file(file: int) -> bool | None:
 
 @contextlib.contextmanager
 def _explained(path: Path, size: int) -> Iterator[None]:
+    """Says of errors that writing `size` bytes to `path` meets what can be done about them; their kind stays the same."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message = f"{path} needs {size:,} bytes, which do not fit there; free space, or write to another disk"
+            message = f"{size:,} bytes do not fit there; free space, or write to another disk"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            message = f"{path} cannot be written ({error.strerror}); choose a folder that is writable"
+            message = f"the file cannot be written ({error.strerror}); choose a folder that is writable"
         else:
             raise
-        raise OSError(error.errno, message) from error
+        raise OSError(error.errno, message, str(path)) from error
 
 
 def _reserve(file: int, size: int) -> None:

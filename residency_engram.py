@@ -292,17 +292,16 @@ def save_tables(model, folder: str | os.PathLike) -> None:
         write_manifest(folder, entries)
         # What is only uploaded is gone soon.
         for layer, stored in read_tables(folder).items() if not _BY_REFERENCE.get() else ():
-            model.memories()[layer].table.source.saved = stored, MappedRows(stored).stamps
+            model.memories()[layer].table.source.saved = stored, MappedRows(stored).digests
 
 
 def _nearest(source: MappedRows, folder: Path) -> MappedRows:
     """A table's own files, or those that the last save made of them if only these can be linked to `folder`."""
     source.require_unchanged()
     if source.saved is not None and not _takes_no_space(source, folder):
-        stored, stamps = source.saved
-        with contextlib.suppress(TableFormatError):  # that save is gone
-            saved = MappedRows(stored)
-            if saved.stamps == stamps and _takes_no_space(saved, folder):
+        with contextlib.suppress(TableFormatError):  # that save is gone, or was written over
+            saved = MappedRows(*source.saved)
+            if _takes_no_space(saved, folder):
                 return saved
     return source
 

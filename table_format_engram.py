@@ -539,12 +539,7 @@ def require_disjoint(parts: Sequence[TablePart]) -> None:
         TableFormatError: names the tensors.
     """
     # By inode: a file may be there under several names.
-    places = {part.file.path: part.file.path.stat() for part in parts}
-    spans = [
-        ((places[span.path].st_dev, places[span.path].st_ino), span.offset, span)
-        for part in parts
-        for span in part.spans.values()
-    ]
+    spans = [(part.file.stamp[:2], span.offset, span) for part in parts for span in part.spans.values()]
     spans.sort(key=lambda entry: entry[:2])
     for (file, start, span), (other_file, other_start, other) in pairwise(spans):
         if file == other_file and other_start < start + span.size:

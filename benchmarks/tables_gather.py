@@ -57,7 +57,6 @@ def warm(table: StoredTable, repeats: int) -> None:
     print(
         f"ratio {times['mapped float8'] / times['bfloat16 embedding']:.2f}x at {table.size / plain.nbytes:.3f} of the bytes"
     )
-    del plain
     for tokens in (1, 512, 4096):
         ids = torch.randint(0, table.num_rows, (1, tokens, 24))
         times = best({"direct": reader(table, ids, "never"), "prefetched": reader(table, ids, "always")}, 10 * repeats)

@@ -172,6 +172,61 @@ def test_a_linked_file_is_one_file(tmp_path):
     os.close(source)
 
 
+def share_blocks(monkeypatch) -> list[int]:
+    """Let the file system share blocks, as far as anyone can tell who reads; returns who asked for it."""
+    asked = []
+
+    def ioctl(target: int, request: int, source: int) -> int:
+        assert request == 0x40049409
+        asked.append(source)
+        os.pwrite(target, os.pread(source, os.fstat(source).st_size, 0), 0)
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    return asked
+
+
+def test_blocks_are_shared_where_that_is_possible(tmp_path, monkeypatch):
+    """Then both files can be written to."""
+    (tmp_path / "a").write_bytes(b"rows" * 9999)
+    source = os.open(tmp_path / "a", os.O_RDONLY)
+    asked = share_blocks(monkeypatch)
+    assert can_link(source, tmp_path / "a", tmp_path)
+    link_or_copy(source, tmp_path / "a", tmp_path / "b")
+    os.close(source)
+    assert asked == [source, source]
+    assert not (tmp_path / "b").samefile(tmp_path / "a")
+    assert (tmp_path / "b").read_bytes() == b"rows" * 9999
+    assert all((tmp_path / name).stat().st_mode & 0o200 for name in "ab")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_is_linked_is_read_only(tmp_path):
+    """Under both names; whoever may not make it so gets a copy."""
+    (tmp_path / "a").write_bytes(b"rows")
+    (tmp_path / "a").chmod(0o640)
+    source = os.open(tmp_path / "a", os.O_RDONLY)
+    assert can_link(source, tmp_path / "a", tmp_path)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640  # nothing was linked yet
+    link_or_copy(source, tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").samefile(tmp_path / "a")
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o440
+    os.close(source)
+
+
+def test_what_cannot_be_protected_is_copied(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    (tmp_path / "a").write_bytes(b"rows")
+    source = os.open(tmp_path / "a", os.O_RDONLY)
+    monkeypatch.setattr(os, "chmod", refuse)
+    link_or_copy(source, tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b").samefile(tmp_path / "a") and (tmp_path / "b").read_bytes() == b"rows"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
+    os.close(source)
+
+
 @pytest.mark.parametrize("code", ["EXDEV", "EPERM", "EMLINK", "ENOTSUP", "ENOSYS", "ENOENT", "EACCES"])
 def test_where_there_are_no_hard_links_is_found_out_by_trying(tmp_path, monkeypatch, code):
     """One disk mounted twice, a file system that has none, a file with too many, one that is gone, or another user's."""

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from mmap import PAGESIZE
 from pathlib import Path
 
+import child_processes
 import pytest
 import torch
-from child_processes import finish, start
 from table_models import IDS, bits, logits
 from tiny_backbones import build
 from transformers.utils import logging as transformers_logging
@@ -212,7 +212,7 @@ def test_a_process_that_is_ending_gets_its_rows(tmp_path, how, warm):
     model = build("qwen3")
     model.save_pretrained(tmp_path / "saved")
     code = ENDING.format(folder=str(tmp_path / "saved"), ids=IDS.tolist(), how=how, warm=warm)
-    found = finish(start(code, env=dict(os.environ), cwd=tmp_path))
+    found = child_processes.finish(child_processes.start(code, env=dict(os.environ), cwd=tmp_path))
     torch.testing.assert_close(torch.tensor(found), logits(model)[0, -1])
 
 
