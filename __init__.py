@@ -2,9 +2,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from .card_engram import write_model_card
 from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
-from .modeling_engram import EngramForCausalLM, EngramModel
+from .modeling_engram import EngramForCausalLM, EngramModel, EngramPreTrainedModel
 from .tokenization import EngramTokenizer
 
 __version__ = "0.1.0"
@@ -15,3 +16,5 @@ AutoModel.register(EngramConfig, EngramModel)
 AutoModelForCausalLM.register(EngramConfig, EngramForCausalLM)
 AutoTokenizer.register(EngramConfig, fast_tokenizer_class=EngramTokenizer)
 direct_loading.register()
+# What the code beside a model's weights does without: it comes from here while the package is installed.
+EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)

@@ -20,22 +20,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from .cache_engram import EngramHistoryLayer, attach_history
-from .card_engram import write_model_card
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD, NgramHasher, as_token_map
 from .layer_engram import EngramInputs, EngramMemory, EngramRMSNorm, add_memory_to_layer
-from .loading_engram import settle_revision, undo_renamings_of_memory
+from .loading_engram import Checkpoint, FoundTables, leave_tables_on_disk, require_memory, undo_renamings_of_memory
 from .modeling_deepseek_v41 import DeepseekV41TextModel
 from .prefetch_engram import Prefetcher
-from .residency_engram import (
-    FoundTables,
-    find_tables,
-    is_table_file,
-    leave_tables_on_disk,
-    remove_stale_tables,
-    save_tables,
-    tables_by_reference,
-)
+from .saving_engram import is_table_file, remove_stale_tables, save_tables, tables_by_reference
 from .table_engram import EngramTable
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -63,6 +54,9 @@ class EngramPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # Called as `write_model_card(path, config, repo_id, token)` when a model is pushed; the package engram_hf sets it, and a
+    # model that was loaded as remote code has the card that transformers writes.
+    write_model_card = None
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -91,17 +85,11 @@ class EngramPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: tables or hash constants are missing from the checkpoint, or disagree with its config.
         """
-        kwargs = settle_revision(pretrained_model_name_or_path, kwargs)
-        tables = find_tables(pretrained_model_name_or_path, engram_residency, **kwargs)
+        checkpoint = Checkpoint(pretrained_model_name_or_path, kwargs)
+        tables, kwargs = checkpoint.find_tables(engram_residency), checkpoint.kwargs
         if tables is not None:
-            kwargs["engram_tables"] = tables
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if ".engram." in key or "hashing." in key)
-        if missing:
-            raise ValueError(
-                f"The checkpoint lacks {len(missing)} tensors of the memory, such as {missing[0]}; complete the folder "
-                "(a shard or engram_tables.json may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
-            )
+            kwargs = {**kwargs, "engram_tables": tables}
+        model, info = super().from_pretrained(checkpoint.name_or_path, *args, output_loading_info=True, **kwargs)
         model.base_model.keep_tables_frozen()
         _hold_hash(model.base_model.hashing)
         model.base_model.hashing.verify_constants()
@@ -122,9 +110,11 @@ class EngramPreTrainedModel(PreTrainedModel):
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         leave_tables_on_disk(model, load_config.device_map)
         model.base_model.prefetch_mounted()
-        return PreTrainedModel._load_pretrained_model(
+        info, *others = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+        require_memory(model, info.missing_keys)
+        return info, *others
 
     def push_to_hub(self, *args, **kwargs):
         """As in transformers; tables that are not parameters are uploaded from the files they are in."""
@@ -134,8 +124,8 @@ class EngramPreTrainedModel(PreTrainedModel):
     def _upload_modified_files(self, working_dir, repo_id, *args, token=None, **kwargs):
         # `push_to_hub` and `save_pretrained(push_to_hub=True)` meet here, after their README.md is written.
         self._remove_stale_tables(working_dir)
-        if not self._saves_adapter():
-            write_model_card(os.path.join(working_dir, "README.md"), self.config, repo_id, token)
+        if self.write_model_card is not None and not self._saves_adapter():
+            self.write_model_card(os.path.join(working_dir, "README.md"), self.config, repo_id, token)
         return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
 
     def initialize_weights(self):

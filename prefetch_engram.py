@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .residency_engram import free_host_memory
+from .loading_engram import free_host_memory
 from .row_sources_engram import MappedRows, PinnedRows
 from .table_engram import EngramTable, RowReader
 

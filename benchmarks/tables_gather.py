@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from engram_hf.prefetch_engram import Prefetcher
 from engram_hf.row_sources_engram import MappedRows
+from engram_hf.saving_engram import table_file_name
 from engram_hf.table_engram import EngramTable, dequantize_rows, read_rows
-from engram_hf.table_files_engram import table_file_name
 from engram_hf.table_format_engram import StoredTable, read_tables
 
 

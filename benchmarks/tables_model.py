@@ -16,7 +16,7 @@ from tables_folder import LAYER, VOCAB, make_model_folder
 from transformers.utils import logging
 
 from engram_hf import EngramForCausalLM
-from engram_hf.table_files_engram import table_file_name
+from engram_hf.saving_engram import table_file_name
 
 
 def generating(folder: Path, device: str, tokens: int, repeats: int) -> None:

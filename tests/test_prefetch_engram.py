@@ -99,8 +99,8 @@ def test_the_system_is_asked_for_the_pages_of_all_rows(tmp_path, monkeypatch):
         assert advice == os.POSIX_FADV_WILLNEED
         requests.append((os.path.basename(os.readlink(f"/proc/self/fd/{file}")), offset, length))
 
-    monkeypatch.setattr(os, "posix_fadvise", advise)
     tables = tables_in_parts(tmp_path)
+    monkeypatch.setattr(os, "posix_fadvise", advise)
     ids = torch.tensor([[0, 1, 127, 128, 300, 900, 900, table.num_rows - 1] for table in tables])
     for rows, some in zip(Prefetcher(tables, "always").start(ids), ids, strict=True):
         rows.fetch(some)

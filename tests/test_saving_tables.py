@@ -15,12 +15,12 @@ from tiny_backbones import random_ids
 from transformers import Trainer, TrainingArguments
 
 from engram_hf import EngramForCausalLM
-from engram_hf.residency_engram import (
+from engram_hf.safetensors_engram import read_header
+from engram_hf.saving_engram import (
     is_table_file,
     save_tables,
     tables_by_reference,
 )
-from engram_hf.safetensors_engram import read_header
 from engram_hf.table_check_engram import check_folder
 from engram_hf.table_format_engram import read_tables
 

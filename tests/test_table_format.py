@@ -26,20 +26,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from table_models import write_table
 
-from engram_hf import table_files_engram
+from engram_hf import table_writer_engram
 from engram_hf.hashing_engram import NgramHasher
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.safetensors_engram import FileFormatError, read_header
+from engram_hf.saving_engram import manifest_entry, table_file_name, write_manifest
 from engram_hf.table_check_engram import check_folder, main, read_token_map
 from engram_hf.table_engram import dequantize_rows, quantize_rows
-from engram_hf.table_files_engram import (
-    QuantizationError,
-    TableWriter,
-    manifest_entry,
-    quantize_table,
-    table_file_name,
-    write_manifest,
-)
 from engram_hf.table_format_engram import (
     METADATA_KEY,
     PAGE,
@@ -52,6 +45,7 @@ from engram_hf.table_format_engram import (
     tables_in_checkpoint,
     token_map_digest,
 )
+from engram_hf.table_writer_engram import QuantizationError, TableWriter, quantize_table
 
 WIDTH, LAYERS = 32, [1, 3]
 TOKEN_MAP = torch.arange(60, dtype=torch.int32) % 50
@@ -254,7 +248,7 @@ def test_a_summary_that_nobody_gets_is_no_success(tmp_path, hasher, capsys, monk
     [("float8_e4m3fn", 2**-4), ("int8", 1 / 254)],
 )
 def test_quantizing_reports_its_error(tmp_path, hasher, monkeypatch, table_dtype, worst):
-    monkeypatch.setattr(table_files_engram, "_STEP_BYTES", 7 * 4 * WIDTH)  # some rows at a time, and a rest
+    monkeypatch.setattr(table_writer_engram, "_STEP_BYTES", 7 * 4 * WIDTH)  # some rows at a time, and a rest
     content = write_folder(tmp_path, hasher, "BF16")
     source = read_tables(tmp_path)[1]
     description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
