@@ -104,16 +104,17 @@ class EngramPreTrainedModel(PreTrainedModel):
 
     # The one place where the names of what is loaded can be told after all submodels have had their say.
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         mapping = load_config.weight_mapping or []
         mapping = [*mapping, *undo_renamings_of_memory(model, mapping)]
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         leave_tables_on_disk(model, load_config.device_map)
         model.base_model.prefetch_mounted()
         info, *others = PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+            model, state_dict, checkpoint_files, load_config, expected_keys
         )
-        require_memory(model, info.missing_keys)
+        if expected_keys is None:  # else it is an adapter
+            require_memory(model, info.missing_keys)
         return info, *others
 
     def push_to_hub(self, *args, **kwargs):
