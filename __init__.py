@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from .card_engram import write_model_card
 from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
+from .hashing_engram import register_compression
 from .modeling_engram import EngramForCausalLM, EngramModel, EngramPreTrainedModel
 from .tokenization import EngramTokenizer
 
@@ -18,3 +19,4 @@ AutoTokenizer.register(EngramConfig, fast_tokenizer_class=EngramTokenizer)
 direct_loading.register()
 # What the code beside a model's weights does without: it comes from here while the package is installed.
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
+register_compression(EngramTokenizer.from_tokenizer)

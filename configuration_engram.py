@@ -16,13 +16,12 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
 from .hashing_engram import as_token_map, draw_primes, is_prime
+from .table_engram import QUANTIZED_FORMATS
 
 FORMAT_VERSION = 1
 
 # Far beyond any use; more would take minutes to check.
 _MOST_ORDERS, _MOST_HEADS = 64, 1024
-# What tables can be stored as, and what a row's channels must then be a multiple of (docs/engram-table-format.md).
-_ROW_MULTIPLES = {None: 1, "float8_e4m3fn": 32, "int8": 4}
 
 # Imported for its registration: a V4.1 model is to load as remote code, where nothing else would bring its backbone.
 KNOWN_BACKBONES = (DeepseekV41TextConfig,)
@@ -266,10 +265,11 @@ class EngramConfig(PreTrainedConfig):
         )
         table_dtype = self.engram_table_dtype
         yield (
-            table_dtype in _ROW_MULTIPLES,
-            f"engram_table_dtype is {table_dtype!r}; it must be None (the model's dtype), 'float8_e4m3fn' or 'int8'.",
+            table_dtype is None or table_dtype in QUANTIZED_FORMATS,
+            f"engram_table_dtype is {table_dtype!r}; it must be None (the model's dtype), "
+            f"{' or '.join(map(repr, QUANTIZED_FORMATS))}.",
         )
-        multiple = _ROW_MULTIPLES.get(table_dtype, 1)
+        multiple = QUANTIZED_FORMATS[table_dtype].multiple if table_dtype in QUANTIZED_FORMATS else 1
         yield (
             width % multiple == 0,
             f"engram_head_dim is {width}, which {table_dtype} rows cannot have; make it a multiple of {multiple}.",

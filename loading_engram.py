@@ -32,10 +32,9 @@ from transformers.utils.hub import extract_commit_hash
 
 from .row_sources_engram import MappedRows, PinnedRows
 from .safetensors_engram import FileFormatError, read_json, read_weight_map
-from .table_engram import EngramTable
+from .table_engram import ROW_FORMATS, EngramTable
 from .table_format_engram import (
     MANIFEST_NAME,
-    TORCH_DTYPES,
     StoredTable,
     TableFormatError,
     read_tables,
@@ -271,8 +270,8 @@ class FoundTables:
             raise TableFormatError(
                 f"There is no table for layer {layer} (only for {sorted(self.tables)}); complete the folder."
             )
-        stored_dtype = str(TORCH_DTYPES[stored.dtype]).removeprefix("torch.")
-        is_quantized = stored.dtype in ("F8_E4M3", "I8")
+        stored_dtype = ROW_FORMATS[stored.dtype].name
+        is_quantized = ROW_FORMATS[stored.dtype].scale_dtype is not None
         if (stored.num_rows, stored.width) != (table.num_rows, table.width):
             raise TableFormatError(
                 f"The table of layer {layer} has {stored.num_rows} rows of {stored.width} channels, but the config asks "

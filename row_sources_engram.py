@@ -19,7 +19,8 @@ import torch
 from transformers.utils import logging
 
 from .safetensors_engram import FileHeader, FileStamp, TensorSpan, reading, system_error
-from .table_format_engram import TORCH_DTYPES, StoredTable, TableFormatError
+from .table_engram import TORCH_DTYPES
+from .table_format_engram import StoredTable, TableFormatError
 
 _READ_BYTES = 16 << 20
 # Blocks of a file, spread evenly, that are compared when only its times have changed.

@@ -25,30 +25,13 @@ from .safetensors_engram import (
     read_header,
     read_json,
 )
+from .table_engram import ROW_FORMATS, SAFETENSORS_NAMES
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "engram_tables.json"
 TOKEN_MAP_NAME = "engram_token_map.safetensors"
 METADATA_KEY = "engram_table"
 PAGE = 4096
-
-# The dtypes of rows, with those of their scales and the channels that share one (0: the whole row).
-ROW_FORMATS: dict[str, tuple[str | None, int]] = {
-    "F32": (None, 0),
-    "BF16": (None, 0),
-    "F16": (None, 0),
-    "F8_E4M3": ("F8_E8M0", 32),
-    "I8": ("F32", 0),
-}
-TORCH_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I8": torch.int8,
-}
-NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class TableFormatError(FileFormatError):
@@ -123,7 +106,8 @@ def describe_table(hasher, index: int, *, width: int, dtype: str) -> TableDescri
     """
     layer, pad = hasher.layer_ids[index], hasher.pad_token_id
     primes = hasher.primes[index].tolist()
-    scale_dtype, block = ROW_FORMATS[dtype]
+    row_format = ROW_FORMATS[dtype]
+    scale_dtype = SAFETENSORS_NAMES.get(row_format.scale_dtype)
     name = f"model.backbone.layers.{layer}.engram.table"
     tensors = {"weight": f"{name}.weight"} | ({"scale": f"{name}.scale"} if scale_dtype else {})
     known = _count_known_ids(hasher.token_map)
@@ -134,7 +118,7 @@ def describe_table(hasher, index: int, *, width: int, dtype: str) -> TableDescri
         width=width,
         dtype=dtype,
         scale_dtype=scale_dtype,
-        scale_block=(block or width) if scale_dtype else None,
+        scale_block=(row_format.block or width) if scale_dtype else None,
         tensors=tensors,
         orders=list(range(2, hasher.max_ngram + 1)),
         heads=hasher.heads,
@@ -263,8 +247,9 @@ def parse_description(members: dict, what: str) -> TableDescription:
 
 
 def _description_rules(d: TableDescription) -> list[tuple[bool, str]]:
-    scale_dtype, block = ROW_FORMATS.get(d.dtype, (None, 0))
-    expected_block = (block or d.width) if scale_dtype else None
+    row_format = ROW_FORMATS.get(d.dtype, ROW_FORMATS["F32"])
+    scale_dtype = SAFETENSORS_NAMES.get(row_format.scale_dtype)
+    expected_block = (row_format.block or d.width) if scale_dtype else None
     total = sum(map(sum, d.primes))
     return [
         (d.dtype in ROW_FORMATS, f"dtype is {d.dtype!r}, expected one of {', '.join(ROW_FORMATS)}"),
@@ -459,17 +444,16 @@ def _checked_part(first: int, stop: int, file: FileHeader, weight: TensorSpan, s
         raise TableFormatError(f"{where} is {weight.dtype}, expected one of {', '.join(ROW_FORMATS)}.")
     if len(weight.shape) != 2 or weight.shape[0] != stop - first or weight.shape[1] == 0:
         raise TableFormatError(f"{where} has shape {list(weight.shape)}, expected {stop - first} rows.")
-    scale_dtype, block = ROW_FORMATS[weight.dtype]
-    width = weight.shape[1]
+    row_format, width = ROW_FORMATS[weight.dtype], weight.shape[1]
+    scale_dtype, per_row = SAFETENSORS_NAMES.get(row_format.scale_dtype), row_format.scales(width)
     if (scale is None) != (scale_dtype is None):
         raise TableFormatError(f"{where} is {weight.dtype}, which needs {'scales' if scale_dtype else 'no scales'}.")
-    if scale is not None:
-        per_row = width // block if block else 1
-        if width % (block or 4) or scale.dtype != scale_dtype or scale.shape != (stop - first, per_row):
-            raise TableFormatError(
-                f"{where} is {weight.dtype} of width {width} with scales {scale.dtype} {list(scale.shape)}, expected a "
-                f"width that is a multiple of {block or 4} and scales {scale_dtype} {[stop - first, per_row]}."
-            )
+    expected = (width % row_format.multiple, scale_dtype, (stop - first, per_row))
+    if scale is not None and expected != (0, scale.dtype, scale.shape):
+        raise TableFormatError(
+            f"{where} is {weight.dtype} of width {width} with scales {scale.dtype} {list(scale.shape)}, expected a width that "
+            f"is a multiple of {row_format.multiple} and scales {scale_dtype} {[stop - first, per_row]}."
+        )
     return TablePart(first, stop, file, weight, scale)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from .saving_engram import FileWriter, table_head
-from .table_engram import dequantize_rows, quantize_rows
-from .table_format_engram import NAMES, ROW_FORMATS, TableDescription
+from .table_engram import QUANTIZED_FORMATS, SAFETENSORS_NAMES, dequantize_rows, quantize_rows
+from .table_format_engram import TableDescription
 
 # Bytes of rows held at once while a table is converted.
 _STEP_BYTES = 4 << 20
@@ -103,13 +103,12 @@ def quantize_table(
 
 
 def _quantized(description: TableDescription, table_dtype: str) -> TableDescription:
-    dtype = NAMES[getattr(torch, table_dtype)]
-    scale_dtype, block = ROW_FORMATS[dtype]
+    row_format = QUANTIZED_FORMATS[table_dtype]
     name = description.tensors["weight"]
     return replace(
         description,
-        dtype=dtype,
-        scale_dtype=scale_dtype,
-        scale_block=block or description.width,
+        dtype=SAFETENSORS_NAMES[row_format.dtype],
+        scale_dtype=SAFETENSORS_NAMES[row_format.scale_dtype],
+        scale_block=row_format.block or description.width,
         tensors={"weight": name, "scale": f"{name.removesuffix('weight')}scale"},
     )
