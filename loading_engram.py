@@ -32,12 +32,12 @@ from transformers.utils.hub import extract_commit_hash
 
 from .row_sources_engram import MappedRows, PinnedRows
 from .safetensors_engram import FileFormatError, read_json, read_weight_map
-from .table_engram import ROW_FORMATS, EngramTable
+from .table_engram import EngramTable
 from .table_format_engram import (
     MANIFEST_NAME,
     StoredTable,
-    TableFormatError,
     read_tables,
+    require_fit,
     require_same_hash,
     table_keys,
     tables_in_checkpoint,
@@ -253,7 +253,8 @@ class FoundTables:
             TableFormatError: a layer has no table, or one that does not fit the config.
         """
         for layer, memory in model.memories().items():
-            stored = self._require_fit(layer, memory.table)
+            table = memory.table
+            stored = require_fit(self.tables, layer, table.num_rows, table.width, table.table_dtype)
             if self.residency == "resident":
                 memory.table.unread = MappedRows(stored)
             else:
@@ -263,26 +264,6 @@ class FoundTables:
         model._keys_to_ignore_on_load_missing = patterns | set(model._keys_to_ignore_on_load_missing or ())
         if self.residency != "resident":
             model._keys_to_ignore_on_load_unexpected = patterns | set(model._keys_to_ignore_on_load_unexpected or ())
-
-    def _require_fit(self, layer: int, table: EngramTable) -> StoredTable:
-        stored = self.tables.get(layer)
-        if stored is None:
-            raise TableFormatError(
-                f"There is no table for layer {layer} (only for {sorted(self.tables)}); complete the folder."
-            )
-        stored_dtype = ROW_FORMATS[stored.dtype].name
-        is_quantized = ROW_FORMATS[stored.dtype].scale_dtype is not None
-        if (stored.num_rows, stored.width) != (table.num_rows, table.width):
-            raise TableFormatError(
-                f"The table of layer {layer} has {stored.num_rows} rows of {stored.width} channels, but the config asks "
-                f"for {table.num_rows} of {table.width}; tables and config.json are not of one model."
-            )
-        if (stored_dtype if is_quantized else None) != table.table_dtype:
-            raise TableFormatError(
-                f"The table of layer {layer} is stored as {stored_dtype}, but the config says engram_table_dtype "
-                f"{table.table_dtype!r}; set it to {stored_dtype if is_quantized else None!r}."
-            )
-        return stored
 
     def verify(self, model) -> None:
         """Compare what the tables say about their hash with that of the loaded `EngramModel`.

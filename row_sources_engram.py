@@ -264,7 +264,7 @@ class FileMap:
             with contextlib.suppress(OSError):  # advice, which not every file system takes
                 self._map.madvise(mmap.MADV_RANDOM)
         is_checked = header.stamp is None or header.stamp.is_same_file(self._stamp)
-        if not is_checked or self._map[: len(header.head)] != header.head:
+        if not is_checked or self._peek(0, len(header.head)) != header.head:
             raise _changed(header.path)
         self.digest = self._sample()
 
@@ -277,11 +277,18 @@ class FileMap:
         """Of the open file."""
         return self._descriptor
 
+    def _peek(self, offset: int, size: int) -> bytes:
+        """Bytes of the file. A page that is read in the map would count as memory of this process, with all around it."""
+        if not hasattr(os, "pread"):  # not a Unix system
+            return self._map[offset : offset + size]
+        with reading(self._header.path):
+            return os.pread(self._descriptor, size, offset)
+
     def _sample(self) -> bytes:
         size, head = self._stamp.size, len(self._header.head)
         first = np.linspace(head, max(size - _SAMPLE_BYTES, head), _SAMPLES, dtype=np.int64)
         self.request(first, min(_SAMPLE_BYTES, size - head))
-        samples = [self._map[:head], *(self._map[at : at + _SAMPLE_BYTES] for at in first.tolist())]
+        samples = [self._peek(0, head), *(self._peek(at, _SAMPLE_BYTES) for at in first.tolist())]
         return hashlib.sha256(b"".join(samples)).digest()
 
     def changed(self) -> bool:

@@ -255,9 +255,9 @@ def _explained(path: Path, size: int) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message = f"{size:,} bytes do not fit there; free space, or write to another disk"
+            message = f"{path.name} needs {size:,} bytes, which do not fit there; free space, or write to another disk"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            message = f"the file cannot be written ({error.strerror}); choose a folder that is writable"
+            message = f"{path.name} cannot be written ({error.strerror}); choose a folder that is writable"
         else:
             raise
         raise OSError(error.errno, message, str(path)) from error

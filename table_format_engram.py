@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -336,6 +336,39 @@ class StoredTable:
     def size(self) -> int:
         """Bytes of rows and scales."""
         return sum(span.size for part in self.parts for span in part.spans.values())
+
+
+def require_fit(
+    tables: Mapping[int, StoredTable], layer: int, num_rows: int, width: int, table_dtype: str | None
+) -> StoredTable:
+    """The table of a layer, if it is the one that a model's config asks for.
+
+    Args:
+        tables: by layer.
+        num_rows, width, table_dtype: R, W and `engram_table_dtype`.
+
+    Raises:
+        TableFormatError: there is none for this layer, or it has another size or dtype.
+    """
+    stored = tables.get(layer)
+    if stored is None:
+        raise TableFormatError(
+            f"There is no table for layer {layer} (only for {sorted(tables)}); complete the folder (a shard or {MANIFEST_NAME} "
+            "may be absent)."
+        )
+    if (stored.num_rows, stored.width) != (num_rows, width):
+        raise TableFormatError(
+            f"The table of layer {layer} has {stored.num_rows} rows of {stored.width} channels, but the config asks for "
+            f"{num_rows} of {width}; tables and config.json are not of one model."
+        )
+    row_format = ROW_FORMATS[stored.dtype]
+    expected = row_format.name if row_format.scale_dtype else None
+    if expected != table_dtype:
+        raise TableFormatError(
+            f"The table of layer {layer} is stored as {row_format.name}, but the config says engram_table_dtype "
+            f"{table_dtype!r}; set it to {expected!r}."
+        )
+    return stored
 
 
 def read_tables(
