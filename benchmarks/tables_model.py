@@ -16,7 +16,7 @@ from tables_folder import LAYER, VOCAB, make_model_folder
 from transformers.utils import logging
 
 from engram_hf import EngramForCausalLM
-from engram_hf.table_files_engram import table_file_name
+from engram_hf.saving_engram import table_file_name
 
 
 def generating(folder: Path, device: str, tokens: int, repeats: int) -> None:
@@ -44,10 +44,7 @@ def generating(folder: Path, device: str, tokens: int, repeats: int) -> None:
         assert torch.equal(texts["resident"], texts[residency])
         print(f"generating, {residency:9} {speed:7.1f} tokens/s")
     for residency in residencies[1:]:
-        print(
-            f"{residency} against resident: {speeds[residency] / speeds['resident']:.3f}x",
-            models[residency].model.prefetcher.statistics,
-        )
+        print(f"{residency} against resident: {speeds[residency] / speeds['resident']:.3f}x")
 
 
 class PeakMemory:

@@ -128,19 +128,12 @@ def check_model(folder: Path) -> "tuple[NgramHasher, dict[int, StoredTable]]":
     Raises:
         ValueError: something is missing, or they are not of one model.
     """
-    from engram_hf.table_format_engram import require_same_hash
+    from engram_hf.table_format_engram import require_fit, require_same_hash
 
     config, stored, tables = read_config(folder), read_stored_tables(folder), {}
     hasher = _read_hasher(folder, config)
     for index, (layer, rows) in enumerate(zip(config.engram_layer_ids, config.engram_num_embeddings, strict=True)):
-        if layer not in stored:
-            raise ValueError(f"{folder} has no table for layer {layer}; complete it (a shard may be absent).")
-        table = tables[layer] = stored[layer]
-        if (table.num_rows, table.width) != (rows, config.engram_head_dim):
-            raise ValueError(
-                f"The table of layer {layer} has {table.num_rows} rows of {table.width} channels, but the config asks for "
-                f"{rows} of {config.engram_head_dim}; tables and config.json are not of one model."
-            )
+        table = tables[layer] = require_fit(stored, layer, rows, config.engram_head_dim, config.engram_table_dtype)
         if table.description is not None:
             require_same_hash(table.description, hasher, index)
     _require_same_token_map(folder, hasher)

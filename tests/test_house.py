@@ -15,33 +15,34 @@ ROOT = Path(engram_hf.__file__).parent
 # Flat files go to the Hub beside the weights. Of each family, a file imports only files that stand before it.
 FAMILIES = [
     [
+        "table_engram",
         "hashing_engram",
         "configuration_engram",
         "safetensors_engram",
-        "file_writer_engram",
-        "loading_engram",
         "table_format_engram",
-        "table_engram",
-        "table_files_engram",
         "row_sources_engram",
-        "residency_engram",
-        "hot_rows_engram",
+        "loading_engram",
+        "saving_engram",
         "prefetch_engram",
-        "table_check_engram",
         "cache_engram",
         "layer_engram",
-        "card_engram",
         "modeling_engram",
+        # What follows stays at home: none of the files above imports it.
+        "table_writer_engram",
+        "table_check_engram",
+        "card_engram",
     ],
     [
         "configuration_deepseek_v41",
-        "rounding_deepseek_v41",
         "cache_deepseek_v41",
         "modeling_deepseek_v41",
     ],
+    ["auto_deepseek_v41"],
 ]
 # What whoever loads a model with remote code is sure to have.
 INSTALLED_WITH_TRANSFORMERS = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "huggingface_hub"}
+# What a flat file may import and do without.
+OPTIONAL = {"psutil"}
 ROOMS_THAT_ARE_NOT_INSTALLED = {"tests", "benchmarks", "examples", "docs"}
 
 
@@ -89,9 +90,11 @@ def test_every_flat_file_has_its_place():
 @pytest.mark.parametrize("path", flat_files(), ids=lambda path: path.stem)
 def test_flat_files_import_one_way(path):
     """`trust_remote_code` follows `from .name import`, one dot and one name; a circle would not even load."""
-    engram, backbone = FAMILIES
-    # The memory brings the V4.1 backbone along; the backbone knows nothing of memory.
-    family = [*backbone, *engram] if path.stem in engram else backbone
+    engram, backbone, entry = FAMILIES
+    # The backbone knows nothing of memory but what stored numbers mean, and the memory nothing of that backbone; where the
+    # remote code of a V4.1 model begins, both are brought together.
+    families = engram, [engram[0], *backbone], [*engram, *backbone, *entry]
+    family = next(family for family in families if path.stem in family)
     before = family[: family.index(path.stem)]
     relative = [("." * level + module) for level, module in imports(path) if level]
     assert [name for name in relative if name not in {f".{module}" for module in before}] == []
@@ -100,7 +103,24 @@ def test_flat_files_import_one_way(path):
 @pytest.mark.parametrize("path", flat_files(), ids=lambda path: path.stem)
 def test_flat_files_need_nothing_that_transformers_does_not_bring(path):
     packages = {module.partition(".")[0] for level, module in imports(path) if not level}
-    assert packages - INSTALLED_WITH_TRANSFORMERS - sys.stdlib_module_names == set()
+    assert packages - INSTALLED_WITH_TRANSFORMERS - OPTIONAL - sys.stdlib_module_names == set()
+
+
+def carried(name: str) -> set[str]:
+    """The flat files that a pushed model with this modelling file carries."""
+    found, waiting = set(), [name]
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting += [module for level, module in imports(ROOT / f"{name}.py") if level and module not in found]
+    return found
+
+
+def test_a_pushed_model_carries_what_running_it_needs():
+    """Whoever types `trust_remote_code=True` is to be able to read it."""
+    engram, backbone, _ = FAMILIES
+    assert carried("modeling_engram") == set(engram[: engram.index("modeling_engram") + 1])
+    assert engram.index("modeling_engram") < 12
 
 
 def test_the_tokenizer_needs_nothing_of_the_model():
