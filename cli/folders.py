@@ -9,9 +9,6 @@ if TYPE_CHECKING:
     from engram_hf.table_format_engram import StoredTable
 
 
-_SINGLE = "model.safetensors"
-
-
 def require_folder(name: str) -> Path:
     """The folder `name`.
 
@@ -72,11 +69,11 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / MANIFEST_NAME).exists():
         entries = read_manifest(folder / MANIFEST_NAME).values()
         named = {location["file"] for entry in entries for location in entry["weight"]}
-    index = find_index(folder)
+    single, index = _find_weights(folder)
     if index is not None:
         named |= set(read_weight_map(index).values())
-    elif (folder / _SINGLE).exists():
-        named.add(_SINGLE)
+    elif single is not None:
+        named.add(single.name)
     else:
         return [path for path in sorted(folder.glob("*.safetensors")) if path.name != TOKEN_MAP_NAME]
     return [path for path in sorted(folder.glob("*.safetensors")) if path.name in named]
@@ -84,8 +81,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 def find_index(folder: Path) -> Path | None:
     """The index of a model's shards; None where one file has all weights, beside which an older index may lie."""
-    index = folder / f"{_SINGLE}.index.json"
-    return index if index.exists() and not (folder / _SINGLE).exists() else None
+    return _find_weights(folder)[1]
+
+
+def _find_weights(folder: Path) -> tuple[Path | None, Path | None]:
+    from engram_hf.loading_engram import find_weights
+
+    return find_weights(lambda name: path if (path := folder / name).exists() else None, None)
 
 
 def require_shards(folder: Path) -> None:

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from table_models import logits
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import find_adapter_config_file
 
 from engram_hf import EngramForCausalLM, loading_engram
 from engram_hf.configuration_engram import FORMAT_VERSION
@@ -121,6 +122,8 @@ def test_an_adapter_in_a_subfolder_has_its_base_model_in_one_of_that_name(saved_
     model, folder = adapter
     shutil.copytree(folder, tmp_path / "adapters" / "inner")
     shutil.copytree(saved_tables[2], tmp_path / "bases" / "inner")
+    if find_adapter_config_file(str(tmp_path / "adapters"), subfolder="inner") is None:
+        pytest.skip("this version of transformers looks for adapters in subfolders of the Hub's repositories alone")
     config = tmp_path / "adapters" / "inner" / "adapter_config.json"
     config.write_text(
         json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(tmp_path / "bases")})

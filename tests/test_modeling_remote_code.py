@@ -23,6 +23,7 @@ def generate(folder, prompts):
     assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
     assert type(tokenizer).__module__.startswith("transformers_modules."), type(tokenizer).__module__
     assert "engram_hf" not in sys.modules
+    assert model.write_model_card is None  # the card that transformers writes
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     return model, tokenizer, tokens.tolist()
