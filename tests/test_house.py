@@ -1,6 +1,7 @@
 """The shape of the house: which file may import which, what is public, what a checkpoint is made of."""
 
 import ast
+import importlib
 import importlib.metadata
 import sys
 from pathlib import Path
@@ -118,9 +119,46 @@ def test_nothing_installed_imports_what_is_not():
 # --- what is public
 
 
-def test_public_names():
-    assert engram_hf.__all__ == ["EngramConfig", "EngramForCausalLM", "EngramModel", "EngramTokenizer"]
-    assert all(hasattr(engram_hf, name) for name in engram_hf.__all__)
+PUBLIC_NAMES = {
+    "engram_hf": ["EngramConfig", "EngramForCausalLM", "EngramModel", "EngramTokenizer"],
+    "engram_hf.tokenization": ["CompressionSummary", "EngramTokenizer"],
+    "engram_hf.training": [
+        "RowAdapter",
+        "add_row_adapters",
+        "engram_parameter_groups",
+        "merge_row_adapters",
+        "saved_rows",
+        "touched_rows",
+    ],
+}
+# `python -m engram_hf.convert_scripts.NAME`: what a shell script of today may pass.
+SCRIPTS = {
+    "convert_deepseek_v41": "source target --dequantize-tables --dry-run --dtype --layers --link-tables --revision --verify-only",
+    "convert_engram_demo": (
+        "state backbone target --engram-vocab-size --layer-ids --max-ngram-size --pad-token-id --seed --tokenizer"
+    ),
+    "export_deepseek_v41": "source target --dry-run --record --verify-only",
+}
+
+
+@pytest.mark.parametrize("package", PUBLIC_NAMES)
+def test_public_names(package):
+    """A name that goes, or is new, is a decision: this list is changed by hand."""
+    module = importlib.import_module(package)
+    assert module.__all__ == PUBLIC_NAMES[package]
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_scripts_that_can_be_run():
+    scripts = {path.stem for path in (ROOT / "convert_scripts").glob("*.py") if "def main(" in path.read_text()}
+    assert scripts == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_options_of_a_script(script):
+    parser = importlib.import_module(f"engram_hf.convert_scripts.{script}").build_parser()
+    options = {(action.option_strings or [action.dest])[-1] for action in parser._actions}
+    assert options - {"--help"} == set(SCRIPTS[script].split())
 
 
 HASH = {"model.hashing.multipliers", "model.hashing.primes"}

@@ -32,7 +32,8 @@ def run_tests(folder: Path, arguments: argparse.Namespace) -> dict[str, dict]:
     """Outcome and message of every test, by the name that pytest gives it."""
     outcomes = folder / "outcomes.json"
     outcomes.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "--no-header", "-p", "no:warnings", "--disable-warnings"]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--no-header", "-p", "no:warnings"]
+    command += ["--durations=20"]
     command += ["-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE), "-p", "outcomes", "--outcomes", str(outcomes)]
     command += ["-n", str(arguments.processes)] if arguments.processes > 1 else []
     command += ["-k", arguments.selection] if arguments.selection else []

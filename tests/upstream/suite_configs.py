@@ -18,7 +18,7 @@ def _test(method: str, make_config):
         config = make_config(self.backbone)
         self.model_tester = self  # one of the tests asks for `model_tester.get_config()`
         self.get_config = lambda: make_config(self.backbone)
-        fields = {key: value for key, value in config.to_dict().items() if key not in LEFT_OUT}
+        fields = {key: value for key, value in config.to_dict().items() if key not in LEFT_OUT and value is not None}
         getattr(ConfigTester(self, config_class=type(config), **fields), method)()
 
     return run
