@@ -28,6 +28,7 @@ run-tests: $(VENV)/.installed
 check: $(VENV)/.installed  ## what CI says about style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p .mypy_packages && ln -sfn .. .mypy_packages/engram_hf && ln -sfn ../cli .mypy_packages/engram_cli
 	$(BIN)/mypy
 
 style: $(VENV)/.installed  ## mend style
@@ -44,4 +45,4 @@ $(VENV)/.installed-upstream: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-* .upstream out
+	rm -rf $(VENV) .venv-* .upstream .mypy_packages .mypy_cache out

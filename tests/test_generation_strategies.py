@@ -37,7 +37,12 @@ STRATEGIES = {
         "suppress_tokens": list(range(3, 60)),
         "sequence_bias": [[[100, 101], 5.0]],
     },
-    "rows that end at different steps": {**SHORT, "do_sample": False, "max_new_tokens": 12, "eos_token_id": list(range(3, 30))},
+    "rows that end at different steps": {
+        **SHORT,
+        "do_sample": False,
+        "max_new_tokens": 12,
+        "eos_token_id": list(range(3, 30)),
+    },
     "guidance": {**SHORT, "do_sample": False, "guidance_scale": 1.5},
 }
 

@@ -24,7 +24,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=ROOT / ".upstream", help="folder for what is downloaded")
     parser.add_argument("-n", "--processes", type=int, default=2)
-    parser.add_argument("-k", dest="selection", help="run only matching tests (pytest's -k); no entry is out of date then")
+    parser.add_argument(
+        "-k", dest="selection", help="run only matching tests (pytest's -k); no entry is out of date then"
+    )
     return parser.parse_args()
 
 

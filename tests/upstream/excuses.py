@@ -40,7 +40,9 @@ class Excuses:
         entries = []
         for entry in tomllib.loads(path.read_text(encoding="utf-8")).get("excused", []):
             if not entry.get("reason") or entry.keys() - FIELDS or "test" not in entry:
-                raise ValueError(f"{path.name}: {entry} needs `test` and `reason`, and may have `backbones`, `transformers`.")
+                raise ValueError(
+                    f"{path.name}: {entry} needs `test` and `reason`, and may have `backbones`, `transformers`."
+                )
             if SpecifierSet(entry.get("transformers", "")).contains(version, prereleases=True):
                 entries.append(Excuse(entry["test"], entry["reason"], tuple(entry.get("backbones", ()))))
         return cls(entries)
