@@ -123,7 +123,7 @@ def number_keys(keys: Iterable[str | None], known: np.ndarray) -> np.ndarray:
     """
     keys = list(keys)
     result = known.tolist()
-    numbers: dict[str, int] = {}
+    numbers: dict[str | None, int] = {}
     for key, number in zip(keys, result, strict=False):
         numbers.setdefault(key, number)
     free = max(result, default=-1) + 1

@@ -100,6 +100,3 @@ class Memory_awake(unittest.TestCase):
                     if parameter_name.endswith("table.weight"):
                         parameter.zero_()
                 assert (model(ids).logits - before).abs().max() > 1e-2
-
-
-del _name, CommonTests, ModelTesterMixin, TrainingTesterMixin, TensorParallelTesterMixin

@@ -38,6 +38,3 @@ class Memory_tokenizer(CommonTests, unittest.TestCase):
     """With it."""
 
     tokenizer_class = EngramTokenizer
-
-
-del CommonTests, TokenizerTesterMixin
