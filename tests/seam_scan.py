@@ -110,7 +110,9 @@ def unexported_imports(tree: ast.Module) -> set[str]:
             continue
         host = node.module.partition(".")[0]
         if host in HOSTS and not is_documented(node.module):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names if not _is_exported(host, node, alias.name)}
+            found |= {
+                f"{node.module}.{alias.name}" for alias in node.names if not _is_exported(host, node, alias.name)
+            }
         found |= {f"{node.module}.{alias.name}" for alias in node.names if host in HOSTS and is_private(alias.name)}
     return found
 
