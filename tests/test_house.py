@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_backbones import build
+from version_matrix import constraints_files
 
 import engram_hf
 
@@ -230,6 +231,22 @@ def test_every_room_is_installed():
     expected = ["engram_hf", *("engram_cli" if room == "cli" else f"engram_hf.{room}" for room in rooms)]
     assert sorted(packages) == sorted(expected)
     assert not {name.partition(".")[2] for name in packages} & ROOMS_THAT_ARE_NOT_INSTALLED
+
+
+def test_versions_of_transformers_agree():
+    """The oldest tested version is the one that setup.py allows; the newest is that of `constraints.txt`."""
+    tested = list(constraints_files())
+    (allowed,) = (need for need in setup_arguments()["install_requires"] if need.startswith("transformers"))
+    assert f"{allowed.partition('>=')[2]}.0" == tested[0]
+    assert constraints_files()[tested[-1]] == ROOT / "constraints.txt"
+    assert f"OLDEST := {tested[0]}" in (ROOT / "Makefile").read_text()
+    first, last = (version.rpartition(".")[0] for version in (tested[0], tested[-1]))
+    assert f"transformers {first} to {last}" in (ROOT / "README.md").read_text()
+
+
+def test_types_are_shipped():
+    assert setup_arguments()["package_data"]["engram_hf"] == ["py.typed"]
+    assert (ROOT / "py.typed").read_bytes() == b""
 
 
 def test_python_versions_agree():
