@@ -46,6 +46,9 @@ STRATEGIES = {
     "guidance": {**SHORT, "do_sample": False, "guidance_scale": 1.5},
 }
 
+# Logits of these random models reach 20; steps and one forward add up in other orders.
+CLOSE = {"rtol": 0, "atol": 1e-4}
+
 on_every_backbone = pytest.mark.parametrize("name", BACKBONES)
 in_both_variants = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -84,8 +87,9 @@ def test_left_padded_prompts_go_on_as_without_a_cache(name, variant, strategy):
     ids, mask, options = padded["input_ids"], padded["attention_mask"], STRATEGIES[strategy]
     model = built(name, variant)
     assert agrees(model, options, ids=ids, attention_mask=mask)
-    unmasked = decode(model, options, ids=ids, attention_mask=torch.ones_like(mask))
-    assert not torch.equal(decode(model, options, ids=ids, attention_mask=mask), unmasked)
+    unmasked = decode(model, {**options, "eos_token_id": None}, ids=ids, attention_mask=torch.ones_like(mask))
+    masked = decode(model, {**options, "eos_token_id": None}, ids=ids, attention_mask=mask)
+    assert not torch.equal(masked, unmasked)  # one that ends at its first token could be equal by chance
 
 
 @on_every_backbone
@@ -96,7 +100,7 @@ def test_scores_are_those_of_one_forward(name, variant):
     output = model.generate(ids, **GREEDY, return_dict_in_generate=True, output_logits=True)
     with torch.no_grad():
         whole = model(output.sequences, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
-    torch.testing.assert_close(torch.stack(output.logits, 1), whole, rtol=0, atol=2e-5)
+    torch.testing.assert_close(torch.stack(output.logits, 1), whole, **CLOSE)
 
 
 @on_every_backbone
@@ -194,7 +198,7 @@ def test_candidates_may_be_sampled(name, variant):
     output = decode(model, options, ids=ids)
     with torch.no_grad():
         whole = model(output.sequences, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
-    torch.testing.assert_close(torch.stack(output.logits, 1), whole, rtol=0, atol=2e-5)
+    torch.testing.assert_close(torch.stack(output.logits, 1), whole, **CLOSE)
 
 
 @on_every_backbone
