@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from engram_hf.configuration_engram import EngramConfig
     from engram_hf.hashing_engram import NgramHasher
     from engram_hf.table_format_engram import StoredTable
@@ -132,7 +134,8 @@ def check_model(folder: Path) -> "tuple[NgramHasher, dict[int, StoredTable]]":
     """
     from engram_hf.table_format_engram import require_fit, require_same_hash
 
-    config, stored, tables = read_config(folder), read_stored_tables(folder), {}
+    config, stored = read_config(folder), read_stored_tables(folder)
+    tables: dict[int, StoredTable] = {}
     hasher = _read_hasher(folder, config)
     for index, (layer, rows) in enumerate(zip(config.engram_layer_ids, config.engram_num_embeddings, strict=True)):
         table = tables[layer] = require_fit(stored, layer, rows, config.engram_head_dim, config.engram_table_dtype)
@@ -151,7 +154,8 @@ def _read_hasher(folder: Path, config: "EngramConfig") -> "NgramHasher":
     from engram_hf.safetensors_engram import read_header
 
     hasher = NgramHasher.from_config(config)
-    expected, state = hasher.state_dict(), {}
+    expected = hasher.state_dict()
+    state: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         names = {name.rpartition(".")[2]: name for name in read_header(path).tensors if ".hashing." in f".{name}"}
         with safe_open(path, framework="pt") as file:

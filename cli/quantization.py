@@ -90,9 +90,9 @@ def quantize_model(folder: Path, target: Path, dtype: str) -> None:
             _pass_on_weights(shard, target, moved.get(shard.path, {}), bar.update)
     _copy_documents(folder, target)
     _rewrite_card(folder, target, dtype)
-    index = find_index(folder)
-    if index is not None:
-        write_json(target / index.name, _index_without(index, moved))
+    weight_index = find_index(folder)
+    if weight_index is not None:
+        write_json(target / weight_index.name, _index_without(weight_index, moved))
     write_manifest(target, entries)
     write_json(
         target / "config.json", {**read_json(folder / "config.json", constants=True), "engram_table_dtype": dtype}

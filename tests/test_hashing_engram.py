@@ -559,9 +559,9 @@ def test_a_plain_tokenizer_without_the_package_is_refused(plain_tokenizer, monke
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_equals_cpu(known):
-    hasher, layers = known
-    ids = hasher.compress(torch.tensor([layers[0]["row_ids"][0]["input_ids"]]))
+@pytest.mark.parametrize("variant", ["paper", "v4.1"])
+def test_cuda_equals_cpu(variant):
+    hasher, ids = built("llama", variant).model.hashing, random_ids(2, 40)
     large = torch.randint(0, 2**62, (2, 40), generator=torch.Generator().manual_seed(0))
     for case in (ids, ids.masked_fill(torch.arange(ids.shape[1]) == 5, DEAD), large):
         assert torch.equal(hasher(case.cuda()).cpu(), hasher(case))

@@ -1,12 +1,14 @@
 """The shape of the house: which file may import which, what is public, what a checkpoint is made of."""
 
 import ast
+import importlib
 import importlib.metadata
 import sys
 from pathlib import Path
 
 import pytest
 from tiny_backbones import build
+from version_matrix import constraints_files
 
 import engram_hf
 
@@ -138,9 +140,46 @@ def test_nothing_installed_imports_what_is_not():
 # --- what is public
 
 
-def test_public_names():
-    assert engram_hf.__all__ == ["EngramConfig", "EngramForCausalLM", "EngramModel", "EngramTokenizer"]
-    assert all(hasattr(engram_hf, name) for name in engram_hf.__all__)
+PUBLIC_NAMES = {
+    "engram_hf": ["EngramConfig", "EngramForCausalLM", "EngramModel", "EngramTokenizer"],
+    "engram_hf.tokenization": ["CompressionSummary", "EngramTokenizer"],
+    "engram_hf.training": [
+        "RowAdapter",
+        "add_row_adapters",
+        "engram_parameter_groups",
+        "merge_row_adapters",
+        "saved_rows",
+        "touched_rows",
+    ],
+}
+# `python -m engram_hf.convert_scripts.NAME`: what a shell script of today may pass.
+SCRIPTS = {
+    "convert_deepseek_v41": "source target --dequantize-tables --dry-run --dtype --layers --link-tables --revision --verify-only",
+    "convert_engram_demo": (
+        "state backbone target --engram-vocab-size --layer-ids --max-ngram-size --pad-token-id --seed --tokenizer"
+    ),
+    "export_deepseek_v41": "source target --dry-run --record --verify-only",
+}
+
+
+@pytest.mark.parametrize("package", PUBLIC_NAMES)
+def test_public_names(package):
+    """A name that goes, or is new, is a decision: this list is changed by hand."""
+    module = importlib.import_module(package)
+    assert module.__all__ == PUBLIC_NAMES[package]
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_scripts_that_can_be_run():
+    scripts = {path.stem for path in (ROOT / "convert_scripts").glob("*.py") if "def main(" in path.read_text()}
+    assert scripts == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_options_of_a_script(script):
+    parser = importlib.import_module(f"engram_hf.convert_scripts.{script}").build_parser()
+    options = {(action.option_strings or [action.dest])[-1] for action in parser._actions}
+    assert options - {"--help"} == set(SCRIPTS[script].split())
 
 
 HASH = {"model.hashing.multipliers", "model.hashing.primes"}
@@ -212,6 +251,22 @@ def test_every_room_is_installed():
     expected = ["engram_hf", *("engram_cli" if room == "cli" else f"engram_hf.{room}" for room in rooms)]
     assert sorted(packages) == sorted(expected)
     assert not {name.partition(".")[2] for name in packages} & ROOMS_THAT_ARE_NOT_INSTALLED
+
+
+def test_versions_of_transformers_agree():
+    """The oldest tested version is the one that setup.py allows; the newest is that of `constraints.txt`."""
+    tested = list(constraints_files())
+    (allowed,) = (need for need in setup_arguments()["install_requires"] if need.startswith("transformers"))
+    assert f"{allowed.partition('>=')[2]}.0" == tested[0]
+    assert constraints_files()[tested[-1]].samefile(ROOT / "constraints.txt")
+    assert f"OLDEST := {tested[0]}" in (ROOT / "Makefile").read_text()
+    first, last = (version.rpartition(".")[0] for version in (tested[0], tested[-1]))
+    assert f"transformers {first} to {last}" in (ROOT / "README.md").read_text()
+
+
+def test_types_are_shipped():
+    assert setup_arguments()["package_data"]["engram_hf"] == ["py.typed"]
+    assert (ROOT / "py.typed").read_bytes() == b""
 
 
 def test_python_versions_agree():
