@@ -7,6 +7,8 @@ Fields carry the names of the release's `text_config`. Keys this model does not 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
+from .safetensors_engram import EngramError
+
 # The cache layer of `cache_deepseek_v41.py` registers itself with transformers under this name.
 LAYER_TYPE = "deepseek_v41_attention"
 
@@ -211,10 +213,10 @@ class DeepseekV41TextConfig(PreTrainedConfig):
         for name in _POSITIVE_INTEGERS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+                raise EngramError(f"`{name}` must be a positive integer, got {value!r}.")
         for name, expected in _FIXED.items():
             if getattr(self, name) != expected:
-                raise ValueError(f"`{name}` must be {expected!r} for DeepSeek-V4.1, got {getattr(self, name)!r}.")
+                raise EngramError(f"`{name}` must be {expected!r} for DeepSeek-V4.1, got {getattr(self, name)!r}.")
         rules = (
             (self.num_attention_heads % self.o_groups, "num_attention_heads", f"be a multiple of `o_groups` {self.o_groups}"),
             (self.qk_rope_head_dim % 2, "qk_rope_head_dim", "be even, since channels are rotated in pairs"),
@@ -231,18 +233,18 @@ class DeepseekV41TextConfig(PreTrainedConfig):
         )  # fmt: skip
         for broken, name, rule in rules:
             if broken:
-                raise ValueError(f"`{name}` must {rule}, got {getattr(self, name)}.")
+                raise EngramError(f"`{name}` must {rule}, got {getattr(self, name)}.")
 
     def _check_schedule(self):
         layers, ratios = self.num_hidden_layers, self.compress_ratios
         if len(ratios) < layers or any(not isinstance(ratio, int) or ratio < 0 for ratio in ratios):
-            raise ValueError(
+            raise EngramError(
                 f"`compress_ratios` must give each of {layers} layers a ratio of 0 or more, got {ratios}."
             )
         for name in ("kv_source_layer_ids", "index_source_layer_ids"):
             ids = getattr(self, name)
             if ids != sorted(set(ids)) or any(not 0 <= layer < layers or not ratios[layer] for layer in ids):
-                raise ValueError(
+                raise EngramError(
                     f"`{name}` must be ascending layers below `num_hidden_layers` {layers} with a compress ratio above "
                     f"0, got {ids}."
                 )
@@ -251,20 +253,20 @@ class DeepseekV41TextConfig(PreTrainedConfig):
     def _check_sources(self):
         kv, index, ratios = self.kv_source_layer_ids, self.index_source_layer_ids, self.compress_ratios
         if not set(kv) <= set(index):
-            raise ValueError(
+            raise EngramError(
                 "Every layer of `kv_source_layer_ids` must be in `index_source_layer_ids` too, because positions chosen "
                 f"among older latents mean nothing for new ones; got {kv} and {index}."
             )
         for layer in range(self.num_hidden_layers):
             source = self.source_of(layer, kv)
             if ratios[layer] and (source is None or ratios[source] != ratios[layer]):
-                raise ValueError(
+                raise EngramError(
                     f"Layer {layer} has compress ratio {ratios[layer]}, so the latest of `kv_source_layer_ids` {kv} at or "
                     f"before it must exist and have the same ratio; `compress_ratios` is {ratios}."
                 )
         candidates = self.candidate_source_layer_id
         if candidates is not None and (candidates not in index or any(layer > candidates for layer in kv)):
-            raise ValueError(
+            raise EngramError(
                 f"`candidate_source_layer_id` must be one of `index_source_layer_ids` {index} with no KV source "
                 f"{kv} after it, got {candidates}."
             )
@@ -285,9 +287,9 @@ class DeepseekV41TextConfig(PreTrainedConfig):
         kind = parameters.get("rope_type")
         missing = {"factor", "original_max_position_embeddings"} - parameters.keys()
         if kind not in ("default", "yarn"):
-            raise ValueError(f"`rope_parameters[{name!r}]` must have `rope_type` 'default' or 'yarn', got {kind!r}.")
+            raise EngramError(f"`rope_parameters[{name!r}]` must have `rope_type` 'default' or 'yarn', got {kind!r}.")
         if kind == "yarn" and missing:
-            raise ValueError(f"YaRN in `rope_parameters[{name!r}]` (`rope_scaling`) needs {sorted(missing)}.")
+            raise EngramError(f"YaRN in `rope_parameters[{name!r}]` (`rope_scaling`) needs {sorted(missing)}.")
 
 
 # A transformers release that brings its own keeps its place.

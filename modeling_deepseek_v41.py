@@ -41,6 +41,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_deepseek_v41 import DeepseekV41CacheLayer, RowLayout, gather_rows, layer_cache, row_layout
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
+from .safetensors_engram import EngramError
 from .table_engram import E4M3_MAX, exponent_above
 
 # Elements of the largest intermediate of one block of queries: 64 MB in float32.
@@ -664,10 +665,14 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
             ValueError: for inputs of another shape, position ids that skip, and a cache of another model.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+            raise EngramError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise EngramError(
+                "DeepSeek-V4.1 has no attention matrix to return: each query chooses its own keys. Leave `output_attentions` out."
+            )
         inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if image_mask is not None and image_mask.shape != inputs_embeds.shape[:2]:
-            raise ValueError(
+            raise EngramError(
                 f"`image_mask` must have one entry per token, {list(inputs_embeds.shape[:2])}; got "
                 f"{list(image_mask.shape)}."
             )
