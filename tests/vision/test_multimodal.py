@@ -204,9 +204,9 @@ def test_half_a_tower_is_told(model, tmp_path):
 
 def test_images_and_positions_must_match(model, answers):
     inputs = inputs_of(answers, "two")
-    with pytest.raises(ValueError, match="34 image positions .* fill 0"):
+    with pytest.raises(ValueError, match=r"34 image positions .* fill 0"):
         model(inputs["input_ids"])
-    with pytest.raises(ValueError, match="0 image positions .* fill 34"):
+    with pytest.raises(ValueError, match=r"0 image positions .* fill 34"):
         model(inputs["input_ids"][:, :10], **{name: inputs[name] for name in ("pixel_values", "image_grid_hws")})
     with pytest.raises(ValueError, match="33 image positions"):
         model(**{**inputs, "input_ids": inputs["input_ids"].index_fill(1, torch.tensor([11]), 5)})
