@@ -39,25 +39,27 @@ class DeepseekV41Processor(ProcessorMixin):
         """Open the images and bring them into one list; see `ProcessorMixin`.
 
         Raises:
-            ValueError: a text has another number of placeholders than its list has images.
+            ValueError: texts and images do not match.
         """
         images, text, *others = super().prepare_inputs_layout(images, text, *args, **kwargs)
-        if images is None:
-            return images, text, *others
-        texts = text if isinstance(text, list) else []
-        if (
-            isinstance(images, (list, tuple))
-            and len(images) == len(texts) > 0
-            and all(isinstance(part, (list, tuple)) for part in images)
-        ):
-            for index, (part, words) in enumerate(zip(images, texts, strict=True)):
-                placeholders = words.count(self.image_token)
-                if placeholders != len(part):
-                    raise ValueError(
-                        f"Text {index} has {placeholders} placeholders {self.image_token}, but {len(part)} images; give "
-                        "each image one placeholder, in order."
-                    )
-        return flatten_images(images) or None, text, *others
+        if text is not None:
+            self._check_counts(images, text)
+        return flatten_images([] if images is None else images) or None, text, *others
+
+    def _check_counts(self, images, texts: list[str]) -> None:
+        """Every placeholder has its image, in its own text if there is a list of images for each text."""
+        placeholders = [text.count(self.image_token) for text in texts if isinstance(text, str)]
+        given = images if isinstance(images, (list, tuple)) else [] if images is None else [images]
+        if len(given) == len(placeholders) and all(isinstance(part, (list, tuple)) for part in given):
+            counts = [len(part) for part in given]
+        else:
+            placeholders, counts = [sum(placeholders)], [len(flatten_images(given))]
+        for number, (expected, count) in enumerate(zip(placeholders, counts, strict=True)):
+            if expected != count:
+                where = f"Text {number} has" if len(counts) > 1 else "The text has"
+                raise ValueError(
+                    f"{where} {expected} placeholders {self.image_token} for {count} images; give each image one, in order."
+                )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholder, once for every position of image number `image_idx`."""
