@@ -9,6 +9,7 @@ Letters used for shapes: N patches of all images, I images, P pixels on a patch'
 
 import base64
 import binascii
+import contextlib
 import io
 import math
 from pathlib import Path
@@ -328,9 +329,11 @@ def _shortened(place: str) -> str:
     return repr(place if len(place) <= 80 else f"{place[:60]}...")
 
 
-AutoImageProcessor.register(
-    DeepseekV41VisionConfig, image_processor_classes={"pil": DeepseekV41ImageProcessor}, exist_ok=True
-)
+# Where Pillow (with some releases of transformers, torchvision) is missing, there is no AutoImageProcessor to register with.
+with contextlib.suppress(ImportError):
+    AutoImageProcessor.register(
+        DeepseekV41VisionConfig, image_processor_classes={"pil": DeepseekV41ImageProcessor}, exist_ok=True
+    )
 DeepseekV41ImageProcessor.register_for_auto_class()
 
 __all__ = ["DeepseekV41ImageProcessor"]

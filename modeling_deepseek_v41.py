@@ -286,12 +286,9 @@ class DeepseekV41Attention(nn.Module):
         state = DeepseekV41CacheLayer() if past_key_values is None else layer_cache(past_key_values, self.layer_idx)
         cos, sin = position_embeddings[self.rope_type]
         x = layout.compact(hidden_states)
-        q_latent = self.q_a_norm(self.q_a_proj(x))
-        query = rotate(self.q_b_proj(q_latent).view(*x.shape[:2], self.num_heads, self.head_dim), cos, sin)
-        latents = rotate(self.kv_norm(self.kv_proj(x)), cos, sin)
-        latents = round_fp8(latents) if self.config.cache_rounding else latents
+        q_latent, query = self._query(x, cos, sin)
         history = max(self.config.sliding_window, self.ratio) - 1
-        window, _ = state.update(latents.unsqueeze(1), layout=layout, history=history)
+        window, _ = state.update(self.latents(x, cos, sin).unsqueeze(1), layout=layout, history=history)
         if self.compressor is not None:
             shared = self._compress(x, state, layout)
         if self.indexer is not None:
@@ -300,9 +297,22 @@ class DeepseekV41Attention(nn.Module):
             shared = shared._replace(selected=selected, candidates=candidates)
         read = shared if self.ratio else SharedAttention()
         output = self._attend(query, window.squeeze(1), layout.positions, read.latents, read.selected)
-        output = rotate(output, cos, -sin).reshape(*x.shape[:2], self.config.o_groups, -1)
-        output = self.o_b_proj(self.o_a_proj(output).flatten(2))
-        return layout.restore(output), shared
+        return layout.restore(self._output(output, cos, sin)), shared
+
+    def _query(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The low-rank latents `[B, S, q_lora_rank]`, and the rotated queries `[B, S, H, D]`."""
+        q_latent = self.q_a_norm(self.q_a_proj(x))
+        return q_latent, rotate(self.q_b_proj(q_latent).view(*x.shape[:2], self.num_heads, self.head_dim), cos, sin)
+
+    def latents(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """What later queries read of the tokens `x` `[B, S, hidden]`: `[B, S, D]`, rotated and rounded."""
+        latents = rotate(self.kv_norm(self.kv_proj(x)), cos, sin)
+        return round_fp8(latents) if self.config.cache_rounding else latents
+
+    def _output(self, output: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """`[B, S, H, D]` to `[B, S, hidden]`; values were keys, so the rotation is taken back."""
+        output = rotate(output, cos, -sin).reshape(*output.shape[:2], self.config.o_groups, -1)
+        return self.o_b_proj(self.o_a_proj(output).flatten(2))
 
     def _compress(self, x: torch.Tensor, state: DeepseekV41CacheLayer, layout: RowLayout) -> SharedAttention:
         """Pool the groups that complete in this call, and return all compressed positions so far."""
@@ -413,6 +423,12 @@ class DeepseekV41HyperConnection(DeepseekV4HyperConnection):
         return pre.sigmoid() + self.hc_eps, 2 * post.sigmoid(), comb
 
 
+def open_streams(embeds: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equal streams `[B, S, N, hidden]` of embeddings, and the first collapse weights `[B, S, N]`: the first stream's."""
+    pre = F.one_hot(embeds.new_zeros(embeds.shape[:2], dtype=torch.long), count).float()
+    return embeds.unsqueeze(2).repeat(1, 1, count, 1), pre
+
+
 def collapse(streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     """`[B, S, N, hidden]` and weights `[B, S, N]` to `[B, S, hidden]`, summed in float32."""
     return (pre.unsqueeze(-1) * streams).sum(dim=2).to(streams.dtype)
@@ -489,10 +505,12 @@ class DeepseekV41SparseMoeBlock(nn.Module):
 class DeepseekV41DecoderLayer(GradientCheckpointingLayer):
     """Attention and mixture of experts, on residual streams."""
 
+    _attention_class = DeepseekV41Attention
+
     def __init__(self, config: DeepseekV41TextConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.self_attn = DeepseekV41Attention(config, layer_idx)
+        self.self_attn = self._attention_class(config, layer_idx)
         self.mlp = DeepseekV41SparseMoeBlock(config)
         self.input_layernorm = DeepseekV4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekV4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -625,10 +643,7 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         layout = row_layout(inputs_embeds, attention_mask, position_ids, layer_cache(past_key_values, 0))
-        streams = inputs_embeds.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
-        pre = F.one_hot(
-            inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long), self.config.hc_mult
-        ).float()
+        streams, pre = open_streams(inputs_embeds, self.config.hc_mult)
         shared = SharedAttention()
         angles = self._position_embeddings(layout)
         for layer in self.layers[: self.config.num_hidden_layers]:

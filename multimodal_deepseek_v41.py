@@ -202,6 +202,45 @@ class DeepseekV41ForConditionalGeneration(DeepseekV41TextForCausalLM):
             **kwargs,
         )
 
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """As usual; images are given with the prompt alone."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if inputs.get("pixel_values") is None:
+            inputs.pop("image_grid_hws", None)
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
+    ):
+        """As in transformers; where it does not encode images beforehand (before 5.20), they are repeated row by row."""
+        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_hws")}
+        expanded, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if images["pixel_values"] is not None and expand_size > 1:
+            images = self._repeat_images(input_ids, expand_size, **images)
+        return expanded, model_kwargs | {name: tensor for name, tensor in images.items() if tensor is not None}
+
+    def _repeat_images(self, input_ids, times: int, pixel_values, image_grid_hws) -> dict[str, torch.Tensor]:
+        """The images of a batch whose rows are repeated `times` times, one behind the other."""
+        ratio = self.config.vision_config.downsample_ratio
+        ends = self.model.get_image_mask(input_ids).sum(-1).cumsum(0)
+        windows = -(-image_grid_hws // ratio)
+        tokens = windows[:, 0] * (windows[:, 1] + 1) + 2
+        row_of_image = torch.searchsorted(ends, tokens.cumsum(0).to(ends.device)).tolist()
+        patches = pixel_values.split(image_grid_hws.prod(-1).tolist())
+        order = [
+            image
+            for row in range(len(input_ids))
+            for _ in range(times)
+            for image, owner in enumerate(row_of_image)
+            if owner == row
+        ]
+        return {
+            "pixel_values": torch.cat([patches[image] for image in order]),
+            "image_grid_hws": image_grid_hws[order],
+        }
+
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
         """As in transformers; the image id is never generated."""
         processors = LogitsProcessorList([*(logits_processor or []), ForbidImageToken(self.config.image_token_id)])

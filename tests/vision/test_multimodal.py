@@ -125,8 +125,10 @@ def test_generate(model, answers, options):
     new = model.generate(**inputs, max_new_tokens=6, eos_token_id=None, pad_token_id=2, **options)
     width, copies = inputs["input_ids"].shape[1], options.get("num_return_sequences", 1)
     assert new.shape == (2 * copies, width + 6)
+    greedy = model.generate(**inputs, max_new_tokens=6, eos_token_id=None, pad_token_id=2)
+    if copies > 1:
+        assert torch.equal(new, greedy.repeat_interleave(copies, dim=0))
     if options.get("num_beams"):
-        greedy = model.generate(**inputs, max_new_tokens=6, eos_token_id=None, pad_token_id=2)
         assert score(model, inputs, new) >= score(model, inputs, greedy) - 1e-3
         return
     row = inputs["attention_mask"][0].bool()  # the first row, without a cache

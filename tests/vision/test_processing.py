@@ -9,14 +9,19 @@ import jinja2
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from engram_hf.convert_scripts.convert_deepseek_v41 import TEMPLATE
 from engram_hf.image_processing_deepseek_v41 import DeepseekV41ImageProcessor
 from engram_hf.processing_deepseek_v41 import IMAGE_TOKEN, DeepseekV41Processor
 
 IMAGE = 1277
+needs_auto_image_processor = pytest.mark.skipif(
+    getattr(AutoImageProcessor, "is_dummy", False), reason="AutoImageProcessor of this transformers needs torchvision"
+)
 
 
 @pytest.fixture
@@ -134,6 +139,9 @@ def test_a_batch_of_conversations(processor, images):
     assert torch.equal(inputs["input_ids"][2, -length:], alone["input_ids"][0])
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"), reason="this transformers marks by unexpanded text"
+)
 def test_the_assistant_mask_knows_of_images(processor, images):
     messages = [
         {"role": "user", "content": [{"type": "image", "image": images["a"]}, {"type": "text", "text": "What?"}]},
@@ -167,6 +175,7 @@ def test_text_alone(processor):
 # --- saving and remote code
 
 
+@needs_auto_image_processor
 def test_saved_and_loaded(processor, images, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
@@ -190,6 +199,7 @@ print(int((inputs["input_ids"] == 1277).sum()), inputs["image_grid_hws"].tolist(
 """
 
 
+@needs_auto_image_processor
 def test_remote_code(processor, tmp_path, monkeypatch):
     """The folder has all that is needed where this package is not installed."""
     processor.save_pretrained(tmp_path / "processor")
