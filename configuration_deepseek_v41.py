@@ -94,6 +94,11 @@ class DeepseekV41TextConfig(PreTrainedConfig):
             tower; [`DeepseekV41TextForCausalLM`] opens the same checkpoint as text.
         image_token_id (`int`, *optional*):
             The id that every position of an image has.
+        draft (`bool`):
+            Whether the model holds the draft layers that `generate(use_mtp=True)` needs. Without, they are loaded when they
+            are first used, from the folder that the model came from.
+        dspark_confidence_threshold (`float`, *optional*):
+            Drafting stops before a token whose predicted probability of being accepted is below this. None: never.
         cache_rounding (`bool`):
             Whether the latents and index vectors are rounded to FP8 / FP4, as the release was trained. Off only to
             compare implementations: rounding is a step function, so tiny differences otherwise show as large ones.
@@ -167,6 +172,8 @@ class DeepseekV41TextConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     vision_config: dict | PreTrainedConfig | None = None
     image_token_id: int | None = None
+    draft: bool = False
+    dspark_confidence_threshold: float | None = None
 
     def __post_init__(self, **kwargs):
         if isinstance(self.vision_config, dict):
