@@ -214,6 +214,12 @@ class DeepseekV41TextConfig(PreTrainedConfig):
         for name, parameters in self.rope_parameters.items():
             self._check_rope(name, parameters)
 
+    def validate_layer_type(self):
+        """The layer types are this model's own; [`~DeepseekV41TextConfig.validate`] checks the schedule behind them."""
+
+    def validate_rope(self, *args, **kwargs):
+        """The layout is this model's own; [`~DeepseekV41TextConfig.validate`] checks it."""
+
     def standardize_rope_params(self):
         """Both dicts are complete by construction; filling in flat keys beside them would only add noise."""
 

@@ -87,6 +87,16 @@ def check_limits(max_image_tokens: int, min_pixels: int, max_wh_ratio: float | N
         raise ValueError(f"`max_wh_ratio` is {max_wh_ratio}; give at least 1 (width for a height of 1), or None.")
 
 
+def known_copies(config_class: type) -> set[type]:
+    """The config class, and its other copy if there is one: as remote code, this file can be loaded beside the package's.
+
+    Configs are of the copy that is registered under the model type, so model classes register for both.
+    """
+    registered = CONFIG_MAPPING[config_class.model_type]
+    is_copy = registered.__module__.rpartition(".")[2] == config_class.__module__.rpartition(".")[2]
+    return {config_class, registered} if is_copy else {config_class}
+
+
 # A transformers release that brings its own keeps its place.
 if DeepseekV41VisionConfig.model_type not in CONFIG_MAPPING:
     AutoConfig.register(DeepseekV41VisionConfig.model_type, DeepseekV41VisionConfig)

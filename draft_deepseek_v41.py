@@ -41,6 +41,19 @@ def has_drafts(config: DeepseekV41TextConfig) -> bool:
     return bool(getattr(config, "num_nextn_predict_layers", 0))
 
 
+def require_readable_features(config) -> None:
+    """Refuse a model whose features cannot be read from the outside.
+
+    Raises:
+        ValueError: memory is added to the streams of a layer that the draft layers read, behind where they can be read.
+    """
+    both = set(getattr(config, "dspark_target_layer_ids", None) or ()) & set(getattr(config, "engram_layer_ids", ()))
+    if both:
+        raise ValueError(
+            f"The draft layers read layers {sorted(both)}, in front of which memory stands; generate without `use_mtp`."
+        )
+
+
 def draft_layers_config(config: DeepseekV41TextConfig) -> DeepseekV41TextConfig:
     """The config of the draft layers: the text model's, with the window alone, and with their own experts.
 
@@ -133,13 +146,13 @@ class DeepseekV41DraftModel(DeepseekV41PreTrainedModel):
 
     Args:
         config: the text model's.
+        among_others: whether it is to be loaded from the folder of a whole model, whose other tensors are not its own.
     """
 
     base_model_prefix = "draft"
     _no_split_modules = ["DeepseekV41DraftLayer"]  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [r"^(?!draft\.)"]  # noqa: RUF012 (a folder's other tensors are the text model's)
 
-    def __init__(self, config: DeepseekV41TextConfig):
+    def __init__(self, config: DeepseekV41TextConfig, among_others: bool = False):
         super().__init__(config)
         layers = draft_layers_config(config)
         hidden, rank = config.hidden_size, config.dspark_markov_rank
@@ -152,6 +165,8 @@ class DeepseekV41DraftModel(DeepseekV41PreTrainedModel):
         self.confidence_head = nn.Linear(hidden + rank, 1, bias=False)
         self.rotary_emb = DeepseekV4RotaryEmbedding(config)
         self.post_init()
+        if among_others:
+            self._keys_to_ignore_on_load_unexpected.add(r"^(?!draft\.)")
 
     def new_context(self) -> DraftContext:
         """An empty context."""

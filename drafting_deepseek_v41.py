@@ -33,12 +33,16 @@ class DraftReport:
     def acceptance(self) -> list[float]:
         """By position in the block, the share of rounds that drafted so far in which the draft was accepted."""
         longest = max((drafted for drafted, _ in self.rounds), default=0)
-        reached = [[accepted > place for drafted, accepted in self.rounds if drafted > place] for place in range(longest)]
+        reached = [
+            [accepted > place for drafted, accepted in self.rounds if drafted > place] for place in range(longest)
+        ]
         return [sum(part) / len(part) for part in reached]
 
     def __str__(self) -> str:
         places = ", ".join(f"{share:.2f}" for share in self.acceptance)
-        return f"{self.tokens_per_round:.2f} tokens a round in {len(self.rounds)} rounds; accepted by position: {places}"
+        return (
+            f"{self.tokens_per_round:.2f} tokens a round in {len(self.rounds)} rounds; accepted by position: {places}"
+        )
 
 
 class DeepseekV41CandidateGenerator(CandidateGenerator):
@@ -110,19 +114,18 @@ class DeepseekV41CandidateGenerator(CandidateGenerator):
     def _read(self, outputs, attention_mask: torch.Tensor | None, matches: int) -> None:
         """Extend the context by the positions that the text model has passed since, as far as their tokens turned out right."""
         streams = [outputs.hidden_states[layer] for layer in self.targets]
+        passed = streams[0].shape[1]
         if self.context.length:
             streams = [part[:, : matches + 1] for part in streams]
         elif attention_mask is not None:
-            # Padding in front of the prompt is no position.
-            real = attention_mask[0, : streams[0].shape[1]].bool()
+            # Padding in front of the prompt is no position. (The mask covers the token that was chosen since, too.)
+            real = attention_mask[0, -passed - 1 : -1].bool()
             streams = [part[:, real.to(part.device)] for part in streams]
-        newest = self.context.window
-        skipped = max(0, streams[0].shape[1] - newest)
         # Positions out of the window's reach count, and are not looked at.
+        skipped = max(0, streams[0].shape[1] - self.context.window)
         self.context.length += skipped
-        device = self.draft.device
-        features = torch.cat([part[:, skipped:].float().mean(2).to(device, part.dtype) for part in streams], dim=-1)
-        self.draft.extend(self.context, features)
+        features = [part[:, skipped:].float().mean(2).to(self.draft.device, part.dtype) for part in streams]
+        self.draft.extend(self.context, torch.cat(features, dim=-1))
 
     def _confident(self, drafts: Drafts) -> int:
         """How many drafts come before the first that is likely to be refused."""

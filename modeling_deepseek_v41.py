@@ -19,14 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, Cache, DynamicCache, initialization
+from transformers import AutoModel, Cache, DynamicCache, initialization
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4Experts,
-    DeepseekV4ForCausalLM,
     DeepseekV4GroupedLinear,
     DeepseekV4HyperConnection,
     DeepseekV4MLP,
@@ -41,6 +39,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_deepseek_v41 import DeepseekV41CacheLayer, RowLayout, gather_rows, layer_cache, row_layout
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
+from .configuration_vision_deepseek_v41 import known_copies
 from .rounding_deepseek_v41 import round_fp8, round_mxfp4, round_nvfp4
 
 # Elements of the largest intermediate of one block of queries: 64 MB in float32.
@@ -677,40 +676,8 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
         return {kind: self.rotary_emb(like, layout.positions, layer_type=kind) for kind in ("main", "compress")}
 
 
-class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausalLM):
-    """The backbone with a language-model head; DeepSeek-V4's forward, loss and auxiliary loss around our decoder."""
+# The key is our own config class, so nothing of a later transformers release is replaced.
+for _config in known_copies(DeepseekV41TextConfig):
+    AutoModel.register(_config, DeepseekV41TextModel, exist_ok=True)
 
-    _model_class = DeepseekV41TextModel
-
-    def __init__(self, config: DeepseekV41TextConfig):
-        # Past DeepSeek-V4's constructor, which would build DeepSeek-V4's decoder.
-        super(DeepseekV4ForCausalLM, self).__init__(config)
-        self.model = self._model_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.router_aux_loss_coef = config.router_aux_loss_coef
-        self.num_experts = config.n_routed_experts
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.post_init()
-
-    def prepare_inputs_for_generation(self, input_ids, *args, image_mask=None, **kwargs):
-        """As usual; an `image_mask` of the prompt is cut to the tokens of this step, and generated tokens are text."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        if image_mask is not None:
-            ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            missing = max(0, input_ids.shape[1] - image_mask.shape[1])
-            inputs["image_mask"] = F.pad(image_mask, (0, missing))[:, -ids.shape[1] :]
-        return inputs
-
-
-# The keys are our own config class, so nothing of a later transformers release is replaced. As remote code this file's
-# config class can be a second copy of the one that is registered under the model type; configs are of the first.
-_registered = CONFIG_MAPPING[DeepseekV41TextConfig.model_type]
-for _config in {DeepseekV41TextConfig, _registered}:
-    if _config.__module__.rpartition(".")[2] == DeepseekV41TextConfig.__module__.rpartition(".")[2]:
-        AutoModel.register(_config, DeepseekV41TextModel, exist_ok=True)
-        AutoModelForCausalLM.register(_config, DeepseekV41TextForCausalLM, exist_ok=True)
-# Trainer looks here for whether labels are to be shifted when it smooths them.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(DeepseekV41TextConfig.model_type, DeepseekV41TextForCausalLM.__name__)
-
-__all__ = ["DeepseekV41PreTrainedModel", "DeepseekV41TextForCausalLM", "DeepseekV41TextModel"]
+__all__ = ["DeepseekV41PreTrainedModel", "DeepseekV41TextModel"]

@@ -10,8 +10,10 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
+from .causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
-from .modeling_deepseek_v41 import DeepseekV41TextForCausalLM, DeepseekV41TextModel
+from .configuration_vision_deepseek_v41 import known_copies
+from .modeling_deepseek_v41 import DeepseekV41TextModel
 from .vision_deepseek_v41 import DeepseekV41VisionModel
 
 
@@ -158,7 +160,6 @@ class DeepseekV41ForConditionalGeneration(DeepseekV41TextForCausalLM):
     """Text from text and images: [`DeepseekV41Model`] with the language-model head."""
 
     input_modalities = ("image", "text")
-    _keys_to_ignore_on_load_unexpected = None
     _no_split_modules = DeepseekV41Model._no_split_modules
     _model_class = DeepseekV41Model
 
@@ -247,6 +248,7 @@ class DeepseekV41ForConditionalGeneration(DeepseekV41TextForCausalLM):
         return super().generate(inputs, generation_config, processors, *args, **kwargs)
 
 
-AutoModelForImageTextToText.register(DeepseekV41TextConfig, DeepseekV41ForConditionalGeneration, exist_ok=True)
+for _config in known_copies(DeepseekV41TextConfig):
+    AutoModelForImageTextToText.register(_config, DeepseekV41ForConditionalGeneration, exist_ok=True)
 
 __all__ = ["DeepseekV41ForConditionalGeneration", "DeepseekV41Model"]

@@ -40,6 +40,8 @@ FAMILIES = [
         "cache_deepseek_v41",
         "modeling_deepseek_v41",
         "draft_deepseek_v41",
+        "drafting_deepseek_v41",
+        "causal_lm_deepseek_v41",
         "vision_deepseek_v41",
         "multimodal_deepseek_v41",
         "image_processing_deepseek_v41",

@@ -8,9 +8,9 @@ from deepseek_v41_reference import load_release, text_state_dict
 from draft_weights import draft_state_dict
 from safetensors.torch import load_file
 
+from engram_hf.causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from engram_hf.configuration_deepseek_v41 import DeepseekV41TextConfig
 from engram_hf.draft_deepseek_v41 import DeepseekV41DraftModel
-from engram_hf.modeling_deepseek_v41 import DeepseekV41TextForCausalLM
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from reference_weights import model_name
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 from transformers.generation import utils as generation_utils
 
-from engram_hf.modeling_deepseek_v41 import DeepseekV41TextForCausalLM
+from engram_hf.causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from engram_hf.multimodal_deepseek_v41 import DeepseekV41ForConditionalGeneration
 
 IMAGE = 1277
