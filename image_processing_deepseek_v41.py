@@ -22,14 +22,16 @@ import torch
 from transformers import AutoImageProcessor, BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import is_vision_available
 
 from .configuration_vision_deepseek_v41 import DeepseekV41VisionConfig, check_limits
 
-if is_vision_available():
+try:
     from PIL import Image, ImageOps, UnidentifiedImageError
+except ImportError:  # transformers says so when a processor is made
+    Image = None
 
 _GRAY = (127, 127, 127)
+_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
 class ImagePlan(NamedTuple):
@@ -133,8 +135,7 @@ class DeepseekV41ImageProcessor(PilBackend):
     rescale_factor = 1 / 255
     image_mean = (0.5, 0.5, 0.5)
     image_std = (0.5, 0.5, 0.5)
-    if is_vision_available():
-        resample = Image.Resampling.BICUBIC
+    resample = _BICUBIC
 
     _FIXED = (
         "do_convert_rgb", "do_resize", "do_rescale", "do_normalize", "do_pad", "rescale_factor", "image_mean",
@@ -229,14 +230,14 @@ def fit(image: "Image.Image", plan: ImagePlan, max_wh_ratio: float | None) -> "I
     """The image in the plan's size: scaled with its aspect kept and gray bars added, or squeezed where it is too wide."""
     size = (plan.width, plan.height)
     if max_wh_ratio is not None and image.width >= max_wh_ratio * image.height:
-        return image.resize(size, Image.Resampling.BICUBIC)
+        return image.resize(size, _BICUBIC)
     # As Pillow computes the short side.
     if min(round(image.height / image.width * plan.width), round(image.width / image.height * plan.height)) < 1:
         raise ValueError(
             f"{_name_of(image)} is too thin: scaled to the {plan.width} x {plan.height} pixels that fit the "
             "model, its short side would vanish; cut it into pieces."
         )
-    return ImageOps.pad(image, size, Image.Resampling.BICUBIC, color=_GRAY)
+    return ImageOps.pad(image, size, _BICUBIC, color=_GRAY)
 
 
 def as_bfloat16(pixels: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import jinja2
 import pytest
 from transformers import AutoTokenizer
 
-from engram_hf.convert_scripts.convert_deepseek_v41 import TEMPLATE
+from engram_hf.convert_scripts.deepseek_v41_config import TEMPLATE
 
 
 @pytest.fixture(scope="module")

@@ -205,7 +205,7 @@ def test_the_mapping_is_the_table(tiny):
     converters = [item for item in conversions if isinstance(item, WeightConverter)]
     config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
     seen = set()
-    for binding in bind(DEEPSEEK_V41, config["text_config"]):
+    for binding in bind(DEEPSEEK_V41, config):
         for tensor in binding.weights:
             renamed, _ = rename_source_key(tensor.name, renamings, converters)
             assert renamed == binding.ours, tensor.name

@@ -64,7 +64,7 @@ def release(golden) -> dict:
 def test_the_table_names_what_the_model_holds(release):
     with torch.device("meta"):
         state = EngramForCausalLM(to_engram_config(release, "keep", dequantize_tables=False)).state_dict()
-    bindings = bind(DEEPSEEK_V41, release["text_config"])
+    bindings = bind(DEEPSEEK_V41, release)
     named = {binding.ours for binding in bindings}
     named |= {binding.ours_scale for binding in bindings if binding.rule.file == "table"}
     # Scales of linear weights exist once transformers' quantizer has replaced the modules; the hash is the model's own.

@@ -14,7 +14,7 @@ from packaging.version import Version
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-from engram_hf.convert_scripts.convert_deepseek_v41 import TEMPLATE
+from engram_hf.convert_scripts.deepseek_v41_config import TEMPLATE
 from engram_hf.image_processing_deepseek_v41 import DeepseekV41ImageProcessor
 from engram_hf.processing_deepseek_v41 import IMAGE_TOKEN, DeepseekV41Processor
 
