@@ -62,7 +62,9 @@ def plan_conversion(source: Source, options) -> Plan:
     if options.layers is not None:
         config = first_layers(config, options.layers)
         bindings = bind(DEEPSEEK_V41, config)
-    later = {tensor.name for binding in every for tensor in binding.upstream}
+    later = {
+        tensor.name for binding in every for tensor in binding.upstream if not DEEPSEEK_V41.may_carry(tensor.name)
+    }
     later -= {tensor.name for binding in bindings for tensor in binding.upstream}
     checkpoint = read_checkpoint(folder, lambda name: name not in later, source.read_shard)
     check_tensors(DEEPSEEK_V41, every, checkpoint.tensors, checkpoint.elsewhere)
