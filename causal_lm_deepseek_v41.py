@@ -1,15 +1,17 @@
 """The DeepSeek-V4.1 text backbone with its language-model head, and with its draft layers when they are asked for."""
 
+import copy
+
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 from transformers.utils import logging
 
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
 from .configuration_vision_deepseek_v41 import known_copies
-from .draft_deepseek_v41 import DeepseekV41DraftModel, require_readable_features
+from .draft_deepseek_v41 import DeepseekV41DraftModel, draft_layers_config, require_readable_features
 from .drafting_deepseek_v41 import DeepseekV41CandidateGenerator, DraftReport
 from .modeling_deepseek_v41 import DeepseekV41PreTrainedModel, DeepseekV41TextModel
 
@@ -55,13 +57,18 @@ class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausal
         Raises:
             ValueError: the model was trained without draft layers, or their weights are not all there.
         """
-        folder = folder or self.name_or_path
-        config = getattr(self.config, "text_config", self.config)
+        folder, config = folder or self.name_or_path, copy.copy(getattr(self.config, "text_config", self.config))
         require_readable_features(self.config)
+        draft_layers_config(config)
         if not folder:
             raise ValueError(
                 "This model was not loaded from a folder; say where its draft layers are: load_drafts(folder)."
             )
+        # As it is stored; this model's own config no longer says so where its weights were dequantized.
+        location = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+        stored = AutoConfig.from_pretrained(folder, **location)
+        if getattr(stored, "quantization_config", None) is not None:
+            config.quantization_config = stored.quantization_config
         last = self.model.layers[-1]
         options = {"dtype": self.dtype, "device_map": {"": next(last.parameters()).device}, **kwargs}
         draft, info = DeepseekV41DraftModel.from_pretrained(
@@ -72,7 +79,7 @@ class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausal
                 f"{folder} lacks {len(info['missing_keys'])} tensors of the draft layers, such as "
                 f"draft.{min(info['missing_keys'])}; convert or fetch the checkpoint again, or generate without `use_mtp`."
             )
-        self.draft, config.draft = draft.eval(), True
+        self.draft, self.config.draft = draft.eval(), True
 
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """As in transformers. With `use_mtp=True` the draft layers draft, and this model verifies: the output is the same,

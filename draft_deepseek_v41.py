@@ -159,7 +159,8 @@ class DeepseekV41DraftModel(DeepseekV41PreTrainedModel):
         self.main_proj = nn.Linear(len(config.dspark_target_layer_ids) * hidden, hidden, bias=False)
         self.main_norm = DeepseekV4RMSNorm(hidden, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(DeepseekV41DraftLayer(layers, index) for index in range(layers.num_hidden_layers))
-        self.norm = DeepseekV4RMSNorm(hidden, eps=config.rms_norm_eps)
+        # Not `norm`: the release has a tensor `norm.weight`, the text model's, beside which this model is loaded.
+        self.final_norm = DeepseekV4RMSNorm(hidden, eps=config.rms_norm_eps)
         self.markov_embed = nn.Embedding(config.vocab_size, rank)
         self.markov_head = nn.Linear(rank, config.vocab_size, bias=False)
         self.confidence_head = nn.Linear(hidden + rank, 1, bias=False)
@@ -222,7 +223,7 @@ class DeepseekV41DraftModel(DeepseekV41PreTrainedModel):
         noise = token.new_full((len(token), self.config.dspark_block_size - 1), self.config.dspark_noise_token_id)
         block = torch.cat([token[:, None], noise], dim=1)
         states = self(embedding(block).to(self.device), context)[:, : count or self.config.dspark_block_size]
-        normalized = self.norm(states)
+        normalized = self.final_norm(states)
         base = head(normalized.to(head.weight.device)).float().to(self.device)
         tokens, logits, confidence = token.new_zeros(len(token), 0), [], []
         for place in range(states.shape[1]):

@@ -153,7 +153,7 @@ LAST = "mtp.{last_draft}."
 DRAFTS = (
     _draft("mtp.0.main_proj.weight", "main_proj.weight", "hidden_size draft_features", FP8_BLOCKS),
     _draft("mtp.0.main_norm.weight", "main_norm.weight", "hidden_size", BF16),
-    _draft(LAST + "norm.weight", "norm.weight", "hidden_size", BF16),
+    _draft(LAST + "norm.weight", "final_norm.weight", "hidden_size", BF16),
     _draft(LAST + "markov_head.embed.weight", "markov_embed.weight", "vocab_size dspark_markov_rank", LIKELY_BF16),
     _draft(LAST + "markov_head.head.weight", "markov_head.weight", "vocab_size dspark_markov_rank", LIKELY_BF16),
     _draft(LAST + "confidence_head.proj.weight", "confidence_head.weight", "one confidence_width", LIKELY_BF16),

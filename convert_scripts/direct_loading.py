@@ -131,7 +131,14 @@ def stored_form_conversions(family: Family) -> list[LoadingConverter]:
         LoadingConverter([rf"{re.escape(name)}_scale_inv$", rf"{re.escape(name)}$"], name, [TakeStacked()])
         for name in dict.fromkeys(_leaf(rule) for rule in family.rules if rule.is_stacked)
     ]
-    return [*stacked, *_table_conversions(), _full_precision_conversion(family)]
+    return [*_own_scales(family), *stacked, *_table_conversions(), _full_precision_conversion(family)]
+
+
+def _own_scales(family: Family) -> list[LoadingRenaming]:
+    """Parameters that are called `scale` and are none of a quantized weight: the FP8 quantizer renames them all the same."""
+    leaves = {_leaf(rule).removesuffix(".scale") for rule in family.rules if rule.ours.endswith(".scale")}
+    names = "|".join(re.escape(leaf) for leaf in sorted(leaves))
+    return [LoadingRenaming(rf"\b({names})\.weight_scale_inv$", r"\1.scale")]
 
 
 def _leaf(rule: Rule) -> str:

@@ -8,7 +8,7 @@ from deepseek_v41_reference import LAYER_NAMES
 HEADS = {
     "main_proj.weight": "main_proj.weight",
     "main_norm.weight": "main_norm.weight",
-    "norm.weight": "norm.weight",
+    "norm.weight": "final_norm.weight",
     "markov_head.embed.weight": "markov_embed.weight",
     "markov_head.head.weight": "markov_head.weight",
     "confidence_head.proj.weight": "confidence_head.weight",

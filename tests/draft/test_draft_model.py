@@ -36,7 +36,7 @@ def test_every_stage_matches_the_oracle(draft, text, answers, number):
             lambda _, __, output, index=index: seen.update({f"layers.{index}.moe": output})
         )
     draft.register_forward_hook(lambda _, __, output: seen.update(collapsed=output))
-    draft.norm.register_forward_hook(lambda _, __, output: seen.update(normalized=output))
+    draft.final_norm.register_forward_hook(lambda _, __, output: seen.update(normalized=output))
     drafts = draft.draft(token, context, text.model.embed_tokens, text.lm_head)
     rows = slice(5 * number, 5 * number + 5)
     seen["block_embeds"] = seen["embeds.0"][:, :, 0]
