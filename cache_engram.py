@@ -3,12 +3,15 @@
 Shape letters: B batch, S positions of a call, R positions that a look-back reaches, G residual streams, D hidden size.
 """
 
+import copyreg
+import functools
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD, Compaction
-from .runtime_classes_engram import RuntimeSubclass
 
 # Convolution inputs kept beyond what the next token needs: so many positions can be cropped away at any time, as a
 # DynamicCache of most backbones allows, without holding `[B, S, G, D]` for a whole text.
@@ -272,6 +275,41 @@ def _without_last(states: torch.Tensor, removed: torch.Tensor, least: int) -> to
     places = torch.arange(states.shape[1] - length, states.shape[1], device=states.device) - removed
     rows = torch.arange(states.shape[0], device=states.device).unsqueeze(1)
     return states[rows, places]
+
+
+class RuntimeSubclass:
+    """Goes in front of a class that is known at run time only, such as the decoder layer of any backbone.
+
+    An object that a backbone made becomes an instance of the extended class, and stays one of its own: `isinstance`,
+    output recording, plans and settings of its class keep working. Pickle rebuilds the class from the two it is made of.
+    """
+
+    _extends: tuple[type, type] | None = None
+
+    @classmethod
+    def extending(cls, base: type) -> type:
+        """The subclass of `cls` and `base`, in this order; always the same one."""
+        return _extended(cls, base)
+
+    @classmethod
+    def _members(cls, base: type) -> dict[str, Any]:
+        """What the extended class defines itself."""
+        return {"__module__": base.__module__, "__name__": f"Engram{base.__name__}"}
+
+    def __reduce_ex__(self, protocol):
+        if self._extends is None:
+            return super().__reduce_ex__(protocol)
+        return _rebuild, self._extends, self.__getstate__()
+
+
+@functools.cache
+def _extended(front: type[RuntimeSubclass], base: type) -> type:
+    members = {**front._members(base), "_extends": (front, base)}
+    return type(members.pop("__name__"), (front, base), members)
+
+
+def _rebuild(front: type[RuntimeSubclass], base: type) -> object:
+    return copyreg.__newobj__(front.extending(base))
 
 
 class CacheWithHistory(RuntimeSubclass):

@@ -18,14 +18,13 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import CONFIG_MAPPING
 
 from .hashing_engram import as_token_map, draw_primes, is_prime
+from .table_engram import QUANTIZED_FORMATS
 
 # 2: parameters have the names that they have in the backbone's own class, without `backbone.` in front.
 FORMAT_VERSION = 2
 
 # Far beyond any use; more would take minutes to check.
 _MOST_ORDERS, _MOST_HEADS = 64, 1024
-# What tables can be stored as, and what a row's channels must then be a multiple of (docs/engram-table-format.md).
-_ROW_MULTIPLES = {None: 1, "float8_e4m3fn": 32, "int8": 4}
 
 # What the two published forms of Engram differ in; see arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -108,11 +107,8 @@ def _of_the_backbone(name: str) -> property:
     return property(lambda self: self.__getattr__(name), doc=f"`text_config.{name}`.")
 
 
-def _checked_by_the_backbone(name: str):
-    def check(self) -> None:
-        getattr(self.text_config, name)()
-
-    return check
+def _left_to_the_backbone(self) -> None:
+    """A rule of every config, which the backbone's class checks in its own way."""
 
 
 # Reads the backbone's attributes that a config has on its class, and leaves its rules to its own class.
@@ -120,7 +116,7 @@ _BackboneFields = type(
     "_BackboneFields",
     (),
     {name: _of_the_backbone(name) for name in sorted(_OF_EVERY_CONFIG)}
-    | {name: _checked_by_the_backbone(name) for name in dir(PreTrainedConfig) if name.startswith("validate_")},
+    | {name: _left_to_the_backbone for name in dir(PreTrainedConfig) if name.startswith("validate_")},
 )
 
 
@@ -342,10 +338,11 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         )
         table_dtype = self.engram_table_dtype
         yield (
-            table_dtype in _ROW_MULTIPLES,
-            f"engram_table_dtype is {table_dtype!r}; it must be None (the model's dtype), 'float8_e4m3fn' or 'int8'.",
+            table_dtype is None or table_dtype in QUANTIZED_FORMATS,
+            f"engram_table_dtype is {table_dtype!r}; it must be None (the model's dtype), "
+            f"{' or '.join(map(repr, QUANTIZED_FORMATS))}.",
         )
-        multiple = _ROW_MULTIPLES.get(table_dtype, 1)
+        multiple = QUANTIZED_FORMATS[table_dtype].multiple if table_dtype in QUANTIZED_FORMATS else 1
         yield (
             width % multiple == 0,
             f"engram_head_dim is {width}, which {table_dtype} rows cannot have; make it a multiple of {multiple}.",

@@ -9,8 +9,8 @@ public demo and the DeepSeek-V4.1-Flash release. Shape letters used below:
 """
 
 import functools
-import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -209,6 +209,16 @@ class Compaction:
         return moved if self.is_text is None else moved[self._rows, self._places]
 
 
+# Makes an `EngramTokenizer` of another fast tokenizer. Compression lives with the tokenizer, and a model folder works without.
+_compress_tokenizer: Callable[[Any], Any] | None = None
+
+
+def register_compression(compress: Callable[[Any], Any]) -> None:
+    """Let `as_token_map` compress the vocabulary of plain tokenizers; the package `engram_hf` calls this when it is imported."""
+    global _compress_tokenizer
+    _compress_tokenizer = compress
+
+
 def as_token_map(source) -> torch.Tensor:
     """The token map of `source` as an int64 tensor `[V]`: entry `i` is the compressed id of token `i`.
 
@@ -245,15 +255,12 @@ def _token_map_of_tokenizer(tokenizer) -> torch.Tensor:
             "tokenizer. Load a fast one, for example with AutoTokenizer.from_pretrained."
         )
     if not hasattr(tokenizer, "token_map"):
-        # The one look upwards: the compression lives with the tokenizer, and a model folder works without it.
-        try:
-            wrap = importlib.import_module("engram_hf.tokenization").EngramTokenizer.from_tokenizer
-        except ModuleNotFoundError as error:
+        if _compress_tokenizer is None:
             raise ValueError(
                 f"{type(tokenizer).__name__} has no token_map: pass an EngramTokenizer, for example "
                 "EngramTokenizer.from_tokenizer(tokenizer) of the package engram-hf."
-            ) from error
-        tokenizer = wrap(tokenizer)
+            )
+        tokenizer = _compress_tokenizer(tokenizer)
     return tokenizer.token_map
 
 

@@ -14,10 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from .cache_engram import EngramHistory
+from .cache_engram import EngramHistory, RuntimeSubclass
 from .configuration_engram import EngramConfig
 from .hashing_engram import Compaction
-from .runtime_classes_engram import RuntimeSubclass
 from .table_engram import EngramTable, RowReader
 
 # Tokens that are compared, or get their update, at once where no gradient is needed: a long prompt would take many times the

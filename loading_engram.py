@@ -1,9 +1,15 @@
-"""Where the files of a checkpoint come from."""
+"""What `from_pretrained` asks of a checkpoint: where its files come from, and where its tables are to live.
 
+A checkpoint is looked through for tables before the model is built. Tables that are not to be parameters are then mounted on
+its `EngramTable` modules, so that transformers never allocates, initializes, moves or saves them.
+"""
+
+import contextlib
 import copy
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +18,166 @@ from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.integrations.accelerate import get_device, get_max_memory
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     cached_file,
+    is_peft_available,
+    logging,
 )
 from transformers.utils.hub import extract_commit_hash
 
-from .safetensors_engram import read_header
+from .row_sources_engram import MappedRows, PinnedRows
+from .safetensors_engram import FileFormatError, read_header, read_json, read_weight_map
+from .table_engram import EngramTable
+from .table_format_engram import (
+    MANIFEST_NAME,
+    StoredTable,
+    read_tables,
+    require_fit,
+    require_same_hash,
+    table_keys,
+    tables_in_checkpoint,
+)
+
+try:
+    import psutil
+except ImportError:  # it comes with accelerate
+    psutil = None
+
+# Below the loggers of transformers, so that the verbosity that is set for those holds here, too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 _IS_HASH = re.compile(r"\bhashing\.(?:token_map|multipliers|primes)$")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _ORIGIN = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder", "local_files_only")
+RESIDENCIES = ("auto", "resident", "mapped", "pinned")
+# What `auto` lets tables take of the memory that is free: beside them the backbone, a cache and other processes live.
+_RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
+# Values of `device_map` that have transformers make a map of its own.
+_MADE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def _download_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments of `from_pretrained` that say where files come from."""
-    return {name: kwargs[name] for name in _ORIGIN if kwargs.get(name) is not None}
+class Checkpoint:
+    """Where `from_pretrained` takes a model's files from: a folder, or one state of a repository of the Hub.
+
+    Tables may take hours to download. If the repository changed meanwhile, the weights would be of another state, and no
+    hash could tell; so the revision becomes a commit. The folder or repository of an adapter stands for its base model.
+
+    Args:
+        name_or_path: what `from_pretrained` was given.
+        kwargs: what else it was given.
+
+    Attributes:
+        name_or_path, kwargs: what transformers' `from_pretrained` is to be given.
+
+    Raises:
+        OSError: there is no config.json, without which transformers would build a backbone of its default size.
+        FileFormatError: an adapter does not name its base model.
+    """
+
+    def __init__(self, name_or_path: str | os.PathLike | None, kwargs: dict[str, Any]):
+        self.name_or_path, self.kwargs = name_or_path, kwargs
+        self._has_files = name_or_path is not None and not kwargs.get("gguf_file")
+        if self._has_files:
+            self._go_to_base_model()
+            self._settle_revision()
+
+    def _go_to_base_model(self) -> None:
+        """As transformers' `maybe_load_adapters` does, in the form in which its Auto classes hand on an adapter."""
+        name, given = self.name_or_path, dict(self.kwargs.get("adapter_kwargs") or {})
+        if not is_peft_available() or "_adapter_model_path" in given:
+            return
+        config = resolver(name, {**self.kwargs, **given})(ADAPTER_CONFIG_NAME)
+        # A complete model may have an adapter in its folder.
+        if config is None or os.path.exists(os.path.join(name, CONFIG_NAME)):
+            return
+        base = read_json(config).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise FileFormatError(
+                f"{config} does not name its base_model_name_or_path; load the base model, then the adapter."
+            )
+        given.setdefault("revision", self.kwargs.get("revision") or "main")  # the base model gets a commit of its own
+        self.name_or_path = base
+        self.kwargs = {**self.kwargs, "adapter_kwargs": {**given, "_adapter_model_path": str(name)}}
+
+    def _settle_revision(self) -> None:
+        self._resolve = resolver(self.name_or_path, self.kwargs)
+        config = self._resolve(CONFIG_NAME)
+        self._has_config = config is not None
+        if config is None:
+            if self.kwargs.get("config") is None:
+                raise OSError(
+                    f"{self.name_or_path} has no {CONFIG_NAME}; complete it, or name the folder of a saved model."
+                )
+        elif not os.path.isdir(self.name_or_path):
+            commit = extract_commit_hash(str(config), None)
+            if commit is not None:
+                self.kwargs = {**self.kwargs, "revision": commit}
+                self._resolve = resolver(self.name_or_path, self.kwargs)
+
+    def find_tables(self, residency: str = "auto") -> "FoundTables | None":
+        """Look for tables, and decide where they are to live.
+
+        Args:
+            residency: one of [`RESIDENCIES`]; `auto` is resident while that is cheap.
+
+        Returns:
+            None if transformers is to load everything by itself.
+
+        Raises:
+            ValueError: an unknown residency, or tables that cannot be mapped because there are none.
+        """
+        if residency not in RESIDENCIES:
+            raise ValueError(
+                f"engram_residency is {residency!r}; it must be one of {', '.join(map(repr, RESIDENCIES))}."
+            )
+        needs_files = residency in ("mapped", "pinned")
+        if not self._has_files or self.kwargs.get("state_dict") is not None:
+            if needs_files:
+                raise ValueError(
+                    f"engram_residency={residency!r} reads tables from safetensors files, but the weights come from "
+                    "elsewhere (a state_dict or a GGUF file); leave it out."
+                )
+            return None
+        tables, has_manifest = self._read_tables(residency)
+        if not tables:
+            # Without config.json, transformers raises its own error.
+            if needs_files and self._has_config:
+                raise ValueError(
+                    f"{self.name_or_path} has no {MANIFEST_NAME}, and no memory tables among its safetensors weights, so "
+                    f"engram_residency={residency!r} is not possible; complete it, or name a folder that was saved by "
+                    "save_pretrained."
+                )
+            return None
+        if residency == "auto":
+            residency = choose_residency(sum(table.size for table in tables.values()), *_free_memory(self.kwargs))
+        return FoundTables(tables, residency) if has_manifest or residency != "resident" else None
+
+    def _read_tables(self, residency: str) -> tuple[dict[int, StoredTable], bool]:
+        """The tables by layer, and whether a manifest names any."""
+        # A given config may be that of fewer layers than were saved.
+        layers = getattr(self.kwargs.get("config"), "engram_layer_ids", None)
+        manifest, tables = self._resolve(MANIFEST_NAME), {}
+        if manifest is not None:
+            folder = manifest.parent
+            tables = read_tables(folder, lambda name: self._resolve(name) or folder / name, layers)
+        if manifest is not None or residency != "resident":
+            # They come first, as they do for transformers: an upload does not remove what an earlier one had in files of
+            # its own.
+            tables |= self._tables_among_weights(layers)
+        return tables, manifest is not None
+
+    def _tables_among_weights(self, layers: Collection[int] | None) -> dict[int, StoredTable]:
+        """Tables that were saved with all other weights, found by name."""
+        single, index = find_weights(self._resolve, self.kwargs.get("variant"))
+        weight_map = {} if index is None else read_weight_map(index)
+        files = sorted({file for key, file in weight_map.items() if table_keys(layers).search(key)})
+        found = tables_in_checkpoint([path for path in (single, *map(self._resolve, files)) if path is not None])
+        return {layer: table for layer, table in found.items() if layers is None or layer in layers}
 
 
 def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callable[[str], Path | None]:
@@ -39,7 +186,7 @@ def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callabl
     Args:
         kwargs: of `from_pretrained`.
     """
-    options = _download_options(kwargs)
+    options = {name: kwargs[name] for name in _ORIGIN if kwargs.get(name) is not None}
 
     def resolve(file: str) -> Path | None:
         try:
@@ -51,30 +198,6 @@ def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callabl
         return None if found is None else Path(found).absolute()  # wherever the process goes later
 
     return resolve
-
-
-def settle_revision(name_or_path: str | os.PathLike | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `from_pretrained` by which all files come from one state of a Hub repository.
-
-    Tables may take hours to download. Weights that are pushed meanwhile would be taken for theirs: no hash tells them apart.
-
-    Args:
-        name_or_path: a folder or Hub id.
-        kwargs: what `from_pretrained` was called with.
-
-    Raises:
-        OSError: there is no config.json, without which transformers would build a backbone of its default size.
-    """
-    if name_or_path is None or kwargs.get("gguf_file"):
-        return kwargs
-    resolve = resolver(name_or_path, kwargs)
-    config = resolve(CONFIG_NAME)
-    if config is None:
-        if kwargs.get("config") is None and resolve(ADAPTER_CONFIG_NAME) is None:
-            raise OSError(f"{name_or_path} has no {CONFIG_NAME}; complete it, or name the folder of a saved model.")
-        return kwargs
-    commit = None if os.path.isdir(name_or_path) else extract_commit_hash(str(config), None)
-    return kwargs if commit is None else {**kwargs, "revision": commit}
 
 
 def _means_absent(error: OSError) -> bool:
@@ -108,6 +231,159 @@ def _is_known_absent(name_or_path: str | os.PathLike, file: str, options: dict[s
         return try_to_load_from_cache(str(name_or_path), path, **where) is _CACHED_NO_EXIST
     except HFValidationError:  # neither a folder nor a Hub id
         return False
+
+
+@dataclass
+class FoundTables:
+    """The tables of a model folder, and where they shall live.
+
+    Args:
+        tables: by layer.
+        residency: `"resident"`, `"mapped"` or `"pinned"`.
+    """
+
+    tables: dict[int, StoredTable]
+    residency: str
+
+    def mount(self, model) -> None:
+        """Give an `EngramModel` without weights its tables.
+
+        Mapped and pinned tables replace the parameters. Resident ones are noted, to be read where transformers would
+        initialize what a checkpoint lacks: the ordinary weights may not include them.
+
+        Raises:
+            TableFormatError: a layer has no table, or one that does not fit the config.
+        """
+        for layer, memory in model.memories().items():
+            table = memory.table
+            stored = require_fit(self.tables, layer, table.num_rows, table.width, table.table_dtype)
+            if self.residency == "resident":
+                memory.table.unread = MappedRows(stored)
+            else:
+                memory.table.mount((MappedRows if self.residency == "mapped" else PinnedRows)(stored))
+        # transformers hands these on to the model that holds this one.
+        patterns = {table_keys(model.memories()).pattern}
+        model._keys_to_ignore_on_load_missing = patterns | set(model._keys_to_ignore_on_load_missing or ())
+        if self.residency != "resident":
+            model._keys_to_ignore_on_load_unexpected = patterns | set(model._keys_to_ignore_on_load_unexpected or ())
+
+    def verify(self, model) -> None:
+        """Compare what the tables say about their hash with that of the loaded `EngramModel`.
+
+        Raises:
+            TableFormatError: they were written for another hash or token map, and would be read as noise.
+        """
+        for index, (layer, memory) in enumerate(model.memories().items()):
+            memory.table.unread = None
+            described = self.tables[layer].description
+            if described is not None:
+                require_same_hash(described, model.hashing, index)
+
+
+def require_memory(model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Refuse a checkpoint without all of the memory, which would be random.
+
+    Args:
+        model: a model that was just filled from it.
+        missing: keys that the checkpoint does not have; those of tables that are read from files of their own may be among
+            them.
+
+    Raises:
+        ValueError: names one of the others.
+    """
+    elsewhere = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    memory = sorted(key for key in missing if ".engram." in key or "hashing." in key)
+    absent = [key for key in memory if not any(pattern.search(key) for pattern in elsewhere)]
+    if absent:
+        raise ValueError(
+            f"The checkpoint lacks {len(absent)} tensors of the memory, such as {absent[0]}; complete the folder (a shard or "
+            f"{MANIFEST_NAME} may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
+        )
+
+
+def leave_tables_on_disk(model: PreTrainedModel, device_map: dict | None) -> None:
+    """Map the tables, out of files of their own, that a device map sends to the disk: that is where they are."""
+    modules = dict(model.named_modules())
+    tables = {name: one for name, one in modules.items() if isinstance(one, EngramTable) and one.unread is not None}
+    # All of them if any: a saved model has the tables of all layers in files of their own, or those of none.
+    if any(get_device(device_map, f"{name}.weight") == "disk" for name in tables):
+        for table in tables.values():
+            table.mount(table.unread)
+
+
+def choose_residency(size: int, free_host: int, free_device: int | None) -> str:
+    """What `auto` means for tables of `size` bytes.
+
+    Args:
+        free_host: bytes of host memory that are free.
+        free_device: bytes free on the GPU the model goes to; None if it stays on the CPU.
+    """
+    free = free_host if free_device is None else free_device
+    if size <= _RESIDENT_SHARE * free:
+        logger.info(f"Memory tables of {size / 1e9:.1f} GB are resident: {free / 1e9:.1f} GB are free.")
+        return "resident"
+    choice = "mapped" if free_device is None or size > _PINNED_SHARE * free_host else "pinned"
+    logger.warning_once(
+        f"Memory tables of {size / 1e9:.1f} GB are {choice}, not parameters: {free / 1e9:.1f} GB are free. They are not "
+        "trained; pass engram_residency='resident' to hold them in the module."
+    )
+    return choice
+
+
+def _free_memory(kwargs: dict) -> tuple[int, int | None]:
+    """Free bytes of the host, and of the GPUs that a model goes to (None if it goes to none), within `max_memory`."""
+    device_map, limits = kwargs.get("device_map"), kwargs.get("max_memory")
+    # Only where transformers makes the map it looks at limits, which then name all devices that are used.
+    limits = get_max_memory(dict(limits)) if limits and device_map in _MADE_MAPS else None
+
+    def usable(device: int | str, free: int) -> int:
+        return free if limits is None else min(free, limits.get(device, 0))
+
+    host = usable("cpu", free_host_memory())
+    if not torch.cuda.is_available():
+        return host, None
+    if device_map is None:
+        # What is quantized goes to a GPU unasked.
+        device_map = "cuda" if kwargs.get("quantization_config") is not None else torch.get_default_device()
+    gpus = gpus_of(device_map, torch.cuda.device_count(), torch.cuda.current_device())
+    return host, sum(usable(gpu, torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus) or None
+
+
+def gpus_of(device_map, count: int, current: int) -> set[int]:
+    """The numbers of the GPUs among `count` that a `device_map` of transformers uses."""
+    if device_map in _MADE_MAPS:
+        return set(range(count))
+    targets = device_map.values() if isinstance(device_map, dict) else [device_map]
+    names = [f"cuda:{target}" if isinstance(target, int) else str(target) for target in targets]
+    devices = [torch.device(name) for name in names if name != "disk"]
+    return {current if device.index is None else device.index for device in devices if device.type == "cuda"}
+
+
+# Of both versions of control groups: the limit, what is used, and the counts that say what of it would be given back.
+_GROUP_FILES = [
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+]
+
+
+def free_host_memory() -> int:
+    """Bytes of memory that this process can still take, a container's limit included."""
+    free = _memory_of_the_system() if psutil is None else psutil.virtual_memory().available
+    for names in _GROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no such group, or no limit ("max")
+            limit, used, counts = (Path("/sys/fs/cgroup", name).read_text() for name in names)
+            (unused,) = re.findall(r"^(?:total_)?inactive_file (\d+)$", counts, re.MULTILINE)[-1:]
+            free = min(free, int(limit) - int(used) + int(unused))
+    return max(free, 0)
+
+
+def _memory_of_the_system() -> int:
+    """What `sysconf` says is free; of systems that do not tell that, half of all, or 16 GB if they tell neither."""
+    names = getattr(os, "sysconf_names", {})
+    for name, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
+        if name in names:
+            return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") // share
+    return 1 << 34
 
 
 def rename_stored_tensors(model: PreTrainedModel, mapping: list[WeightTransform]) -> list[WeightTransform]:

@@ -34,8 +34,7 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .cache_engram import EngramHistory, attach_history, begin_cache, lookback_reach, nothing_before
-from .card_engram import write_model_card
+from .cache_engram import EngramHistory, RuntimeSubclass, attach_history, begin_cache, lookback_reach, nothing_before
 from .configuration_engram import FORMAT_VERSION, EngramConfig, remote_module
 from .hashing_engram import DEAD, Compaction, NgramHasher, as_token_map
 from .layer_engram import (
@@ -47,18 +46,16 @@ from .layer_engram import (
     extend,
     require_extensible,
 )
-from .loading_engram import rename_stored_tensors, settle_revision, stored_dtype_of_hash
-from .prefetch_engram import Prefetcher
-from .residency_engram import (
+from .loading_engram import (
+    Checkpoint,
     FoundTables,
-    find_tables,
-    is_table_file,
     leave_tables_on_disk,
-    remove_stale_tables,
-    save_tables,
-    tables_by_reference,
+    rename_stored_tensors,
+    require_memory,
+    stored_dtype_of_hash,
 )
-from .runtime_classes_engram import RuntimeSubclass
+from .prefetch_engram import Prefetcher
+from .saving_engram import is_table_file, remove_stale_tables, save_tables, tables_by_reference
 from .table_engram import EngramTable
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -84,6 +81,9 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     """What [`EngramModel`] and [`EngramForCausalLM`] share: loading, initialization, saving and the token map."""
 
     config_class = EngramConfig
+    # Called as `write_model_card(path, config, repo_id, token)` when a model is pushed; the package engram_hf sets it, and a
+    # model that was loaded as remote code has the card that transformers writes.
+    write_model_card = None
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
@@ -133,17 +133,11 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         """
         if cls._extends is not None:  # the backbone is what the config says
             cls = cls._extends[0]
-        kwargs = settle_revision(pretrained_model_name_or_path, kwargs)
-        tables = find_tables(pretrained_model_name_or_path, engram_residency, **kwargs)
+        checkpoint = Checkpoint(pretrained_model_name_or_path, kwargs)
+        tables, kwargs = checkpoint.find_tables(engram_residency), checkpoint.kwargs
         if tables is not None:
-            kwargs["engram_tables"] = tables
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if ".engram." in key or "hashing." in key)
-        if missing:
-            raise ValueError(
-                f"The checkpoint lacks {len(missing)} tensors of the memory, such as {missing[0]}; complete the folder "
-                "(a shard or engram_tables.json may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
-            )
+            kwargs = {**kwargs, "engram_tables": tables}
+        model, info = super().from_pretrained(checkpoint.name_or_path, *args, output_loading_info=True, **kwargs)
         model.config.engram_format_version = FORMAT_VERSION
         model.base_model.settle_memory()
         if tables is not None:
@@ -157,15 +151,18 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
 
     # Only here is the key mapping of all submodels known.
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         model.base_model.hashing.stored_dtype = stored_dtype_of_hash(state_dict, checkpoint_files)
         mapping = load_config.weight_mapping or []
         load_config = dataclasses.replace(load_config, weight_mapping=rename_stored_tensors(model, mapping))
         leave_tables_on_disk(model, load_config.device_map)
         model.base_model.prefetch_mounted()
-        return PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        info, *others = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
         )
+        if expected_keys is None:  # else it is an adapter
+            require_memory(model, info.missing_keys)
+        return info, *others
 
     def push_to_hub(self, *args, **kwargs):
         """As in transformers; tables that are not parameters are uploaded from the files they are in."""
@@ -175,8 +172,8 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     def _upload_modified_files(self, working_dir, repo_id, *args, token=None, **kwargs):
         # `push_to_hub` and `save_pretrained(push_to_hub=True)` meet here, after their README.md is written.
         self._remove_stale_tables(working_dir)
-        if not self._saves_adapter():
-            write_model_card(os.path.join(working_dir, "README.md"), self.config, repo_id, token)
+        if self.write_model_card is not None and not self._saves_adapter():
+            self.write_model_card(os.path.join(working_dir, "README.md"), self.config, repo_id, token)
         return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
 
     @torch.no_grad()
@@ -291,7 +288,7 @@ class EngramModel(EngramPreTrainedModel):
         layers = _decoder_layers(backbone, config)
         for layer_id in config.engram_layer_ids:
             require_extensible(layers[layer_id])  # all of them before the first one is changed
-        extend(backbone, EngramModel)
+        extend(backbone, cls if cls._extends is None else cls._extends[0])
         return backbone
 
     def __init__(
@@ -695,7 +692,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         require_extensible(host)
         config.text_config = host.config  # from_config copies; there is to be one
         EngramModel(config, host.base_model, engram_tables)  # changes the host's base model in place
-        extend(host, cls)
+        extend(host, cls if cls._extends is None else cls._extends[0])
         return host
 
     def __init__(
@@ -708,7 +705,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         self._become(config)
         base, prefix = self.base_model, self.base_model_prefix
         for name in ("_no_split_modules", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
-            setattr(self, name, {*(getattr(self, name) or ()), *(getattr(base, name) or ())})
+            known = (getattr(part, name) or () for part in (type(self), self, base))
+            setattr(self, name, set().union(*known))
         beside = {f"{prefix}.{name}" for name in base._keys_to_ignore_on_save or () if name.endswith(_TOKEN_MAP_KEY)}
         self._keys_to_ignore_on_save = {*(self._keys_to_ignore_on_save or ()), *beside}
         self.init_weights()

@@ -5,13 +5,16 @@ header, JSON that maps each tensor to `dtype`, `shape` and `data_offsets` (count
 `__metadata__` to strings; the data, without holes, to the end of the file.
 """
 
+import contextlib
+import errno
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 # The limit of safetensors' own reader; a longer header is damaged.
 MAX_HEADER_BYTES = 100_000_000
@@ -41,6 +44,63 @@ class FileFormatError(ValueError):
     def __init__(self, message: str):
         half = _MAX_MESSAGE // 2
         super().__init__(message if len(message) <= _MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}")
+
+
+class MissingFileError(FileFormatError, FileNotFoundError):
+    """A file that is not there."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.errno = errno.ENOENT
+
+    def __str__(self) -> str:
+        return self.args[0]  # an OSError would print number and name instead
+
+
+# What a user can do about errors of the system that say nothing about what the file holds.
+_ADVICE = {
+    errno.EACCES: "give this user the right to do that",
+    errno.EPERM: "give this user the right to do that",
+    errno.EMFILE: "close files, or raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "close files, or raise the system's limit of open files",
+    errno.EIO: "check the disk or the network, and fetch the file again if it is damaged",
+    errno.ESTALE: "the file server replaced the file, so load the model again",
+    errno.ENOMEM: "free memory, or raise the limit of this process (`ulimit -v`)",
+}
+
+
+def system_error(error: OSError, path: str | os.PathLike, doing: str, advice: str | None = None) -> OSError:
+    """An OSError of the same kind and number, which says for which file, and what to do about it.
+
+    Args:
+        doing: what could not be done, such as "read".
+        advice: instead of what helps against errors of this number in general.
+    """
+    advice = advice or _ADVICE.get(error.errno)
+    message = f"{error.strerror or error}, so {Path(path).name} cannot be {doing}" + (f"; {advice}" if advice else "")
+    return OSError(error.errno, message, str(path))
+
+
+@contextlib.contextmanager
+def reading(path: Path, advice: str = "fetch the missing file") -> Iterator[None]:
+    """Says of an error that reading `path` meets what can be done about it.
+
+    Args:
+        advice: for a file that is not there.
+
+    Raises:
+        MissingFileError: there is no such file.
+        FileFormatError: there is something else in its place, such as a folder.
+        OSError: of the same kind as the system's.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path} cannot be read ({error.strerror}); {advice}.") from error
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise FileFormatError(f"{path} cannot be read ({error.strerror}); {advice}.") from error
+    except OSError as error:
+        raise system_error(error, path, "read") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +135,14 @@ class FileHeader:
 
     Args:
         head: the length prefix and the header, byte for byte.
-        stamp: of the file it was read from; see [`read_stamp`]. None for one that is to be written.
+        stamp: of the file that it was read from; None for a file that is to be written.
     """
 
     path: Path
     head: bytes
     tensors: dict[str, TensorSpan]
     metadata: dict[str, str]
-    stamp: tuple[int, ...] | None = None
+    stamp: "FileStamp | None" = None
 
     @property
     def size(self) -> int:
@@ -93,43 +153,60 @@ class FileHeader:
         return parse_head, (self.path, self.head, self.stamp)  # all the rest is in these
 
 
+class FileStamp(NamedTuple):
+    """What the system says about an open file. Another file has another device or inode.
+
+    Both times change when a file is written, but also when somebody touches it; making a link changes `changed` alone, and
+    whoever writes a file may set `modified` back.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def read(cls, descriptor: int) -> "FileStamp":
+        """The stamp of an open file."""
+        status = os.fstat(descriptor)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    def is_same_file(self, other: "FileStamp") -> bool:
+        """Whether both are of one file, which has kept its size; what it holds may have changed."""
+        return self[:3] == other[:3]
+
+
 def read_header(path: str | os.PathLike) -> FileHeader:
     """Read the header of a safetensors file and check it against itself and the size of the file.
 
     Raises:
-        FileFormatError: the file is missing, cut off, damaged, or of another format.
+        FileFormatError: the file is missing (then it is a `MissingFileError`), cut off, damaged, or of another format.
+        OSError: the system cannot read it; the message says what to do.
     """
     path = Path(path)
-    try:
+    with reading(path):
         _require_regular(path)
         with path.open("rb") as file:
-            stamp = read_stamp(file.fileno())
-            size = stamp[-1]
+            stamp = FileStamp.read(file.fileno())
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
-            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            if not 2 <= length <= min(stamp.size - 8, MAX_HEADER_BYTES):
                 raise FileFormatError(
-                    f"{path} is not a whole safetensors file: it has {size} bytes and announces a header of {length} (a "
-                    f"header may have {MAX_HEADER_BYTES}); fetch it again."
+                    f"{path} is not a whole safetensors file: it has {stamp.size} bytes and announces a header of {length} "
+                    f"(a header may have {MAX_HEADER_BYTES}); fetch it again."
                 )
             head = prefix + file.read(length)
-    except OSError as error:
-        raise FileFormatError(f"{path} cannot be read ({error.strerror}); fetch the missing file.") from error
     header = parse_head(path, head, stamp)
-    if header.size != size:
+    if header.size != stamp.size:
         raise FileFormatError(
-            f"{path} has {size} bytes, but its header describes {header.size}: it is cut off or damaged; fetch it again."
+            f"{path} has {stamp.size} bytes, but its header describes {header.size}: it is cut off or damaged; fetch it "
+            "again."
         )
     return header
 
 
-def read_stamp(descriptor: int) -> tuple[int, ...]:
-    """Inode, modification time and, last, size of an open file: another file has others, and so has a changed one."""
-    status = os.fstat(descriptor)
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def parse_head(path: Path, head: bytes, stamp: tuple[int, ...] | None = None) -> FileHeader:
+def parse_head(path: Path, head: bytes, stamp: FileStamp | None = None) -> FileHeader:
     """Check the length prefix and header `head` of the file at `path` on their own.
 
     Raises:
@@ -182,13 +259,9 @@ def _require_regular(path: Path) -> None:
 
 def read_json(path: Path, constants: bool = False) -> dict:
     """Read a file that is one JSON object; see [`parse_json`]."""
-    try:
+    with reading(path, f"check whether {path.parent} is the right folder"):
         _require_regular(path)
         data = path.read_bytes()
-    except OSError as error:
-        raise FileFormatError(
-            f"{path} cannot be read ({error.strerror}); is {path.parent} the right folder?"
-        ) from error
     return parse_json(data, str(path), constants)
 
 

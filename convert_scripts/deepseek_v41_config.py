@@ -17,7 +17,8 @@ from .. import auto_deepseek_v41
 from ..configuration_deepseek_v41 import DeepseekV41TextConfig
 from ..configuration_engram import VARIANTS, EngramConfig
 from ..hashing_engram import DEAD, NgramHasher
-from ..table_format_engram import NAMES, TableDescription, describe_table
+from ..table_engram import SAFETENSORS_NAMES
+from ..table_format_engram import TableDescription, describe_table
 from ..tokenization.vocabulary_compression import TOKEN_MAP_FILE, build_token_map, token_map_bytes
 from .deepseek_v41 import DEEPSEEK_V41
 from .import_plan import Additions
@@ -258,7 +259,7 @@ def additions(config: EngramConfig, folder: Path, documents: Mapping[str, bytes]
 
 
 def _describe_tables(config: EngramConfig, hasher: NgramHasher) -> dict[int, TableDescription]:
-    dtype = "F8_E4M3" if config.engram_table_dtype else NAMES[config.dtype]
+    dtype = "F8_E4M3" if config.engram_table_dtype else SAFETENSORS_NAMES[config.dtype]
     return {
         layer: describe_table(hasher, index, width=config.engram_head_dim, dtype=dtype)
         for index, layer in enumerate(config.engram_layer_ids)

@@ -32,9 +32,8 @@ from .. import processing_deepseek_v41
 from ..configuration_engram import EngramConfig
 from ..draft_deepseek_v41 import DeepseekV41DraftModel
 from ..image_processing_deepseek_v41 import DeepseekV41ImageProcessor
-from ..loading_engram import settle_revision
+from ..loading_engram import Checkpoint
 from ..modeling_engram import EngramForCausalLM, EngramForConditionalGeneration
-from ..residency_engram import find_tables
 from ..tokenization import EngramTokenizer
 from ..tokenization.tokenization_engram import LOCATION_ARGUMENTS
 from .deepseek_v41 import DEEPSEEK_V41
@@ -237,23 +236,23 @@ class _OfTheRelease:
         Raises:
             ValueError: a tensor is missing, or the tokenizer's compressed vocabulary is not the one of the tables.
         """
-        kwargs = settle_revision(pretrained_model_name_or_path, kwargs)
-        tables = find_tables(pretrained_model_name_or_path, engram_residency, **kwargs)
+        checkpoint = Checkpoint(pretrained_model_name_or_path, kwargs)
+        tables, kwargs = checkpoint.find_tables(engram_residency), checkpoint.kwargs
         if tables is not None:
-            kwargs["engram_tables"] = tables
+            kwargs = {**kwargs, "engram_tables": tables}
         load = PreTrainedModel.from_pretrained.__func__
-        model, info = load(cls, pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = load(cls, checkpoint.name_or_path, *args, output_loading_info=True, **kwargs)
         if info["missing_keys"]:
             raise ConversionError(
                 f"{pretrained_model_name_or_path} lacks the weights of {enumerate_names(info['missing_keys'])}; fetch the "
                 f"missing files."
             )
-        model.model.settle_memory()
         location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
-        model.set_token_map(EngramTokenizer.from_pretrained(pretrained_model_name_or_path, **location))
+        model.set_token_map(EngramTokenizer.from_pretrained(checkpoint.name_or_path, **location))
         # From here on nothing tells it from a converted one, and it is saved as one.
-        ordinary = cls.__bases__[-1]
+        ordinary = next(base for base in cls.__mro__ if base in (EngramForCausalLM, EngramForConditionalGeneration))
         model.__class__, model.config.__class__ = ordinary.extending(model._extends[1]), EngramConfig
+        model.model.settle_memory()
         return (model, info) if output_loading_info else model
 
 

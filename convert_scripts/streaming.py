@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ..file_writer_engram import lock_file
 from ..safetensors_engram import TensorSpan, header_bytes, is_file_name, parse_json, read_json
+from ..saving_engram import lock_file
 from .safetensors_files import ConversionError
 
 MANIFEST_NAME = "conversion_manifest.json"

@@ -20,9 +20,9 @@ from tiny_tokenizer import make_tokenizer
 from transformers import LlamaConfig
 
 from engram_hf import EngramConfig, EngramForCausalLM
-from engram_hf.residency_engram import is_table_file
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.safetensors_engram import read_header
+from engram_hf.saving_engram import is_table_file
 from engram_hf.table_format_engram import file_description, read_tables, token_map_digest
 
 ROOT = Path(__file__).parents[2]

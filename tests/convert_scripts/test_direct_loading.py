@@ -90,6 +90,8 @@ def test_the_whole_model_generates_and_learns_as_the_oracle(truth, float32):
     ids = truth["full.input_ids"]
     with torch.no_grad():
         assert abs(model(ids, labels=ids).loss - truth["full.loss"]) < 1e-5
+        # In float64: caches are rounded in steps, and on some processors float32 noise shows as a step.
+        model.double().set_experts_implementation("eager")
         for size in (1, 2, 3, 7):
             cache, logits = None, []
             for chunk in ids.split(size, 1):
