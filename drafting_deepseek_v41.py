@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.utils import logging
+from transformers.utils import logging, output_capturing
 
 from .draft_deepseek_v41 import DeepseekV41DraftModel, Drafts
 
@@ -67,8 +67,9 @@ class DeepseekV41CandidateGenerator(CandidateGenerator):
     ):
         self.draft, self.embedding, self.head = draft, embedding, head
         self.targets = list(draft.config.dspark_target_layer_ids)
-        # Older releases of transformers take a list for True, and return the streams of every layer.
-        self.model_kwargs_overrides = {"output_hidden_states": self.targets}
+        # Before transformers 5.21 a list names the layers whose output is meant, so there the streams of all are kept.
+        by_index = hasattr(output_capturing, "selected_hidden_states")
+        self.model_kwargs_overrides = {"output_hidden_states": self.targets if by_index else True}
         self.do_sample, self.max_length = generation_config.do_sample, generation_config.max_length
         self.block = min(draft.config.dspark_block_size, generation_config.num_assistant_tokens or 1)
         self.logits_processor = logits_processor
