@@ -159,7 +159,9 @@ def _table_conversions() -> list[LoadingConverter]:
 def _full_precision_conversion(family: Family) -> LoadingConverter:
     """What the release keeps in full precision: the FP8 quantizer would pass it through in the file's dtype, not the model's."""
     kept = (_leaf(rule) for rule in family.rules if rule.storage.block is None)
-    names = "|".join(re.escape(name) for name in dict.fromkeys(kept) if name.endswith((".weight", ".bias")))
+    names = "|".join(
+        re.escape(name) for name in dict.fromkeys(kept) if name.endswith((".weight", ".bias")) or "." not in name
+    )
     return LoadingConverter(rf"\b({names})$", r"\1", [TakeAsIs()])
 
 
