@@ -7,6 +7,7 @@ Fields carry the names of the release's `text_config`. Keys this model does not 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
+from .configuration_vision_deepseek_v41 import DeepseekV41VisionConfig
 from .safetensors_engram import EngramError
 
 # The cache layer of `cache_deepseek_v41.py` registers itself with transformers under this name.
@@ -89,6 +90,16 @@ class DeepseekV41TextConfig(PreTrainedConfig):
             `{"main": {...}, "compress": {...}}`. Upstream's `rope_scaling` (the release's YaRN when left out, None for
             none; compressed layers only) is accepted too and folded in;
             [`~DeepseekV41TextConfig.upstream_rope_scaling`] gives it back.
+        vision_config (`dict` or [`DeepseekV41VisionConfig`], *optional*):
+            The vision tower's. None: the checkpoint is of text alone. Only [`DeepseekV41ForConditionalGeneration`] has the
+            tower; [`DeepseekV41TextForCausalLM`] opens the same checkpoint as text.
+        image_token_id (`int`, *optional*):
+            The id that every position of an image has.
+        draft (`bool`):
+            Whether the model holds the draft layers that `generate(use_mtp=True)` needs. Without, they are loaded when they
+            are first used, from the folder that the model came from.
+        dspark_confidence_threshold (`float`, *optional*):
+            Drafting stops before a token whose predicted probability of being accepted is below this. None: never.
         cache_rounding (`bool`):
             Whether the latents and index vectors are rounded to FP8 / FP4, as the release was trained. Off only to
             compare implementations: rounding is a step function, so tiny differences otherwise show as large ones.
@@ -99,6 +110,7 @@ class DeepseekV41TextConfig(PreTrainedConfig):
 
     model_type = "deepseek_v41_text"
     base_config_key = "text_config"
+    sub_configs = {"vision_config": DeepseekV41VisionConfig}  # noqa: RUF012 (transformers' spelling)
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' spelling)
     # transformers' experts, FP8 and parallelism code ask for these names.
     attribute_map = {  # noqa: RUF012
@@ -159,8 +171,15 @@ class DeepseekV41TextConfig(PreTrainedConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
     tie_word_embeddings: bool = False
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_id: int | None = None
+    draft: bool = False
+    dspark_confidence_threshold: float | None = None
 
     def __post_init__(self, **kwargs):
+        if isinstance(self.vision_config, dict):
+            fields = {**self.vision_config, "out_hidden_size": self.hidden_size}
+            self.vision_config = DeepseekV41VisionConfig(**fields) if fields.get("num_hidden_layers") != 0 else None
         rope_scaling, rope_parameters = kwargs.pop("rope_scaling", _ROPE_SCALING), self.rope_parameters
         # The base class expects one flat dict or one per layer type; ours is by kind of layer and set afterwards.
         self.rope_parameters = None
@@ -192,8 +211,15 @@ class DeepseekV41TextConfig(PreTrainedConfig):
         """
         self._check_values()
         self._check_schedule()
+        self._check_vision()
         for name, parameters in self.rope_parameters.items():
             self._check_rope(name, parameters)
+
+    def validate_layer_type(self):
+        """The layer types are this model's own; [`~DeepseekV41TextConfig.validate`] checks the schedule behind them."""
+
+    def validate_rope(self, *args, **kwargs):
+        """The layout is this model's own; [`~DeepseekV41TextConfig.validate`] checks it."""
 
     def standardize_rope_params(self):
         """Both dicts are complete by construction; filling in flat keys beside them would only add noise."""
@@ -269,6 +295,20 @@ class DeepseekV41TextConfig(PreTrainedConfig):
             raise EngramError(
                 f"`candidate_source_layer_id` must be one of `index_source_layer_ids` {index} with no KV source "
                 f"{kv} after it, got {candidates}."
+            )
+
+    def _check_vision(self):
+        if self.vision_config is None:
+            return
+        if self.vision_config.out_hidden_size != self.hidden_size:
+            raise EngramError(
+                f"`vision_config.out_hidden_size` must be the text model's `hidden_size` {self.hidden_size}, got "
+                f"{self.vision_config.out_hidden_size}."
+            )
+        if self.image_token_id is None or not 0 <= self.image_token_id < self.vocab_size:
+            raise EngramError(
+                f"`image_token_id` must be an id of the vocabulary of {self.vocab_size} when there is a `vision_config`, got "
+                f"{self.image_token_id}."
             )
 
     def _nested_rope_parameters(self, given: dict) -> dict:

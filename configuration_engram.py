@@ -58,6 +58,7 @@ _AUTO_CLASSES = {
     "AutoModel": ("modeling_engram", "EngramModel"),
     "AutoModelForCausalLM": ("modeling_engram", "EngramForCausalLM"),
 }
+_AUTO_CLASSES_WITH_IMAGES = {"AutoModelForImageTextToText": ("modeling_engram", "EngramForConditionalGeneration")}
 # For a backbone that transformers does not have: the module that brings it and these classes, by the backbone's model type.
 _ENTRY_MODULES: dict[str, str] = {}
 
@@ -433,7 +434,9 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     def remote_code_map(self) -> dict[str, str]:
         """The `auto_map` of config.json: where a folder with remote code has the class for each Auto class."""
         entry = remote_module(self.text_config.model_type)
-        return {auto: f"{entry or module}.{name}" for auto, (module, name) in _AUTO_CLASSES.items()}
+        reads_images = getattr(self.text_config, "vision_config", None) is not None
+        classes = _AUTO_CLASSES | (_AUTO_CLASSES_WITH_IMAGES if reads_images else {})
+        return {auto: f"{entry or module}.{name}" for auto, (module, name) in classes.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers; remote code begins with the module that brings the backbone, if it needs one."""

@@ -21,7 +21,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -484,6 +491,8 @@ class EngramModel(EngramPreTrainedModel):
         cache = self._settle_cache(inputs)
         history = None if cache is None else attach_history(cache, self.config)
         image_mask, padding_mask = inputs.pop("image_mask", None), inputs.pop("padding_mask", None)
+        if image_mask is None and hasattr(self, "get_image_mask"):
+            image_mask = self.get_image_mask(input_ids)
         mask = inputs.get("attention_mask") if padding_mask is None else padding_mask
         memory = self.prepare_memory(
             input_ids,
@@ -673,12 +682,14 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         ValueError: as [`EngramModel`].
     """
 
+    _host_class = AutoModelForCausalLM
+
     def __new__(cls, config: EngramConfig | None = None, host: PreTrainedModel | None = None, engram_tables=None):
         if config is None:  # for pickle and torch's replicas, which fill in the state themselves
             return super().__new__(cls)
         config.validate_engram()
         if host is None:
-            host = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+            host = cls._host_class.from_config(config.text_config, dtype=torch.get_default_dtype())
         require_extensible(host)
         config.text_config = host.config  # from_config copies; there is to be one
         EngramModel(config, host.base_model, engram_tables)  # changes the host's base model in place
@@ -731,7 +742,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
                 raise EngramError(f"{sorted(kwargs)} only apply when the backbone is loaded by name.")
             host = backbone
         else:
-            host = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
+            host = cls._host_class.from_pretrained(backbone, **kwargs)
         if any(parameter.is_meta for parameter in host.parameters()):
             raise EngramError(
                 "Some of the backbone's weights are offloaded; add memory with all of them loaded, save the model, and "
@@ -813,6 +824,15 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         return {layer_id: gates[index] for index, layer_id in enumerate(self.config.engram_layer_ids)}
 
 
+class EngramForConditionalGeneration(EngramForCausalLM):
+    """A model of text and images with memory, on a backbone that reads images; positions of images have no memory.
+
+    Of the same checkpoint, [`EngramForCausalLM`] is the model of text. The arguments are the same.
+    """
+
+    _host_class = AutoModelForImageTextToText
+
+
 def _slice_to_step(mask: torch.Tensor, fill: torch.Tensor, cache: Cache | None, length: int) -> torch.Tensor:
     """The `length` positions after those in `cache`, of what is `[B, S]` for a prompt and `[B, 1]` for all that follows."""
     start = 0 if cache is None else int(cache.get_seq_length())
@@ -861,3 +881,4 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(EngramConfig.model_type, EngramForC
 
 EngramModel.register_for_auto_class("AutoModel")
 EngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+EngramForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -35,16 +35,24 @@ FAMILIES = [
         "card_engram",
     ],
     [
+        "configuration_vision_deepseek_v41",
         "configuration_deepseek_v41",
         "cache_deepseek_v41",
         "modeling_deepseek_v41",
+        "draft_deepseek_v41",
+        "drafting_deepseek_v41",
+        "causal_lm_deepseek_v41",
+        "vision_deepseek_v41",
+        "multimodal_deepseek_v41",
+        "image_processing_deepseek_v41",
+        "processing_deepseek_v41",
     ],
     ["auto_deepseek_v41"],
 ]
 # What whoever loads a model with remote code is sure to have.
 INSTALLED_WITH_TRANSFORMERS = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "huggingface_hub"}
 # What a flat file may import and do without.
-OPTIONAL = {"psutil"}
+OPTIONAL = {"PIL", "psutil"}
 ROOMS_THAT_ARE_NOT_INSTALLED = {"tests", "benchmarks", "examples", "docs"}
 
 
@@ -141,7 +149,14 @@ def test_nothing_installed_imports_what_is_not():
 
 
 PUBLIC_NAMES = {
-    "engram_hf": ["EngramConfig", "EngramError", "EngramForCausalLM", "EngramModel", "EngramTokenizer"],
+    "engram_hf": [
+        "EngramConfig",
+        "EngramError",
+        "EngramForCausalLM",
+        "EngramForConditionalGeneration",
+        "EngramModel",
+        "EngramTokenizer",
+    ],
     "engram_hf.tokenization": ["CompressionSummary", "EngramTokenizer"],
     "engram_hf.training": [
         "RowAdapter",
