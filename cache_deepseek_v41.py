@@ -347,7 +347,7 @@ def layer_cache(cache: Cache | None, layer_idx: int) -> DeepseekV41CacheLayer | 
     # By name, not by class: a model loaded as remote code brings a class of its own under the same name.
     if getattr(layer, "_layer_type", None) != LAYER_TYPE:
         raise EngramError(
-            f"`past_key_values` holds {type(layer).__name__} at layer {layer_idx}, not a DeepSeek-V4.1 cache layer. "
+            f"The cache holds {type(layer).__name__} at layer {layer_idx}, not a DeepSeek-V4.1 cache layer. "
             "Create it with `DynamicCache(config=model.config)`, or leave it out."
         )
     return layer

@@ -111,7 +111,7 @@ class DeepseekV41TextConfig(PreTrainedConfig):
     model_type = "deepseek_v41_text"
     base_config_key = "text_config"
     sub_configs = {"vision_config": DeepseekV41VisionConfig}  # noqa: RUF012 (transformers' spelling)
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' spelling)
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 (transformers' spelling)
     # transformers' experts, FP8 and parallelism code ask for these names.
     attribute_map = {  # noqa: RUF012
         "num_local_experts": "n_routed_experts",

@@ -185,7 +185,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
 
     model_type = "engram"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (a class attribute by transformers' convention)
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     text_config: dict | PreTrainedConfig | None = None
     engram_layer_ids: list[int] | tuple[int, ...] = (1, 15)

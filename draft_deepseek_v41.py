@@ -109,12 +109,12 @@ class DeepseekV41DraftAttention(DeepseekV41Attention):
         shared: SharedAttention,
         layout: None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: DraftContext,
+        cache: DraftContext,
     ) -> tuple[torch.Tensor, SharedAttention]:
         """`[B, K, hidden]` to `[B, K, hidden]`; the block's own keys are not remembered."""
         cos, sin = position_embeddings
         _, query = self._query(hidden_states, cos, sin)
-        keys, context = self.latents(hidden_states, cos, sin), past_key_values.keys[self.layer_idx]
+        keys, context = self.latents(hidden_states, cos, sin), cache.keys[self.layer_idx]
         keys = keys if context is None else torch.cat([context.to(keys.dtype), keys], dim=1)
         output = self._attend_block(query, keys, None, None, None)
         return self._output(output, cos, sin), shared
@@ -199,7 +199,7 @@ class DeepseekV41DraftModel(DeepseekV41PreTrainedModel):
         streams, pre = open_streams(inputs_embeds, self.config.hc_mult)
         angles = self._angles(context.length, inputs_embeds)
         for layer in self.layers:
-            streams, pre, *_ = layer(streams, pre, layout=None, position_embeddings=angles, past_key_values=context)
+            streams, pre, *_ = layer(streams, pre, layout=None, position_embeddings=angles, cache=context)
         return collapse(streams, pre)
 
     def draft(

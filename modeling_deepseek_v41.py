@@ -13,6 +13,7 @@ Where a class computes what transformers' DeepSeek-V4 computes, it is that class
 * attention reads the window and the chosen compressed positions, in blocks of queries. A [S, S] matrix never exists.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,10 @@ from .configuration_vision_deepseek_v41 import known_copies
 from .safetensors_engram import EngramError
 from .table_engram import E4M3_MAX, exponent_above
 
+# What the output calls the cache: transformers 5.24 renamed it.
+_CACHE_OUTPUT = next(
+    field.name for field in dataclasses.fields(MoeModelOutputWithPast) if field.name in ("cache", "past_key_values")
+)
 # Elements of the largest intermediate of one block of queries: 64 MB in float32.
 _BLOCK_ELEMENTS = 1 << 24
 _SMALLEST_BLOCK = 64
@@ -329,7 +334,7 @@ class DeepseekV41Attention(nn.Module):
         shared: SharedAttention,
         layout: RowLayout,
         position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[torch.Tensor, SharedAttention]:
         """`[B, S, hidden]` to `[B, S, hidden]`, and what later layers share.
 
@@ -337,7 +342,7 @@ class DeepseekV41Attention(nn.Module):
         layer.
         """
         # Without a cache the state of this call alone is needed, and forgotten with it.
-        state = DeepseekV41CacheLayer() if past_key_values is None else layer_cache(past_key_values, self.layer_idx)
+        state = DeepseekV41CacheLayer() if cache is None else layer_cache(cache, self.layer_idx)
         cos, sin = position_embeddings[self.rope_type]
         x = layout.compact(hidden_states)
         q_latent, query = self._query(x, cos, sin)
@@ -579,7 +584,7 @@ class DeepseekV41DecoderLayer(GradientCheckpointingLayer):
         layout: RowLayout,
         position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
         image_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor | None, ...]:
         """From streams `[B, S, N, hidden]` and their collapse weights `[B, S, N]` to the next layer's.
@@ -589,9 +594,7 @@ class DeepseekV41DecoderLayer(GradientCheckpointingLayer):
         extended from outside and ignored here.
         """
         attention_input = self.input_layernorm(collapse(hidden_states, pre))
-        output, shared = self.self_attn(
-            attention_input, SharedAttention(*shared), layout, position_embeddings, past_key_values
-        )
+        output, shared = self.self_attn(attention_input, SharedAttention(*shared), layout, position_embeddings, cache)
         pre, post, comb = self.attn_hc(hidden_states)
         hidden_states = expand(hidden_states, output, post, comb)
         output = self.mlp(self.post_attention_layernorm(collapse(hidden_states, pre)), image_mask)
@@ -660,7 +663,7 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         image_mask: torch.Tensor | None = None,
@@ -673,7 +676,7 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
             attention_mask: `[B, cached + S]`, nonzero where a token is real. Padding may stand on either side.
             position_ids: `[B, S]`, counting up by one; a 0 inside a row starts another sequence there, of which the
                 tokens before it see nothing and are not seen (packed rows). By default the real tokens are counted.
-            past_key_values: made by `DynamicCache(config=config)`.
+            cache: made by `DynamicCache(config=config)`; `past_key_values` is its name up to transformers 5.23.
             image_mask: `[B, S]` bool, where the router treats a token as part of an image.
             kwargs: handed to every layer.
 
@@ -684,6 +687,8 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
         Raises:
             ValueError: for inputs of another shape, position ids that skip, and a cache of another model.
         """
+        older_name = kwargs.pop("past_key_values", None)
+        cache = older_name if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise EngramError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if kwargs.get("output_attentions", self.config.output_attentions):
@@ -691,16 +696,16 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
                 "DeepSeek-V4.1 has no attention matrix to return: each query chooses its own keys. Leave `output_attentions` out."
             )
         if inputs_embeds is None:
-            self._refuse_images(input_ids, image_mask, past_key_values)
+            self._refuse_images(input_ids, image_mask, cache)
             inputs_embeds = self.embed_tokens(input_ids)
         if image_mask is not None and image_mask.shape != inputs_embeds.shape[:2]:
             raise EngramError(
                 f"`image_mask` must have one entry per token, {list(inputs_embeds.shape[:2])}; got "
                 f"{list(image_mask.shape)}."
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        layout = row_layout(inputs_embeds, attention_mask, position_ids, layer_cache(past_key_values, 0))
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        layout = row_layout(inputs_embeds, attention_mask, position_ids, layer_cache(cache, 0))
         streams, pre = open_streams(inputs_embeds, self.config.hc_mult)
         shared = SharedAttention()
         angles = self._position_embeddings(layout)
@@ -712,11 +717,11 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
                 layout=layout,
                 position_embeddings=angles,
                 image_mask=None if image_mask is None else image_mask.bool(),
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         hidden_states = self.norm(collapse(streams, pre))
-        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, **{_CACHE_OUTPUT: cache})
 
     def _refuse_images(self, input_ids: torch.Tensor, image_mask: torch.Tensor | None, cache: Cache | None):
         """Images of a prompt need the tower. (The id may be generated by chance: then it is a token like others.)"""

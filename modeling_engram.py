@@ -549,10 +549,8 @@ class EngramModel(EngramPreTrainedModel):
         """Refuse outputs whose cache is not the one that holds the memory's history: the next step would be wrong."""
         if cache is None:
             return
-        if isinstance(outputs, tuple):
-            used = next((part for part in outputs if isinstance(part, Cache)), None)
-        else:
-            used = getattr(outputs, self._cache_name, None)
+        parts = outputs if isinstance(outputs, tuple) else outputs.values()
+        used = next((part for part in parts if isinstance(part, Cache)), None)
         if used is not cache and (use_cache or used is not None):
             raise EngramError(
                 f"{self._extends[1].__name__} returned another cache than the one that holds the memory's history, so that later "
@@ -778,7 +776,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         # Phi-3 drops its cache past the original context length.
-        embeds, cache = inputs.get("inputs_embeds"), inputs.get(self.base_model._cache_name)
+        embeds, cache = inputs.get("inputs_embeds"), _cache_in(inputs)
         length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
         if embeds is not None and input_ids.shape[1] >= length:
             inputs["input_ids"] = input_ids[:, -length:]
@@ -794,7 +792,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # Assisted decoding asks the cache to record its past before the first forward; the history must be there.
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get(self.base_model._cache_name)
+        cache = _cache_in(model_kwargs)
         if isinstance(cache, Cache):
             history = attach_history(cache, self.config)
             if generation_config.is_assistant:
@@ -831,6 +829,11 @@ class EngramForConditionalGeneration(EngramForCausalLM):
     """
 
     _host_class = AutoModelForImageTextToText
+
+
+def _cache_in(arguments: dict[str, Any]) -> Cache | None:
+    """The cache among keyword arguments, under whichever name."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def _slice_to_step(mask: torch.Tensor, fill: torch.Tensor, cache: Cache | None, length: int) -> torch.Tensor:
