@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ..file_writer_engram import lock_file
+from ..folder_writer_engram import LOCK_NAME, FolderClaim, FolderInUseError
 from ..safetensors_engram import TensorSpan, header_bytes, is_file_name, parse_json, read_json
 from .safetensors_files import ConversionError
 
@@ -169,25 +169,36 @@ def run_plan(plan: Plan, target: Path) -> int:
         The number of bytes written: 0 if the folder is a finished conversion of the same plan already.
 
     Raises:
-        ConversionError: the folder holds something else, cannot be written, or the disk is full. Nothing is left under a
-            final name that is not complete, and files already complete are kept for the next start.
+        ConversionError: the folder holds something else, cannot be written, or the disk is full, or another process is
+            writing to it. Nothing is left under a final name that is not complete, and files already complete are kept
+            for the next start.
     """
     try:
-        if _is_finished(plan, target):
-            if _is_whole(plan, target):
-                return 0
-            _reopen(plan, target)
-        with _Journal(plan, target) as journal:
-            todo = [file for file in plan.files if not _is_done(file, target, journal.done)]
-            # A table of 100 GB left for last would be written by one thread alone.
-            todo.sort(key=lambda file: file.size, reverse=True)
-            needed = sum(file.size for file in todo if not file.link) + sum(map(len, plan.documents.values()))
-            _check_space(needed, target)
-            _write_files(todo, target, journal)
-            _write_documents(plan, target, journal.done)
-            return needed
+        # What is finished may lie where nothing can be written.
+        if _is_finished(plan, target) and _is_whole(plan, target):
+            return 0
+        with FolderClaim(target):
+            return _run_claimed(plan, target)
+    except FolderInUseError as error:
+        raise ConversionError(str(error)) from error
     except OSError as error:
         raise _explain(error, target) from error
+
+
+def _run_claimed(plan: Plan, target: Path) -> int:
+    if _is_finished(plan, target):
+        if _is_whole(plan, target):  # by now, another process having finished it
+            return 0
+        _reopen(plan, target)
+    with _Journal(plan, target) as journal:
+        todo = [file for file in plan.files if not _is_done(file, target, journal.done)]
+        # A table of 100 GB left for last would be written by one thread alone.
+        todo.sort(key=lambda file: file.size, reverse=True)
+        needed = sum(file.size for file in todo if not file.link) + sum(map(len, plan.documents.values()))
+        _check_space(needed, target)
+        _write_files(todo, target, journal)
+        _write_documents(plan, target, journal.done)
+        return needed
 
 
 def _is_finished(plan: Plan, target: Path) -> bool:
@@ -243,7 +254,7 @@ def _is_record(name, record) -> bool:
 
 
 class _Journal:
-    """The record of finished files, locked while a conversion runs. A torn last line counts as absent."""
+    """The record of finished files of a claimed folder. A torn last line counts as absent."""
 
     def __init__(self, plan: Plan, target: Path):
         self.path = target / JOURNAL_NAME
@@ -252,12 +263,9 @@ class _Journal:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "_Journal":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             self._start()
         self._file = self.path.open("r+b")
-        if lock_file(self._file.fileno()) is False:
-            raise ConversionError(f"another conversion is writing to {self.path.parent}; wait for it to end.")
         self._read()
         return self
 
@@ -268,7 +276,8 @@ class _Journal:
         self._file.close()
 
     def _start(self) -> None:
-        strangers = sorted(path.name for path in self.path.parent.iterdir() if path.name != f"{JOURNAL_NAME}.part")
+        own = (f"{JOURNAL_NAME}.part", LOCK_NAME)
+        strangers = sorted(path.name for path in self.path.parent.iterdir() if path.name not in own)
         if strangers:
             raise ConversionError(
                 f"{self.path.parent} is not empty (it holds {strangers[0]}) and no interrupted conversion; "

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from engram_hf.convert_scripts import convert_deepseek_v41, streaming
 from engram_hf.convert_scripts.command_line import run_command
 from engram_hf.convert_scripts.safetensors_files import read_checkpoint
+from engram_hf.folder_writer_engram import LOCK_NAME, FolderClaim
 from engram_hf.table_format_engram import read_tables
 from engram_hf.tokenization import EngramTokenizer
 
@@ -414,9 +415,8 @@ def test_a_full_disk_leaves_no_half_file_and_resumes(tiny, converted, tmp_path, 
 def assert_only_whole_files(folder, expected, parts=True):
     """Under final names nothing but finished files; `.part` files only after a kill."""
     found = contents(folder) if folder.exists() else {}
-    final = {
-        name: data for name, data in found.items() if not name.endswith(".part") and name != ".conversion-journal"
-    }
+    own = (".conversion-journal", LOCK_NAME)
+    final = {name: data for name, data in found.items() if not name.endswith(".part") and name not in own}
     assert parts or not any(name.endswith(".part") for name in found)
     for name, data in final.items():
         assert data == expected[name], name
@@ -488,16 +488,14 @@ def test_a_torn_journal_line_counts_as_absent(tiny, converted, tmp_path):
     assert contents(target) == contents(converted)
 
 
-def test_two_conversions_into_one_folder_at_once(tiny, tmp_path, capsys):
-    import fcntl
-
+def test_a_conversion_into_a_folder_that_is_being_written(tiny, tmp_path, capsys):
     target = tmp_path / "out"
-    target.mkdir()
-    with (target / ".conversion-journal").open("w") as held:
-        held.write('{"fingerprint": "x"}\n')
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with FolderClaim(target):
+        before = contents(target)
         assert run(tiny, target) == 1
-    assert "another conversion is writing" in capsys.readouterr().err
+        assert contents(target) == before
+    assert f"is being written by process {os.getpid()} on " in capsys.readouterr().err
+    assert not target.exists()
 
 
 # --- what is damaged ---

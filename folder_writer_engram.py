@@ -1,0 +1,338 @@
+"""Writing folders: by one process at a time, and all files of a model in one step.
+
+A save is written into a hidden folder inside its target, which is therefore on the same disk, and then exchanged for what
+the target holds. Until the exchange begins, the target is the old model; from then on the new files are whole, and an
+exchange that an exception interrupts is carried to its end. Only a process that is killed within it (it takes
+milliseconds) leaves a target of two models, which [`require_settled`] refuses.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .file_writer_engram import lock_file, still_names
+
+LOCK_NAME = ".engram-lock"
+# Hidden folders inside a target: of a save that is being written, and of one that is whole and being put in place.
+_SAVE, _EXCHANGE = ".engram-save-", ".engram-exchange-"
+# How long a save waits for others that are put in place in the same folder, and how long loading waits for such a one.
+SAVE_WAITS, LOAD_WAITS = 60.0, 10.0
+_POLL_SECONDS = 0.01
+
+
+def is_hidden_file(name: str) -> bool:
+    """Whether a file or folder in a target is there for this module alone, or was left by a process that was killed."""
+    return name == LOCK_NAME or name.startswith((_SAVE, _EXCHANGE))
+
+
+class FolderInUseError(ValueError):
+    """Another process, or another thread, is writing to a folder; said in one sentence."""
+
+
+class FolderClaim:
+    """The right to write to a folder, which the system takes back when the process ends.
+
+    It is a locked file in the folder that says who holds it. On file systems without locks the file alone counts, and
+    that of a process of this machine which has ended is taken over.
+
+    Args:
+        folder: is made if it is missing, and removed again on release if nothing was put into it.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.path = self.folder / LOCK_NAME
+        self._file = None
+        self._made_folder = False
+
+    def take(self, wait: float = 0.0) -> "FolderClaim":
+        """Claim the folder before anything is written to it.
+
+        Args:
+            wait: seconds to wait for who holds it.
+
+        Raises:
+            FolderInUseError: it is claimed; names the process, its machine and since when. Nothing was changed.
+            OSError: the folder cannot be written.
+        """
+        self.make_folder()
+        deadline = time.monotonic() + wait
+        while self._file is None:
+            holder = self._try()
+            if holder is not None and time.monotonic() >= deadline:
+                raise FolderInUseError(
+                    f"{self.folder} is being written by {_describe(holder)}; wait for it to end, or name another folder "
+                    f"(if that process is not writing there, delete {self.path})."
+                )
+            if holder is not None:
+                time.sleep(_POLL_SECONDS)
+        return self
+
+    def release(self) -> None:
+        """Let others write; does nothing if the folder was not claimed."""
+        if self._file is not None:
+            if os.name == "nt":  # where no open file can be removed
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self.path.unlink()  # while it is locked, so that nobody locks a file that has no name
+            self._file.close()
+            self._file = None
+        if self._made_folder:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+
+    def __enter__(self) -> "FolderClaim":
+        return self.take()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def make_folder(self) -> None:
+        """Make the folder if it is missing."""
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self.folder.mkdir()
+                self._made_folder = True
+            if not self.folder.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, f"{self.folder} is a file; name a folder")
+        except OSError as error:
+            raise _explained(self.folder, error) from error
+
+    def _try(self) -> dict | None:
+        """Try once to claim the folder; what is known of its holder if there is one."""
+        try:
+            file = open(self.path, "x+b", buffering=0)  # noqa: SIM115 (it is held open as long as the claim)
+        except FileExistsError:
+            return _remove_abandoned(self.path)
+        except OSError as error:
+            raise _explained(self.folder, error) from error
+        # Between the two calls others may take the file for an abandoned one.
+        if lock_file(file.fileno()) is False or not still_names(self.path, file.fileno()):
+            file.close()
+            return None
+        file.write(json.dumps(_this_process()).encode())
+        self._file = file
+        return None
+
+
+def _explained(folder: Path, error: OSError) -> OSError:
+    """The same error with what to do, if that is known."""
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return error
+    return OSError(error.errno, f"{folder} cannot be written ({error.strerror}); choose a folder that is writable")
+
+
+def _this_process() -> dict:
+    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+
+
+def _describe(holder: dict) -> str:
+    if not {"pid", "host", "since"} <= holder.keys():
+        return "another process"
+    return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
+
+
+def _remove_abandoned(path: Path) -> dict | None:
+    """Remove the lock file of a process that has ended; otherwise, what it says of the process that holds it."""
+    try:
+        # NFS locks only what is open for writing. A pipe in its place must not be waited for.
+        file = os.open(path, os.O_RDWR | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        return None
+    try:
+        is_abandoned, holder = lock_file(file), _read_holder(file)
+        if is_abandoned is None:
+            is_abandoned = _has_ended(holder)
+        if not is_abandoned:
+            return holder
+        if still_names(path, file):
+            path.unlink()
+        return None
+    finally:
+        os.close(file)
+
+
+def _read_holder(file: int) -> dict:
+    # The process that holds the lock may have yet to write who it is; a moment is enough for that.
+    for _ in range(20):
+        os.lseek(file, 0, os.SEEK_SET)
+        with contextlib.suppress(ValueError, OSError):
+            holder = json.loads(os.read(file, 4096))
+            return holder if isinstance(holder, dict) else {}
+        time.sleep(_POLL_SECONDS / 2)
+    return {}
+
+
+def _has_ended(holder: dict) -> bool:
+    """Whether a lock file, on a file system without locks, is that of a process of this machine which has ended."""
+    if holder.get("host") != socket.gethostname() or type(holder.get("pid")) is not int:
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+class FolderWriter:
+    """Files that are to become part of `target` together; see [`replace_files`].
+
+    Attributes:
+        path: the folder to write them to.
+    """
+
+    def __init__(self, target: str | os.PathLike):
+        self.target = Path(target)
+        name = secrets.token_hex(8)
+        self.path = self.target / f"{_SAVE}{name}"
+        self._exchanged = self.target / f"{_EXCHANGE}{name}"
+        self._claim = FolderClaim(self.path)  # by which others tell it from what a killed process left
+        self._parent = FolderClaim(
+            self.target
+        )  # which is not taken: the folder is made, and removed if it stays empty
+        self.names: set[str] | None = None  # of the files that were put in place
+
+    def begin(self) -> None:
+        """Make the folder, and remove what killed saves left beside it."""
+        self._parent.make_folder()
+        _remove_left_saves(self.target)
+        self._claim.take(LOAD_WAITS)
+
+    def publish(
+        self,
+        is_stale: Callable[[str], bool] = lambda name: False,
+        last: str | None = None,
+        is_claimed: bool = False,
+    ) -> None:
+        """Put all files in place, if that has not been done, and remove what they replace.
+
+        Args:
+            is_stale: whether a file of the target that is not among the new ones belongs to what they replace.
+            last: name of the file that is put in place after all others.
+            is_claimed: whether the caller holds the claim of the target. Otherwise other saves to it are waited for.
+
+        Raises:
+            FolderInUseError: another process writes to the target; nothing there was changed.
+            OSError: the files cannot be put in place.
+        """
+        if self.names is not None:
+            return
+        claim = FolderClaim(self.target)
+        try:
+            if not is_claimed:
+                claim.take(SAVE_WAITS)
+            files = [path.relative_to(self.path) for path in sorted(self.path.rglob("*")) if not path.is_dir()]
+            files = [file for file in files if file != Path(LOCK_NAME)]
+            self._files = sorted(files, key=lambda file: file.as_posix() == last)
+            self._is_stale = is_stale
+            if os.name == "nt":  # where no folder is renamed that has an open file in it
+                self._claim.release()
+            self.path.rename(self._exchanged)
+            self._exchange()
+        except BaseException:
+            self._finish()
+            raise
+        finally:
+            claim.release()
+
+    def _exchange(self) -> None:
+        for file in self._files:
+            _put_in_place(self._exchanged / file, self.target / file)
+        names = {file.as_posix() for file in self._files}
+        for path in self.target.iterdir():
+            if path.name not in names and not path.is_dir() and self._is_stale(path.name):
+                path.unlink(missing_ok=True)
+        # From here on the target is whole. Earlier exchanges that were killed have been replaced by this one.
+        for path in self.target.glob(f"{_EXCHANGE}*"):
+            done = path.with_name(path.name.replace(_EXCHANGE, _SAVE))
+            path.rename(done)
+            shutil.rmtree(done, ignore_errors=True)
+        self.names = names
+
+    def _finish(self) -> None:
+        """Carry an exchange that has begun to its end."""
+        if self.names is None and self._exchanged.exists():
+            self._exchange()
+
+    def end(self) -> None:
+        """Leave nothing behind but what was put in place."""
+        self._finish()
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._claim.release()
+        self._parent.release()
+
+
+@contextlib.contextmanager
+def replace_files(target: str | os.PathLike) -> Iterator[FolderWriter]:
+    """Write files that become part of a folder together, or not at all.
+
+    Within it, write to `.path` of what it gives and call `.publish()` at the end. Whatever a killed process left behind in
+    the target is removed.
+
+    Args:
+        target: the folder; made if it is missing.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    writer = FolderWriter(target)
+    try:
+        writer.begin()
+        yield writer
+    finally:
+        writer.end()
+
+
+def _remove_left_saves(target: Path) -> None:
+    for path in target.glob(f"{_SAVE}*"):
+        claim = FolderClaim(path)
+        with contextlib.suppress(FolderInUseError, OSError):  # alive, or for somebody else to remove
+            claim.take()
+            shutil.rmtree(path, ignore_errors=True)
+        claim.release()
+
+
+def _put_in_place(path: Path, name: Path) -> None:
+    """Make the file at `path` the one called `name`; it keeps its own name too, where there are hard links."""
+    name.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() and not path.is_symlink():  # moved by the first try of an exchange that is repeated
+        return
+    if not path.is_symlink() and name.exists() and path.samefile(name):
+        return
+    link = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    try:
+        os.link(path, link)
+    except OSError:  # none on this file system
+        os.replace(path, name)
+    else:
+        os.replace(link, name)
+
+
+def require_settled(folder: str | os.PathLike) -> None:
+    """Refuse a folder in which the files of two models may be mixed, since a save was killed while it put them in place.
+
+    Args:
+        folder: of a model; anything else (such as the name of a Hub repository) is let through.
+
+    Raises:
+        ValueError: says where the new model is.
+    """
+    deadline = time.monotonic() + LOAD_WAITS
+    while left := sorted(Path(folder).glob(f"{_EXCHANGE}*")) if os.path.isdir(folder) else []:
+        if time.monotonic() >= deadline:
+            raise ValueError(
+                f"A save to {folder} was killed while its files were put in place, so that files of two models may be mixed "
+                f"there; the saved model is whole in {left[-1]}: load it from there, and save it to {folder} again."
+            )
+        time.sleep(_POLL_SECONDS)
