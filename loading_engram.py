@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from transformers.utils import (
     cached_file,
 )
 from transformers.utils.hub import extract_commit_hash
+
+from .safetensors_engram import read_weight_map
 
 _ORIGIN = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder", "local_files_only")
 
@@ -87,6 +90,21 @@ def find_weights(resolve: Callable[[str], Path | None], variant: str | None) -> 
     single, index = (_of_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     found = resolve(single)
     return (found, None) if found is not None else (None, resolve(index))
+
+
+def is_weights_file(name: str, variant: str | None) -> bool:
+    """Whether a file of a model folder is named as transformers names weights of this variant, their shards or index."""
+    single, index = (_of_variant(file, variant) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    stem = re.escape(single.removesuffix(".safetensors"))
+    return name in (single, index) or re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.safetensors", name) is not None
+
+
+def find_weight_files(resolve: Callable[[str], Path | None], variant: str | None) -> list[Path]:
+    """All safetensors files of a checkpoint's weights that are there."""
+    single, index = find_weights(resolve, variant)
+    names = set() if index is None else set(read_weight_map(index).values())
+    paths = [single, *map(resolve, sorted(names))]
+    return [path for path in paths if path is not None]
 
 
 def _of_variant(name: str, variant: str | None) -> str:

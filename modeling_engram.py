@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import inspect
 import os
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from transformers.utils import logging
 from .cache_engram import EngramHistoryLayer, attach_history
 from .card_engram import write_model_card
 from .configuration_engram import EngramConfig
+from .folder_writer_engram import FolderWriter, replace_files, require_settled
 from .hashing_engram import DEAD, NgramHasher, as_token_map
 from .layer_engram import EngramInputs, EngramMemory, EngramRMSNorm, add_memory_to_layer
 from .loading_engram import settle_revision, undo_renamings_of_memory
@@ -29,10 +31,9 @@ from .modeling_deepseek_v41 import DeepseekV41TextModel
 from .prefetch_engram import Prefetcher
 from .residency_engram import (
     FoundTables,
+    complete_save,
     find_tables,
-    is_table_file,
     leave_tables_on_disk,
-    remove_stale_tables,
     save_tables,
     tables_by_reference,
 )
@@ -49,6 +50,10 @@ AUTO_MAP = {
     "AutoModel": "modeling_engram.EngramModel",
     "AutoModelForCausalLM": "modeling_engram.EngramForCausalLM",
 }
+
+
+# The save that runs: what it is written with, and the variant of its weights.
+_SAVE: ContextVar[tuple[FolderWriter, str | None] | None] = ContextVar("the save that runs", default=None)
 
 
 class EngramPreTrainedModel(PreTrainedModel):
@@ -91,6 +96,7 @@ class EngramPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: tables or hash constants are missing from the checkpoint, or disagree with its config.
         """
+        require_settled(pretrained_model_name_or_path)
         kwargs = settle_revision(pretrained_model_name_or_path, kwargs)
         tables = find_tables(pretrained_model_name_or_path, engram_residency, **kwargs)
         if tables is not None:
@@ -109,11 +115,6 @@ class EngramPreTrainedModel(PreTrainedModel):
             tables.verify(model.base_model)
         return (model, info) if output_loading_info else model
 
-    def _get_files_timestamps(self, working_dir):
-        # What is older than the save is not uploaded, and a linked table is as old as its first name.
-        stamps = super()._get_files_timestamps(working_dir)
-        return {name: stamp for name, stamp in stamps.items() if not is_table_file(name)}
-
     # The one place where the names of what is loaded can be told after all submodels have had their say.
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
@@ -131,12 +132,21 @@ class EngramPreTrainedModel(PreTrainedModel):
         with tables_by_reference():
             return super().push_to_hub(*args, **kwargs)
 
-    def _upload_modified_files(self, working_dir, repo_id, *args, token=None, **kwargs):
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, token=None, **kwargs):
         # `push_to_hub` and `save_pretrained(push_to_hub=True)` meet here, after their README.md is written.
-        self._remove_stale_tables(working_dir)
+        if _SAVE.get() is not None:  # an upload that breaks off must not lose what is saved here
+            self._complete_save()
+            writer, _ = _SAVE.get()
+            working_dir, others = writer.target, set(os.listdir(writer.target)) - writer.names
+            files_timestamps = dict.fromkeys(others, float("inf"))
         if not self._saves_adapter():
             write_model_card(os.path.join(working_dir, "README.md"), self.config, repo_id, token)
-        return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, token=token, **kwargs)
+
+    def barrier_after_gathered_checkpoint_save(self, *args, **kwargs):
+        # The other processes of a sharded model go on behind this, and may load what was saved.
+        self._complete_save()
+        return super().barrier_after_gathered_checkpoint_save(*args, **kwargs)
 
     def initialize_weights(self):
         """Initialize what was not loaded.
@@ -208,24 +218,32 @@ class EngramPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """As in transformers; whichever class is saved, every Auto class can open the folder as remote code.
 
-        Tables that are not parameters are linked to the folder, or copied by the kernel: they have not changed.
+        Tables that are not parameters are linked to the folder, or copied by the kernel: they have not changed. A folder
+        that holds a model is that model or the new one, whatever interrupts the save, and needs room for both until its end.
         """
-        # Of a sharded model every process calls this, and only the first one writes.
-        writes = self.should_save_on_this_rank(is_main_process) and not os.path.isfile(save_directory)
-        if writes and not self._saves_adapter():
-            save_tables(self.base_model, save_directory)
         self.config.auto_map = dict(AUTO_MAP)
         # Under the names of the modules: `Trainer` resumes by `load_state_dict`, and would silently skip experts that had
         # been split and renamed as the backbone's own hub layout has them (transformers issue 48805).
         kwargs.setdefault("save_original_format", False)
-        result = super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if writes:
-            self._remove_stale_tables(save_directory)
-        return result
+        # Of a sharded model every process calls this; only the first one writes, unless all write a part each.
+        writes = self.should_save_on_this_rank(is_main_process) and not os.path.isfile(save_directory)
+        if not writes or self._saves_adapter() or kwargs.get("distributed_checkpoint"):
+            return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
+        with replace_files(save_directory) as writer:
+            token = _SAVE.set((writer, kwargs.get("variant")))
+            try:
+                save_tables(self.base_model, writer.path)
+                super().save_pretrained(writer.path, is_main_process=is_main_process, **kwargs)
+                self._complete_save()
+            finally:
+                _SAVE.reset(token)
 
-    def _remove_stale_tables(self, folder: str | os.PathLike) -> None:
-        if not self._saves_adapter():
-            remove_stale_tables(self.base_model, folder)
+    def _complete_save(self) -> None:
+        """Put what was saved in place, if this process saves and has not done that."""
+        if _SAVE.get() is not None:
+            complete_save(self.base_model, *_SAVE.get())
 
     def _saves_adapter(self) -> bool:
         # Of a model with adapters that transformers added, it saves those alone.

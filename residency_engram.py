@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import get_device, get_max_memory
 from transformers.utils import CONFIG_NAME, logging
 
-from .loading_engram import find_weights, resolver
+from .file_writer_engram import write_json
+from .folder_writer_engram import FolderWriter
+from .loading_engram import find_weight_files, find_weights, is_weights_file, resolver
 from .row_sources_engram import MappedRows, PinnedRows
-from .safetensors_engram import read_weight_map
+from .safetensors_engram import FileFormatError, read_json, read_weight_map
 from .table_engram import EngramTable
-from .table_files_engram import can_be_linked, pass_on, table_file_names, write_manifest
+from .table_files_engram import can_be_linked, pass_on, write_manifest
 from .table_format_engram import (
     MANIFEST_NAME,
     TORCH_DTYPES,
@@ -33,11 +35,14 @@ from .table_format_engram import (
     table_keys,
     tables_in_checkpoint,
 )
+from .weights_digest_engram import weights_digest
 
 # Below its own loggers, so that the verbosity that is set for transformers holds here, too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 RESIDENCIES = ("auto", "resident", "mapped", "pinned")
+# Member of the manifest, beside those of the table format, which readers that do not know it ignore.
+WEIGHTS_MEMBER = "weights_sha256"
 # What `auto` lets tables take of the memory that is free: beside them the backbone, a cache and other processes live.
 _RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
 # Values of `device_map` that have transformers make a map of its own.
@@ -51,10 +56,14 @@ class FoundTables:
     Args:
         tables: by layer.
         residency: `"resident"`, `"mapped"` or `"pinned"`.
+        weights: finds the files of the weights that the tables were saved with, if their manifest records a digest.
+        weights_digest: that digest; None if there is none.
     """
 
     tables: dict[int, StoredTable]
     residency: str
+    weights: Callable[[], list[Path]] = list
+    weights_digest: str | None = None
 
     def mount(self, model) -> None:
         """Give an `EngramModel` without weights its tables.
@@ -101,13 +110,25 @@ class FoundTables:
         """Compare what the tables say about their hash with that of the loaded `EngramModel`.
 
         Raises:
-            TableFormatError: they were written for another hash or token map, and would be read as noise.
+            TableFormatError: they were written for another hash or token map, or saved with other weights, and would be
+                read as noise.
         """
+        if self.weights_digest is not None:
+            self._require_same_weights()
         for index, (layer, memory) in enumerate(model.memories().items()):
             memory.table.unread = None
             described = self.tables[layer].description
             if described is not None:
                 require_same_hash(described, model.hashing, index)
+
+    def _require_same_weights(self) -> None:
+        files = self.weights()
+        if files and weights_digest(files) != self.weights_digest:
+            raise TableFormatError(
+                f"{files[0]} holds other weights than the tables beside it were saved with: the folder was "
+                f"changed in part, by a download or a copy that was cut short, say. Fetch or save the whole model again (if the "
+                f"weights were changed on purpose, delete {WEIGHTS_MEMBER!r} from {MANIFEST_NAME})."
+            )
 
 
 def leave_tables_on_disk(model: PreTrainedModel, device_map: dict | None) -> None:
@@ -146,12 +167,15 @@ def find_tables(name_or_path, residency: str = "auto", **kwargs) -> FoundTables 
     resolve = resolver(name_or_path, kwargs)
     # A given config may be that of fewer layers than were saved.
     layers = getattr(kwargs.get("config"), "engram_layer_ids", None)
-    manifest, tables = resolve(MANIFEST_NAME), {}
+    manifest, tables, variant = resolve(MANIFEST_NAME), {}, kwargs.get("variant")
     if manifest is not None:
         tables = read_tables(manifest.parent, lambda name: resolve(name) or manifest.parent / name, layers)
+    own_files = set(tables)
     if manifest is not None or residency != "resident":
         # They come first, as they do for transformers: an upload leaves behind what an earlier one had in files of its own.
-        tables |= _tables_among_weights(resolve, kwargs.get("variant"), layers)
+        among_weights = _tables_among_weights(resolve, variant, layers)
+        own_files -= set(among_weights)
+        tables |= among_weights
     if not tables:
         # Of what is no model at all, transformers speaks.
         if residency in ("mapped", "pinned") and resolve(CONFIG_NAME) is not None:
@@ -162,7 +186,18 @@ def find_tables(name_or_path, residency: str = "auto", **kwargs) -> FoundTables 
         return None
     if residency == "auto":
         residency = choose_residency(sum(table.size for table in tables.values()), *_free_memory(kwargs))
-    return None if manifest is None and residency == "resident" else FoundTables(tables, residency)
+    if manifest is None and residency == "resident":
+        return None
+    digest = _recorded_digests(manifest).get(variant or "") if own_files else None
+    return FoundTables(tables, residency, lambda: find_weight_files(resolve, variant), digest)
+
+
+def _recorded_digests(manifest: Path) -> dict[str, str]:
+    """Digests of the weights that tables were saved with, by variant (`""` without one); older manifests have none."""
+    digests = read_json(manifest).get(WEIGHTS_MEMBER, {})
+    if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
+        raise TableFormatError(f"{manifest} says {WEIGHTS_MEMBER} is {digests!r}, expected digests; fetch it again.")
+    return digests
 
 
 def _tables_among_weights(
@@ -290,9 +325,45 @@ def save_tables(model, folder: str | os.PathLike) -> None:
             entries[layer] = pass_on(nearest.stored, nearest.files, folder, description, _BY_REFERENCE.get())
     if entries:
         write_manifest(folder, entries)
-        # What is only uploaded is gone soon.
-        for layer, stored in read_tables(folder).items() if not _BY_REFERENCE.get() else ():
+
+
+def complete_save(model, writer: FolderWriter, variant: str | None = None) -> None:
+    """Put a saved `EngramModel` in place, if that has not been done: its weights, and its tables, which know them.
+
+    What an earlier save left there of weights and tables is removed; until then, it may be the only copy of a resident table.
+
+    Args:
+        writer: of the folder that holds the tables (see [`save_tables`]) and weights.
+        variant: of the weights, as for `save_pretrained`.
+    """
+    if writer.names is not None:
+        return
+    manifest = writer.path / MANIFEST_NAME
+    if manifest.exists():
+        files = find_weight_files(lambda name: _existing(writer.path / name), variant)
+        digests = _digests_of_other_variants(writer, manifest) | {variant or "": weights_digest(files)}
+        write_json(manifest, read_json(manifest) | {WEIGHTS_MEMBER: digests})
+    writer.publish(lambda name: is_table_file(name) or is_weights_file(name, variant), last=MANIFEST_NAME)
+    # What is only uploaded is gone soon.
+    if MANIFEST_NAME in writer.names and not _BY_REFERENCE.get():
+        for layer, stored in read_tables(writer.target).items():
             model.memories()[layer].table.source.saved = stored, MappedRows(stored).stamps
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def _digests_of_other_variants(writer: FolderWriter, manifest: Path) -> dict[str, str]:
+    """What the target's manifest records of other variants, if its tables are the very files that are saved now."""
+    old = writer.target / MANIFEST_NAME
+    files = [path for path in writer.path.iterdir() if is_table_file(path.name) and path != manifest]
+    kept = [writer.target / path.name for path in files]
+    if not old.exists() or not all(a.exists() and a.samefile(b) for a, b in zip(kept, files, strict=True)):
+        return {}
+    with contextlib.suppress(FileFormatError):
+        return _recorded_digests(old)
+    return {}
 
 
 def _nearest(source: MappedRows, folder: Path) -> MappedRows:
@@ -311,19 +382,6 @@ def _takes_no_space(source: MappedRows, folder: Path) -> bool:
     if _BY_REFERENCE.get():
         return source.stored.has_own_files
     return can_be_linked(source.stored, source.files, folder)
-
-
-def remove_stale_tables(model, folder: str | os.PathLike) -> None:
-    """Remove table files that an earlier save left in a folder, and that are not of the `EngramModel` saved there now.
-
-    To be called when its weights are written: until then, these files may be the only copy of a resident table.
-    """
-    sources = [memory.table.source for memory in model.memories().values()]
-    current = {name for source in sources if source is not None for name in table_file_names(source.stored)}
-    current |= {MANIFEST_NAME} if current else set()
-    for path in Path(folder).iterdir():
-        if is_table_file(path.name) and path.name not in current:
-            path.unlink()
 
 
 def is_table_file(name: str) -> bool:
