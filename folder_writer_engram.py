@@ -174,8 +174,8 @@ def _read_holder(file: int) -> dict:
 
 def _has_ended(holder: dict) -> bool:
     """Whether a lock file, on a file system without locks, is that of a process of this machine which has ended."""
-    if holder.get("host") != socket.gethostname() or type(holder.get("pid")) is not int:
-        return False
+    if holder.get("host") != socket.gethostname() or type(holder.get("pid")) is not int or os.name == "nt":
+        return False  # (on Windows, asking for a process would end it)
     try:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
