@@ -270,15 +270,19 @@ class _Journal:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # A start that wrote nothing leaves nothing behind that other options would trip over.
-        if kind is None or not self.done:
+        # A start that wrote nothing leaves nothing behind that other options would trip over. What it wrote may be there
+        # without being on record, if it was interrupted between the two.
+        if kind is None or not (self.done or self._strangers()):
             self.path.unlink()
         self._file.close()
 
+    def _strangers(self) -> list[str]:
+        """What the folder holds that is not there for this module alone."""
+        own = (JOURNAL_NAME, f"{JOURNAL_NAME}.part", LOCK_NAME)
+        return sorted(path.name for path in self.path.parent.iterdir() if path.name not in own)
+
     def _start(self) -> None:
-        own = (f"{JOURNAL_NAME}.part", LOCK_NAME)
-        strangers = sorted(path.name for path in self.path.parent.iterdir() if path.name not in own)
-        if strangers:
+        if strangers := self._strangers():
             raise ConversionError(
                 f"{self.path.parent} is not empty (it holds {strangers[0]}) and no interrupted conversion; "
                 f"choose a new or an empty folder."

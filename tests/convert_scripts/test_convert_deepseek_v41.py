@@ -476,6 +476,20 @@ def test_an_interrupted_conversion_of_another_source_is_not_mixed(tiny, checkpoi
     assert "another source or with other options" in capsys.readouterr().err
 
 
+def test_interrupted_before_the_first_file_is_on_record(tiny, converted, tmp_path, monkeypatch):
+    """The file is there already; without a journal, nobody could go on."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    target = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming._Journal, "add", interrupt)
+        assert run(tiny, target) == 130
+    assert run(tiny, target) == 0
+    assert contents(target) == contents(converted)
+
+
 def test_a_torn_journal_line_counts_as_absent(tiny, converted, tmp_path):
     target = tmp_path / "out"
     manifest = json.loads((converted / "conversion_manifest.json").read_text(encoding="utf-8"))

@@ -38,7 +38,9 @@ def named(folder, answers) -> str:
 def test_interrupted_at_random_moments(folders, answers, tmp_path, draw, rounds, over, residency):
     model, target, seen = load(folders["new files"], residency), tmp_path / "target", []
     model.save_pretrained(tmp_path / "once")
-    replaced = {name for name in contents(folders[over]) if name.startswith(("model", "engram-layer", "engram_tables"))}
+    replaced = {
+        name for name in contents(folders[over]) if name.startswith(("model", "engram-layer", "engram_tables"))
+    }
     expected = set(contents(tmp_path / "once")) | set(contents(folders[over])) - replaced
     begin = time.perf_counter()
     model.save_pretrained(tmp_path / "twice")
