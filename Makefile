@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-oldest style check clean
+.PHONY: quickstart test test-oldest faults fuzz kills soak style check clean
 
 quickstart: $(VENV)/.installed  ## train a small model with memory and its twin without, compare, save, reload
 	$(BIN)/python examples/quickstart.py
@@ -14,6 +14,21 @@ test: check  ## style, then all tests on two processes
 
 test-oldest:  ## the same with the oldest versions that setup.py allows
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+# The trials of docs/reliability.md at length; `make test` runs short ones. Each prints its seed, and what goes there.
+ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
+
+faults: $(VENV)/.installed  ## the trials of tests/faults, with a hundred times as many rounds (hours)
+	$(ONE_THREAD) ENGRAM_TRIALS=100 $(BIN)/python -m pytest -n 2 tests/faults $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed  ## 100,000 mutated files (half an hour)
+	$(ONE_THREAD) $(BIN)/python tests/faults/fuzzing.py --count 100000 $(TRIAL_ARGS)
+
+kills: $(VENV)/.installed  ## 100 kills each of convert, export, quantize and saving (minutes)
+	$(ONE_THREAD) $(BIN)/python tests/faults/kills.py --count 100 $(TRIAL_ARGS)
+
+soak: $(VENV)/.installed  ## 20 minutes of mixed requests on mapped tables
+	$(ONE_THREAD) $(BIN)/python tests/faults/soak.py --minutes 20 $(TRIAL_ARGS)
 
 check: $(VENV)/.installed  ## what CI says about style
 	$(BIN)/ruff check .

@@ -26,6 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import LlamaConfig, PreTrainedConfig
 from trial_models import load, make_tokenizer, save_folders
 
 from engram_hf import EngramConfig, EngramTokenizer
@@ -37,8 +40,8 @@ from engram_hf.tokenization.vocabulary_compression import read_token_map
 
 SECONDS = 10
 CHUNK = 250
-# What a damaged file may be refused with. Anything else is a fault of ours.
-REFUSALS = (ValueError, OSError)
+# What a damaged file may be refused with (the last, by transformers' own checks of a config). Anything else is a fault.
+REFUSALS = (ValueError, OSError, StrictDataclassError)
 WORDS = [
     "0",
     "-1",
@@ -116,6 +119,8 @@ class Kinds:
     Args:
         home: an empty folder.
     """
+
+    NAMES = ("header", "manifest", "token map", "config", "index", "tokenizer", "conversion")
 
     def __init__(self, home: Path):
         folders = save_folders(home / "models")
@@ -199,7 +204,14 @@ class Kinds:
 
     def check_config(self, path: Path, data: bytes) -> None:
         """Each field of ours that the file gives is what the config says."""
-        config = EngramConfig.from_pretrained(path.parent)
+        try:
+            config = EngramConfig.from_pretrained(path.parent)
+        except REFUSALS:
+            raise
+        except Exception as error:
+            if type(error) is not _error_of_transformers(path):
+                raise
+            raise ValueError(f"by transformers: {error}") from error
         given, kept = json.loads(data), config.to_dict()
         for name in given:
             if name.startswith("engram_") and name in kept and given[name] is not None and kept[name] != given[name]:
@@ -234,6 +246,16 @@ class Kinds:
             raise Wrong("The compressed ids changed.")
         if found.convert_ids_to_tokens(range(count)) != self.tokenizer.convert_ids_to_tokens(range(count)):
             raise Wrong("The tokens changed.")
+
+
+def _error_of_transformers(path: Path) -> type[Exception] | None:
+    """What a config without memory is refused with that has the same fields."""
+    try:
+        PreTrainedConfig.from_pretrained(path.parent)
+        LlamaConfig(**json.loads(path.read_bytes())["text_config"])
+    except Exception as error:
+        return type(error)
+    return None
 
 
 def try_files(kinds: Kinds, seed: int, numbers: range, only: str | None) -> tuple[Counter, list[str]]:
@@ -292,6 +314,8 @@ def main() -> int:
     parser.add_argument("--only", help="one kind of file")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
     seen, failures, begin = Counter(), [], time.perf_counter()
     with tempfile.TemporaryDirectory() as home:
         kinds = Kinds(Path(home))

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for the scripts of this folder, which pytest does not start
-from tiny_backbones import engram_config, random_ids, randomize  # noqa: E402, F401
-from tiny_tokenizer import make_tokenizer  # noqa: E402
+from tiny_backbones import engram_config, random_ids, randomize  # noqa: F401
+from tiny_tokenizer import make_tokenizer
 
-from engram_hf import EngramConfig, EngramForCausalLM  # noqa: E402
+from engram_hf import EngramConfig, EngramForCausalLM
 
 TEXT = ["the café THE cafe w7 w8 the w9", "w1 w2 w3 w4 w5 w6 w7 the"]
 
