@@ -49,7 +49,7 @@ def weights_digest(files: Iterable[str | os.PathLike]) -> str:
 
 def _pieces(span: TensorSpan) -> list[tuple[int, int]]:
     """Offset and size of pieces that are spread evenly over a tensor, its first and last bytes included."""
-    count = min(_MOST_PIECES, max(2, span.size >> 20))
+    count = min(_MOST_PIECES, max(2, span.size >> 22))
     size = max(_LEAST_BYTES, min(_PIECE_BYTES, span.size // (100 * count)))
     if span.size <= count * size:
         return [(0, span.size)]
