@@ -98,11 +98,12 @@ class FolderClaim:
         """Make the folder if it is missing."""
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
+            try:
                 self.folder.mkdir()
                 self._made_folder = True
-            if not self.folder.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, f"{self.folder} is a file; name a folder")
+            except FileExistsError:
+                if self.folder.is_file():
+                    raise NotADirectoryError(errno.ENOTDIR, f"{self.folder} is a file; name a folder") from None
         except OSError as error:
             raise _explained(self.folder, error) from error
 
@@ -112,6 +113,9 @@ class FolderClaim:
             file = open(self.path, "x+b", buffering=0)  # noqa: SIM115 (it is held open as long as the claim)
         except FileExistsError:
             return _remove_abandoned(self.path)
+        except FileNotFoundError:  # another process took the folder, which was empty, for an abandoned one
+            self.make_folder()
+            return None
         except OSError as error:
             raise _explained(self.folder, error) from error
         # Between the two calls others may take the file for an abandoned one.

@@ -338,16 +338,26 @@ def complete_save(model, writer: FolderWriter, variant: str | None = None) -> No
     """
     if writer.names is not None:
         return
-    manifest = writer.path / MANIFEST_NAME
+    manifest, written = writer.path / MANIFEST_NAME, {}
     if manifest.exists():
+        written = _stamps_by_name(writer.path)
         files = find_weight_files(lambda name: _existing(writer.path / name), variant)
         digests = _digests_of_other_variants(writer, manifest) | {variant or "": weights_digest(files)}
         write_json(manifest, read_json(manifest) | {WEIGHTS_MEMBER: digests})
     writer.publish(lambda name: is_table_file(name) or is_weights_file(name, variant), last=MANIFEST_NAME)
-    # What is only uploaded is gone soon.
-    if MANIFEST_NAME in writer.names and not _BY_REFERENCE.get():
-        for layer, stored in read_tables(writer.target).items():
-            model.memories()[layer].table.source.saved = stored, MappedRows(stored).stamps
+    # What is only uploaded is gone soon. Another process may have saved to the same folder already.
+    if written and not _BY_REFERENCE.get():
+        with contextlib.suppress(FileFormatError, OSError):
+            for layer, stored in read_tables(writer.target).items():
+                stamps = MappedRows(stored).stamps
+                if all(written.get(path.name) == stamp for path, stamp in stamps.items()):
+                    model.memories()[layer].table.source.saved = stored, stamps
+
+
+def _stamps_by_name(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What tells the table files of a folder from all others."""
+    stamps = [MappedRows(stored).stamps for stored in read_tables(folder).values()]
+    return {path.name: stamp for some in stamps for path, stamp in some.items()}
 
 
 def _existing(path: Path) -> Path | None:

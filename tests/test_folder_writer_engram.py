@@ -257,6 +257,20 @@ def test_killed_at_every_moment(tmp_path, monkeypatch):
     assert seen == {"old", "new", "refused"}
 
 
+def test_a_folder_that_is_taken_away_before_it_is_claimed(tmp_path, monkeypatch):
+    """By a save that removes what it takes for the remains of a killed one."""
+    real, taken = FolderClaim.make_folder, []
+
+    def make_and_lose(claim):
+        real(claim)
+        if claim.folder.name.startswith(".engram-save-") and not taken:
+            taken.append(claim.folder.rmdir())
+
+    monkeypatch.setattr(FolderClaim, "make_folder", make_and_lose)
+    save(tmp_path)
+    assert taken and contents(tmp_path) == NEW
+
+
 def test_what_a_living_save_is_writing_stays(tmp_path):
     with replace_files(tmp_path) as first:
         fill(first.path, NEW)

@@ -282,6 +282,7 @@ def try_apart(kinds: Kinds, seed: int, numbers: range, only: str | None) -> tupl
     ours, theirs = context.Pipe()
 
     def run() -> None:
+        faulthandler.disable()  # which pytest enables: a crash is told by the parent
         with open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             theirs.send(try_files(kinds, seed, numbers, only))
 
