@@ -3,21 +3,30 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
+ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
+OLDEST := 5.17.0
 
-.PHONY: quickstart test test-oldest faults fuzz kills soak style check clean
+.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests faults fuzz kills soak style check clean
 
 quickstart: $(VENV)/.installed  ## train a small model with memory and its twin without, compare, save, reload
 	$(BIN)/python examples/quickstart.py
 
-test: check  ## style, then all tests on two processes
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+test: check run-tests  ## style and types, then all tests on two processes
 
-test-oldest:  ## the same with the oldest versions that setup.py allows
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+test-oldest:  ## all tests with the oldest versions that setup.py allows
+	$(MAKE) run-tests VENV=.venv-$(OLDEST) CONSTRAINTS=constraints/transformers-$(OLDEST).txt
+
+test-matrix:  ## all tests with every tested version of transformers, each in an environment of its own; prints a table
+	$(PYTHON) tests/version_matrix.py
+
+test-upstream: $(VENV)/.installed-upstream  ## transformers' own common tests, with memory beside the bare backbone
+	$(BIN)/python tests/upstream
+
+run-tests: $(VENV)/.installed
+	$(PYTEST) $(PYTEST_ARGS)
 
 # The trials of docs/reliability.md at length; `make test` runs short ones. Each prints its seed, and what goes there.
-ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
-
 faults: $(VENV)/.installed  ## the trials of tests/faults, with a hundred times as many rounds (hours)
 	$(ONE_THREAD) ENGRAM_TRIALS=100 $(BIN)/python -m pytest -n 2 tests/faults $(PYTEST_ARGS)
 
@@ -30,18 +39,24 @@ kills: $(VENV)/.installed  ## 100 kills each of convert, export, quantize and sa
 soak: $(VENV)/.installed  ## 20 minutes of mixed requests on mapped tables
 	$(ONE_THREAD) $(BIN)/python tests/faults/soak.py --minutes 20 $(TRIAL_ARGS)
 
-check: $(VENV)/.installed  ## what CI says about style
+check: $(VENV)/.installed  ## what CI says about style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p .mypy_packages && ln -sfn .. .mypy_packages/engram_hf && ln -sfn ../cli .mypy_packages/engram_cli
+	$(BIN)/mypy
 
 style: $(VENV)/.installed  ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS)
+$(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS) $(wildcard constraints/*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[test,examples]"
 	touch $@
 
+$(VENV)/.installed-upstream: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[upstream]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest out
+	rm -rf $(VENV) .venv-* .upstream .mypy_packages .mypy_cache out

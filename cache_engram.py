@@ -1,123 +1,172 @@
-"""The memory's state in a transformers `Cache`: what the next tokens need of the past ones.
+"""The memory's history in a transformers `Cache`: what the next tokens need of the past ones.
 
-Shape letters: B batch, S positions of a call, G residual streams, D hidden size.
+Shape letters: B batch, S positions of a call, R positions that a look-back reaches, G residual streams, D hidden size.
 """
 
+import copyreg
+import functools
+from typing import Any
+
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 from .configuration_engram import EngramConfig
-from .hashing_engram import DEAD
+from .hashing_engram import DEAD, Compaction
 
 # Convolution inputs kept beyond what the next token needs: so many positions can be cropped away at any time, as a
 # DynamicCache of most backbones allows, without holding `[B, S, G, D]` for a whole text.
 SPARE_POSITIONS = 64
+# In the log of past positions: one that was padding, which look-backs skip.
+_PADDING = -2
 
 
-class EngramHistoryLayer(CacheLayerMixin):
-    """The memory's state, kept as one more layer of the backbone's `Cache`.
+class EngramHistory:
+    """What the memory needs of the positions before a call, without their padding.
 
-    It holds the compressed ids and sequence ids of all past positions (16 bytes each) and, for the convolution, the
-    last inputs of every Engram layer. Being a cache layer, it is reordered, expanded, cropped and reset with the rest.
-    With a convolution, more than the last 64 positions can be cropped away only if they came after
+    A call stages what it adds, and commits when the backbone has run: a call that is refused leaves no trace. With a
+    convolution, more than the last 64 positions can be cropped away only if they came after
     `activate_past_recording()`, as with sliding-window layers.
 
     Args:
         owner: what must agree for a cache to be reused; see [`attach_history`].
+        reach: R, the longest look-back of hash and convolution.
+
+    Attributes:
+        ids, documents: int64 `[B, R]`, compressed ids and document numbers of the last text; None before the first call.
+        counts: int64 `[B, 1]`, tokens of text so far.
+        conv_inputs: by Engram layer, `[B, R + spare, G, D]`.
+        is_numbered: whether the documents are numbered by the caller, not told from positions.
     """
 
-    is_sliding = False
     is_croppable = True
-    is_compileable = False
-    supports_early_init = False
 
-    def __init__(self, owner: tuple):
-        super().__init__()
-        self.owner = owner
+    def __init__(self, owner: tuple, reach: int):
+        self.owner, self.reach = owner, reach
         self.record_past = False
-        self.ids: torch.Tensor | None = None  # [B, past]
-        self.sequence_ids: torch.Tensor | None = None  # [B, past]
-        self.is_numbered = False  # whether sequence ids were the caller's, not told from positions
-        self.conv_inputs: dict[int, torch.Tensor] = {}  # layer -> [B, kept, G, D]
-        self.conv_reach = 0
+        self.reset()
 
-    def remember_ids(self, ids: torch.Tensor, sequence_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append compressed ids and sequence ids `[B, S]`; returns those before them, `[B, past]` each."""
-        if self.ids is None:
-            self.ids, self.sequence_ids = ids[:, :0], sequence_ids[:, :0]
-        self._require_batch(ids)
-        past = self.ids.to(ids.device), self.sequence_ids.to(ids.device)
-        self.ids = torch.cat([past[0], ids], dim=1)
-        self.sequence_ids = torch.cat([past[1], sequence_ids], dim=1)
-        return past
+    def reset(self) -> None:
+        """Forget everything."""
+        self.ids: torch.Tensor | None = None
+        self.documents: torch.Tensor | None = None
+        self.counts: torch.Tensor | None = None
+        self.is_numbered = False
+        self.conv_inputs: dict[int, torch.Tensor] = {}
+        self._log: tuple[torch.Tensor, torch.Tensor] | None = None  # ids and documents [B, past], for `crop`
+        self.discard()
 
-    def last_sequence_ids(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """Sequence ids `[B, 1]` of the last position before `ids` `[B, S]`; None before the first."""
-        if self.ids is None:
-            return None
-        self._require_batch(ids)
-        return self.sequence_ids[:, -1:].to(ids.device)
+    def discard(self) -> None:
+        """Forget what was staged and not committed."""
+        self._staged: tuple | None = None
+        self._staged_conv: dict[int, torch.Tensor] = {}
 
-    def _require_batch(self, ids: torch.Tensor) -> None:
-        if self.ids.shape[0] != ids.shape[0]:
+    def require_batch(self, batch: int) -> None:
+        """Refuse a call that brings another number of sequences than the cache holds.
+
+        Raises:
+            ValueError: names both numbers.
+        """
+        if self.ids is not None and self.ids.shape[0] != batch:
             raise ValueError(
-                f"past_key_values holds {self.ids.shape[0]} sequences, but this call brings {ids.shape[0]}; pass the "
-                "cache of the same batch, or None to start afresh."
+                f"The cache holds {self.ids.shape[0]} sequences, but this call brings {batch}; pass the cache of the same "
+                "batch, or None to start afresh."
             )
 
-    def remember_conv_inputs(self, layer: int, inputs: torch.Tensor, reach: int) -> torch.Tensor:
-        """Append convolution inputs `[B, S, G, D]` of an Engram layer; returns the `reach` before them."""
-        self.conv_reach = reach
-        if layer not in self.conv_inputs:
-            self.conv_inputs[layer] = inputs.new_zeros((inputs.shape[0], reach, *inputs.shape[2:]))
-        kept = self.conv_inputs[layer].to(inputs.device)
-        joined = torch.cat([kept, inputs], dim=1)
-        self.conv_inputs[layer] = joined if self.record_past else self._trimmed(joined)
-        return _last(kept, reach)
+    def before(self, current: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and documents `[B, R]` before `current` `[B, S]`."""
+        if self.ids is None:
+            return nothing_before(current, self.reach)
+        return self.ids.to(current.device), self.documents.to(current.device)
+
+    def text_before(self, current: torch.Tensor) -> torch.Tensor | int:
+        """Tokens of text before `current` `[B, S]`, int64 `[B, 1]`."""
+        return 0 if self.counts is None else self.counts.to(current.device)
+
+    def stage(self, ids: torch.Tensor, documents: torch.Tensor, compaction: Compaction, is_numbered: bool) -> None:
+        """Note ids and documents `[B, S]` of a call."""
+        self._staged = (ids, documents, compaction, self.is_numbered or is_numbered)
+
+    def stage_conv(self, layer: int, inputs: torch.Tensor, compaction: Compaction) -> torch.Tensor:
+        """Note convolution inputs `[B, S, G, D]` of an Engram layer; returns the `[B, R, G, D]` before them."""
+        kept = self.conv_inputs.get(layer)
+        if kept is None:
+            kept = inputs.new_zeros((inputs.shape[0], self.reach, *inputs.shape[2:]))
+        kept = kept.to(inputs.device)
+        joined = compaction.join(kept, inputs)
+        self._staged_conv[layer] = joined if self.record_past else self._trimmed(joined)
+        return _last(kept, self.reach)
 
     def _trimmed(self, states: torch.Tensor) -> torch.Tensor:
-        kept = _last(states, self.conv_reach + SPARE_POSITIONS)
+        kept = _last(states, self.reach + SPARE_POSITIONS)
         # A slice of a prompt would hold all of it in memory.
         return kept.clone() if kept.shape[1] < states.shape[1] // 2 else kept
+
+    def commit(self) -> None:
+        """Take over what was staged."""
+        ids, documents, compaction, self.is_numbered = self._staged
+        before = self.before(ids)
+        self.ids, self.documents = (
+            _last(compaction.join(past, new), self.reach) for past, new in zip(before, (ids, documents), strict=True)
+        )
+        self.counts = self.text_before(ids) + _count(ids, compaction)
+        self._append_to_log(ids, documents, compaction)
+        self.conv_inputs.update(self._staged_conv)
+        self.discard()
+
+    def _append_to_log(self, ids: torch.Tensor, documents: torch.Tensor, compaction: Compaction) -> None:
+        if compaction.is_text is not None:
+            ids = ids.where(compaction.is_text, _PADDING)
+        past = self._log or (ids[:, :0], documents[:, :0])
+        self._log = tuple(
+            torch.cat([old.to(new.device), new], dim=1) for old, new in zip(past, (ids, documents), strict=True)
+        )
 
     def activate_past_recording(self) -> None:
         """Keep all convolution inputs until the next `crop`, however far that goes back."""
         self.record_past = True
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` positions.
+    def require_croppable(self, tokens_to_remove: int) -> None:
+        """Refuse a crop that cannot be done, before anything is changed.
 
         Raises:
-            ValueError: for a positive number, or if the convolution inputs before them are no longer held.
+            ValueError: for a positive number, or if the convolution inputs before the positions are no longer held.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of positions to forget, got {tokens_to_remove}.")
-        if self.ids is None:
+        if -tokens_to_remove >= self.get_seq_length() or not self.conv_inputs:
             return
-        remaining = self.ids.shape[1] + tokens_to_remove
-        if remaining <= 0:
-            self.reset()
-            return
-        self.conv_inputs = {
-            layer: self._crop_conv(kept, -tokens_to_remove) for layer, kept in self.conv_inputs.items()
-        }
-        self.ids, self.sequence_ids = self.ids[:, :remaining], self.sequence_ids[:, :remaining]
-
-    def _crop_conv(self, kept: torch.Tensor, remove: int) -> torch.Tensor:
-        spare = kept.shape[1] - self.conv_reach
+        remove = int(self._text_in_last(-tokens_to_remove).max())
+        spare = min(kept.shape[1] for kept in self.conv_inputs.values()) - self.reach
         if remove > spare:
             raise ValueError(
-                f"This cache can forget at most {spare} positions, not {remove}: what the memory's convolution saw "
-                "before them was dropped. Call activate_past_recording() on the cache before the positions that are to "
-                "be forgotten."
+                f"This cache can forget at most {spare} positions, not {remove}: what the memory's convolution saw before them "
+                "was dropped. Call activate_past_recording() on the cache before the positions that are to be forgotten."
             )
-        return self._trimmed(kept[:, : kept.shape[1] - remove])
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.ids = self.sequence_ids = None
-        self.is_numbered = False
-        self.conv_inputs = {}
+    def _text_in_last(self, count: int) -> torch.Tensor:
+        """Tokens of text among the last `count` positions, int64 `[B, 1]`."""
+        ids = self._log[0]
+        return (ids[:, ids.shape[1] - count :] != _PADDING).sum(1, keepdim=True)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` positions; see `require_croppable`."""
+        if self._log is None:
+            return
+        if -tokens_to_remove >= self.get_seq_length():
+            self.reset()
+            return
+        removed = self._text_in_last(-tokens_to_remove)
+        self.conv_inputs = {
+            layer: self._trimmed(_without_last(kept, removed, self.reach)) for layer, kept in self.conv_inputs.items()
+        }
+        remaining = self.get_seq_length() + tokens_to_remove
+        ids, documents = self._log = tuple(log[:, :remaining] for log in self._log)
+        compaction = Compaction(ids != _PADDING)
+        self.ids, self.documents = (
+            _last(compaction.join(start, log), self.reach)
+            for start, log in zip(nothing_before(ids, self.reach), (ids, documents), strict=True)
+        )
+        self.counts = _count(ids, compaction)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take the rows `beam_idx` of the batch."""
@@ -134,74 +183,54 @@ class EngramHistoryLayer(CacheLayerMixin):
     def _map(self, change) -> None:
         if self.ids is None:
             return
-        self.ids, self.sequence_ids = change(self.ids), change(self.sequence_ids)
+        self.ids, self.documents, self.counts = change(self.ids), change(self.documents), change(self.counts)
+        self._log = None if self._log is None else tuple(map(change, self._log))
         self.conv_inputs = {layer: change(state) for layer, state in self.conv_inputs.items()}
 
     def get_seq_length(self) -> int:
-        """Positions seen so far."""
-        return 0 if self.ids is None else self.ids.shape[1]
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As for a full-attention layer: all positions, from the first."""
-        return self.get_seq_length() + query_length, 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """There are no keys and values to initialize."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Not a layer for keys and values.
-
-        Raises:
-            TypeError: always; the backbone has more layers than its config says.
-        """
-        raise TypeError("The memory's history layer of this cache was asked to store keys and values.")
+        """Positions seen so far, padding included."""
+        return 0 if self._log is None else self._log[0].shape[1]
 
 
-class StaticEngramHistoryLayer(EngramHistoryLayer):
-    """The memory's state beside static cache layers: tensors of fixed shape, written in place.
+class StaticEngramHistory(EngramHistory):
+    """The memory's history beside static cache layers: tensors of fixed shape, written in place.
 
     It keeps no more than the next token needs, so that a compiled forward is not recompiled as the text grows; like
     the static layers it cannot be cropped.
-
-    Args:
-        owner: as in [`EngramHistoryLayer`].
-        reach: longest look-back of hash and convolution.
     """
 
     is_croppable = False
-    is_compileable = True
 
-    def __init__(self, owner: tuple, reach: int):
-        super().__init__(owner)
-        self.reach = reach
-        self.length: torch.Tensor | None = None  # positions seen, a scalar
+    def reset(self) -> None:
+        """Forget everything, in place: compiled code keeps its tensors."""
+        if getattr(self, "ids", None) is None:
+            super().reset()
+            return
+        self.ids.fill_(DEAD)
+        self.is_numbered = False
+        for state in (self.documents, self.counts, *self.conv_inputs.values()):
+            state.zero_()
+        self.discard()
 
-    def remember_ids(self, ids: torch.Tensor, sequence_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in [`EngramHistoryLayer`], but what is returned is `[B, reach]`, `DEAD` before the beginning."""
+    def _trimmed(self, states: torch.Tensor) -> torch.Tensor:
+        return _last(states, self.reach)
+
+    def commit(self) -> None:
+        """Take over what was staged, in place."""
+        ids, documents, compaction, self.is_numbered = self._staged
         if self.ids is None:
-            self.ids = _fixed(ids.new_full((ids.shape[0], self.reach), DEAD))
-            self.sequence_ids = _fixed(torch.full_like(self.ids, DEAD))
-            self.length = _fixed(ids.new_zeros(()))
-        self._require_batch(ids)
-        past = self.ids.clone(), self.sequence_ids.clone()
-        _roll_in(self.ids, ids)
-        _roll_in(self.sequence_ids, sequence_ids)
-        self.length.add_(ids.shape[1])
-        return past
+            self.ids, self.documents = map(_fixed, nothing_before(ids, self.reach))
+            self.counts = _fixed(ids.new_zeros((ids.shape[0], 1)))
+        for state, new in ((self.ids, ids), (self.documents, documents)):
+            state.copy_(_last(compaction.join(state, new), self.reach))
+        self.counts.add_(_count(ids, compaction))
+        for layer, state in self._staged_conv.items():
+            if layer not in self.conv_inputs:
+                self.conv_inputs[layer] = _fixed(torch.zeros_like(state))
+            self.conv_inputs[layer].copy_(state.detach())
+        self.discard()
 
-    def remember_conv_inputs(self, layer: int, inputs: torch.Tensor, reach: int) -> torch.Tensor:
-        """As in [`EngramHistoryLayer`]."""
-        if layer not in self.conv_inputs:
-            self.conv_inputs[layer] = _fixed(inputs.new_zeros((inputs.shape[0], reach, *inputs.shape[2:])))
-        past = self.conv_inputs[layer].clone()
-        _roll_in(self.conv_inputs[layer], inputs)
-        return past
-
-    def crop(self, tokens_to_remove: int) -> None:
+    def require_croppable(self, tokens_to_remove: int) -> None:
         """Not possible.
 
         Raises:
@@ -210,20 +239,21 @@ class StaticEngramHistoryLayer(EngramHistoryLayer):
         if tokens_to_remove:
             raise ValueError("A static cache cannot forget positions; use a DynamicCache for that.")
 
-    def reset(self) -> None:
-        """Forget everything, in place: compiled code keeps its tensors."""
-        if self.ids is None:
-            return
-        self.ids.fill_(DEAD)
-        self.sequence_ids.fill_(DEAD)
-        self.is_numbered = False
-        self.length.zero_()
-        for state in self.conv_inputs.values():
-            state.zero_()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing to do; see `require_croppable`."""
 
-    def get_seq_length(self) -> "int | torch.Tensor":
-        """Positions seen so far."""
-        return 0 if self.length is None else self.length
+
+def nothing_before(current: torch.Tensor, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (`DEAD`) and documents (0), int64 `[B, reach]` each, of what stands before the beginning of `current` `[B, S]`."""
+    start = current.new_full((current.shape[0], reach), DEAD, dtype=torch.int64)
+    return start, torch.zeros_like(start)
+
+
+def _count(ids: torch.Tensor, compaction: Compaction) -> torch.Tensor:
+    """Tokens of text in `ids` `[B, S]`, int64 `[B, 1]`."""
+    if compaction.is_text is None:
+        return torch.full_like(ids[:, :1], ids.shape[1])
+    return compaction.is_text.sum(1, keepdim=True)
 
 
 def _fixed(state: torch.Tensor) -> torch.Tensor:
@@ -238,65 +268,138 @@ def _last(states: torch.Tensor, count: int) -> torch.Tensor:
     return states[:, max(states.shape[1] - count, 0) :]
 
 
-def _roll_in(state: torch.Tensor, new: torch.Tensor) -> None:
-    """Push `new` `[B, S, ...]` into `state` `[B, reach, ...]`, in place."""
-    reach = state.shape[1]
-    state.copy_(_last(torch.cat([state, _last(new.detach(), reach).to(state.dtype)], dim=1), reach))
+def _without_last(states: torch.Tensor, removed: torch.Tensor, least: int) -> torch.Tensor:
+    """`states` `[B, S, ...]` without the last `removed` `[B, 1]` of each row, and all rows equally long."""
+    removed = removed.to(states.device)
+    length = max(states.shape[1] - int(removed.max()), least)
+    places = torch.arange(states.shape[1] - length, states.shape[1], device=states.device) - removed
+    rows = torch.arange(states.shape[0], device=states.device).unsqueeze(1)
+    return states[rows, places]
 
 
-def attach_history(cache: Cache, config: EngramConfig) -> EngramHistoryLayer:
-    """The history layer of `cache`, appended behind the backbone's layers if it is not there yet.
+class RuntimeSubclass:
+    """Goes in front of a class that is known at run time only, such as the decoder layer of any backbone.
+
+    An object that a backbone made becomes an instance of the extended class, and stays one of its own: `isinstance`,
+    output recording, plans and settings of its class keep working. Pickle rebuilds the class from the two it is made of.
+    """
+
+    _extends: tuple[type, type] | None = None
+
+    @classmethod
+    def extending(cls, base: type) -> type:
+        """The subclass of `cls` and `base`, in this order; always the same one."""
+        return _extended(cls, base)
+
+    @classmethod
+    def _members(cls, base: type) -> dict[str, Any]:
+        """What the extended class defines itself."""
+        return {"__module__": base.__module__, "__name__": f"Engram{base.__name__}"}
+
+    def __reduce_ex__(self, protocol):
+        if self._extends is None:
+            return super().__reduce_ex__(protocol)
+        return _rebuild, self._extends, self.__getstate__()
+
+
+@functools.cache
+def _extended(front: type[RuntimeSubclass], base: type) -> type:
+    members = {**front._members(base), "_extends": (front, base)}
+    return type(members.pop("__name__"), (front, base), members)
+
+
+def _rebuild(front: type[RuntimeSubclass], base: type) -> object:
+    return copyreg.__newobj__(front.extending(base))
+
+
+class CacheWithHistory(RuntimeSubclass):
+    """A transformers cache that takes the memory's history along when it is cropped, reordered or reset.
+
+    The history is no layer of the cache: whoever walks over its layers finds those of the backbone.
+    """
+
+    engram_history: EngramHistory
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put the whole cache back as it was."""
+        return super().is_croppable and self.engram_history.is_croppable
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in transformers; refused before anything is changed if the memory's history cannot follow."""
+        self.engram_history.require_croppable(tokens_to_remove)
+        super().crop(tokens_to_remove)
+        self.engram_history.crop(tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """As in transformers."""
+        super().activate_past_recording()
+        self.engram_history.activate_past_recording()
+
+    def reset(self) -> None:
+        """As in transformers."""
+        super().reset()
+        self.engram_history.reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """As in transformers."""
+        super().reorder_cache(beam_idx)
+        self.engram_history.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As in transformers."""
+        super().batch_repeat_interleave(repeats)
+        self.engram_history.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """As in transformers."""
+        super().batch_select_indices(indices)
+        self.engram_history.batch_select_indices(indices)
+
+
+_DynamicCacheWithHistory = CacheWithHistory.extending(DynamicCache)
+
+
+def begin_cache(config: EngramConfig) -> Cache:
+    """An empty `DynamicCache` with a history; unlike `attach_history`, a compiler can trace this."""
+    cache = _DynamicCacheWithHistory(config=config.text_config)
+    cache.engram_history = EngramHistory(_owner(config), lookback_reach(config))
+    return cache
+
+
+def attach_history(cache: Cache, config: EngramConfig) -> EngramHistory:
+    """The memory's history in `cache`, which is begun if there is none; `cache` becomes a [`CacheWithHistory`].
 
     Raises:
         ValueError: the cache was filled without this memory, or by another model.
     """
-    layers = getattr(cache, "layers", None)
-    if not isinstance(layers, list):
+    if not isinstance(getattr(cache, "layers", None), list):
+        raise ValueError(f"The cache is a {type(cache).__name__}; Engram needs a transformers Cache with layers.")
+    if not isinstance(cache, CacheWithHistory):
+        history_class = StaticEngramHistory if _is_static(cache) else EngramHistory
+        _require_same_past(cache, 0)
+        cache.__class__ = CacheWithHistory.extending(type(cache))
+        cache.engram_history = history_class(_owner(config), lookback_reach(config))
+    history = cache.engram_history
+    if history.owner != _owner(config):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}; Engram needs a transformers Cache with layers."
+            "The cache belongs to another Engram model (its layers, n-grams or vocabulary differ); pass this model's own "
+            "cache, or None to start afresh."
         )
-    found = [layer for layer in layers if isinstance(layer, EngramHistoryLayer)]
-    history = found[0] if found else _append_history(cache, config)
-    if history.owner != _owner(config) or history is not layers[config.text_config.num_hidden_layers]:
-        raise ValueError(
-            "past_key_values belongs to another Engram model (its layers, n-grams or vocabulary differ); pass this "
-            "model's own cache, or None to start afresh."
-        )
-    _require_same_past(cache, history)
-    if getattr(cache, "offloading", False):
-        _fetch_first(cache)
+    history.discard()
+    if not isinstance(history, StaticEngramHistory):  # asking a static one would wait for the device at every step
+        _require_same_past(cache, history.get_seq_length())
     return history
 
 
-def _fetch_first(cache: Cache) -> None:
-    """Bring the first layer that is away to its device.
-
-    A cache that offloads its layers does so at the end of the last one, after which it finds the history instead.
-    """
-    for layer in cache.layers:
-        keys = getattr(layer, "keys", None)
-        if keys is not None and keys.device != layer.device:
-            layer.prefetch()
-            return
+def _is_static(cache: Cache) -> bool:
+    return any(isinstance(layer, StaticLayer) for layer in cache.layers)
 
 
-def _append_history(cache: Cache, config: EngramConfig) -> EngramHistoryLayer:
-    num_layers = config.text_config.num_hidden_layers
-    if cache.layer_class_to_replicate is not None:
-        # Such a cache adds layers as they are used; ours must come after all of them.
-        while len(cache.layers) < num_layers:
-            cache.layers.append(cache.layer_class_to_replicate())
-    if len(cache.layers) != num_layers:
-        raise ValueError(
-            f"past_key_values has {len(cache.layers)} layers, but the backbone has {num_layers}; build it from this "
-            "model's config, for example DynamicCache(config=model.config)."
-        )
-    history = EngramHistoryLayer(_owner(config))
-    if any(isinstance(layer, StaticLayer) for layer in cache.layers):
-        conv_reach = max(config.engram_conv_kernel_size - 1, 0) * config.engram_max_ngram_size
-        history = StaticEngramHistoryLayer(_owner(config), max(config.engram_max_ngram_size - 1, conv_reach))
-    cache.layers.append(history)
-    return history
+def lookback_reach(config: EngramConfig) -> int:
+    """R: how many earlier tokens hash and convolution look back to."""
+    conv_reach = max(config.engram_conv_kernel_size - 1, 0) * config.engram_max_ngram_size
+    return max(config.engram_max_ngram_size - 1, conv_reach)
 
 
 def _owner(config: EngramConfig) -> tuple:
@@ -306,17 +409,15 @@ def _owner(config: EngramConfig) -> tuple:
         config.engram_max_ngram_size,
         config.engram_compressed_vocab_size,
         config.engram_conv_kernel_size,
-        config.engram_streams * config.text_config.hidden_size,
+        config.engram_streams * config.hidden_size,
+        config.num_hidden_layers,
     )
 
 
-def _require_same_past(cache: Cache, history: EngramHistoryLayer) -> None:
-    seen, held = history.get_seq_length(), cache.get_seq_length()
-    if isinstance(seen, torch.Tensor):
-        return  # a static cache that this memory has seen; comparing would wait for the device at every step
+def _require_same_past(cache: Cache, seen: int) -> None:
+    held = int(cache.get_seq_length())
     if seen != held:
         raise ValueError(
-            f"past_key_values holds {int(held)} positions, of which this model's memory saw {seen} (another model, such as "
-            "the bare backbone, or a tuned prefix filled it, or cropped it); pass this model's own cache, or None to start "
-            "afresh."
+            f"The cache holds {held} positions, of which this model's memory saw {seen} (another model, such as the bare "
+            "backbone, or a tuned prefix filled it, or cropped it); pass this model's own cache, or None to start afresh."
         )

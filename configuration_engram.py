@@ -1,9 +1,11 @@
 """`EngramConfig`: a backbone's config plus the fields of its memory, under DeepSeek's names."""
 
+import dataclasses
 import difflib
 import itertools
 import math
 import os
+import types
 from bisect import bisect_left
 from collections.abc import Iterator
 from functools import lru_cache
@@ -12,20 +14,17 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import CONFIG_MAPPING
 
-from .configuration_deepseek_v41 import DeepseekV41TextConfig
 from .hashing_engram import as_token_map, draw_primes, is_prime
+from .table_engram import QUANTIZED_FORMATS
 
-FORMAT_VERSION = 1
+# 2: parameters have the names that they have in the backbone's own class, without `backbone.` in front.
+FORMAT_VERSION = 2
 
 # Far beyond any use; more would take minutes to check.
 _MOST_ORDERS, _MOST_HEADS = 64, 1024
-# What tables can be stored as, and what a row's channels must then be a multiple of (docs/engram-table-format.md).
-_ROW_MULTIPLES = {None: 1, "float8_e4m3fn": 32, "int8": 4}
-
-# Imported for its registration: a V4.1 model is to load as remote code, where nothing else would bring its backbone.
-KNOWN_BACKBONES = (DeepseekV41TextConfig,)
 
 # What the two published forms of Engram differ in; see arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -52,20 +51,71 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # The demo's default: five buckets of every order for each token of the vocabulary.
 _PAPER_BUCKETS_PER_TOKEN = 5
 
-# Plain attributes of the backbone that tools look up on the outermost config. They live in `text_config` alone.
-_FORWARDED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-    "use_cache",
-    "output_router_logits",
-    "router_aux_loss_coef",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
+# Where a folder with remote code has the class for each Auto class: module and name.
+_AUTO_CLASSES = {
+    "AutoConfig": ("configuration_engram", "EngramConfig"),
+    "AutoModel": ("modeling_engram", "EngramModel"),
+    "AutoModelForCausalLM": ("modeling_engram", "EngramForCausalLM"),
+}
+# For a backbone that transformers does not have: the module that brings it and these classes, by the backbone's model type.
+_ENTRY_MODULES: dict[str, str] = {}
+
+
+def register_remote_backbone(model_type: str, module: str) -> None:
+    """Have models on backbones of `model_type` carry the flat file `module` (and what it imports) as their remote code."""
+    _ENTRY_MODULES[model_type] = module
+
+
+def remote_module(model_type: str) -> str | None:
+    """The module that was registered for backbones of `model_type`, if any."""
+    return _ENTRY_MODULES.get(model_type)
+
+
+# What the outer config says of itself. Every other attribute is the backbone's, and lives in `text_config` alone.
+_OWN = {
+    "text_config",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "id2label",
+    "label2id",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "problem_type",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+    "transformers_weights",
+}
+# Where transformers keeps what it sets through a property.
+_STORED_BY_PROPERTIES = {"_attn_implementation_internal", "_experts_implementation_internal", "_output_attentions"}
+# Attributes that every config has on its class, where `__getattr__` would never be asked for them.
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(PreTrainedConfig) if field.name not in _OWN}
+_OF_EVERY_CONFIG = {
+    *_DEFAULTS,
+    "base_model_ep_plan",
+    "base_model_fsdp_plan",
+    "base_model_pp_plan",
+    "base_model_tp_plan",
+    "per_layer_config",
+}
+
+
+def _of_the_backbone(name: str) -> property:
+    return property(lambda self: self.__getattr__(name), doc=f"`text_config.{name}`.")
+
+
+def _left_to_the_backbone(self) -> None:
+    """A rule of every config, which the backbone's class checks in its own way."""
+
+
+# Reads the backbone's attributes that a config has on its class, and leaves its rules to its own class.
+_BackboneFields = type(
+    "_BackboneFields",
+    (),
+    {name: _of_the_backbone(name) for name in sorted(_OF_EVERY_CONFIG)}
+    | {name: _left_to_the_backbone for name in dir(PreTrainedConfig) if name.startswith("validate_")},
 )
 
 
@@ -75,7 +125,7 @@ def _primes(num_layers: int, bucket_counts: tuple[int, ...], heads: int) -> list
 
 
 @strict
-class EngramConfig(PreTrainedConfig):
+class EngramConfig(_BackboneFields, PreTrainedConfig):
     r"""
     Configuration of a language model with Engram memory.
 
@@ -147,22 +197,43 @@ class EngramConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
-        self.text_config = as_decoder_config(self.text_config)
+        # Hidden from the base class, which would fill in defaults that the backbone has settled already.
+        backbone = as_decoder_config(vars(self).pop("text_config"))
+        super().__post_init__(**kwargs)
+        asked = vars(self).pop("_unsettled", {})
+        self.text_config = backbone
+        for name, value in asked.items():
+            argument = name.removeprefix("_").removesuffix("_internal")
+            is_default = value == _DEFAULTS.get(name) if name in _DEFAULTS else kwargs.get(argument) is None
+            if not (is_default and name in {*_DEFAULTS, *_STORED_BY_PROPERTIES}):
+                setattr(self, name, value)
         self.engram_layer_ids = list(self.engram_layer_ids)
         if self.engram_vocab_size is None:
-            self.engram_vocab_size = _PAPER_BUCKETS_PER_TOKEN * self.text_config.vocab_size
+            self.engram_vocab_size = _PAPER_BUCKETS_PER_TOKEN * self.vocab_size
         # Called here too, so that a bad config is a plain ValueError rather than one wrapped by @strict.
         self.validate_engram()
         self._set_rows()
-        # The base class hands its implementations down to sub-configs, unset ones too; a backbone keeps those it has.
-        kept = {
-            f"_{kind}_implementation": getattr(self.text_config, f"_{kind}_implementation", None)
-            for kind in ("attn", "experts")
-            if kwargs.get(f"{kind}_implementation") is None
-        }
-        super().__post_init__(**kwargs)
-        for name, value in kept.items():
-            setattr(self.text_config, name, value)
+
+    def __getattr__(self, name: str):
+        """An attribute of the backbone's config; Python asks here for what this config does not have itself."""
+        own = vars(self)
+        if name in own.get("_unsettled", ()):
+            return own["_unsettled"][name]
+        if "text_config" in own and _is_of_the_backbone(name):
+            return getattr(own["text_config"], name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value) -> None:
+        """Set a field of the memory here, and any other attribute that the backbone's config has there."""
+        backbone = vars(self).get("text_config")
+        if not _is_of_the_backbone(name):
+            super().__setattr__(name, value)
+        elif not isinstance(backbone, PreTrainedConfig):
+            vars(self).setdefault("_unsettled", {})[name] = value
+        elif name in _OF_EVERY_CONFIG or hasattr(backbone, name):
+            setattr(backbone, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -266,10 +337,11 @@ class EngramConfig(PreTrainedConfig):
         )
         table_dtype = self.engram_table_dtype
         yield (
-            table_dtype in _ROW_MULTIPLES,
-            f"engram_table_dtype is {table_dtype!r}; it must be None (the model's dtype), 'float8_e4m3fn' or 'int8'.",
+            table_dtype is None or table_dtype in QUANTIZED_FORMATS,
+            f"engram_table_dtype is {table_dtype!r}; it must be None (the model's dtype), "
+            f"{' or '.join(map(repr, QUANTIZED_FORMATS))}.",
         )
-        multiple = _ROW_MULTIPLES.get(table_dtype, 1)
+        multiple = QUANTIZED_FORMATS[table_dtype].multiple if table_dtype in QUANTIZED_FORMATS else 1
         yield (
             width % multiple == 0,
             f"engram_head_dim is {width}, which {table_dtype} rows cannot have; make it a multiple of {multiple}.",
@@ -347,6 +419,27 @@ class EngramConfig(PreTrainedConfig):
         if memory_fraction is not None:
             rows = smallest._rows_for_fraction(memory_fraction)
         return cls(text_config=text_config, **{**fields, "engram_vocab_size": smallest._buckets_for_rows(rows)})
+
+    def remote_code_map(self) -> dict[str, str]:
+        """The `auto_map` of config.json: where a folder with remote code has the class for each Auto class."""
+        entry = remote_module(self.text_config.model_type)
+        return {auto: f"{entry or module}.{name}" for auto, (module, name) in _AUTO_CLASSES.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; remote code begins with the module that brings the backbone, if it needs one."""
+        fields = super().to_dict()
+        if "auto_map" in fields:
+            fields["auto_map"]["AutoConfig"] = self.remote_code_map()["AutoConfig"]
+        return fields
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """As in transformers, with the code of a backbone that transformers does not have."""
+        entry = remote_module(self.text_config.model_type)
+        if entry is not None and self._auto_class is not None:
+            os.makedirs(save_directory, exist_ok=True)
+            package = __name__.rpartition(".")[0]
+            custom_object_save(types.SimpleNamespace(__module__=f"{package}.{entry}"), save_directory)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As in transformers, without the folder that the backbone came from: what is saved goes elsewhere."""
@@ -461,17 +554,9 @@ def count_parameters(text_config: PreTrainedConfig) -> int:
         return AutoModelForCausalLM.from_config(text_config).num_parameters()
 
 
-def _forward_to_text_config(name: str) -> property:
-    def get(self):
-        return getattr(self.text_config, name)
+def _is_of_the_backbone(name: str) -> bool:
+    """Whether an attribute of the outer config is looked up in, and set on, the backbone's."""
+    return name in _STORED_BY_PROPERTIES or not (name in _OWN or name.startswith(("_", "engram_")))
 
-    def set(self, value):
-        setattr(self.text_config, name, value)
-
-    return property(get, set, doc=f"`text_config.{name}`.")
-
-
-for _name in _FORWARDED:
-    setattr(EngramConfig, _name, _forward_to_text_config(_name))
 
 EngramConfig.register_for_auto_class()

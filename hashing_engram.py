@@ -9,14 +9,19 @@ public demo and the DeepSeek-V4.1-Flash release. Shape letters used below:
 """
 
 import functools
-import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers.utils import logging
 
-# A position without a compressed id: padding, an image span, or before the start of the sequence.
+# Below its own loggers, so that the verbosity that is set for transformers holds here, too.
+logger = logging.get_logger(f"transformers.{__name__}")
+
+# A position without a compressed id: padding, an image span, an unknown token, or before the start of the sequence.
 DEAD = -1
 
 _INT64_MAX = np.iinfo(np.int64).max
@@ -173,6 +178,47 @@ def _with_past(current: torch.Tensor, past: torch.Tensor | None, reach: int, fil
     return torch.cat([missing, past, current], dim=-1)
 
 
+class Compaction:
+    """Moves the padding of each row in front of its text, so that a look-back finds the text before it.
+
+    Padding that stands between two parts of a row (a right-padded first turn before a second one) is looked through;
+    padding at either end of a row changes nothing. Without padding everything stays where it is.
+
+    Args:
+        is_text: bool `[B, S]`, False at padding; None if there is none.
+    """
+
+    def __init__(self, is_text: torch.Tensor | None):
+        self.is_text = is_text
+        if is_text is not None:
+            number = is_text.long().cumsum(1)  # of the text so far
+            first = is_text.shape[1] - number[:, -1:]
+            self._rows = torch.arange(is_text.shape[0], device=is_text.device).unsqueeze(1)
+            self._places = (first + number - 1).clamp_min(0)  # [B, S], where each position goes
+
+    def join(self, past: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+        """`past` `[B, P, ...]`, which has no padding, before `current` `[B, S, ...]`: `[B, P + S, ...]`."""
+        joined = torch.cat([past, current], dim=1)
+        if self.is_text is None:
+            return joined
+        is_text = F.pad(self.is_text, (past.shape[1], 0), value=True)
+        return joined[self._rows, is_text.byte().argsort(dim=1, stable=True)]
+
+    def restore(self, moved: torch.Tensor) -> torch.Tensor:
+        """The last S positions of a joined `[B, S, ...]`, back in their places; what is at padding means nothing."""
+        return moved if self.is_text is None else moved[self._rows, self._places]
+
+
+# Makes an `EngramTokenizer` of another fast tokenizer. Compression lives with the tokenizer, and a model folder works without.
+_compress_tokenizer: Callable[[Any], Any] | None = None
+
+
+def register_compression(compress: Callable[[Any], Any]) -> None:
+    """Let `as_token_map` compress the vocabulary of plain tokenizers; the package `engram_hf` calls this when it is imported."""
+    global _compress_tokenizer
+    _compress_tokenizer = compress
+
+
 def as_token_map(source) -> torch.Tensor:
     """The token map of `source` as an int64 tensor `[V]`: entry `i` is the compressed id of token `i`.
 
@@ -209,15 +255,12 @@ def _token_map_of_tokenizer(tokenizer) -> torch.Tensor:
             "tokenizer. Load a fast one, for example with AutoTokenizer.from_pretrained."
         )
     if not hasattr(tokenizer, "token_map"):
-        # The one look upwards: the compression lives with the tokenizer, and a model folder works without it.
-        try:
-            wrap = importlib.import_module("engram_hf.tokenization").EngramTokenizer.from_tokenizer
-        except ModuleNotFoundError as error:
+        if _compress_tokenizer is None:
             raise ValueError(
                 f"{type(tokenizer).__name__} has no token_map: pass an EngramTokenizer, for example "
                 "EngramTokenizer.from_tokenizer(tokenizer) of the package engram-hf."
-            ) from error
-        tokenizer = wrap(tokenizer)
+            )
+        tokenizer = _compress_tokenizer(tokenizer)
     return tokenizer.token_map
 
 
@@ -266,6 +309,12 @@ class NgramHasher(nn.Module):
         # Zeros until `derive_constants` or a checkpoint fills them: on the meta device there is nothing to derive into.
         self.register_buffer("multipliers", torch.zeros((len(layer_ids), max_ngram), dtype=torch.int64))
         self.register_buffer("primes", torch.zeros((len(layer_ids), max_ngram - 1, heads), dtype=torch.int64))
+        self.stored_dtype: torch.dtype | None = None  # of a checkpoint in which they were cast; see `settle`
+        self._settled: list[tuple[torch.Tensor, int]] | None = None
+        self._exact: dict[str, torch.Tensor] = {}
+        self._has_token_map = False
+        self.register_load_state_dict_pre_hook(_undo_casts)
+        self.register_load_state_dict_post_hook(_settle)
 
     @classmethod
     def from_config(cls, config) -> "NgramHasher":
@@ -281,8 +330,8 @@ class NgramHasher(nn.Module):
             seed=config.engram_seed,
         )
 
-    def derive_constants(self) -> dict[str, torch.Tensor]:
-        """The multipliers and primes that the configuration implies, on the CPU."""
+    @functools.cached_property
+    def _derived(self) -> dict[str, torch.Tensor]:
         with torch.device("cpu"):
             return {
                 "multipliers": torch.from_numpy(
@@ -291,13 +340,17 @@ class NgramHasher(nn.Module):
                 "primes": torch.tensor(draw_primes(len(self.layer_ids), self.bucket_counts, self.heads)),
             }
 
+    def derive_constants(self) -> dict[str, torch.Tensor]:
+        """The multipliers and primes that the configuration implies, on the CPU."""
+        return {name: constant.clone() for name, constant in self._derived.items()}
+
     def verify_constants(self) -> None:
         """Compare the stored multipliers and primes with what the configuration implies.
 
         Raises:
             ValueError: they differ, so that the tables would be read as noise.
         """
-        for name, expected in self.derive_constants().items():
+        for name, expected in self._derived.items():
             if not torch.equal(getattr(self, name).cpu(), expected):
                 raise ValueError(
                     f"The hash {name} stored with the weights are not those that the config implies (layers "
@@ -306,45 +359,83 @@ class NgramHasher(nn.Module):
                     "was saved with these weights."
                 )
 
+    def settle(self) -> None:
+        """Make the buffers exact integers again, check them, and remember them as they are.
+
+        To be called whenever they were meant to change. A tool that casts or averages all tensors of a model changes them
+        without meaning to; that is noticed at the next forward, and undone.
+
+        Raises:
+            ValueError: they are not those that the configuration implies, or a cast has lost the token map.
+        """
+        for name, buffer in list(self.named_buffers()):
+            if self.stored_dtype is not None:  # as `from_pretrained` found it, and truncated it
+                buffer = buffer.to(self.stored_dtype)
+            if buffer.is_floating_point():
+                setattr(self, name, self._as_integers(name, buffer))
+        self.stored_dtype = None
+        self.verify_constants()
+        self._exact = {name: buffer.cpu().clone() for name, buffer in self.named_buffers()}
+        self._has_token_map = self.token_map is None or bool((self.token_map >= 0).any())
+        self._settled = self._stamps()
+
+    def _as_integers(self, name: str, cast: torch.Tensor) -> torch.Tensor:
+        """The integers that were cast to floating point somewhere on the way into this model."""
+        if name in self._derived:
+            exact = self._derived[name]
+            if torch.equal(exact.to(cast.dtype), cast.cpu()):
+                return exact.to(cast.device)
+        elif cast.dtype in (torch.float32, torch.float64):  # exact for every id below 2^24
+            return cast.round().long()
+        raise ValueError(
+            f"The hash {name} arrived as {cast.dtype}, which cannot hold them: a tool has cast all tensors of the checkpoint, "
+            "integers included. Take hashing.* from the original checkpoint."
+        )
+
+    def _stamps(self) -> list[tuple[torch.Tensor, int]]:
+        """What tells whether a buffer was replaced or written to; a tensor of inference mode counts no writes."""
+        return [(buffer, 0 if buffer.is_inference() else buffer._version) for buffer in self.buffers()]
+
+    def _require_settled(self) -> None:
+        """Undo what a tool did to the buffers that it took for weights."""
+        before, now = self._settled, self._stamps()
+        if before is not None and all(a is b and m == n for (a, m), (b, n) in zip(before, now, strict=True)):
+            return
+        if before is None or self._exact.keys() != dict(self.named_buffers()).keys():
+            return self.settle()
+        for name, exact in self._exact.items():
+            buffer = getattr(self, name)
+            if buffer.dtype != exact.dtype or not torch.equal(buffer.cpu(), exact):
+                logger.warning_once(
+                    f"The hash {name} of this model were changed like weights (cast, averaged or overwritten); they are exact "
+                    "integers, and are used as they were."
+                )
+                setattr(self, name, exact.to(buffer.device))
+        self._settled = self._stamps()
+
     @property
     def has_token_map(self) -> bool:
         """Whether token ids can be compressed: the map is set, or none is needed."""
-        return self.token_map is None or bool((self.token_map >= 0).any())
+        self._require_settled()
+        return self._has_token_map
 
     def compress(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Compressed ids, int64, of `input_ids` (any integer dtype and shape).
+        """Compressed ids, int64, of `input_ids` (any integer dtype and shape); `DEAD` for an id that the hash does not know.
 
         Raises:
-            ValueError: on the CPU, for an id that the map does not know. (On an accelerator the check runs there.)
+            ValueError: the model has no token map yet.
         """
-        ids = input_ids.long()
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._require_known(ids)
-        if self.token_map is None:
-            return ids
-        compressed = self.token_map.to(ids.device)[ids]
-        if ids.device.type == "cuda":
-            known = (ids >= 0) & (compressed >= 0)
-            torch._assert_async(known.all(), "input_ids holds a token id that the token map does not know")
-        return compressed
-
-    def _require_known(self, ids: torch.Tensor) -> None:
-        size = self.hash_vocab_size if self.token_map is None else self.token_map.numel()
-        unknown = (ids < 0) | (ids >= size)
-        if self.token_map is not None:
-            unknown |= self.token_map.to(ids.device)[ids.masked_fill(unknown, 0)] < 0
-        if not unknown.any():
-            return
-        if not self.has_token_map:
+        if not torch.compiler.is_compiling() and not self.has_token_map:
             raise ValueError(
                 "This model has no token map yet: call model.set_token_map(tokenizer) with the EngramTokenizer whose "
                 "compressed vocabulary the config names, or load the model with from_pretrained."
             )
-        known = size if self.token_map is None else int((self.token_map >= 0).sum())
-        raise ValueError(
-            f"input_ids holds the token id {int(ids[unknown][0])}, but the memory knows {known} ids. Use the tokenizer "
-            "the model was built with, or extend the vocabulary with resize_token_embeddings and set_token_map."
-        )
+        ids = input_ids.long()
+        size = self.hash_vocab_size if self.token_map is None else self.token_map.numel()
+        is_known = (ids >= 0) & (ids < size)
+        if self.token_map is not None:
+            ids = self.token_map.to(ids.device)[ids.where(is_known, 0)]
+        return ids.where(is_known, DEAD)
 
     def forward(
         self,
@@ -365,3 +456,16 @@ class NgramHasher(nn.Module):
             past_ids,
             past_sequence_ids,
         )
+
+
+def _undo_casts(hasher: NgramHasher, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
+    """Before `load_state_dict`, which would truncate floats to integers without a word."""
+    for name, _ in hasher.named_buffers():
+        loaded = state_dict.get(prefix + name)
+        if loaded is not None and loaded.is_floating_point():
+            state_dict[prefix + name] = hasher._as_integers(name, loaded)
+
+
+def _settle(hasher: NgramHasher, _incompatible_keys) -> None:
+    if not any(buffer.is_meta for buffer in hasher.buffers()):
+        hasher.settle()

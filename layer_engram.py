@@ -4,8 +4,6 @@ Shape letters: B batch, S positions, G residual streams (1 without hyper-connect
 T hash heads of all n-gram orders, W channels of a table row, K taps of the convolution.
 """
 
-import copyreg
-import functools
 import math
 import types
 from collections.abc import Callable
@@ -14,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.cache_utils import Cache
 
-from .cache_engram import EngramHistoryLayer
+from .cache_engram import EngramHistory, RuntimeSubclass
 from .configuration_engram import EngramConfig
-from .hashing_engram import DEAD
+from .hashing_engram import Compaction
 from .table_engram import EngramTable, RowReader
 
 # Tokens that are compared, or get their update, at once where no gradient is needed: a long prompt would take many times the
@@ -26,15 +25,17 @@ _BLOCK_TOKENS = 1024
 
 
 class EngramInputs(NamedTuple):
-    """What the memory of every layer needs in one forward; derived from token ids alone."""
+    """What every layer's memory needs in one forward; derived from token ids alone."""
 
     row_ids: torch.Tensor  # [L, B, S, T]
-    alive: torch.Tensor | None = None  # [B, S] bool, False where there is no memory; None if it is everywhere
-    sequence_ids: torch.Tensor | None = None  # [B, S]
-    past_sequence_ids: torch.Tensor | None = None  # [B, past]
-    history: EngramHistoryLayer | None = None
+    compaction: Compaction  # moves padding out of the way of look-backs
+    valid: torch.Tensor | None = None  # bool [B, S], False where there is no memory; None if it is everywhere
+    documents: torch.Tensor | None = None  # [B, R + S], padding moved in front; None if there is one document
+    history: EngramHistory | None = None
+    cache: Cache | None = None  # where the history lives, and where the backbone has to put its keys
     readers: set[int] | None = None  # memories that read these inputs, noted as they do; None if nobody asks
     fetched: tuple[RowReader, ...] | None = None  # rows of every layer that are being read already
+    gates: dict[int, torch.Tensor] | None = None  # filled with each memory's gates [B, S, G]; None if nobody asks
 
 
 class EngramRMSNorm(nn.Module):
@@ -64,7 +65,7 @@ class EngramRMSNorm(nn.Module):
 class EngramGate(nn.Module):
     """`sigmoid(sign(x) * sqrt(max(|x|, 1e-6)))` of the scaled dot products `[B, S, G]`.
 
-    A module of its own so that a forward hook can watch the gates open. The root is steep near zero.
+    The root is steep near zero.
 
     Args:
         zero_sign: the sign a product of exactly zero counts as (1 in DeepSeek-V4.1, 0 in the demo).
@@ -74,12 +75,12 @@ class EngramGate(nn.Module):
         super().__init__()
         self.zero_sign = zero_sign
 
-    def forward(self, dot: torch.Tensor, alive: torch.Tensor | None = None) -> torch.Tensor:
-        """Gates `[B, S, G]`, zero where `alive` `[B, S]` is False."""
+    def forward(self, dot: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Gates `[B, S, G]`, zero where `valid` `[B, S]` is False."""
         root = dot.abs().clamp_min(1e-6).sqrt()
         sign = torch.where(dot >= 0, 1.0, -1.0).to(dot.dtype) if self.zero_sign else torch.sign(dot)
         gate = torch.sigmoid(sign * root)
-        return gate if alive is None else gate * alive.unsqueeze(-1)
+        return gate if valid is None else gate * valid.unsqueeze(-1)
 
 
 class EngramConv(nn.Conv1d):
@@ -127,8 +128,8 @@ class EngramMemory(nn.Module):
         h_g   <- h_g + u_g [+ silu(conv(rms(u_g)))]
 
     The convolution (none in V4.1) is depthwise over `G * D` channels and causal, with dilation N. Gates and norms are
-    computed in float32 (float64 for float64 streams), whatever the model's dtype. At a dead position the gate is zero,
-    so that nothing of it enters the convolution; what earlier positions send there still arrives.
+    computed in float32 (float64 for float64 streams), whatever the model's dtype. At a position without memory the gate is
+    zero, so that nothing of it enters the convolution; what earlier positions send there still arrives.
 
     Args:
         config: of the whole model.
@@ -167,10 +168,12 @@ class EngramMemory(nn.Module):
     def fuse(self, hidden_states: torch.Tensor, rows: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
         """As `forward`, with the gathered rows `[B, S, T * W]` given."""
         streams = hidden_states if hidden_states.dim() == 4 else hidden_states.unsqueeze(-2)
-        # Weights that are elsewhere would be brought here for every block.
+        # Offloaded weights would be transferred once per block.
         is_offloaded = getattr(getattr(self.kv_proj, "_hf_hook", None), "offload", False)
         dot, value = self._compare(streams, rows) if is_offloaded else _in_blocks(self._compare, streams, rows)
-        gate = self.gate(dot, inputs.alive)
+        gate = self.gate(dot, inputs.valid)
+        if inputs.gates is not None:
+            inputs.gates[self.index] = gate
         if self.conv is None:
             (streams,) = _in_blocks(self._add, streams, gate, value)
         else:
@@ -180,8 +183,8 @@ class EngramMemory(nn.Module):
         return streams.view_as(hidden_states)
 
     @torch.no_grad()
-    def silence(self) -> None:
-        """Make the memory contribute exactly nothing until it is trained: the value projection becomes zero."""
+    def zero_value_projection(self) -> None:
+        """Make the memory contribute exactly nothing until it is trained."""
         self.kv_proj.weight[self.streams * self.hidden_size :].zero_()
         if self.kv_proj.bias is not None:
             self.kv_proj.bias[self.streams * self.hidden_size :].zero_()
@@ -202,12 +205,17 @@ class EngramMemory(nn.Module):
         return (streams + _update(gate, value).to(streams.dtype),)
 
     def _convolve(self, states: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
-        """The convolution of `[B, S, G, D]`, with what earlier calls left in front; remembers `states` for later ones."""
+        """The convolution of `[B, S, G, D]`, with what earlier calls left in front; stages `states` for later ones."""
+        reach, length = self.conv.reach, states.shape[1]
         if inputs.history is not None:
-            past = inputs.history.remember_conv_inputs(self.index, states, self.conv.reach)
+            past = inputs.history.stage_conv(self.index, states, inputs.compaction)
+            past = past[:, past.shape[1] - reach :]
         else:
-            past = states.new_zeros((states.shape[0], self.conv.reach, *states.shape[2:]))
-        return self.conv(torch.cat([past, states], dim=1), _padded_sequence_ids(inputs, self.conv.reach))
+            past = states.new_zeros((states.shape[0], reach, *states.shape[2:]))
+        documents = inputs.documents
+        if documents is not None:
+            documents = documents[:, documents.shape[1] - reach - length :]
+        return inputs.compaction.restore(self.conv(inputs.compaction.join(past, states), documents))
 
 
 def _update(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -230,44 +238,25 @@ def _in_blocks(compute: Callable[..., tuple[torch.Tensor, ...]], *states: torch.
     return tuple(results)
 
 
-def _padded_sequence_ids(inputs: EngramInputs, reach: int) -> torch.Tensor | None:
-    """Sequence ids `[B, reach + S]`, those of the past in front; `DEAD` before the sequence began."""
-    if inputs.sequence_ids is None:
-        return None
-    current, past = inputs.sequence_ids, inputs.past_sequence_ids
-    if past is not None:
-        current = torch.cat([past[:, max(past.shape[1] - reach, 0) :], current], dim=1)
-    missing = reach + inputs.sequence_ids.shape[1] - current.shape[1]
-    return F.pad(current, (missing, 0), value=DEAD)
-
-
-class EngramDecoderLayerMixin:
-    """Runs a decoder layer's submodule `engram` in front of the layer's own forward.
-
-    Mixed into the class of a listed layer (see [`add_memory_to_layer`]), so that it is still an instance of its class:
-    output recording, gradient checkpointing and device hooks keep working.
-    """
+class LayerWithMemory(RuntimeSubclass):
+    """Runs a decoder layer's submodule `engram` in front of the layer's own forward."""
 
     def forward(self, hidden_states, *args, engram_inputs: EngramInputs | None = None, **kwargs):
         """The layer's own arguments, plus `engram_inputs`; without those the layer runs without memory."""
         if engram_inputs is not None:
+            _require_same_cache(kwargs, engram_inputs)
             hidden_states = self.engram(hidden_states, engram_inputs)
         return super().forward(hidden_states, *args, **kwargs)
 
-    def __reduce_ex__(self, protocol):
-        # The class is made at run time: pickle (spawned workers) rebuilds it from the one it extends.
-        mro = type(self).__mro__
-        base = mro[mro.index(EngramDecoderLayerMixin) + 1]
-        return _rebuild_layer, (base,), self.__getstate__()
 
-
-def _rebuild_layer(base: type[nn.Module]) -> nn.Module:
-    return copyreg.__newobj__(_layer_class_with_memory(base))
-
-
-@functools.cache
-def _layer_class_with_memory(base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Engram{base.__name__}", (EngramDecoderLayerMixin, base), {"__module__": base.__module__})
+def _require_same_cache(kwargs: dict, inputs: EngramInputs) -> None:
+    """Refuse to run where the layer puts its keys into another cache than the one that holds the memory's history."""
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    if inputs.cache is not None and cache is not None and cache is not inputs.cache:
+        raise ValueError(
+            f"The backbone uses a {type(cache).__name__} of its own, not the cache that holds the memory's history; pass it a "
+            "cache made from this model's config, or use_cache=False."
+        )
 
 
 def add_memory_to_layer(layer: nn.Module, config: EngramConfig, index: int, dtype: torch.dtype | None = None) -> None:
@@ -278,23 +267,34 @@ def add_memory_to_layer(layer: nn.Module, config: EngramConfig, index: int, dtyp
         config, index: as of [`EngramMemory`].
         dtype: of the memory's parameters; None for torch's default.
 
+
     Raises:
-        ValueError: it has one already, its weights are offloaded, or its forward was replaced.
+        ValueError: see [`require_extensible`].
     """
-    if isinstance(layer, EngramDecoderLayerMixin):
-        raise ValueError("This backbone already has Engram memory; start from the backbone without it.")
+    require_extensible(layer)
     device = next(layer.parameters()).device
     layer.engram = EngramMemory(config, index, device=device, dtype=dtype)
-    layer.__class__ = _layer_class_with_memory(type(layer))
-    _renew_wrapped_forward(layer)
+    extend(layer, LayerWithMemory)
 
 
-def _renew_wrapped_forward(layer: nn.Module) -> None:
-    # A hook of accelerate (`device_map`) keeps the forward it wraps on the instance, which would go past the memory.
-    if "_old_forward" in vars(layer):
-        layer._old_forward = types.MethodType(type(layer).forward, layer)
-    elif "forward" in vars(layer):
+def require_extensible(module: nn.Module) -> None:
+    """Refuse a module that has memory, or whose forward a tool replaced on the instance, so that memory would never run.
+
+    Raises:
+        ValueError: names the module's class.
+    """
+    if isinstance(module, RuntimeSubclass):
+        raise ValueError("This backbone already has Engram memory; start from the backbone without it.")
+    if "forward" in vars(module) and "_old_forward" not in vars(module):
         raise ValueError(
-            f"The forward of a {type(layer).__mro__[2].__name__} was replaced on the instance, so its memory would never "
-            "run; add memory before other tools wrap the backbone."
+            f"The forward of a {type(module).__name__} was replaced on the instance, so its memory would never run; add "
+            "memory before other tools wrap the backbone."
         )
+
+
+def extend(module: nn.Module, front: type[RuntimeSubclass]) -> None:
+    """Make a module an instance of `front` in front of its own class."""
+    module.__class__ = front.extending(type(module))
+    # A hook of accelerate (`device_map`) keeps the forward it wraps on the instance, which would go past the memory.
+    if "_old_forward" in vars(module):
+        module._old_forward = types.MethodType(type(module).forward, module)

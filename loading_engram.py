@@ -1,33 +1,205 @@
-"""Where the files of a checkpoint come from."""
+"""What `from_pretrained` asks of a checkpoint: where its files come from, and where its tables are to live.
 
+A checkpoint is looked through for tables before the model is built. Tables that are not to be parameters are then mounted on
+its `EngramTable` modules, so that transformers never allocates, initializes, moves or saves them.
+"""
+
+import contextlib
 import copy
+import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.integrations.accelerate import get_device, get_max_memory
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     cached_file,
+    is_peft_available,
+    logging,
 )
 from transformers.utils.hub import extract_commit_hash
 
-from .safetensors_engram import read_weight_map
+from .row_sources_engram import MappedRows, PinnedRows
+from .safetensors_engram import FileFormatError, TensorSpan, read_header, read_json, read_weight_map
+from .table_engram import EngramTable
+from .table_format_engram import (
+    MANIFEST_NAME,
+    StoredTable,
+    TableFormatError,
+    read_tables,
+    require_fit,
+    require_same_hash,
+    table_keys,
+    tables_in_checkpoint,
+)
 
+try:
+    import psutil
+except ImportError:  # it comes with accelerate
+    psutil = None
+
+# Below the loggers of transformers, so that the verbosity that is set for those holds here, too.
+logger = logging.get_logger(f"transformers.{__name__}")
+
+_IS_HASH = re.compile(r"\bhashing\.(?:token_map|multipliers|primes)$")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _ORIGIN = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder", "local_files_only")
+RESIDENCIES = ("auto", "resident", "mapped", "pinned")
+# Member of the manifest, beside those of the table format, which readers that do not know it ignore.
+WEIGHTS_MEMBER = "weights_sha256"
+# What `auto` lets tables take of the memory that is free: beside them the backbone, a cache and other processes live.
+_RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
+# Values of `device_map` that have transformers make a map of its own.
+_MADE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Weights up to this size are read whole.
+_WHOLE_BYTES = 1 << 20
+# Of larger ones, each tensor gives at most so many pieces of at most so many bytes, and 1% of its bytes or two pieces of 64.
+_MOST_PIECES, _PIECE_BYTES, _LEAST_BYTES = 8, 4096, 64
 
 
-def _download_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments of `from_pretrained` that say where files come from."""
-    return {name: kwargs[name] for name in _ORIGIN if kwargs.get(name) is not None}
+class Checkpoint:
+    """Where `from_pretrained` takes a model's files from: a folder, or one state of a repository of the Hub.
+
+    Tables may take hours to download. If the repository changed meanwhile, the weights would be of another state, and no
+    hash could tell; so the revision becomes a commit. The folder or repository of an adapter stands for its base model.
+
+    Args:
+        name_or_path: what `from_pretrained` was given.
+        kwargs: what else it was given.
+
+    Attributes:
+        name_or_path, kwargs: what transformers' `from_pretrained` is to be given.
+
+    Raises:
+        OSError: there is no config.json, without which transformers would build a backbone of its default size.
+        FileFormatError: an adapter does not name its base model.
+    """
+
+    def __init__(self, name_or_path: str | os.PathLike | None, kwargs: dict[str, Any]):
+        self.name_or_path, self.kwargs = name_or_path, kwargs
+        self._has_files = name_or_path is not None and not kwargs.get("gguf_file")
+        if self._has_files:
+            self._go_to_base_model()
+            self._settle_revision()
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the files are, if that is a folder of this machine."""
+        if not self._has_files or not os.path.isdir(self.name_or_path):
+            return None
+        return Path(self.name_or_path, self.kwargs.get("subfolder") or "")
+
+    def _go_to_base_model(self) -> None:
+        """As transformers' `maybe_load_adapters` does, in the form in which its Auto classes hand on an adapter."""
+        name, given = self.name_or_path, dict(self.kwargs.get("adapter_kwargs") or {})
+        if not is_peft_available() or "_adapter_model_path" in given:
+            return
+        config = resolver(name, {**self.kwargs, **given})(ADAPTER_CONFIG_NAME)
+        # A complete model may have an adapter in its folder.
+        if config is None or os.path.exists(os.path.join(name, CONFIG_NAME)):
+            return
+        base = read_json(config).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise FileFormatError(
+                f"{config} does not name its base_model_name_or_path; load the base model, then the adapter."
+            )
+        given.setdefault("revision", self.kwargs.get("revision") or "main")  # the base model gets a commit of its own
+        self.name_or_path = base
+        self.kwargs = {**self.kwargs, "adapter_kwargs": {**given, "_adapter_model_path": str(name)}}
+
+    def _settle_revision(self) -> None:
+        self._resolve = resolver(self.name_or_path, self.kwargs)
+        config = self._resolve(CONFIG_NAME)
+        self._has_config = config is not None
+        if config is None:
+            if self.kwargs.get("config") is None:
+                raise OSError(
+                    f"{self.name_or_path} has no {CONFIG_NAME}; complete it, or name the folder of a saved model."
+                )
+        elif not os.path.isdir(self.name_or_path):
+            commit = extract_commit_hash(str(config), None)
+            if commit is not None:
+                self.kwargs = {**self.kwargs, "revision": commit}
+                self._resolve = resolver(self.name_or_path, self.kwargs)
+
+    def find_tables(self, residency: str = "auto") -> "FoundTables | None":
+        """Look for tables, and decide where they are to live.
+
+        Args:
+            residency: one of [`RESIDENCIES`]; `auto` is resident while that is cheap.
+
+        Returns:
+            None if transformers is to load everything by itself.
+
+        Raises:
+            ValueError: an unknown residency, or tables that cannot be mapped because there are none.
+        """
+        if residency not in RESIDENCIES:
+            raise ValueError(
+                f"engram_residency is {residency!r}; it must be one of {', '.join(map(repr, RESIDENCIES))}."
+            )
+        needs_files = residency in ("mapped", "pinned")
+        if not self._has_files or self.kwargs.get("state_dict") is not None:
+            if needs_files:
+                raise ValueError(
+                    f"engram_residency={residency!r} reads tables from safetensors files, but the weights come from "
+                    "elsewhere (a state_dict or a GGUF file); leave it out."
+                )
+            return None
+        tables, manifest, own_files = self._read_tables(residency)
+        if not tables:
+            # Without config.json, transformers raises its own error.
+            if needs_files and self._has_config:
+                raise ValueError(
+                    f"{self.name_or_path} has no {MANIFEST_NAME}, and no memory tables among its safetensors weights, so "
+                    f"engram_residency={residency!r} is not possible; complete it, or name a folder that was saved by "
+                    "save_pretrained."
+                )
+            return None
+        if residency == "auto":
+            residency = choose_residency(sum(table.size for table in tables.values()), *_free_memory(self.kwargs))
+        if manifest is None and residency == "resident":
+            return None
+        variant = self.kwargs.get("variant")
+        digest = recorded_digests(manifest).get(variant or "") if own_files else None
+        return FoundTables(tables, residency, lambda: find_weight_files(self._resolve, variant), digest)
+
+    def _read_tables(self, residency: str) -> tuple[dict[int, StoredTable], Path | None, set[int]]:
+        """The tables by layer, the manifest if there is one, and the layers that it alone names."""
+        # A given config may be that of fewer layers than were saved.
+        layers = getattr(self.kwargs.get("config"), "engram_layer_ids", None)
+        manifest, tables = self._resolve(MANIFEST_NAME), {}
+        if manifest is not None:
+            folder = manifest.parent
+            tables = read_tables(folder, lambda name: self._resolve(name) or folder / name, layers)
+        own_files = set(tables)
+        if manifest is not None or residency != "resident":
+            # They come first, as they do for transformers: an upload does not remove what an earlier one had in files of
+            # its own.
+            among_weights = self._tables_among_weights(layers)
+            own_files -= set(among_weights)
+            tables |= among_weights
+        return tables, manifest, own_files
+
+    def _tables_among_weights(self, layers: Collection[int] | None) -> dict[int, StoredTable]:
+        """Tables that were saved with all other weights, found by name."""
+        single, index = find_weights(self._resolve, self.kwargs.get("variant"))
+        weight_map = {} if index is None else read_weight_map(index)
+        files = sorted({file for key, file in weight_map.items() if table_keys(layers).search(key)})
+        found = tables_in_checkpoint([path for path in (single, *map(self._resolve, files)) if path is not None])
+        return {layer: table for layer, table in found.items() if layers is None or layer in layers}
 
 
 def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callable[[str], Path | None]:
@@ -36,7 +208,7 @@ def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callabl
     Args:
         kwargs: of `from_pretrained`.
     """
-    options = _download_options(kwargs)
+    options = {name: kwargs[name] for name in _ORIGIN if kwargs.get(name) is not None}
 
     def resolve(file: str) -> Path | None:
         try:
@@ -48,30 +220,6 @@ def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callabl
         return None if found is None else Path(found).absolute()  # wherever the process goes later
 
     return resolve
-
-
-def settle_revision(name_or_path: str | os.PathLike | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `from_pretrained` by which all files come from one state of a Hub repository.
-
-    Tables may take hours to download. Weights that are pushed meanwhile would be taken for theirs: no hash tells them apart.
-
-    Args:
-        name_or_path: a folder or Hub id.
-        kwargs: what `from_pretrained` was called with.
-
-    Raises:
-        OSError: there is no config.json, without which transformers would build a backbone of its default size.
-    """
-    if name_or_path is None or kwargs.get("gguf_file"):
-        return kwargs
-    resolve = resolver(name_or_path, kwargs)
-    config = resolve(CONFIG_NAME)
-    if config is None:
-        if kwargs.get("config") is None and resolve(ADAPTER_CONFIG_NAME) is None:
-            raise OSError(f"{name_or_path} has no {CONFIG_NAME}; complete it, or name the folder of a saved model.")
-        return kwargs
-    commit = None if os.path.isdir(name_or_path) else extract_commit_hash(str(config), None)
-    return kwargs if commit is None else {**kwargs, "revision": commit}
 
 
 def _means_absent(error: OSError) -> bool:
@@ -122,8 +270,237 @@ def _is_known_absent(name_or_path: str | os.PathLike, file: str, options: dict[s
         return False
 
 
-def undo_renamings_of_memory(model: PreTrainedModel, mapping: list[WeightTransform]) -> list[WeightRenaming]:
-    """Renamings that give the memory its names back, to be applied after those of the backbone.
+@dataclass
+class FoundTables:
+    """The tables of a model folder, and where they shall live.
+
+    Args:
+        tables: by layer.
+        residency: `"resident"`, `"mapped"` or `"pinned"`.
+        weights: finds the files of the weights that the tables were saved with, if their manifest records a digest.
+        weights_digest: that digest; None if there is none.
+    """
+
+    tables: dict[int, StoredTable]
+    residency: str
+    weights: Callable[[], list[Path]] = list
+    weights_digest: str | None = None
+
+    def mount(self, model) -> None:
+        """Give an `EngramModel` without weights its tables.
+
+        Mapped and pinned tables replace the parameters. Resident ones are noted, to be read where transformers would
+        initialize what a checkpoint lacks: the ordinary weights may not include them.
+
+        Raises:
+            TableFormatError: a layer has no table, or one that does not fit the config.
+        """
+        for layer, memory in model.memories().items():
+            table = memory.table
+            stored = require_fit(self.tables, layer, table.num_rows, table.width, table.table_dtype)
+            if self.residency == "resident":
+                memory.table.unread = MappedRows(stored)
+            else:
+                memory.table.mount((MappedRows if self.residency == "mapped" else PinnedRows)(stored))
+        # transformers hands these on to the model that holds this one.
+        patterns = {table_keys(model.memories()).pattern}
+        model._keys_to_ignore_on_load_missing = patterns | set(model._keys_to_ignore_on_load_missing or ())
+        if self.residency != "resident":
+            model._keys_to_ignore_on_load_unexpected = patterns | set(model._keys_to_ignore_on_load_unexpected or ())
+
+    def verify(self, model) -> None:
+        """Compare what the tables say about their hash with that of the loaded `EngramModel`.
+
+        Raises:
+            TableFormatError: they were written for another hash or token map, or saved with other weights, and would be
+                read as noise.
+        """
+        if self.weights_digest is not None:
+            self._require_same_weights()
+        for index, (layer, memory) in enumerate(model.memories().items()):
+            memory.table.unread = None
+            described = self.tables[layer].description
+            if described is not None:
+                require_same_hash(described, model.hashing, index)
+
+    def _require_same_weights(self) -> None:
+        files = self.weights()
+        if files and weights_digest(files) != self.weights_digest:
+            raise TableFormatError(
+                f"{files[0]} holds other weights than the tables beside it were saved with: the folder was "
+                f"changed in part, by a download or a copy that was cut short, say. Fetch or save the whole model again (if the "
+                f"weights were changed on purpose, delete {WEIGHTS_MEMBER!r} from {MANIFEST_NAME})."
+            )
+
+
+def recorded_digests(manifest: Path) -> dict[str, str]:
+    """Digests of the weights that tables were saved with, by variant (`""` without one); older manifests have none."""
+    digests = read_json(manifest).get(WEIGHTS_MEMBER, {})
+    if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
+        raise TableFormatError(f"{manifest} says {WEIGHTS_MEMBER} is {digests!r}, expected digests; fetch it again.")
+    return digests
+
+
+def weights_digest(files: Iterable[str | os.PathLike]) -> str:
+    """SHA-256, in hex, over the names, dtypes and shapes of all tensors and pieces of each, however they are sharded.
+
+    Tables are left out. Two models that differ only in bytes between the pieces have one digest.
+
+    Table files are written and passed on apart from the other weights. Nothing in either shows that both are of one model,
+    so the manifest of the tables records this digest of the weights that were saved with them.
+
+    Args:
+        files: the safetensors files of a checkpoint.
+
+    Raises:
+        FileFormatError: a file is damaged.
+        OSError: a file cannot be read.
+    """
+    is_table = table_keys().search
+    spans = [span for file in files for span in read_header(file).tensors.values() if not is_table(span.name)]
+    is_small = sum(span.size for span in spans) <= _WHOLE_BYTES
+    digest, opened = hashlib.sha256(), {}
+    try:
+        for span in sorted(spans, key=lambda span: span.name):
+            digest.update(repr((span.name, span.dtype, span.shape)).encode())
+            if span.path not in opened:
+                opened[span.path] = open(span.path, "rb", buffering=0)  # noqa: SIM115 (closed below)
+            for offset, size in [(0, span.size)] if is_small else _pieces(span):
+                digest.update(_read(opened[span.path], span.path, span.offset + offset, size))
+    finally:
+        for file in opened.values():
+            file.close()
+    return digest.hexdigest()
+
+
+def _pieces(span: TensorSpan) -> list[tuple[int, int]]:
+    """Offset and size of pieces that are spread evenly over a tensor, its first and last bytes included."""
+    count = min(_MOST_PIECES, max(2, span.size >> 22))
+    size = max(_LEAST_BYTES, min(_PIECE_BYTES, span.size // (100 * count)))
+    if span.size <= count * size:
+        return [(0, span.size)]
+    return [(index * (span.size - size) // (count - 1), size) for index in range(count)]
+
+
+def _read(file, path: Path, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    data = b""
+    while len(data) < size:
+        piece = file.read(size - len(data))
+        if not piece:
+            raise FileFormatError(f"{path} became shorter while it was read; restore it, and load the model again.")
+        data += piece
+    return data
+
+
+def require_memory(model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Refuse a checkpoint without all of the memory, which would be random.
+
+    Args:
+        model: a model that was just filled from it.
+        missing: keys that the checkpoint does not have; those of tables that are read from files of their own may be among
+            them.
+
+    Raises:
+        ValueError: names one of the others.
+    """
+    elsewhere = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    memory = sorted(key for key in missing if ".engram." in key or "hashing." in key)
+    absent = [key for key in memory if not any(pattern.search(key) for pattern in elsewhere)]
+    if absent:
+        raise ValueError(
+            f"The checkpoint lacks {len(absent)} tensors of the memory, such as {absent[0]}; complete the folder (a shard or "
+            f"{MANIFEST_NAME} may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
+        )
+
+
+def leave_tables_on_disk(model: PreTrainedModel, device_map: dict | None) -> None:
+    """Map the tables, out of files of their own, that a device map sends to the disk: that is where they are."""
+    modules = dict(model.named_modules())
+    tables = {name: one for name, one in modules.items() if isinstance(one, EngramTable) and one.unread is not None}
+    # All of them if any: a saved model has the tables of all layers in files of their own, or those of none.
+    if any(get_device(device_map, f"{name}.weight") == "disk" for name in tables):
+        for table in tables.values():
+            table.mount(table.unread)
+
+
+def choose_residency(size: int, free_host: int, free_device: int | None) -> str:
+    """What `auto` means for tables of `size` bytes.
+
+    Args:
+        free_host: bytes of host memory that are free.
+        free_device: bytes free on the GPU the model goes to; None if it stays on the CPU.
+    """
+    free = free_host if free_device is None else free_device
+    if size <= _RESIDENT_SHARE * free:
+        logger.info(f"Memory tables of {size / 1e9:.1f} GB are resident: {free / 1e9:.1f} GB are free.")
+        return "resident"
+    choice = "mapped" if free_device is None or size > _PINNED_SHARE * free_host else "pinned"
+    logger.warning_once(
+        f"Memory tables of {size / 1e9:.1f} GB are {choice}, not parameters: {free / 1e9:.1f} GB are free. They are not "
+        "trained; pass engram_residency='resident' to hold them in the module."
+    )
+    return choice
+
+
+def _free_memory(kwargs: dict) -> tuple[int, int | None]:
+    """Free bytes of the host, and of the GPUs that a model goes to (None if it goes to none), within `max_memory`."""
+    device_map, limits = kwargs.get("device_map"), kwargs.get("max_memory")
+    # Only where transformers makes the map it looks at limits, which then name all devices that are used.
+    limits = get_max_memory(dict(limits)) if limits and device_map in _MADE_MAPS else None
+
+    def usable(device: int | str, free: int) -> int:
+        return free if limits is None else min(free, limits.get(device, 0))
+
+    host = usable("cpu", free_host_memory())
+    if not torch.cuda.is_available():
+        return host, None
+    if device_map is None:
+        # What is quantized goes to a GPU unasked.
+        device_map = "cuda" if kwargs.get("quantization_config") is not None else torch.get_default_device()
+    gpus = gpus_of(device_map, torch.cuda.device_count(), torch.cuda.current_device())
+    return host, sum(usable(gpu, torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus) or None
+
+
+def gpus_of(device_map, count: int, current: int) -> set[int]:
+    """The numbers of the GPUs among `count` that a `device_map` of transformers uses."""
+    if device_map in _MADE_MAPS:
+        return set(range(count))
+    targets = device_map.values() if isinstance(device_map, dict) else [device_map]
+    names = [f"cuda:{target}" if isinstance(target, int) else str(target) for target in targets]
+    devices = [torch.device(name) for name in names if name != "disk"]
+    return {current if device.index is None else device.index for device in devices if device.type == "cuda"}
+
+
+# Of both versions of control groups: the limit, what is used, and the counts that say what of it would be given back.
+_GROUP_FILES = [
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+]
+
+
+def free_host_memory() -> int:
+    """Bytes of memory that this process can still take, a container's limit included."""
+    free = _memory_of_the_system() if psutil is None else psutil.virtual_memory().available
+    for names in _GROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no such group, or no limit ("max")
+            limit, used, counts = (Path("/sys/fs/cgroup", name).read_text() for name in names)
+            (unused,) = re.findall(r"^(?:total_)?inactive_file (\d+)$", counts, re.MULTILINE)[-1:]
+            free = min(free, int(limit) - int(used) + int(unused))
+    return max(free, 0)
+
+
+def _memory_of_the_system() -> int:
+    """What `sysconf` says is free; of systems that do not tell that, half of all, or 16 GB if they tell neither."""
+    names = getattr(os, "sysconf_names", {})
+    for name, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
+        if name in names:
+            return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") // share
+    return 1 << 34
+
+
+def rename_stored_tensors(model: PreTrainedModel, mapping: list[WeightTransform]) -> list[WeightTransform]:
+    """The backbone's `mapping` from stored names to those of parameters, with what a model with memory needs besides.
 
     A backbone whose checkpoints have other names than its modules renames every key below it that fits a pattern, and
     the memory's may fit by accident: DeepSeek-V4 turns each `q_norm` into `q_a_norm`.
@@ -136,4 +513,24 @@ def undo_renamings_of_memory(model: PreTrainedModel, mapping: list[WeightTransfo
             renamed, _ = renaming.rename_source_key(renamed)
         if ".engram." in key and renamed != key:
             undo[renamed.split(".engram.")[1]] = key.split(".engram.")[1]
-    return [WeightRenaming(f".engram.{renamed}", f".engram.{name}") for renamed, name in undo.items()]
+    back = [WeightRenaming(f".engram.{renamed}", f".engram.{name}") for renamed, name in undo.items()]
+    if model.config.engram_format_version == 1:  # kept the backbone in a submodule of that name
+        back.insert(0, WeightRenaming(r"^model\.backbone\.", "model."))
+    return [*mapping, *back]
+
+
+def stored_dtype_of_hash(
+    state_dict: Mapping[str, torch.Tensor] | None, files: Sequence[str] | None
+) -> torch.dtype | None:
+    """The dtype in which a checkpoint has the hash, if a tool has cast it to floating point; else None.
+
+    transformers loads floats into integer buffers without a word.
+    """
+    for file in files or ():
+        for name, span in read_header(file).tensors.items() if str(file).endswith(".safetensors") else ():
+            if _IS_HASH.search(name) and span.dtype in _FLOATS:
+                return _FLOATS[span.dtype]
+    for name, tensor in (state_dict or {}).items():
+        if _IS_HASH.search(name) and tensor.is_floating_point():
+            return tensor.dtype
+    return None

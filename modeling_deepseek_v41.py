@@ -9,7 +9,7 @@ Where a class computes what transformers' DeepSeek-V4 computes, it is that class
   *previous* sublayer produced, so `pre` travels beside the streams;
 * compressed latents are computed by a few layers and read by the layers after them, as are the choices which of them a
   query reads. They travel as explicit arguments too, so gradient checkpointing sees them;
-* the cached values are rounded to FP8 and FP4 (`rounding_deepseek_v41`);
+* the cached values are rounded to FP8 and FP4 (`round_fp8`, `round_mxfp4`, `round_nvfp4`);
 * attention reads the window and the chosen compressed positions, in blocks of queries. A [S, S] matrix never exists.
 """
 
@@ -41,11 +41,65 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_deepseek_v41 import DeepseekV41CacheLayer, RowLayout, gather_rows, layer_cache, row_layout
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
-from .rounding_deepseek_v41 import round_fp8, round_mxfp4, round_nvfp4
+from .table_engram import E4M3_MAX, exponent_above
 
 # Elements of the largest intermediate of one block of queries: 64 MB in float32.
 _BLOCK_ELEMENTS = 1 << 24
 _SMALLEST_BLOCK = 64
+E2M1_MAX = 6.0
+
+
+# --- roundings of cached activations
+#
+# The release keeps its window latents in FP8 and its compressed latents and index vectors in FP4, and was trained that way, so
+# the rounding belongs to the model and not to a storage format: each function returns the rounded *value* in the input's dtype.
+# The rules are those of the release's quantization kernels. Gradients pass through as they are.
+
+
+def power_of_two_above(x: torch.Tensor) -> torch.Tensor:
+    """The smallest power of two that is at least positive normal float32 `x`."""
+    return exponent_above(x).bitwise_left_shift(23).view(torch.float32)
+
+
+def to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Nearest E4M3 value of float32 `x`, saturating at 448; ties to even."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+
+
+def to_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Nearest E2M1 value (0, .5, 1, 1.5, 2, 3, 4, 6) of float32 `x`, saturating at 6; ties to the even code."""
+    x = x.clamp(-E2M1_MAX, E2M1_MAX)
+    # Codes are evenly spaced inside each binade, so rounding half to even there picks the even code on a tie.
+    step = torch.where(x.abs() < 2, 0.5, torch.where(x.abs() < 4, 1.0, 2.0))
+    return (x / step).round() * step
+
+
+def _round_groups(x: torch.Tensor, group: int, scale_of, to_format) -> torch.Tensor:
+    """Round `x` `[..., channels]` in groups of `group` channels that share the scale `scale_of(largest magnitude)`."""
+    with torch.no_grad():
+        groups = x.float().unflatten(-1, (-1, group))
+        scale = scale_of(groups.abs().amax(-1, keepdim=True))
+        rounded = (to_format(groups / scale) * scale).flatten(-2).to(x.dtype)
+    # `x - x.detach()` is exactly zero and carries the gradient; `x + (rounded - x)` would lose the last bit.
+    return rounded + (x - x.detach()) if x.requires_grad else rounded
+
+
+def round_fp8(x: torch.Tensor) -> torch.Tensor:
+    """E4M3 with a power-of-two scale per 32 channels: the window latents. `[..., 32 n]`, any float dtype."""
+    return _round_groups(x, 32, lambda a: power_of_two_above(a.clamp(min=1e-4) / E4M3_MAX), to_e4m3)
+
+
+def round_mxfp4(x: torch.Tensor) -> torch.Tensor:
+    """E2M1 with a power-of-two scale per 32 channels: index queries and keys. `[..., 32 n]`, any float dtype."""
+    return _round_groups(x, 32, lambda a: power_of_two_above(a.clamp(min=E2M1_MAX * 2**-126) / E2M1_MAX), to_e2m1)
+
+
+def round_nvfp4(x: torch.Tensor) -> torch.Tensor:
+    """E2M1 with an E4M3 scale per 16 channels: the compressed latents. `[..., 16 n]`, any float dtype."""
+    return _round_groups(x, 16, lambda a: to_e4m3(a.clamp(min=E2M1_MAX * 2**-9) / E2M1_MAX), to_e2m1)
+
+
+# --- attention
 
 
 class SharedAttention(NamedTuple):

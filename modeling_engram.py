@@ -1,18 +1,26 @@
 """Engram memory for any decoder of transformers: the models that carry it.
 
-Listed decoder layers of the backbone get a submodule `engram` and run it on the residual streams before their own
-forward. What they read is decided once per forward, from token ids alone, and travels as one keyword argument.
+A model of a backbone's own class becomes an instance of a class that is made at run time, with memory in front of the
+backbone's behaviour: its attributes, plans, losses and heads are its own. Listed decoder layers get a submodule `engram`
+and run it on the residual streams before their own forward. What they read is decided once per forward, from token ids
+alone, and travels as one keyword argument.
 
-Shape letters: B batch, S positions, G residual streams, D hidden size, L Engram layers, T hash heads of all orders.
+Shape letters: B batch, S positions, R positions that a look-back reaches, G residual streams, D hidden size, L Engram
+layers, T hash heads of all orders.
 """
 
 import copy
 import dataclasses
+import functools
 import inspect
 import os
+import re
+from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -20,20 +28,32 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .cache_engram import EngramHistoryLayer, attach_history
-from .card_engram import write_model_card
-from .configuration_engram import EngramConfig
-from .folder_writer_engram import FolderWriter, replace_files, require_settled
-from .hashing_engram import DEAD, NgramHasher, as_token_map
-from .layer_engram import EngramInputs, EngramMemory, EngramRMSNorm, add_memory_to_layer
-from .loading_engram import settle_revision, undo_renamings_of_memory
-from .modeling_deepseek_v41 import DeepseekV41TextModel
-from .prefetch_engram import Prefetcher
-from .residency_engram import (
+from .cache_engram import EngramHistory, RuntimeSubclass, attach_history, begin_cache, lookback_reach, nothing_before
+from .configuration_engram import FORMAT_VERSION, EngramConfig, remote_module
+from .hashing_engram import DEAD, Compaction, NgramHasher, as_token_map
+from .layer_engram import (
+    EngramConv,
+    EngramInputs,
+    EngramMemory,
+    EngramRMSNorm,
+    add_memory_to_layer,
+    extend,
+    require_extensible,
+)
+from .loading_engram import (
+    Checkpoint,
     FoundTables,
-    complete_save,
-    find_tables,
     leave_tables_on_disk,
+    rename_stored_tensors,
+    require_memory,
+    stored_dtype_of_hash,
+)
+from .prefetch_engram import Prefetcher
+from .saving_engram import (
+    FolderWriter,
+    complete_save,
+    replace_files,
+    require_settled,
     save_tables,
     tables_by_reference,
 )
@@ -41,41 +61,59 @@ from .table_engram import EngramTable
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-# Imported for its registration: a V4.1 model is to load as remote code, where nothing else would bring its backbone.
-KNOWN_BACKBONES = (DeepseekV41TextModel,)
-
-# What a folder with remote code says of itself in config.json.
-AUTO_MAP = {
-    "AutoConfig": "configuration_engram.EngramConfig",
-    "AutoModel": "modeling_engram.EngramModel",
-    "AutoModelForCausalLM": "modeling_engram.EngramForCausalLM",
-}
-
-
+# The minor versions of transformers that the test suite passes with.
+TESTED_VERSIONS = ((5, 17), (5, 24))
+# The cache's name as an argument and in outputs: transformers 5.24 renamed it.
+CACHE_NAMES = ("cache", "past_key_values")
 # The save that runs: what it is written with, and the variant of its weights.
 _SAVE: ContextVar[tuple[FolderWriter, str | None] | None] = ContextVar("the save that runs", default=None)
 
 
-class EngramPreTrainedModel(PreTrainedModel):
-    """What [`EngramModel`] and [`EngramForCausalLM`] share: loading, initialization and the token map."""
+def _warn_of_untested_version() -> None:
+    found = tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2]))
+    oldest, newest = TESTED_VERSIONS
+    if not oldest <= found <= newest:
+        tested = " to ".join(".".join(map(str, version)) for version in TESTED_VERSIONS)
+        logger.warning_once(
+            f"Engram was tested with transformers {tested}, not with {transformers.__version__}; what it cannot do right it "
+            "refuses, and an update of engram-hf may be needed."
+        )
+
+
+class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
+    """What [`EngramModel`] and [`EngramForCausalLM`] share: loading, initialization, saving and the token map."""
 
     config_class = EngramConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (transformers' convention)
-    # The backbone checks what it supports itself, with its own message.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    # Called as `write_model_card(path, config, repo_id, token)` when a model is pushed; the package engram_hf sets it, and a
+    # model that was loaded as remote code has the card that transformers writes.
+    write_model_card = None
+
+    @classmethod
+    def _members(cls, base: type) -> dict[str, Any]:
+        # Named as the class that users know: config.json names it, and trainers look for it.
+        module = remote_module(base.config_class.model_type) or cls.__module__.rpartition(".")[2]
+        return {
+            "__module__": f"{cls.__module__.rpartition('.')[0]}.{module}",
+            "__name__": cls.__name__,
+            "__qualname__": f"{cls.__name__}[{base.__qualname__}]",  # by which transformers tells classes apart
+            "__doc__": cls.__doc__,
+            "config_class": EngramConfig,
+        }
+
+    def _become(self, config: EngramConfig) -> None:
+        """Have transformers take note of the extended class, as it does of every class when it is first built."""
+        built = dict(vars(self))
+        PreTrainedModel.__init__(self, config)
+        vars(self).update(built)
+        self.config, self.name_or_path = config, config.name_or_path
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True
+        return cls._extends is None or cls._extends[1]._can_set_attn_implementation()
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True
+        return cls._extends is None or cls._extends[1]._can_set_experts_implementation()
 
     @classmethod
     def from_pretrained(
@@ -94,38 +132,38 @@ class EngramPreTrainedModel(PreTrainedModel):
                 resident while they take at most a quarter of the free memory.
 
         Raises:
-            ValueError: tables or hash constants are missing from the checkpoint, or disagree with its config.
+            ValueError: tables or hash constants are missing from the checkpoint, or disagree with its config; tables were
+                saved with other weights; or a save to this folder was killed at its end.
         """
-        require_settled(pretrained_model_name_or_path)
-        kwargs = settle_revision(pretrained_model_name_or_path, kwargs)
-        tables = find_tables(pretrained_model_name_or_path, engram_residency, **kwargs)
+        if cls._extends is not None:  # the backbone is what the config says
+            cls = cls._extends[0]
+        checkpoint = Checkpoint(pretrained_model_name_or_path, kwargs)
+        if checkpoint.folder is not None:
+            require_settled(checkpoint.folder)
+        tables, kwargs = checkpoint.find_tables(engram_residency), checkpoint.kwargs
         if tables is not None:
-            kwargs["engram_tables"] = tables
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if ".engram." in key or "hashing." in key)
-        if missing:
-            raise ValueError(
-                f"The checkpoint lacks {len(missing)} tensors of the memory, such as {missing[0]}; complete the folder "
-                "(a shard or engram_tables.json may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
-            )
-        model.base_model.keep_tables_frozen()
-        _hold_hash(model.base_model.hashing)
-        model.base_model.hashing.verify_constants()
+            kwargs = {**kwargs, "engram_tables": tables}
+        model, info = super().from_pretrained(checkpoint.name_or_path, *args, output_loading_info=True, **kwargs)
+        model.config.engram_format_version = FORMAT_VERSION
+        model.base_model.settle_memory()
         if tables is not None:
             tables.verify(model.base_model)
         return (model, info) if output_loading_info else model
 
-    # The one place where the names of what is loaded can be told after all submodels have had their say.
+    # Only here is the key mapping of all submodels known.
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        model.base_model.hashing.stored_dtype = stored_dtype_of_hash(state_dict, checkpoint_files)
         mapping = load_config.weight_mapping or []
-        mapping = [*mapping, *undo_renamings_of_memory(model, mapping)]
-        load_config = dataclasses.replace(load_config, weight_mapping=mapping)
+        load_config = dataclasses.replace(load_config, weight_mapping=rename_stored_tensors(model, mapping))
         leave_tables_on_disk(model, load_config.device_map)
         model.base_model.prefetch_mounted()
-        return PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        info, *others = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
         )
+        if expected_keys is None:  # else it is an adapter
+            require_memory(model, info.missing_keys)
+        return info, *others
 
     def push_to_hub(self, *args, **kwargs):
         """As in transformers; tables that are not parameters are uploaded from the files they are in."""
@@ -139,8 +177,8 @@ class EngramPreTrainedModel(PreTrainedModel):
             writer, _ = _SAVE.get()
             working_dir, others = writer.target, set(os.listdir(writer.target)) - writer.names
             files_timestamps = dict.fromkeys(others, float("inf"))
-        if not self._saves_adapter():
-            write_model_card(os.path.join(working_dir, "README.md"), self.config, repo_id, token)
+        if self.write_model_card is not None and not self._saves_adapter():
+            self.write_model_card(os.path.join(working_dir, "README.md"), self.config, repo_id, token)
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, token=token, **kwargs)
 
     def barrier_after_gathered_checkpoint_save(self, *args, **kwargs):
@@ -148,31 +186,15 @@ class EngramPreTrainedModel(PreTrainedModel):
         self._complete_save()
         return super().barrier_after_gathered_checkpoint_save(*args, **kwargs)
 
-    def initialize_weights(self):
-        """Initialize what was not loaded.
-
-        Memory sits inside layers of the backbone, whose own initialization does not know it, so it goes first.
-        """
-        self._initialize_memory()
-        super().initialize_weights()
-
-    @torch.no_grad()
-    @init.guard_torch_init_functions()
-    def _initialize_memory(self) -> None:
-        for memory in self.base_model.memories().values():
-            for module in memory.modules():
-                # Custom code, to transformers: what a checkpoint filled is left alone without drawing anything. So is what
-                # a device map put on disk.
-                if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-                    self._initialize_weights(module, is_custom_code=True)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, EngramTable):
-            module.reset_parameters(getattr(self.config.text_config, "initializer_range", None) or 0.02)
+            if not module.is_resident or module.weight.is_meta:
+                return  # a device map put it on disk
+            module.reset_parameters(getattr(self.config, "initializer_range", None) or 0.02)
         elif isinstance(module, EngramRMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, nn.Conv1d):
+        elif isinstance(module, EngramConv):
             init.zeros_(module.weight)  # the convolution starts as the identity (spec of the paper)
         elif isinstance(module, NgramHasher):
             for name, constant in module.derive_constants().items():
@@ -221,7 +243,7 @@ class EngramPreTrainedModel(PreTrainedModel):
         Tables that are not parameters are linked to the folder, or copied by the kernel: they have not changed. A folder
         that holds a model is that model or the new one, whatever interrupts the save, and needs room for both until its end.
         """
-        self.config.auto_map = dict(AUTO_MAP)
+        self.config.auto_map = self.config.remote_code_map()
         # Under the names of the modules: `Trainer` resumes by `load_state_dict`, and would silently skip experts that had
         # been split and renamed as the backbone's own hub layout has them (transformers issue 48805).
         kwargs.setdefault("save_original_format", False)
@@ -251,7 +273,7 @@ class EngramPreTrainedModel(PreTrainedModel):
 
 
 def _hold_hash(hashing: NgramHasher) -> None:
-    """Bring back what `offload_buffers` took away: the hash is used outside of its forward too, and is small."""
+    """Keep the hash buffers on the device: they are read outside of `forward`, and are small."""
     hook = getattr(hashing, "_hf_hook", None)
     if hook is not None and any(buffer.is_meta for buffer in hashing.buffers()):
         hook.pre_forward(hashing)
@@ -261,11 +283,31 @@ def _hold_hash(hashing: NgramHasher) -> None:
 class EngramModel(EngramPreTrainedModel):
     """A backbone with memory, without a language-model head.
 
+    An instance is also one of the backbone's own class: its parameters have the names that they have there, and its
+    `forward` takes the same arguments.
+
     Args:
         config: names the backbone in `text_config`.
         backbone: an instance to use instead of a new one; it is changed in place.
         engram_tables: tables that were found beside the weights; None to have them among the weights.
+
+    Raises:
+        ValueError: the backbone has memory already, has no decoder layers or no cache, or its forward was replaced.
     """
+
+    def __new__(cls, config: EngramConfig | None = None, backbone: PreTrainedModel | None = None, engram_tables=None):
+        if config is None:  # for pickle and torch's replicas, which fill in the state themselves
+            return super().__new__(cls)
+        config.validate_engram()  # fields of the backbone may have changed since the config was made
+        if backbone is None:
+            # In the dtype that the caller builds this model in, as a backbone that is built by itself.
+            backbone = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
+        require_extensible(backbone)
+        layers = _decoder_layers(backbone, config)
+        for layer_id in config.engram_layer_ids:
+            require_extensible(layers[layer_id])  # all of them before the first one is changed
+        extend(backbone, cls if cls._extends is None else cls._extends[0])
+        return backbone
 
     def __init__(
         self,
@@ -273,28 +315,37 @@ class EngramModel(EngramPreTrainedModel):
         backbone: PreTrainedModel | None = None,
         engram_tables: FoundTables | None = None,
     ):
-        super().__init__(config)
-        config.validate_engram()  # fields of the backbone may have changed since the config was made
-        if backbone is None:
-            # In the dtype that the caller builds this model in, as a backbone that is built by itself.
-            backbone = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
-        config.text_config = backbone.config  # from_config copies; there is to be one
+        # The backbone has been initialized as what it is: here the memory is added.
+        _warn_of_untested_version()
+        config.text_config = self.config  # from_config copies; there is to be one
+        self._become(config)
         self.hashing = NgramHasher.from_config(config)
-        layers = _decoder_layers(backbone, config)
-        # Not a layer's: some backbones keep part of each layer in float32, and quantized ones most in a byte.
-        dtype = backbone.get_input_embeddings().weight.dtype
+        # Use the embedding's dtype; layers may be partly float32 or quantized.
+        dtype = self.get_input_embeddings().weight.dtype
         for index, layer_id in enumerate(config.engram_layer_ids):
-            add_memory_to_layer(layers[layer_id], config, index, dtype)
-        self.backbone = backbone
-        self._no_split_modules = sorted({type(layers[layer_id]).__name__ for layer_id in config.engram_layer_ids})
+            add_memory_to_layer(self.layers[layer_id], config, index, dtype)
+        self._no_split_modules = {
+            *(self._no_split_modules or ()),
+            *(type(self.layers[layer_id]).__name__ for layer_id in config.engram_layer_ids),
+        }
         self._reaches_layers = False  # whether what forward hands to the backbone is known to arrive
-        self._takes_image_mask = "image_mask" in inspect.signature(backbone.forward).parameters
-        _inherit_abilities(self, backbone)
         if engram_tables is not None:
             engram_tables.mount(self)
         self.prefetcher: Prefetcher | None = None
         self.prefetch_mounted()
-        self.post_init()
+        self._added_tokens_share_ids = False
+        self._keep_token_map_beside_embeddings()
+        self.init_weights()
+
+    @classmethod
+    def _members(cls, base: type) -> dict[str, Any]:
+        parameters = inspect.signature(base.forward).parameters
+        return {
+            **super()._members(base),
+            "forward": _forward_with_memory(base.forward, tuple(parameters)[1:]),
+            "_cache_name": next(name for name in CACHE_NAMES if name in parameters),
+            "_takes_image_mask": "image_mask" in parameters,
+        }
 
     def prefetch_mounted(self) -> None:
         """Have rows fetched ahead if the tables are no parameters."""
@@ -302,22 +353,24 @@ class EngramModel(EngramPreTrainedModel):
         if self.prefetcher is None and not any(table.is_resident for table in tables):
             self.prefetcher = Prefetcher(tables)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The backbone's token embedding."""
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the backbone's token embedding."""
-        self.backbone.set_input_embeddings(value)
-
     def memories(self) -> dict[int, EngramMemory]:
         """The memory of every listed decoder layer, by layer."""
-        return {layer_id: self.backbone.layers[layer_id].engram for layer_id in self.config.engram_layer_ids}
+        return {layer_id: self.layers[layer_id].engram for layer_id in self.config.engram_layer_ids}
 
-    def keep_tables_frozen(self) -> None:
-        """To be called after loading; see [`~table_engram.EngramTable.keep_frozen`]."""
+    def settle_memory(self) -> None:
+        """Check and fix what loading has filled in: the hash is exact, and quantized rows take no gradient."""
         for memory in self.memories().values():
             memory.table.keep_frozen()
+        _hold_hash(self.hashing)
+        self.hashing.settle()
+
+    def _keep_token_map_beside_embeddings(self) -> None:
+        """Have the ids of added tokens travel with their embeddings, which is what an adapter saves of added tokens."""
+        embeddings = self.get_input_embeddings()
+        embeddings.register_state_dict_post_hook(_AddTokenMap(self))
+        embeddings.register_load_state_dict_pre_hook(_TakeTokenMap(self))
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._keys_to_ignore_on_save = {*(self._keys_to_ignore_on_save or ()), f"{name}.{_TOKEN_MAP_KEY}"}
 
     def replace_token_map(self, token_map: torch.Tensor) -> None:
         """Check and install a token map `[V]`; see [`EngramPreTrainedModel.set_token_map`]."""
@@ -333,9 +386,12 @@ class EngramModel(EngramPreTrainedModel):
                 "resize_token_embeddings(len(tokenizer)) first."
             )
         self._require_same_ids(token_map, current[: token_map.numel()].cpu())
+        known = int((current >= 0).sum())
+        self._added_tokens_share_ids |= known > 0 and not torch.equal(current[: token_map.numel()].cpu(), token_map)
         current.fill_(DEAD)
         current[: token_map.numel()] = token_map.to(current.device)
         self.config.engram_added_tokens = int(token_map.max()) + 1 - self.config.engram_compressed_vocab_size
+        self.hashing.settle()
 
     def _require_same_ids(self, token_map: torch.Tensor, current: torch.Tensor) -> None:
         size, hashed = int(token_map.max()) + 1, self.config.engram_compressed_vocab_size
@@ -365,9 +421,10 @@ class EngramModel(EngramPreTrainedModel):
         token_map = hashing.token_map[:new_size]
         first = max(config.engram_compressed_vocab_size, int(token_map.max()) + 1)
         added = torch.arange(first, first + max(new_size - old_size, 0), device=token_map.device)
-        if not hashing.has_token_map:
+        if not (token_map >= 0).any():
             added = torch.full_like(added, DEAD)
         hashing.token_map = torch.cat([token_map, added])
+        hashing.settle()
         config.engram_added_tokens = max(int(hashing.token_map.max()) + 1 - config.engram_compressed_vocab_size, 0)
 
     def prepare_memory(
@@ -377,165 +434,238 @@ class EngramModel(EngramPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
-        history: EngramHistoryLayer | None = None,
+        history: EngramHistory | None = None,
+        past_length: int | torch.Tensor | None = None,
     ) -> EngramInputs:
         """Row ids of all layers, from token ids alone: this can run before, or elsewhere than, the backbone.
 
         Args:
             input_ids: `[B, S]`.
-            attention_mask: `[B, past + S]`, 0 for padding; masks of other shapes say nothing about padding here.
+            attention_mask: `[B, past + S]`, 0 for padding; masks of other shapes say nothing about padding here. Padding
+                is looked through, unless positions say that something else is between.
             position_ids: `[B, S]`; a document starts wherever they do not go on by one.
             image_mask: bool `[B, S]`, True at image positions: no memory there, none looked back through.
             sequence_ids: `[B, S]`, equal within a packed document; instead of `position_ids`. Later calls of the same
                 `history` go on with it, or without any with the last document.
-            history: what earlier calls left; extended by this one.
+            history: what earlier calls left; this call is staged in it, to be committed when the backbone has run.
+            past_length: positions before this call, by which the mask is read; those of the history if not given.
         """
         _hold_hash(self.hashing)
-        alive = _alive(input_ids, attention_mask, image_mask, history)
-        if alive is None:
-            ids = self.hashing.compress(input_ids)
-        else:
-            # A padded position may hold anything, even an id without an entry in the map.
-            ids = self.hashing.compress(input_ids.masked_fill(~alive, self.config.engram_pad_token_id))
-            ids = ids.masked_fill(~alive, DEAD)
-        is_numbered = sequence_ids is not None
-        sequence_ids = _sequence_ids(input_ids, position_ids, sequence_ids, history)
-        past_ids = past_sequence_ids = None
+        if past_length is None and history is not None:
+            past_length = history.get_seq_length()
+        is_text = _mask_of_call(attention_mask, input_ids, past_length)
+        compaction = Compaction(is_text)
+        valid = is_text
+        if image_mask is not None:
+            no_image = ~image_mask.to(input_ids.device).bool()
+            valid = no_image if is_text is None else is_text & no_image
+        ids = self.hashing.compress(input_ids)
+        if valid is not None:
+            ids = ids.where(valid, DEAD)
+        if self.hashing.token_map is not None:
+            valid = ids >= 0  # no memory either where the hash does not know a token
         if history is not None:
-            history.is_numbered |= is_numbered
-            sequence_ids = torch.zeros_like(ids) if sequence_ids is None else sequence_ids
-            past_ids, past_sequence_ids = history.remember_ids(ids, sequence_ids)
-        row_ids = self.hashing(ids, sequence_ids, past_ids, past_sequence_ids)
+            history.require_batch(input_ids.shape[0])
+        documents = _documents(input_ids, compaction, position_ids, sequence_ids, history)
+        if history is not None:
+            documents = torch.zeros_like(ids) if documents is None else documents
+            past = history.before(ids)
+            history.stage(ids, documents, compaction, sequence_ids is not None)
+        else:
+            past = nothing_before(ids, lookback_reach(self.config))
+        row_ids, documents = self._hash(ids, documents, past, compaction)
         # Known to reach the layers, or compiled: what they note would be guarded, and compiled again whenever it changes.
         readers = None if self._reaches_layers or torch.compiler.is_compiling() else set()
-        return EngramInputs(row_ids, alive, sequence_ids, past_sequence_ids, history, readers)
+        return EngramInputs(row_ids, compaction, valid, documents, history, readers=readers)
 
-    def forward(
+    def _hash(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
-        image_mask: torch.Tensor | None = None,
-        padding_mask: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        """The backbone's forward, with memory; returns the backbone's output.
+        ids: torch.Tensor,
+        documents: torch.Tensor | None,
+        past: tuple[torch.Tensor, torch.Tensor],
+        compaction: Compaction,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Row ids `[L, B, S, T]` of ids `[B, S]`, and documents `[B, R + S]` with padding moved in front."""
+        length = ids.shape[1]
+        ids = compaction.join(past[0], ids)
+        documents = None if documents is None else compaction.join(past[1], documents)
+        reach = ids.shape[1] - length
+        split = (None, None) if documents is None else (documents[:, reach:], documents[:, :reach])
+        row_ids = self.hashing(ids[:, reach:], split[0], ids[:, :reach], split[1])
+        if compaction.is_text is not None:
+            row_ids = compaction.restore(row_ids.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
+            row_ids = row_ids.where(compaction.is_text[..., None], 0)
+        return row_ids, documents
 
-        Args:
-            input_ids: `[B, S]`; always needed, since memory is addressed by token ids.
-            inputs_embeds: `[B, S, D]`, fed to the backbone instead of the embeddings of `input_ids`.
-            image_mask: bool `[B, S]`, True at image positions, which have no memory.
-            padding_mask: `[B, S]`, 0 for padding, for an `attention_mask` that is not 2-D and so does not tell.
-            **kwargs: anything the backbone takes, and `seq_idx` `[B, S]`, the document of each packed position.
-
-        Raises:
-            ValueError: without `input_ids`, or for a cache that another model filled.
-        """
+    def _run_with_memory(self, run_backbone: Callable, inputs: dict[str, Any]):
+        """The backbone's outputs for the keyword arguments `inputs`, with memory."""
+        input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise ValueError(
                 "Engram looks memory up by token id, so input_ids is needed (got None); pass it together with "
                 "inputs_embeds if the embeddings are your own."
             )
-        if use_cache is None:
-            use_cache = getattr(self.config.text_config, "use_cache", False)
-        if self.training and getattr(self.backbone, "gradient_checkpointing", False):
-            if past_key_values is not None:
-                logger.warning_once(
-                    "past_key_values is left out of account: gradient checkpointing runs without a cache."
-                )
-            use_cache, past_key_values = False, None  # a replayed layer would store its states twice
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.text_config)
-        history = None if past_key_values is None else attach_history(past_key_values, self.config)
-        padding = attention_mask if padding_mask is None else padding_mask
-        memory = self.prepare_memory(input_ids, padding, position_ids, image_mask, kwargs.get("seq_idx"), history)
+        cache = self._settle_cache(inputs)
+        history = None if cache is None else attach_history(cache, self.config)
+        image_mask, padding_mask = inputs.pop("image_mask", None), inputs.pop("padding_mask", None)
+        mask = inputs.get("attention_mask") if padding_mask is None else padding_mask
+        memory = self.prepare_memory(
+            input_ids,
+            mask,
+            inputs.get("position_ids"),
+            image_mask,
+            inputs.get("seq_idx"),
+            history,
+            None if cache is None else cache.get_seq_length(),
+        )
+        memory = memory._replace(cache=cache, gates=inputs.pop("engram_gate_values", None))
         if self.prefetcher is not None:
             memory = memory._replace(fetched=self.prefetcher.start(memory.row_ids))
         if self._takes_image_mask:
-            kwargs["image_mask"] = image_mask
-        outputs = self.backbone(
-            input_ids=input_ids if inputs_embeds is None else None,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            engram_inputs=memory,
-            **kwargs,
-        )
+            inputs["image_mask"] = image_mask
+        if inputs.get("inputs_embeds") is not None:
+            inputs["input_ids"] = None
+        outputs = run_backbone(self, **inputs, engram_inputs=memory)
+        self._require_reached(memory)
+        self._require_history_kept(cache, outputs, inputs["use_cache"])
+        if history is not None:
+            history.commit()
+        return outputs
+
+    def _settle_cache(self, inputs: dict[str, Any]) -> Cache | None:
+        """The cache of a call, made if one is needed; in `inputs` under the name that the backbone has for it."""
+        given = [inputs.pop(name) for name in CACHE_NAMES if inputs.get(name) is not None]
+        if len(given) > 1 and given[0] is not given[1]:
+            raise ValueError(f"Two caches were passed, as {' and as '.join(CACHE_NAMES)}; pass one.")
+        cache = given[0] if given else None
+        use_cache = inputs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", None) or False
+        if self.training and getattr(self, "gradient_checkpointing", False):
+            if cache is not None:
+                logger.warning_once("The cache is ignored: gradient checkpointing runs without one.")
+            use_cache, cache = False, None  # a replayed layer would store its states twice
+        if use_cache and cache is None:
+            cache = begin_cache(self.config)
+        inputs.pop("past_key_values", None), inputs.pop("cache", None)
+        inputs[self._cache_name], inputs["use_cache"] = cache, use_cache
+        return cache
+
+    def _require_reached(self, memory: EngramInputs) -> None:
         self._reaches_layers |= bool(memory.readers)
         # With `assistant_early_exit`, the layers that run may all come before the first memory.
         if memory.readers == set() and min(self.config.engram_layer_ids) < self.config.num_hidden_layers:
             raise ValueError(
-                f"{type(self.backbone).__name__} ran without memory: it does not hand keyword arguments on to its layers, "
-                "so Engram cannot reach them; use another backbone."
+                f"{self._extends[1].__name__} ran without memory: it does not hand keyword arguments on to its layers, so Engram "
+                "cannot reach them; use another backbone."
             )
-        return outputs
+
+    def _require_history_kept(self, cache: Cache | None, outputs, use_cache: bool) -> None:
+        """Refuse outputs whose cache is not the one that holds the memory's history: the next step would be wrong."""
+        if cache is None:
+            return
+        if isinstance(outputs, tuple):
+            used = next((part for part in outputs if isinstance(part, Cache)), None)
+        else:
+            used = getattr(outputs, self._cache_name, None)
+        if used is not cache and (use_cache or used is not None):
+            raise ValueError(
+                f"{self._extends[1].__name__} returned another cache than the one that holds the memory's history, so that later "
+                "tokens would read wrong rows; use_cache=False runs it, and another version of transformers may."
+            )
 
 
-def _alive(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    image_mask: torch.Tensor | None,
-    history: EngramHistoryLayer | None,
+# In a state dict, under the input embeddings.
+_TOKEN_MAP_KEY = "engram_token_map"
+
+
+class _AddTokenMap:
+    """Hook of the input embeddings: adds the compressed ids of added tokens to their state dict.
+
+    PEFT saves the embeddings of a model whose vocabulary has grown with the adapter, and nothing else of the model. What
+    `save_pretrained` writes does not have them: there, the whole token map is a buffer of its own.
+    """
+
+    def __init__(self, model: "EngramModel"):
+        self.model = model
+
+    def __call__(self, _module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
+        # The same resizing alone would give each new token an id of its own.
+        if self.model._added_tokens_share_ids:
+            state_dict[prefix + _TOKEN_MAP_KEY] = self.model.hashing.token_map.clone()
+
+
+class _TakeTokenMap(_AddTokenMap):
+    """Hook of the input embeddings: installs the compressed ids that were saved with them."""
+
+    def __call__(self, _module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
+        token_map = state_dict.pop(prefix + _TOKEN_MAP_KEY, None)
+        if token_map is not None:
+            self.model.replace_token_map(as_token_map(token_map[token_map >= 0]))
+
+
+def _forward_with_memory(forward: Callable, parameters: tuple[str, ...]) -> Callable:
+    """The backbone's `forward`, with memory: of the same arguments, by position and by name."""
+
+    @functools.wraps(forward)
+    def forward_with_memory(self: EngramModel, *args, **kwargs):
+        given = dict(zip(parameters, args, strict=False))
+        if len(args) > len(given) or given.keys() & kwargs.keys():
+            return forward(self, *args, **kwargs)  # which refuses them
+        return self._run_with_memory(forward, {**given, **kwargs})
+
+    return forward_with_memory
+
+
+def _mask_of_call(
+    mask: torch.Tensor | None, input_ids: torch.Tensor, past: int | torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Positions `[B, S]` that are neither padding nor image; None if that is all of them."""
-    alive = None
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        alive = _mask_of_call(attention_mask, input_ids.shape[1], history).to(input_ids.device).bool()
-    if image_mask is not None:
-        text = ~image_mask.to(input_ids.device).bool()
-        alive = text if alive is None else alive & text
-    return alive
-
-
-def _mask_of_call(mask: torch.Tensor, length: int, history: EngramHistoryLayer | None) -> torch.Tensor:
-    """The `length` positions of this call in a mask that begins with the past, and may go on into the future."""
+    """Where the positions `[B, S]` of a call are text, in a mask that begins with the past and may go on into the future."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return None
+    length = input_ids.shape[1]
     others = mask.shape[1] - length
-    past = others if history is None else history.get_seq_length()
     if not isinstance(past, torch.Tensor):
-        start = min(past, others)
-        return mask[:, start : start + length]
-    # A static cache knows its length on the device; asking for it would wait for that.
-    start = past.to(mask.device).clamp_max(others)
-    return mask.index_select(1, torch.arange(length, device=mask.device) + start)
+        start = others if past is None else min(past, others)
+        mask = mask[:, start : start + length]
+    else:
+        # A static cache knows its length on the device; asking for it would wait for that.
+        start = past.to(mask.device).clamp_max(others)
+        mask = mask.index_select(1, torch.arange(length, device=mask.device) + start)
+    return mask.to(input_ids.device).bool()
 
 
-def _sequence_ids(
+def _documents(
     input_ids: torch.Tensor,
+    compaction: Compaction,
     position_ids: torch.Tensor | None,
     sequence_ids: torch.Tensor | None,
-    history: EngramHistoryLayer | None,
+    history: EngramHistory | None,
 ) -> torch.Tensor | None:
     """Documents `[B, S]`: as given, or told from where position ids restart; without either, the last one goes on."""
     if sequence_ids is not None:
         return sequence_ids.to(input_ids.device).long().expand_as(input_ids)
-    last = None if history is None else history.last_sequence_ids(input_ids)
+    has_past = history is not None and history.ids is not None
     # The caller's numbers cannot be compared with what positions tell.
-    if last is not None and (position_ids is None or history.is_numbered):
-        return last.expand_as(input_ids)
+    if has_past and (position_ids is None or history.is_numbered):
+        return history.before(input_ids)[1][:, -1:].expand_as(input_ids)
     if position_ids is None:
         return None
-    past_length = 0 if history is None else history.get_seq_length()
     positions = position_ids[0] if position_ids.dim() == 3 else position_ids  # multimodal: the temporal axis
-    index = torch.arange(input_ids.shape[1], device=input_ids.device) + past_length  # a tensor in a static cache
-    # Where a document began: the same for all of its positions, and another for the next document.
-    return (index - positions.to(input_ids.device)).expand_as(input_ids)
+    index = torch.ones_like(input_ids) if compaction.is_text is None else compaction.is_text.long()
+    index = index.cumsum(1) - 1 + (0 if history is None else history.text_before(input_ids))
+    # Where a document began, counted in text: the same for all of its positions, and another for the next document.
+    return index - positions.to(input_ids.device)
 
 
 def _decoder_layers(backbone: PreTrainedModel, config: EngramConfig) -> nn.ModuleList:
-    if isinstance(backbone, EngramModel):
-        backbone = backbone.backbone  # its layers will say that they have memory
-    if "past_key_values" not in inspect.signature(backbone.forward).parameters:
-        raise ValueError(
-            f"{type(backbone).__name__} keeps no past_key_values, where the memory's history lives; use a backbone with "
-            "a transformers Cache."
-        )
     layers = getattr(backbone, "layers", None)
     expected = config.text_config.num_hidden_layers
+    if not set(CACHE_NAMES) & set(inspect.signature(backbone.forward).parameters) or not _counts_positions(config):
+        raise ValueError(
+            f"{type(backbone).__name__} keeps no transformers Cache that counts positions, where the memory's history lives; "
+            "use a backbone with attention layers and such a cache."
+        )
     if not isinstance(layers, nn.ModuleList) or len(layers) < expected:
         raise ValueError(
             f"{type(backbone).__name__} has no `layers` with its {expected} decoder layers, so there is nothing to add "
@@ -544,24 +674,40 @@ def _decoder_layers(backbone: PreTrainedModel, config: EngramConfig) -> nn.Modul
     return layers
 
 
-def _inherit_abilities(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
-    """What `generate`, `compile` and trainers ask of a model is decided by its backbone."""
-    model._is_stateful = backbone._is_stateful
-    model._can_compile_fullgraph = backbone._can_compile_fullgraph
-    model.config._attn_implementation = backbone.config._attn_implementation
+def _counts_positions(config: EngramConfig) -> bool:
+    """Whether the backbone's cache knows how many positions it holds; that of recurrent layers alone does not."""
+    try:
+        return DynamicCache(config=config.text_config).get_seq_length() == 0
+    except ValueError:
+        return False
 
 
 class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     """A causal language model with memory, on any backbone.
 
-    The backbone's own causal language model (its *host*: `MixtralForCausalLM`, ...) lends its forward, so that its
-    head, logit scaling, loss and auxiliary losses are exactly the host's; the modules are this model's.
+    An instance is also one of the backbone's own class (`MixtralForCausalLM`, ...), whose forward it runs: head, logit
+    scaling, loss and auxiliary losses, and whatever is set on the model, are the backbone's.
 
     Args:
         config: names the backbone in `text_config`.
         host: a causal language model to use instead of a new one; it is changed in place.
         engram_tables: as in [`EngramModel`].
+
+    Raises:
+        ValueError: as [`EngramModel`].
     """
+
+    def __new__(cls, config: EngramConfig | None = None, host: PreTrainedModel | None = None, engram_tables=None):
+        if config is None:  # for pickle and torch's replicas, which fill in the state themselves
+            return super().__new__(cls)
+        config.validate_engram()
+        if host is None:
+            host = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+        require_extensible(host)
+        config.text_config = host.config  # from_config copies; there is to be one
+        EngramModel(config, host.base_model, engram_tables)  # changes the host's base model in place
+        extend(host, cls if cls._extends is None else cls._extends[0])
+        return host
 
     def __init__(
         self,
@@ -569,29 +715,15 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         host: PreTrainedModel | None = None,
         engram_tables: FoundTables | None = None,
     ):
-        super().__init__(config)
-        if host is None:
-            host = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
-        self.model = EngramModel(config, host.base_model, engram_tables)
-        self.lm_head = host.get_output_embeddings()
-        self._host_names = _host_parts(host)
-        embeddings = self.get_input_embeddings()
-        embedding_name = next(name for name, module in self.named_modules() if module is embeddings)
-        self._tied_weights_keys = {"lm_head.weight": f"{embedding_name}.weight"}
-        # In a tuple, so that torch does not register the host as a submodule: it only lends its forward.
-        self._host = (host,)
-        self._lend_parts()  # now, lest the first forward change what a compiler has seen
-        self.vocab_size = config.vocab_size
-        _inherit_abilities(self, host)
-        self.post_init()
-        for plan in (
-            "_tp_plan",
-            "_pp_plan",
-        ):  # what the host's class says of its head; the layers' came with the backbone
-            own = getattr(type(host), plan, None) or {}
-            getattr(self, plan).update(
-                {self._host_names[name]: how for name, how in own.items() if name in self._host_names}
-            )
+        # The host has been initialized as what it is, and its base model has memory.
+        self._become(config)
+        base, prefix = self.base_model, self.base_model_prefix
+        for name in ("_no_split_modules", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
+            known = (getattr(part, name) or () for part in (type(self), self, base))
+            setattr(self, name, set().union(*known))
+        beside = {f"{prefix}.{name}" for name in base._keys_to_ignore_on_save or () if name.endswith(_TOKEN_MAP_KEY)}
+        self._keys_to_ignore_on_save = {*(self._keys_to_ignore_on_save or ()), *beside}
+        self.init_weights()
 
     @classmethod
     def from_backbone(
@@ -644,106 +776,29 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         model = cls(config, host)
         model.model.hashing.to(host.device)
         model.generation_config = host.generation_config
-        _inherit_quantization(model, host)
+        _leave_memory_unquantized(model)
         for memory in model.model.memories().values():
-            memory.silence()
+            memory.zero_value_projection()
         if tokenizer is not None and config.engram_compressed_vocab_size is not None:
             model.set_token_map(tokenizer)
         return model.train(host.training)
 
-    def _replicate_for_data_parallel(self):
-        # Replicas run at the same time, each in a host that holds its own parts.
-        replica = super()._replicate_for_data_parallel()
-        replica._host = (self._host[0]._replicate_for_data_parallel(),)
-        return replica
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The backbone's token embedding."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the backbone's token embedding."""
-        self.model.set_input_embeddings(value)
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """See [`EngramPreTrainedModel.resize_token_embeddings`]."""
-        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self._host[0].vocab_size = self.config.vocab_size
-        return embeddings
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
-    ):
-        """The host's forward, with memory; returns the host's output.
-
-        Args:
-            input_ids: `[B, S]`; always needed, since memory is addressed by token ids.
-            inputs_embeds: `[B, S, D]`, fed to the backbone instead of the embeddings of `input_ids`.
-            labels: `[B, S]`, -100 where there is no loss.
-            logits_to_keep: compute logits of the last so many positions only (0: all), or of these positions.
-            **kwargs: `image_mask`, `seq_idx` (see [`EngramModel.forward`]) and anything the host takes.
-        """
-        host = self._lend_parts()
-        return host.forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-
-    def _lend_parts(self) -> PreTrainedModel:
-        """The host, with this model's modules for its own: adapters and resizing replace them."""
-        host = self._host[0]
-        for host_name, own_name in self._host_names.items():
-            module = getattr(self, own_name)
-            if host._modules[host_name] is not module:
-                host._modules[host_name] = module
-        return host
-
     def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        *args,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        image_mask=None,
-        seq_idx=None,
-        **kwargs,
+        self, input_ids, *args, attention_mask=None, inputs_embeds=None, image_mask=None, seq_idx=None, **kwargs
     ):
         """As the host does, and what memory needs besides: ids beside embeddings, and masks of just these positions."""
-        inputs = self._host[0].prepare_inputs_for_generation(
-            input_ids,
-            *args,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-        # Some hosts begin anew in the middle (Phi-3, where other rotations hold from a length on).
-        embeds, past_key_values = inputs.get("inputs_embeds"), inputs.get("past_key_values")
+        # Phi-3 drops its cache past the original context length.
+        embeds, cache = inputs.get("inputs_embeds"), inputs.get(self.base_model._cache_name)
         length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
         if embeds is not None and input_ids.shape[1] >= length:
             inputs["input_ids"] = input_ids[:, -length:]
         if image_mask is not None:  # what is generated is text
-            image_mask = _of_call(image_mask, torch.zeros_like(image_mask[:, :1]), past_key_values, length)
-            inputs["image_mask"] = image_mask
+            inputs["image_mask"] = _slice_to_step(image_mask, torch.zeros_like(image_mask[:, :1]), cache, length)
         if seq_idx is not None:  # and belongs to the last document
-            inputs["seq_idx"] = _of_call(seq_idx, seq_idx[:, -1:], past_key_values, length)
+            inputs["seq_idx"] = _slice_to_step(seq_idx, seq_idx[:, -1:], cache, length)
         if attention_mask is not None and inputs.get("attention_mask") is not attention_mask:
             # For a static cache the mask became 4-D, which no longer says what is padding.
             inputs["padding_mask"] = attention_mask[:, -length:]
@@ -752,7 +807,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # Assisted decoding asks the cache to record its past before the first forward; the history must be there.
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(self.base_model._cache_name)
         if isinstance(cache, Cache):
             history = attach_history(cache, self.config)
             if generation_config.is_assistant:
@@ -768,7 +823,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def engram_gates(self, input_ids: torch.LongTensor, **kwargs) -> dict[int, torch.Tensor]:
-        """How far the memory's gates open for a text: one forward, watched.
+        """How far the memory's gates open for a text, in one forward.
 
         Args:
             input_ids: `[B, S]`.
@@ -777,57 +832,27 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         Returns:
             Gates `[B, S, G]` between 0 and 1, by decoder layer.
         """
-        gates, hooks = {}, []
-        for layer_id, memory in self.model.memories().items():
-            hooks.append(
-                memory.gate.register_forward_hook(
-                    lambda _module, _args, gate, layer_id=layer_id: gates.__setitem__(layer_id, gate)
-                )
-            )
-        try:
-            self(input_ids, **{**kwargs, "use_cache": False})
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return gates
+        gates: dict[int, torch.Tensor] = {}
+        self(input_ids, **{**kwargs, "use_cache": False}, engram_gate_values=gates)
+        return {layer_id: gates[index] for index, layer_id in enumerate(self.config.engram_layer_ids)}
 
 
-def _of_call(prompt: torch.Tensor, beyond: torch.Tensor, cache: Cache | None, length: int) -> torch.Tensor:
+def _slice_to_step(mask: torch.Tensor, fill: torch.Tensor, cache: Cache | None, length: int) -> torch.Tensor:
     """The `length` positions after those in `cache`, of what is `[B, S]` for a prompt and `[B, 1]` for all that follows."""
     start = 0 if cache is None else int(cache.get_seq_length())
-    missing = max(start + length - prompt.shape[1], 0)
-    return torch.cat([prompt, beyond.expand(-1, missing)], dim=1)[:, start : start + length]
+    missing = max(start + length - mask.shape[1], 0)
+    return torch.cat([mask, fill.expand(-1, missing)], dim=1)[:, start : start + length]
 
 
-def _host_parts(host: PreTrainedModel) -> dict[str, str]:
-    """Names of the host's two parts, its base model and its head, to what they are called here."""
-    head = host.get_output_embeddings()
-    names = {name: "lm_head" for name, module in host.named_children() if module is head}
-    names[host.base_model_prefix] = "model"
-    left_out = [name for name, _ in host.named_parameters() if name.split(".")[0] not in names]
-    if head is None or left_out:
-        raise ValueError(
-            f"{type(host).__name__} is more than a base model and a head (it also has {left_out or 'no head'}); Engram "
-            "needs a plain causal language model."
-        )
-    return names
-
-
-def _inherit_quantization(model: PreTrainedModel, host: PreTrainedModel) -> None:
-    """Say of a model on a quantized host what it is: transformers saves, and PEFT adapts, such layers in their own way.
-
-    Loading such a model quantizes every layer that its config does not name as left out, so all that are not are named.
-
-    Args:
-        model: an `EngramForCausalLM`; changed in place.
-        host: the causal language model that lent it its layers.
+def _leave_memory_unquantized(model: EngramForCausalLM) -> None:
+    """On a quantized host, list the unquantized modules as skipped: loading quantizes every layer that is not.
 
     Raises:
         ValueError: the host is quantized in a way that cannot leave anything out.
     """
-    if getattr(host, "hf_quantizer", None) is None:
+    if getattr(model, "hf_quantizer", None) is None:
         return
-    config = copy.deepcopy(host.hf_quantizer.quantization_config)
+    config = copy.deepcopy(model.hf_quantizer.quantization_config)
     names = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
     skipped = next((name for name in names if hasattr(config, name)), None)
     if skipped is None:
@@ -835,18 +860,16 @@ def _inherit_quantization(model: PreTrainedModel, host: PreTrainedModel) -> None
             f"A {type(config).__name__} cannot leave the memory out of what it quantizes; add memory to the backbone "
             "before it is quantized."
         )
-    setattr(config, skipped, _unquantized_modules(model.model) + ["lm_head"] * _is_unquantized(model.lm_head))
-    for flag in ("is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if hasattr(host, flag):
-            setattr(model, flag, getattr(host, flag))
-    model.hf_quantizer = copy.copy(host.hf_quantizer)
+    setattr(config, skipped, _unquantized_modules(model))
     model.hf_quantizer.quantization_config = model.config.quantization_config = config
-    del host.config.quantization_config  # of the backbone alone, and no longer true of it
+    vars(model.config.text_config).pop("quantization_config", None)  # of the backbone alone, and no longer true of it
 
 
-def _unquantized_modules(model: PreTrainedModel) -> list[str]:
+def _unquantized_modules(model: EngramForCausalLM) -> list[str]:
     # Patterns, from the root of a model with head or without: not every quantizer takes the end of a name.
-    return [f"(model.)?{name}" for name, module in model.named_modules() if _is_unquantized(module)]
+    prefix = f"{model.base_model_prefix}."
+    names = [name for name, module in model.named_modules() if _is_unquantized(module)]
+    return [f"({prefix})?{name.removeprefix(prefix)}" if name.startswith(prefix) else name for name in names]
 
 
 def _is_unquantized(module: nn.Module) -> bool:

@@ -11,21 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
-from .hot_rows_engram import HotRows
+from .loading_engram import free_host_memory
 from .row_sources_engram import MappedRows, PinnedRows
 from .table_engram import EngramTable, RowReader
 
-try:
-    import resource
-except ModuleNotFoundError:  # not a Unix system
-    resource = None
-
-# What all tables together keep of rows that are read often, while rows come from a disk.
-HOT_BYTES = 256 << 20
-# Below one page from disk per so many rows, what remains is faster without another thread.
-_ROWS_PER_PAGE = 256
-_BLOCKS_PER_PAGE = 8  # of 512 bytes, as the system counts them
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class SideStream:
@@ -63,69 +55,46 @@ class Arrival:
 
 
 class FetchedRows:
-    """Rows of one layer that another thread is fetching from files: see [`~table_engram.RowReader`].
+    """Rows of one layer that another thread fetches from files: see [`~table_engram.RowReader`].
 
     Args:
         source: the table.
         row_ids: int64, any shape, on any device; duplicates are read once.
-        hot: rows to be had without reading; gets those that are read. None to do without.
-        stream: where to bring the rows to; None to leave them in host memory.
+        stream: where the rows are to be copied; None to leave them in host memory.
 
     Attributes:
-        row_ids: the distinct ones: the read ones first, in file order.
-        misses: how many are read.
+        row_ids: the distinct ones, in file order.
 
     Raises:
         TableFormatError: a file was cut off or overwritten under the running process.
     """
 
-    def __init__(
-        self, source: MappedRows, row_ids: torch.Tensor, hot: HotRows | None = None, stream: SideStream | None = None
-    ):
+    def __init__(self, source: MappedRows, row_ids: torch.Tensor, stream: SideStream | None = None):
         source.require_unchanged()
         self.width = source.width
-        self._source, self._hot, self._stream = source, hot, stream
-        row_ids = np.unique(row_ids.detach().cpu().numpy())  # sorted: in file order
-        found, kept = hot.find(row_ids) if hot is not None else (np.zeros(len(row_ids), bool), ())
-        self.row_ids = np.concatenate([row_ids[~found], row_ids[found]])
-        self.misses = len(row_ids) - int(found.sum())
+        self._source, self._stream = source, stream
+        self.row_ids = np.unique(row_ids.detach().cpu().numpy())
         self._rows = [
-            torch.empty((len(row_ids), size), dtype=torch.uint8, device="cpu", pin_memory=stream is not None)
+            torch.empty((len(self.row_ids), size), dtype=torch.uint8, device="cpu", pin_memory=stream is not None)
             for size in source.row_bytes
         ]
-        for rows, some in zip(self._rows, kept, strict=False):
-            rows[self.misses :] = torch.from_numpy(some)
         self._steps: list[Future] = []
 
     def request(self, pool: ThreadPoolExecutor) -> None:
-        """Have the pages read. To be called for all layers before any is gathered."""
-        self._steps.append(pool.submit(self._source.request, self.row_ids[: self.misses]))
+        """Ask the system to read the pages. This is to be called for all layers before any is gathered."""
+        self._steps.append(pool.submit(self._source.request, self.row_ids))
 
     def gather(self, pool: ThreadPoolExecutor) -> None:
-        """Have the rows gathered, and brought to where they are needed."""
+        """Copy the rows out of the pages, and to the device that needs them."""
         self._steps.append(pool.submit(self._gather))
 
-    def keep(self, pool: ThreadPoolExecutor) -> None:
-        """Have the next forward profit from what this one reads. Nothing waits for that."""
-        if self._hot is not None:
-            pool.submit(self._keep)
-
-    def _keep(self) -> None:
-        if self._steps[-1].exception() is None:  # else the rows are not there
-            self._hot.offer(self.row_ids[: self.misses], self._read)
-
-    @property
-    def _read(self) -> list[np.ndarray]:
-        return [rows.numpy()[: self.misses] for rows in self._rows]
-
     def _gather(self) -> Arrival | None:
-        self._source.require_unchanged()  # again: the pages may have taken a while
-        ids = self.row_ids[: self.misses]
+        self._source.require_unchanged()  # again: reading the pages may have taken a while
         for part in self._source.parts:
-            here = slice(*np.searchsorted(ids, [part.first, part.first + len(part.weight)]))
-            for table, rows in zip(part.tables, self._read, strict=True):
+            here = slice(*np.searchsorted(self.row_ids, [part.first, part.first + len(part.weight)]))
+            for table, rows in zip(part.tables, self._rows, strict=True):
                 # In mode "clip", numpy writes straight to `out`, and it lets other threads run meanwhile.
-                np.take(table.numpy(), ids[here] - part.first, 0, rows[here], "clip")
+                np.take(table.numpy(), self.row_ids[here] - part.first, 0, rows.numpy()[here], "clip")
         return None if self._stream is None else self._upload(self._stream)
 
     def _upload(self, stream: SideStream) -> Arrival:
@@ -136,8 +105,7 @@ class FetchedRows:
         """As in [`~table_engram.RowReader`], of ids that were asked for; waits for them."""
         arrival = [step.result() for step in self._steps][-1]
         known, *rows = [torch.from_numpy(self.row_ids), *self._rows] if arrival is None else arrival.wait()
-        known, order = known.sort()
-        places = order[torch.searchsorted(known, row_ids.to(known.device))]
+        places = torch.searchsorted(known, row_ids.to(known.device))
         return self._source.typed([some.index_select(0, places) for some in rows])
 
 
@@ -163,109 +131,80 @@ class ReadByDevice:
 
 
 class Prefetcher:
-    """Fetches the rows of all layers of a model ahead of its forward, where that pays.
-
-    For a GPU it always does. On the CPU it pays while rows come from a disk, which is told by what this process has read
-    from disks: the system counts that anyway, and it includes what other code reads, which at worst has rows fetched ahead
-    for nothing. Only then rows that are read often are kept, too (see [`~hot_rows_engram.HotRows`]): in warm memory
-    they are at hand where they are.
+    """Fetches the rows of all layers of a model ahead of its forward.
 
     Args:
         tables: of all layers, in the order of the row ids.
-        when: `"cold"` (as above), `"always"` or `"never"`.
-        hot_bytes: what hot rows of all tables may take; 0 to keep none.
-
-    Attributes:
-        statistics: forwards that were seen, and that were fetched for; of those the rows asked for, the distinct ones
-            that were kept from before, and that were read.
+        when: `"always"`, `"never"`, or `"auto"`: for a GPU always; on the CPU if the tables are larger than the memory
+            that is free at the first forward, so that rows come from the disk again and again. In memory that is warm,
+            another thread costs more than it saves (`benchmarks/tables_gather.py`).
     """
 
-    def __init__(self, tables: Sequence[EngramTable], when: str = "cold", hot_bytes: int = HOT_BYTES):
-        self.tables, self.when, self.hot_bytes = list(tables), when, hot_bytes
-        self.statistics = {"forwards": 0, "prefetched": 0, "rows_asked": 0, "rows_hot": 0, "rows_read": 0}
-        self._is_cold, self._pages, self._rows_read = True, 0, None
+    def __init__(self, tables: Sequence[EngramTable], when: str = "auto"):
+        self.tables, self.when = list(tables), when
+        self._is_larger_than_memory: bool | None = None
         self._begin()
 
     def _begin(self) -> None:
-        # A forked process inherits neither the thread nor whatever that was writing.
+        # A forked process inherits neither the thread nor the streams.
         self._process = os.getpid()
-        # One: what was asked for first comes first, and is kept when it has come. It ends with its pool, and that with this.
+        # One thread, so that requests finish in the order in which they were made. It ends when the pool is collected.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="engram-prefetch")
-        self._hot: tuple[int, list[HotRows]] | None = None
         self._streams: dict[torch.device, SideStream] = {}
 
     @property
     def when(self) -> str:
-        """`"cold"`, `"always"` or `"never"`; takes effect with the next forward."""
+        """`"auto"`, `"always"` or `"never"`; takes effect with the next forward."""
         return self._when
 
     @when.setter
     def when(self, when: str) -> None:
-        if when not in ("cold", "always", "never"):
-            raise ValueError(f"Prefetching is {when!r}; it must be 'cold', 'always' or 'never'.")
+        if when not in ("auto", "always", "never"):
+            raise ValueError(f"Prefetching is {when!r}; it must be 'auto', 'always' or 'never'.")
         self._when = when
 
     @torch.compiler.disable
     def start(self, row_ids: torch.Tensor) -> tuple[RowReader, ...] | None:
-        """Begin to fetch the rows `row_ids` `[L, ...]`; None if the layers had better read them themselves."""
-        self.statistics["forwards"] += 1
-        pays = self._pays(row_ids.is_cuda)
-        self._rows_read = 0 if pays else row_ids.numel()  # `_prepare` counts those it reads
-        if not pays:
+        """Begin to fetch the rows `row_ids` `[L, ...]`; None if the layers are to read them directly."""
+        if not all(isinstance(table.source, MappedRows) for table in self.tables) or not self._pays(row_ids.is_cuda):
             return None
         if self._process != os.getpid():
             self._begin()
-        self.statistics["prefetched"] += 1
-        self.statistics["rows_asked"] += row_ids.numel()
         if self._can_read(row_ids.device):
-            return self._have_read(row_ids)
-        fetched = tuple(self._prepare(index, some, row_ids.device) for index, some in enumerate(row_ids.cpu()))
-        for step in (FetchedRows.request, FetchedRows.gather, FetchedRows.keep):
-            for rows in fetched:
-                step(rows, self._pool)
-        return fetched
+            return self._read_by_device(row_ids)
+        return self._fetch(row_ids)
 
     def _pays(self, is_cuda: bool) -> bool:
-        if self.when == "never" or not all(isinstance(table.source, MappedRows) for table in self.tables):
-            return False
-        self._is_cold = self._came_from_disk()
-        return self.when == "always" or self._is_cold or is_cuda
+        if self.when != "auto" or is_cuda:
+            return self.when != "never"
+        if self._is_larger_than_memory is None:
+            self._is_larger_than_memory = sum(table.source.stored.size for table in self.tables) > free_host_memory()
+        return self._is_larger_than_memory
 
-    def _came_from_disk(self) -> bool:
-        """Whether the rows that were read last had to come from a disk."""
-        if resource is None or any(isinstance(table.source, PinnedRows) for table in self.tables):
-            return False
-        before, self._pages = self._pages, _pages_from_disks()
-        # Of the first forward nothing is known; after a restart the file is most often cold.
-        return self._rows_read is None or (self._pages - before) * _ROWS_PER_PAGE > self._rows_read
+    def _fetch(self, row_ids: torch.Tensor) -> tuple[FetchedRows, ...] | None:
+        stream = self._stream(row_ids.device)
+        fetched = tuple(
+            FetchedRows(table.source, some, stream) for table, some in zip(self.tables, row_ids.cpu(), strict=True)
+        )
+        try:
+            for step in (FetchedRows.request, FetchedRows.gather):
+                for rows in fetched:
+                    step(rows, self._pool)
+        except RuntimeError as error:  # there is no thread left, or the process is ending
+            self._begin()  # drops what would wait for a thread that never starts
+            logger.warning_once(f"Rows are read without prefetching, because no thread can be started ({error}).")
+            return None
+        return fetched
 
     def _can_read(self, device: torch.device) -> bool:
         sources = [table.source for table in self.tables]
         return all(isinstance(source, PinnedRows) and source.is_visible_from(device) for source in sources)
 
-    def _have_read(self, row_ids: torch.Tensor) -> tuple[ReadByDevice, ...]:
-        self.statistics["rows_read"] += row_ids.numel()
+    def _read_by_device(self, row_ids: torch.Tensor) -> tuple[ReadByDevice, ...]:
         stream = self._stream(row_ids.device)
         return tuple(
             ReadByDevice(table.source, some, stream) for table, some in zip(self.tables, row_ids, strict=True)
         )
-
-    def _prepare(self, index: int, row_ids: torch.Tensor, device: torch.device) -> FetchedRows:
-        fetched = FetchedRows(self.tables[index].source, row_ids, self._hot_rows(index), self._stream(device))
-        self._rows_read += fetched.misses
-        self.statistics["rows_read"] += fetched.misses
-        self.statistics["rows_hot"] += len(fetched.row_ids) - fetched.misses
-        return fetched
-
-    def _hot_rows(self, index: int) -> HotRows | None:
-        if self.hot_bytes <= 0 or not (self._is_cold or self.when == "always"):
-            return None
-        if self._hot is None or self._hot[0] != self.hot_bytes:
-            rows = sum(table.num_rows for table in self.tables)
-            shares = [self.hot_bytes * table.num_rows // rows for table in self.tables]
-            caches = [HotRows(table.source.row_bytes, share) for table, share in zip(self.tables, shares, strict=True)]
-            self._hot = self.hot_bytes, caches
-        return self._hot[1][index]
 
     def _stream(self, device: torch.device) -> SideStream | None:
         if device.type == "cuda" and device not in self._streams:
@@ -273,13 +212,7 @@ class Prefetcher:
         return self._streams.get(device)
 
     def __deepcopy__(self, memo: dict) -> "Prefetcher":
-        return type(self)(copy.deepcopy(self.tables, memo), self.when, self.hot_bytes)
+        return type(self)(copy.deepcopy(self.tables, memo), self.when)
 
     def __reduce__(self):
-        return type(self), (self.tables, self.when, self.hot_bytes)
-
-
-def _pages_from_disks() -> int:
-    """Pages that this process has had read so far: by asking for them, or (some file systems count only that) by waiting."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return max(usage.ru_inblock // _BLOCKS_PER_PAGE, usage.ru_majflt)
+        return type(self), (self.tables, self.when)

@@ -5,6 +5,7 @@ and not every device indexes every dtype.
 """
 
 import contextlib
+import hashlib
 import mmap
 import os
 import warnings
@@ -17,10 +18,13 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .safetensors_engram import read_stamp
-from .table_format_engram import TORCH_DTYPES, StoredTable, TableFormatError, TensorSpan
+from .safetensors_engram import FileHeader, FileStamp, TensorSpan, reading, system_error
+from .table_engram import TORCH_DTYPES
+from .table_format_engram import StoredTable, TableFormatError
 
 _READ_BYTES = 16 << 20
+# Blocks of a file, spread evenly, that are compared when only its times have changed.
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 class RowBytes(NamedTuple):
@@ -49,18 +53,20 @@ class MappedRows:
 
     Args:
         stored: the checked table.
+        digests: samples that the files are to have; see [`FileMap`]. None if the headers tell enough.
 
     Attributes:
         parts: the rows of every file, over the file.
-        saved: the files that the last save of these rows made or linked, as `(table, stamps)`; None before one.
+        saved: the files that the last save of these rows made or linked, as `(table, digests)`; None before one.
 
     Raises:
         TableFormatError: a file is not the one that was checked any more.
+        OSError: a file cannot be opened; the message says what to do.
     """
 
     residency = "mapped"
 
-    def __init__(self, stored: StoredTable):
+    def __init__(self, stored: StoredTable, digests: dict[Path, bytes] | None = None):
         self.stored = stored
         self.num_rows, self.width = stored.num_rows, stored.width
         spans = stored.parts[0].spans
@@ -68,12 +74,11 @@ class MappedRows:
         self.row_bytes = [
             span.shape[1] * dtype.itemsize for span, dtype in zip(spans.values(), self._dtypes, strict=True)
         ]
-        paths = {part.file.path for part in stored.parts}
-        self._maps = {path: FileMap(path) for path in sorted(paths)}
-        for part in stored.parts:
-            if self._maps[part.file.path].stamp != part.file.stamp:
-                raise _changed(part.file.path)
-        self.saved: tuple[StoredTable, dict[Path, tuple[int, ...]]] | None = None
+        headers = {part.file.path: part.file for part in stored.parts}
+        self._maps = {path: FileMap(headers[path]) for path in sorted(headers)}
+        if digests is not None and digests != self.digests:
+            raise _changed(next(path for path in headers if digests.get(path) != self.digests[path]))
+        self.saved: tuple[StoredTable, dict[Path, bytes]] | None = None
         self.parts = self._open_parts()
 
     def _open_parts(self) -> list[RowBytes]:
@@ -90,7 +95,7 @@ class MappedRows:
         return self
 
     def __reduce__(self):
-        return type(self), (self.stored,)
+        return type(self), (self.stored, self.digests)
 
     @property
     def files(self) -> dict[Path, int]:
@@ -99,9 +104,9 @@ class MappedRows:
         return {path: opened.descriptor for path, opened in self._maps.items()}
 
     @property
-    def stamps(self) -> dict[Path, tuple[int, ...]]:
-        """What tells each file from all others, and from itself once it is changed."""
-        return {path: opened.stamp for path, opened in self._maps.items()}
+    def digests(self) -> dict[Path, bytes]:
+        """Of samples of each file, which another file would not have."""
+        return {path: opened.digest for path, opened in self._maps.items()}
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As in [`~table_engram.RowSource`].
@@ -154,7 +159,7 @@ class MappedRows:
                     yield part.first + first, kind, rows.view(TORCH_DTYPES[span.dtype])
 
     def require_unchanged(self) -> None:
-        """Raise `TableFormatError` if a file was cut off or overwritten since it was opened."""
+        """Raise `TableFormatError` if a file was cut off or overwritten since it was opened; see [`FileMap.changed`]."""
         # A page behind the end of a file that was cut off kills the process, so the size is asked for every time.
         for path, opened in self._maps.items():
             if opened.changed():
@@ -232,31 +237,73 @@ def _changed(path: Path) -> TableFormatError:
 
 
 class FileMap:
-    """A whole file mapped for random reads, and the means to tell whether it is still the same."""
+    """A whole file mapped for random reads, and the means to tell whether it is still the same.
 
-    def __init__(self, path: Path):
-        self.descriptor = -1
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise TableFormatError(f"{path} cannot be opened ({error.strerror}); fetch the missing file.") from error
-        self.stamp = read_stamp(self.descriptor)
-        size = self.stamp[-1]
-        if size == 0:
-            raise _changed(path)
-        # Shared and read-only: a private mapping counts as memory that may be needed, and is refused beyond what there is.
-        self._map = mmap.mmap(self.descriptor, size, access=mmap.ACCESS_READ)
+    Args:
+        header: what was read from the file when it was checked.
+
+    Attributes:
+        digest: of the header and of samples of the data.
+
+    Raises:
+        TableFormatError: the file is another one by now.
+        OSError: it cannot be opened; the message says what to do.
+    """
+
+    def __init__(self, header: FileHeader):
+        self._header, self._descriptor = header, -1
+        with reading(header.path):
+            self._descriptor = os.open(header.path, os.O_RDONLY)
+            self._stamp = FileStamp.read(self._descriptor)
+            if self._stamp.size != header.size:
+                raise _changed(header.path)
+            # Shared and read-only: a private mapping counts as memory that may be needed, and is refused beyond what
+            # there is.
+            self._map = mmap.mmap(self._descriptor, self._stamp.size, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):
             with contextlib.suppress(OSError):  # advice, which not every file system takes
                 self._map.madvise(mmap.MADV_RANDOM)
+        is_checked = header.stamp is None or header.stamp.is_same_file(self._stamp)
+        if not is_checked or self._peek(0, len(header.head)) != header.head:
+            raise _changed(header.path)
+        self.digest = self._sample()
 
     def __del__(self):
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file."""
+        return self._descriptor
+
+    def _peek(self, offset: int, size: int) -> bytes:
+        """Bytes of the file. A page that is read in the map would count as memory of this process, with all around it."""
+        if not hasattr(os, "pread"):  # not a Unix system
+            return self._map[offset : offset + size]
+        with reading(self._header.path):
+            return os.pread(self._descriptor, size, offset)
+
+    def _sample(self) -> bytes:
+        size, head = self._stamp.size, len(self._header.head)
+        first = np.linspace(head, max(size - _SAMPLE_BYTES, head), _SAMPLES, dtype=np.int64)
+        self.request(first, min(_SAMPLE_BYTES, size - head))
+        samples = [self._peek(0, head), *(self._peek(at, _SAMPLE_BYTES) for at in first.tolist())]
+        return hashlib.sha256(b"".join(samples)).digest()
 
     def changed(self) -> bool:
-        """Whether the open file has another size or modification time than when it was opened."""
-        return read_stamp(self.descriptor) != self.stamp
+        """Whether the file was cut off or overwritten since it was opened.
+
+        Where only its times differ, somebody touched or linked it, or wrote to it. The header and samples of the data tell
+        these apart, but for a write that leaves all samples as they were.
+        """
+        stamp = FileStamp.read(self._descriptor)
+        if stamp == self._stamp:
+            return False
+        if not stamp.is_same_file(self._stamp) or self._sample() != self.digest:
+            return True
+        self._stamp = stamp
+        return False
 
     def read(self, span: TensorSpan, first: int, stop: int) -> torch.Tensor:
         """Rows `first..stop-1` of a tensor, as bytes in memory of their own."""
@@ -266,9 +313,12 @@ class FileMap:
         rows = torch.empty((stop - first, size), dtype=torch.uint8, device="cpu")
         target, offset = memoryview(rows.numpy()).cast("B"), span.offset + first * size
         while target:
-            count = os.preadv(self.descriptor, [target], offset)
+            try:
+                count = os.preadv(self._descriptor, [target], offset)
+            except OSError as error:
+                raise system_error(error, self._header.path, "read") from error
             if count == 0:
-                raise TableFormatError(f"Tensor {span.name!r} ends too early: its file was cut off; fetch it again.")
+                raise _changed(self._header.path)
             target, offset = target[count:], offset + count
         return rows
 
@@ -282,7 +332,7 @@ class FileMap:
         runs = zip((first[begins] * mmap.PAGESIZE).tolist(), ((last[ends] + 1) * mmap.PAGESIZE).tolist(), strict=True)
         with contextlib.suppress(OSError):  # advice, which not every file system takes
             for begin, end in runs:
-                os.posix_fadvise(self.descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def view(self, span: TensorSpan) -> torch.Tensor:
         """A tensor `[R, ...]` as bytes over the file."""

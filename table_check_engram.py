@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .row_sources_engram import MappedRows
-from .safetensors_engram import FileFormatError, read_header
+from .safetensors_engram import FileFormatError, read_header, reading
 from .table_format_engram import (
     PAGE,
     TOKEN_MAP_NAME,
@@ -86,7 +86,7 @@ def read_token_map(path: Path) -> torch.Tensor | None:
         raise TableFormatError(f"{path} has format_version {found!r}, expected '1'; upgrade engram-hf.")
     if span is None or span.dtype != "I32" or len(span.shape) != 1 or span.size == 0:
         raise TableFormatError(f"{path} has no vector `token_map` of I32; save the tokenizer again.")
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         file.seek(span.offset)
         values = torch.frombuffer(bytearray(file.read(span.size)), dtype=torch.int32)
     if token_map_digest(values) != header.metadata.get("map_sha256") or values.min() < 0:

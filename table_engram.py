@@ -1,19 +1,56 @@
-"""`EngramTable`: the rows of one layer's memory, how they are fetched, and what their stored numbers mean.
+"""`EngramTable`: the rows of one layer's memory, how they are fetched, what they may be stored as and what that means.
 
 Shape letters: R rows of the table, W channels of a row, T heads a position reads (all n-gram orders), C channels that
 share a scale.
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-# Channels that share a scale in a float8 row (DeepSeek-V4.1: `layers.L.engram.embed.scale`).
-SCALE_BLOCK = 32
+
+class RowFormat(NamedTuple):
+    """What the rows of a table may be stored as.
+
+    Args:
+        dtype: of the rows.
+        scale_dtype: of their scales; None for rows without.
+        block: channels that share a scale; 0 for all of a row.
+        multiple: what the width of a row must be a multiple of.
+    """
+
+    dtype: torch.dtype
+    scale_dtype: torch.dtype | None = None
+    block: int = 0
+    multiple: int = 1
+
+    @property
+    def name(self) -> str:
+        """The dtype's name in torch, such as `"int8"`."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def scales(self, width: int) -> int:
+        """How many scales a row of `width` channels has."""
+        return 0 if self.scale_dtype is None else width // (self.block or width)
+
+
+# The one list of what tables may be stored as, by the dtype's name in a safetensors file (docs/engram-table-format.md).
+ROW_FORMATS = {
+    "F32": RowFormat(torch.float32),
+    "BF16": RowFormat(torch.bfloat16),
+    "F16": RowFormat(torch.float16),
+    "F8_E4M3": RowFormat(torch.float8_e4m3fn, torch.float8_e8m0fnu, 32, 32),  # as in DeepSeek-V4.1
+    "I8": RowFormat(torch.int8, torch.float32, 0, 4),
+}
+# What `engram_table_dtype` may be, beside None.
+QUANTIZED_FORMATS = {row_format.name: row_format for row_format in ROW_FORMATS.values() if row_format.scale_dtype}
+TORCH_DTYPES = {name: row_format.dtype for name, row_format in ROW_FORMATS.items()} | {"F8_E8M0": torch.float8_e8m0fnu}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
 E4M3_MAX = 448.0
 # Rows a thread decodes at once: enough that threads seldom wait for each other, few enough for a large cache.
 _CHUNK_ROWS = 8192
@@ -72,9 +109,9 @@ class EngramTable(nn.Module):
         self.unread: RowSource | None = None  # what the parameters are to be filled from
         scale, stored = None, self.row_dtype
         if table_dtype is not None:
-            per_row, scale_dtype = _scale_layout(table_dtype, width)
-            empty = torch.empty((num_rows, per_row), device=device, dtype=scale_dtype)
-            scale, stored = nn.Parameter(empty, requires_grad=False), getattr(torch, table_dtype)
+            row_format = _quantized_format(table_dtype, width)
+            empty = torch.empty((num_rows, row_format.scales(width)), device=device, dtype=row_format.scale_dtype)
+            scale, stored = nn.Parameter(empty, requires_grad=False), row_format.dtype
         empty = torch.empty((num_rows, width), device=device, dtype=stored)
         self.weight = nn.Parameter(empty, requires_grad=table_dtype is None)
         self.register_parameter("scale", scale)
@@ -160,16 +197,14 @@ class EngramTable(nn.Module):
         return gather_stored(self.weight, row_ids), None if self.scale is None else gather_stored(self.scale, row_ids)
 
 
-def _scale_layout(table_dtype: str, width: int) -> tuple[int, torch.dtype]:
-    """Scales per row, and their dtype."""
-    if table_dtype == "float8_e4m3fn" and width % SCALE_BLOCK == 0:
-        return width // SCALE_BLOCK, torch.float8_e8m0fnu
-    if table_dtype == "int8" and width % 4 == 0:
-        return 1, torch.float32
-    raise ValueError(
-        f"A table of width {width} cannot be stored as {table_dtype!r}: use 'float8_e4m3fn' with a multiple of 32 "
-        "channels, 'int8' with a multiple of 4, or None."
-    )
+def _quantized_format(table_dtype: str, width: int) -> RowFormat:
+    row_format = QUANTIZED_FORMATS.get(table_dtype)
+    if row_format is None or width % row_format.multiple:
+        known = ", ".join(f"{name!r} with a multiple of {some.multiple}" for name, some in QUANTIZED_FORMATS.items())
+        raise ValueError(
+            f"A table of width {width} cannot be stored as {table_dtype!r}: use {known} channels, or None."
+        )
+    return row_format
 
 
 def _require_rows(row_ids: torch.Tensor, num_rows: int) -> None:
@@ -246,7 +281,7 @@ def _decode_float8_fast(rows: torch.Tensor, values: torch.Tensor, scale: torch.T
     factors = exponents.to(torch.int16).add_(_E8M0_TO_FACTOR).bitwise_left_shift_(7).view(torch.bfloat16)
     if decoded is not rows:
         rows.copy_(decoded)
-    rows.unflatten(-1, (-1, SCALE_BLOCK)).mul_(factors.to(rows.dtype).unsqueeze(-1))
+    rows.unflatten(-1, (scale.shape[-1], -1)).mul_(factors.to(rows.dtype).unsqueeze(-1))
     return True
 
 
@@ -280,8 +315,8 @@ def quantize_rows(rows: torch.Tensor, table_dtype: str) -> tuple[torch.Tensor, t
     Raises:
         ValueError: for another dtype, a width that it cannot have, or rows that are not finite.
     """
-    per_row, scale_dtype = _scale_layout(table_dtype, rows.shape[-1])
-    blocks = rows.to(torch.float32).unflatten(-1, (per_row, -1))
+    row_format = _quantized_format(table_dtype, rows.shape[-1])
+    blocks = rows.to(torch.float32).unflatten(-1, (row_format.scales(rows.shape[-1]), -1))
     largest = blocks.abs().amax(-1)
     if not largest.isfinite().all():
         raise ValueError("Rows with NaN or infinite channels cannot be quantized; repair the table first.")
@@ -291,14 +326,17 @@ def quantize_rows(rows: torch.Tensor, table_dtype: str) -> tuple[torch.Tensor, t
         scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
         values = (blocks / scale.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
         return values.flatten(-2), scale
-    exponents = _exponent_above(largest.clamp_min(1e-4) / E4M3_MAX)
-    scale = exponents.to(torch.uint8).view(scale_dtype)
+    scale = exponent_above(largest.clamp_min(1e-4) / E4M3_MAX).to(torch.uint8).view(row_format.scale_dtype)
     values = (blocks / scale.to(torch.float32).unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return values.flatten(-2), scale
 
 
-def _exponent_above(x: torch.Tensor) -> torch.Tensor:
-    """Biased exponent of the smallest power of two that is not below positive normal float32 `x`, from its bits."""
+def exponent_above(x: torch.Tensor) -> torch.Tensor:
+    """Exponent of the smallest power of two that is at least `x`, biased by 127 as in E8M0 and float32, as int32.
+
+    Args:
+        x: positive, normal, contiguous float32. Its bits are read, since a logarithm would not be exact.
+    """
     bits = x.view(torch.int32)
     return (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
 

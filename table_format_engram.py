@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -25,30 +25,13 @@ from .safetensors_engram import (
     read_header,
     read_json,
 )
+from .table_engram import ROW_FORMATS, SAFETENSORS_NAMES
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "engram_tables.json"
 TOKEN_MAP_NAME = "engram_token_map.safetensors"
 METADATA_KEY = "engram_table"
 PAGE = 4096
-
-# The dtypes of rows, with those of their scales and the channels that share one (0: the whole row).
-ROW_FORMATS: dict[str, tuple[str | None, int]] = {
-    "F32": (None, 0),
-    "BF16": (None, 0),
-    "F16": (None, 0),
-    "F8_E4M3": ("F8_E8M0", 32),
-    "I8": ("F32", 0),
-}
-TORCH_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I8": torch.int8,
-}
-NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class TableFormatError(FileFormatError):
@@ -123,8 +106,9 @@ def describe_table(hasher, index: int, *, width: int, dtype: str) -> TableDescri
     """
     layer, pad = hasher.layer_ids[index], hasher.pad_token_id
     primes = hasher.primes[index].tolist()
-    scale_dtype, block = ROW_FORMATS[dtype]
-    name = f"model.backbone.layers.{layer}.engram.table"
+    row_format = ROW_FORMATS[dtype]
+    scale_dtype = SAFETENSORS_NAMES.get(row_format.scale_dtype)
+    name = f"model.layers.{layer}.engram.table"
     tensors = {"weight": f"{name}.weight"} | ({"scale": f"{name}.scale"} if scale_dtype else {})
     known = _count_known_ids(hasher.token_map)
     return TableDescription(
@@ -134,7 +118,7 @@ def describe_table(hasher, index: int, *, width: int, dtype: str) -> TableDescri
         width=width,
         dtype=dtype,
         scale_dtype=scale_dtype,
-        scale_block=(block or width) if scale_dtype else None,
+        scale_block=(row_format.block or width) if scale_dtype else None,
         tensors=tensors,
         orders=list(range(2, hasher.max_ngram + 1)),
         heads=hasher.heads,
@@ -263,8 +247,9 @@ def parse_description(members: dict, what: str) -> TableDescription:
 
 
 def _description_rules(d: TableDescription) -> list[tuple[bool, str]]:
-    scale_dtype, block = ROW_FORMATS.get(d.dtype, (None, 0))
-    expected_block = (block or d.width) if scale_dtype else None
+    row_format = ROW_FORMATS.get(d.dtype, ROW_FORMATS["F32"])
+    scale_dtype = SAFETENSORS_NAMES.get(row_format.scale_dtype)
+    expected_block = (row_format.block or d.width) if scale_dtype else None
     total = sum(map(sum, d.primes))
     return [
         (d.dtype in ROW_FORMATS, f"dtype is {d.dtype!r}, expected one of {', '.join(ROW_FORMATS)}"),
@@ -351,6 +336,39 @@ class StoredTable:
     def size(self) -> int:
         """Bytes of rows and scales."""
         return sum(span.size for part in self.parts for span in part.spans.values())
+
+
+def require_fit(
+    tables: Mapping[int, StoredTable], layer: int, num_rows: int, width: int, table_dtype: str | None
+) -> StoredTable:
+    """The table of a layer, if it is the one that a model's config asks for.
+
+    Args:
+        tables: by layer.
+        num_rows, width, table_dtype: R, W and `engram_table_dtype`.
+
+    Raises:
+        TableFormatError: there is none for this layer, or it has another size or dtype.
+    """
+    stored = tables.get(layer)
+    if stored is None:
+        raise TableFormatError(
+            f"There is no table for layer {layer} (only for {sorted(tables)}); complete the folder (a shard or {MANIFEST_NAME} "
+            "may be absent)."
+        )
+    if (stored.num_rows, stored.width) != (num_rows, width):
+        raise TableFormatError(
+            f"The table of layer {layer} has {stored.num_rows} rows of {stored.width} channels, but the config asks for "
+            f"{num_rows} of {width}; tables and config.json are not of one model."
+        )
+    row_format = ROW_FORMATS[stored.dtype]
+    expected = row_format.name if row_format.scale_dtype else None
+    if expected != table_dtype:
+        raise TableFormatError(
+            f"The table of layer {layer} is stored as {row_format.name}, but the config says engram_table_dtype "
+            f"{table_dtype!r}; set it to {expected!r}."
+        )
+    return stored
 
 
 def read_tables(
@@ -459,17 +477,16 @@ def _checked_part(first: int, stop: int, file: FileHeader, weight: TensorSpan, s
         raise TableFormatError(f"{where} is {weight.dtype}, expected one of {', '.join(ROW_FORMATS)}.")
     if len(weight.shape) != 2 or weight.shape[0] != stop - first or weight.shape[1] == 0:
         raise TableFormatError(f"{where} has shape {list(weight.shape)}, expected {stop - first} rows.")
-    scale_dtype, block = ROW_FORMATS[weight.dtype]
-    width = weight.shape[1]
+    row_format, width = ROW_FORMATS[weight.dtype], weight.shape[1]
+    scale_dtype, per_row = SAFETENSORS_NAMES.get(row_format.scale_dtype), row_format.scales(width)
     if (scale is None) != (scale_dtype is None):
         raise TableFormatError(f"{where} is {weight.dtype}, which needs {'scales' if scale_dtype else 'no scales'}.")
-    if scale is not None:
-        per_row = width // block if block else 1
-        if width % (block or 4) or scale.dtype != scale_dtype or scale.shape != (stop - first, per_row):
-            raise TableFormatError(
-                f"{where} is {weight.dtype} of width {width} with scales {scale.dtype} {list(scale.shape)}, expected a "
-                f"width that is a multiple of {block or 4} and scales {scale_dtype} {[stop - first, per_row]}."
-            )
+    expected = (width % row_format.multiple, scale_dtype, (stop - first, per_row))
+    if scale is not None and expected != (0, scale.dtype, scale.shape):
+        raise TableFormatError(
+            f"{where} is {weight.dtype} of width {width} with scales {scale.dtype} {list(scale.shape)}, expected a width that "
+            f"is a multiple of {row_format.multiple} and scales {scale_dtype} {[stop - first, per_row]}."
+        )
     return TablePart(first, stop, file, weight, scale)
 
 
@@ -539,12 +556,7 @@ def require_disjoint(parts: Sequence[TablePart]) -> None:
         TableFormatError: names the tensors.
     """
     # By inode: a file may be there under several names.
-    places = {part.file.path: part.file.path.stat() for part in parts}
-    spans = [
-        ((places[span.path].st_dev, places[span.path].st_ino), span.offset, span)
-        for part in parts
-        for span in part.spans.values()
-    ]
+    spans = [(part.file.stamp[:2], span.offset, span) for part in parts for span in part.spans.values()]
     spans.sort(key=lambda entry: entry[:2])
     for (file, start, span), (other_file, other_start, other) in pairwise(spans):
         if file == other_file and other_start < start + span.size:

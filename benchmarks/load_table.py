@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 from engram_hf import EngramConfig, EngramForCausalLM
 
 BLOCK_BYTES = 64 << 20
-TABLE = "model.backbone.layers.1.engram.table.weight"
+TABLE = "model.layers.1.engram.table.weight"
 
 
 def main() -> None:

@@ -26,15 +26,27 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="prompt tokens of each row")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", default="cpu", help="where both models are; bfloat16 on a GPU")
     arguments = parser.parse_args()
 
     bare, engram = build_models(arguments)
     active = 8 * (4 * 512**2 + 2 * 3 * 512 * 1792)
     print(f"Mixtral, hidden 512, 8 layers, {active / 1e6:.0f}M active parameters, {torch.get_num_threads()} threads")
     print(f"memory in layers 1 and 4, {arguments.variant}, {arguments.rows:,} rows of {arguments.head_dim} each")
-    prompt = torch.randint(3, bare.config.vocab_size, (arguments.batch, arguments.length))
+    prompt = torch.randint(
+        3, bare.config.vocab_size, (arguments.batch, max(arguments.length, 64 + arguments.new_tokens))
+    )
+    prompt = prompt.to(arguments.device)
     with torch.inference_mode():
-        compare("prefill", f"{arguments.batch} x {arguments.length}", prefill, bare, engram, prompt, arguments.repeats)
+        compare(
+            "prefill",
+            f"{arguments.batch} x {arguments.length}",
+            prefill,
+            bare,
+            engram,
+            prompt[:, : arguments.length],
+            arguments.repeats,
+        )
         work = f"{arguments.new_tokens} tokens after 64"
         tokens = prompt[:1, : 64 + arguments.new_tokens]
         compare("decoding", work, decode, bare, engram, tokens, arguments.repeats)
@@ -63,7 +75,15 @@ def build_models(arguments: argparse.Namespace) -> tuple[torch.nn.Module, torch.
         engram_head_dim=arguments.head_dim,
         engram_pad_token_id=0,
     )
-    return bare, engram
+    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
+    return bare.to(arguments.device, dtype), engram.to(arguments.device, dtype)
+
+
+def now() -> float:
+    """The time, once what the GPU was given is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def prefill(model: torch.nn.Module, prompt: torch.Tensor) -> None:
@@ -74,19 +94,19 @@ def decode(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     """Feeds `tokens` `[1, 64 + N]` one by one after the first 64; seconds of the N steps."""
     cache = DynamicCache(config=model.config)
     model(tokens[:, :64], past_key_values=cache, logits_to_keep=1)
-    start = time.perf_counter()
+    start = now()
     for step in range(64, tokens.shape[1]):
         model(tokens[:, step : step + 1], past_key_values=cache, logits_to_keep=1)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def compare(name: str, work: str, run: Callable, bare, engram, inputs: torch.Tensor, repeats: int) -> None:
     seconds = {bare: [], engram: []}
     for _ in range(repeats + 1):
         for model, taken in seconds.items():
-            start = time.perf_counter()
+            start = now()
             inner = run(model, inputs)
-            taken.append(time.perf_counter() - start if inner is None else inner)
+            taken.append(now() - start if inner is None else inner)
     pairs = list(zip(*seconds.values(), strict=True))[1:]  # the first pair warms up
     ratio = statistics.median(with_memory / without for without, with_memory in pairs)
     without, with_memory = (statistics.median(times) for times in zip(*pairs, strict=True))

@@ -24,15 +24,17 @@ BATCH, LENGTH, VOCAB, PAD = 4, 2048, 4096, 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=50)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--device", default="cpu", help="where the model is; NumPy is left out on a GPU")
+    arguments = parser.parse_args()
+    repeats = arguments.repeats
     threads = torch.get_num_threads()
     model = quickstart_sized_model()
     input_ids = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
 
-    for count in sorted({1, threads}):
+    for count in sorted({1, threads}) if arguments.device == "cpu" else ():
         torch.set_num_threads(count)
         compare_with_numpy(model, input_ids, repeats, count)
-    compare_with_forward(model, input_ids, repeats)
+    compare_with_forward(model.to(arguments.device), input_ids.to(arguments.device), repeats)
 
 
 def quickstart_sized_model() -> EngramForCausalLM:
@@ -105,6 +107,8 @@ def best_times(contestants: dict[str, Callable[[], object]], repeats: int) -> di
         for name, run in contestants.items():
             start = time.perf_counter()
             run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             seconds[name] = min(seconds[name], time.perf_counter() - start)
     return seconds
 

@@ -83,7 +83,7 @@ def main() -> None:
             "reading the weights": median(lambda: read(weights), given.repeats),
         }
         try:
-            from engram_hf.weights_digest_engram import weights_digest
+            from engram_hf.loading_engram import weights_digest
         except ModuleNotFoundError:  # of an older version, to compare with
             pass
         else:

@@ -9,6 +9,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from torch.nn import functional as F
 
 from engram_hf.prefetch_engram import Prefetcher
 from engram_hf.row_sources_engram import MappedRows
+from engram_hf.saving_engram import table_file_name
 from engram_hf.table_engram import EngramTable, dequantize_rows, read_rows
-from engram_hf.table_files_engram import table_file_name
 from engram_hf.table_format_engram import StoredTable, read_tables
 
 
@@ -56,15 +57,23 @@ def warm(table: StoredTable, repeats: int) -> None:
     print(
         f"ratio {times['mapped float8'] / times['bfloat16 embedding']:.2f}x at {table.size / plain.nbytes:.3f} of the bytes"
     )
+    for tokens in (1, 512, 4096):
+        ids = torch.randint(0, table.num_rows, (1, tokens, 24))
+        times = best({"direct": reader(table, ids, "never"), "prefetched": reader(table, ids, "always")}, 10 * repeats)
+        more = times["prefetched"] - times["direct"]
+        print(
+            f"warm, {tokens:4} x 24 rows: direct {times['direct'] * 1e3:7.3f} ms, prefetched {times['prefetched'] * 1e3:7.3f} "
+            f"ms, {times['prefetched'] / times['direct']:.2f}x, {more * 1e6:+.0f} us"
+        )
 
 
 def cold(table: StoredTable, path: Path, count: int, repeats: int) -> None:
     results: dict[str, list[float]] = {"lookup alone": [], "with prefetching": [], "parallel reads": []}
     for _ in range(repeats):
-        for name, read in (("lookup alone", alone), ("with prefetching", ahead), ("parallel reads", parallel)):
+        for name, when in (("lookup alone", "never"), ("with prefetching", "always"), ("parallel reads", None)):
             ids = torch.randint(0, table.num_rows, (1, count // 24, 24))
             drop_from_page_cache(path)
-            results[name].append(read(table, ids))
+            results[name].append(parallel(table, ids) if when is None else timed(reader(table, ids, when)))
     times = {name: sorted(some)[repeats // 2] for name, some in results.items()}
     for name, seconds in times.items():
         print(f"cold, {count} rows, {name:18} {seconds:6.2f} s  {count / seconds / 1e3:6.1f} k rows/s")
@@ -80,17 +89,21 @@ def mounted(table: StoredTable) -> EngramTable:
     return module
 
 
-def alone(table: StoredTable, ids: torch.Tensor) -> float:
-    module, start = mounted(table), time.perf_counter()
-    module(ids[0], torch.bfloat16)
-    return time.perf_counter() - start
-
-
-def ahead(table: StoredTable, ids: torch.Tensor) -> float:
+def reader(table: StoredTable, ids: torch.Tensor, when: str) -> Callable[[], torch.Tensor]:
+    """Reads the rows of one layer as a model does, with or without prefetching."""
     module = mounted(table)
-    prefetcher, start = Prefetcher([module], "always"), time.perf_counter()
-    (fetched,) = prefetcher.start(ids)
-    module(ids[0], torch.bfloat16, source=fetched)
+    prefetcher = Prefetcher([module], when)
+
+    def read() -> torch.Tensor:
+        (fetched,) = prefetcher.start(ids) or (None,)
+        return module(ids[0], torch.bfloat16, source=fetched)
+
+    return read
+
+
+def timed(read: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    read()
     return time.perf_counter() - start
 
 

@@ -16,7 +16,7 @@ from tables_folder import LAYER, VOCAB, make_model_folder
 from transformers.utils import logging
 
 from engram_hf import EngramForCausalLM
-from engram_hf.table_files_engram import table_file_name
+from engram_hf.saving_engram import table_file_name
 
 
 def generating(folder: Path, device: str, tokens: int, repeats: int) -> None:
@@ -44,10 +44,7 @@ def generating(folder: Path, device: str, tokens: int, repeats: int) -> None:
         assert torch.equal(texts["resident"], texts[residency])
         print(f"generating, {residency:9} {speed:7.1f} tokens/s")
     for residency in residencies[1:]:
-        print(
-            f"{residency} against resident: {speeds[residency] / speeds['resident']:.3f}x",
-            models[residency].model.prefetcher.statistics,
-        )
+        print(f"{residency} against resident: {speeds[residency] / speeds['resident']:.3f}x")
 
 
 class PeakMemory:
@@ -108,15 +105,17 @@ def timed(action) -> float:
 def main() -> None:
     logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", help="where to put 4 + 4 GB; a temporary folder if left out")
+    parser.add_argument("folder", nargs="?", help="where to put 1 + 4 GB; a temporary folder if left out")
     parser.add_argument("--gigabytes", type=float, default=4, help="of the table that is saved")
     parser.add_argument("--device", default="cpu", help="where to generate")
+    parser.add_argument("--tokens", type=int, default=128, help="to generate")
+    parser.add_argument("--repeats", type=int, default=8)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        make_model_folder(Path(folder) / "generate", 1, filled=True, layers=4, hidden=512)
-        generating(Path(folder) / "generate", options.device, tokens=128, repeats=8)
+        make_model_folder(Path(folder) / "generate", min(1, options.gigabytes), filled=True, layers=4, hidden=512)
+        generating(Path(folder) / "generate", options.device, options.tokens, options.repeats)
         make_model_folder(Path(folder) / "save", options.gigabytes, filled=True)
-        saving(Path(folder) / "save", repeats=5)
+        saving(Path(folder) / "save", repeats=min(5, options.repeats))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from engram_hf.configuration_engram import EngramConfig
     from engram_hf.hashing_engram import NgramHasher
     from engram_hf.table_format_engram import StoredTable
-
-
-_SINGLE = "model.safetensors"
 
 
 def require_folder(name: str) -> Path:
@@ -72,11 +71,11 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / MANIFEST_NAME).exists():
         entries = read_manifest(folder / MANIFEST_NAME).values()
         named = {location["file"] for entry in entries for location in entry["weight"]}
-    index = find_index(folder)
+    single, index = _find_weights(folder)
     if index is not None:
         named |= set(read_weight_map(index).values())
-    elif (folder / _SINGLE).exists():
-        named.add(_SINGLE)
+    elif single is not None:
+        named.add(single.name)
     else:
         return [path for path in sorted(folder.glob("*.safetensors")) if path.name != TOKEN_MAP_NAME]
     return [path for path in sorted(folder.glob("*.safetensors")) if path.name in named]
@@ -84,8 +83,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 def find_index(folder: Path) -> Path | None:
     """The index of a model's shards; None where one file has all weights, beside which an older index may lie."""
-    index = folder / f"{_SINGLE}.index.json"
-    return index if index.exists() and not (folder / _SINGLE).exists() else None
+    return _find_weights(folder)[1]
+
+
+def _find_weights(folder: Path) -> tuple[Path | None, Path | None]:
+    from engram_hf.loading_engram import find_weights
+
+    return find_weights(lambda name: path if (path := folder / name).exists() else None, None)
 
 
 def require_shards(folder: Path) -> None:
@@ -128,19 +132,13 @@ def check_model(folder: Path) -> "tuple[NgramHasher, dict[int, StoredTable]]":
     Raises:
         ValueError: something is missing, or they are not of one model.
     """
-    from engram_hf.table_format_engram import require_same_hash
+    from engram_hf.table_format_engram import require_fit, require_same_hash
 
-    config, stored, tables = read_config(folder), read_stored_tables(folder), {}
+    config, stored = read_config(folder), read_stored_tables(folder)
+    tables: dict[int, StoredTable] = {}
     hasher = _read_hasher(folder, config)
     for index, (layer, rows) in enumerate(zip(config.engram_layer_ids, config.engram_num_embeddings, strict=True)):
-        if layer not in stored:
-            raise ValueError(f"{folder} has no table for layer {layer}; complete it (a shard may be absent).")
-        table = tables[layer] = stored[layer]
-        if (table.num_rows, table.width) != (rows, config.engram_head_dim):
-            raise ValueError(
-                f"The table of layer {layer} has {table.num_rows} rows of {table.width} channels, but the config asks for "
-                f"{rows} of {config.engram_head_dim}; tables and config.json are not of one model."
-            )
+        table = tables[layer] = require_fit(stored, layer, rows, config.engram_head_dim, config.engram_table_dtype)
         if table.description is not None:
             require_same_hash(table.description, hasher, index)
     _require_same_token_map(folder, hasher)
@@ -156,7 +154,8 @@ def _read_hasher(folder: Path, config: "EngramConfig") -> "NgramHasher":
     from engram_hf.safetensors_engram import read_header
 
     hasher = NgramHasher.from_config(config)
-    expected, state = hasher.state_dict(), {}
+    expected = hasher.state_dict()
+    state: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         names = {name.rpartition(".")[2]: name for name in read_header(path).tensors if ".hashing." in f".{name}"}
         with safe_open(path, framework="pt") as file:

@@ -71,7 +71,7 @@ def look_up(folder: Path, text: str) -> list[dict[str, Any]]:
     # [layer, position, order, head]
     by_head = (*row_ids.shape[:2], config.engram_max_ngram_size - 1, config.engram_n_heads)
     row_ids, norms = row_ids.view(by_head), norms.view(by_head)
-    tokens = [tokenizer.decode([token]) for token in ids]
+    tokens = [str(tokenizer.decode([token])) for token in ids]
     return [
         {
             "token": tokens[at],
@@ -115,6 +115,6 @@ def _row_norms(tables: "dict[int, StoredTable]", row_ids: "torch.Tensor") -> "to
 def _same_tokens(tokenizer, hasher: "NgramHasher", compressed: int, token_id: int) -> list[str]:
     """Up to eight tokens with this compressed id."""
     if hasher.token_map is None:
-        return [tokenizer.decode([token_id])]
-    same = (hasher.token_map == compressed).nonzero().flatten()[:8].tolist()
+        return [str(tokenizer.decode([token_id]))]
+    same = hasher.token_map.eq(compressed).nonzero().flatten()[:8].tolist()
     return [tokenizer.decode([token]) for token in same]

@@ -53,7 +53,7 @@ def add_commands(commands: Any) -> None:
 
 def run_quantize(options: argparse.Namespace) -> None:
     """Write `options.folder` to `options.target` with quantized tables."""
-    from engram_hf.folder_writer_engram import FolderClaim, replace_files
+    from engram_hf.saving_engram import FolderClaim, replace_files
     from engram_hf.table_format_engram import MANIFEST_NAME
 
     folder, target = require_folder(options.folder), options.target
@@ -79,11 +79,9 @@ def quantize_model(folder: Path, target: Path, dtype: str, left_out: Path) -> No
     Raises:
         ValueError: there is no model with float tables in it, or they cannot have this dtype.
     """
-    from engram_hf.file_writer_engram import write_json
-    from engram_hf.residency_engram import is_table_file
     from engram_hf.row_sources_engram import MappedRows
-    from engram_hf.safetensors_engram import read_header, read_json
-    from engram_hf.table_files_engram import write_manifest
+    from engram_hf.safetensors_engram import read_header, read_json, write_json
+    from engram_hf.saving_engram import is_table_file, write_manifest
     from engram_hf.table_format_engram import describe_table
 
     require_shards(folder)
@@ -101,9 +99,9 @@ def quantize_model(folder: Path, target: Path, dtype: str, left_out: Path) -> No
             _pass_on_weights(shard, target, moved.get(shard.path, {}), bar.update)
     _copy_documents(folder, target, left_out)
     _rewrite_card(folder, target, dtype)
-    index = find_index(folder)
-    if index is not None:
-        write_json(target / index.name, _index_without(index, moved))
+    weight_index = find_index(folder)
+    if weight_index is not None:
+        write_json(target / weight_index.name, _index_without(weight_index, moved))
     write_manifest(target, entries)
     write_json(
         target / "config.json", {**read_json(folder / "config.json", constants=True), "engram_table_dtype": dtype}
@@ -118,7 +116,7 @@ def quantize_folder(folder: Path, target: Path, dtype: str) -> None:
         ValueError: there are no float tables in it, or they do not say how they are hashed.
     """
     from engram_hf.row_sources_engram import MappedRows
-    from engram_hf.table_files_engram import write_manifest
+    from engram_hf.saving_engram import write_manifest
     from engram_hf.table_format_engram import TOKEN_MAP_NAME
 
     sources = {}
@@ -151,8 +149,9 @@ def _write_quantized(
 ) -> tuple[dict[int, dict], str]:
     """Write a file for every layer; returns their entries of the manifest, and the error each quantization makes."""
     from engram_hf.safetensors_engram import read_header
-    from engram_hf.table_files_engram import manifest_entry, quantize_table, table_file_name
+    from engram_hf.saving_engram import manifest_entry, table_file_name
     from engram_hf.table_format_engram import file_description
+    from engram_hf.table_writer_engram import quantize_table
 
     target.mkdir(parents=True, exist_ok=True)
     entries, report = {}, []
@@ -178,8 +177,7 @@ def _pass_on_weights(
     shard: "FileHeader", target: Path, moved: Collection[str], advance: Callable[[int], object]
 ) -> None:
     """Make the tensors of a file that have not `moved` part of `target`; the bytes do not pass through this process."""
-    from engram_hf.file_writer_engram import FileWriter, link_or_copy
-    from engram_hf.safetensors_engram import header_bytes
+    from engram_hf.safetensors_engram import FileWriter, header_bytes, link_or_copy
 
     kept = sorted((s for s in shard.tensors.values() if s.name not in moved), key=lambda span: span.offset)
     with shard.path.open("rb") as source:

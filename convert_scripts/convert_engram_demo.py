@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..folder_writer_engram import FolderClaim, FolderInUseError, is_hidden_file, replace_files
+from ..saving_engram import FolderClaim, FolderInUseError, is_hidden_file, replace_files
 from .command_line import run_command
 from .safetensors_files import ConversionError, enumerate_names, read_shard
 

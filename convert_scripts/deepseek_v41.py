@@ -1,7 +1,7 @@
 """The table of DeepSeek-V4.1: upstream names, our names, shapes and storage.
 
 Upstream is the layout of the released checkpoints (names as in DeepSeek's own inference code); ours is transformers' naming
-of DeepSeek-V4 under `model.backbone.`, with Engram's tensors in the `engram` submodule of their layer.
+of DeepSeek-V4 under `model.`, with Engram's tensors in the `engram` submodule of their layer.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from .safetensors_files import ConversionError
 from .tensor_rules import Family, Geometry, Rule
 
 LAYER = "layers.{layer}."
-OUR_LAYER = "model.backbone.layers.{layer}."
+OUR_LAYER = "model.layers.{layer}."
 
 
 def _rule(
@@ -27,8 +27,8 @@ def _rule(
 
 
 RULES = (
-    Rule("model.backbone.embed_tokens.weight", ("embed.weight",), ("vocab_size", "hidden_size"), BF16),
-    Rule("model.backbone.norm.weight", ("norm.weight",), ("hidden_size",), BF16),
+    Rule("model.embed_tokens.weight", ("embed.weight",), ("vocab_size", "hidden_size"), BF16),
+    Rule("model.norm.weight", ("norm.weight",), ("hidden_size",), BF16),
     Rule("lm_head.weight", ("head.weight",), ("vocab_size", "hidden_size"), BF16),
     # Norms and hyper-connections.
     _rule("attn_norm.weight", "input_layernorm.weight", "hidden_size", BF16),

@@ -13,12 +13,12 @@ import torch
 from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .. import modeling_engram
+from .. import auto_deepseek_v41
 from ..configuration_deepseek_v41 import DeepseekV41TextConfig
 from ..configuration_engram import VARIANTS, EngramConfig
 from ..hashing_engram import DEAD, NgramHasher
-from ..modeling_engram import AUTO_MAP
-from ..table_format_engram import NAMES, TableDescription, describe_table
+from ..table_engram import SAFETENSORS_NAMES
+from ..table_format_engram import TableDescription, describe_table
 from ..tokenization.vocabulary_compression import TOKEN_MAP_FILE, build_token_map, token_map_bytes
 from .deepseek_v41 import DEEPSEEK_V41
 from .import_plan import Additions
@@ -178,8 +178,8 @@ def build_hasher(config: EngramConfig, tokenizer: Tokenizer) -> NgramHasher:
 
 def remote_code(config: EngramConfig) -> dict[str, bytes]:
     """The files with which a folder loads where this package is not installed; `config` is made to name them."""
-    config.auto_map = dict(AUTO_MAP)
-    entry = Path(modeling_engram.__file__)
+    config.auto_map = config.remote_code_map()
+    entry = Path(auto_deepseek_v41.__file__)
     files = {entry, *map(Path, get_relative_import_files(entry))}
     return {path.name: path.read_bytes() for path in sorted(files)}
 
@@ -206,7 +206,7 @@ def additions(config: EngramConfig, folder: Path, documents: Mapping[str, bytes]
 
 
 def _describe_tables(config: EngramConfig, hasher: NgramHasher) -> dict[int, TableDescription]:
-    dtype = "F8_E4M3" if config.engram_table_dtype else NAMES[config.dtype]
+    dtype = "F8_E4M3" if config.engram_table_dtype else SAFETENSORS_NAMES[config.dtype]
     return {
         layer: describe_table(hasher, index, width=config.engram_head_dim, dtype=dtype)
         for index, layer in enumerate(config.engram_layer_ids)

@@ -22,9 +22,8 @@ from transformers.core_model_loading import (
 )
 
 from ..configuration_engram import EngramConfig
-from ..loading_engram import settle_revision
+from ..loading_engram import Checkpoint
 from ..modeling_engram import EngramForCausalLM
-from ..residency_engram import find_tables
 from ..tokenization import EngramTokenizer
 from ..tokenization.tokenization_engram import LOCATION_ARGUMENTS
 from .deepseek_v41 import DEEPSEEK_V41
@@ -126,7 +125,7 @@ def stored_form_conversions(family: Family) -> list[LoadingConverter]:
 
 def _leaf(rule: Rule) -> str:
     """Our name below the layer, or below the model, of a rule's tensor."""
-    return rule.ours.split("{layer}.")[-1].removeprefix("model.backbone.")
+    return rule.ours.split("{layer}.")[-1].removeprefix("model.")
 
 
 def _table_conversions() -> list[LoadingConverter]:
@@ -217,22 +216,22 @@ class DeepseekV41ForCausalLM(EngramForCausalLM):
         Raises:
             ValueError: a tensor is missing, or the tokenizer's compressed vocabulary is not the one of the tables.
         """
-        kwargs = settle_revision(pretrained_model_name_or_path, kwargs)
-        tables = find_tables(pretrained_model_name_or_path, engram_residency, **kwargs)
+        checkpoint = Checkpoint(pretrained_model_name_or_path, kwargs)
+        tables, kwargs = checkpoint.find_tables(engram_residency), checkpoint.kwargs
         if tables is not None:
-            kwargs["engram_tables"] = tables
+            kwargs = {**kwargs, "engram_tables": tables}
         load = PreTrainedModel.from_pretrained.__func__
-        model, info = load(cls, pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = load(cls, checkpoint.name_or_path, *args, output_loading_info=True, **kwargs)
         if info["missing_keys"]:
             raise ConversionError(
                 f"{pretrained_model_name_or_path} lacks the weights of {enumerate_names(info['missing_keys'])}; fetch the "
                 f"missing files."
             )
-        model.model.keep_tables_frozen()
         location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
-        model.set_token_map(EngramTokenizer.from_pretrained(pretrained_model_name_or_path, **location))
+        model.set_token_map(EngramTokenizer.from_pretrained(checkpoint.name_or_path, **location))
         # From here on nothing tells it from a converted one, and it is saved as one.
-        model.__class__, model.config.__class__ = EngramForCausalLM, EngramConfig
+        model.__class__, model.config.__class__ = EngramForCausalLM.extending(model._extends[1]), EngramConfig
+        model.model.settle_memory()
         return (model, info) if output_loading_info else model
 
 

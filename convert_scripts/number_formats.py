@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-E4M3_LIMIT = 448.0
+from ..table_engram import E4M3_MAX, exponent_above
+
 E2M1_LIMIT = 6.0
 # Weights get no floor beyond the smallest scale that is a normal number: what was decoded must encode to the same values.
 SMALLEST_NORMAL = 2.0**-126
@@ -81,7 +82,8 @@ def encode_scale(values: torch.Tensor, storage: Storage, floor: float | None = N
     """
     limit = _limit(storage)
     largest = _block_maximum(values, storage.block)
-    return _power_of_two_above(largest.clamp_min(limit * SMALLEST_NORMAL if floor is None else floor) / limit)
+    quotients = largest.clamp_min(limit * SMALLEST_NORMAL if floor is None else floor) / limit
+    return exponent_above(quotients.contiguous()).to(torch.uint8)
 
 
 def encode_weight(values: torch.Tensor, scale: torch.Tensor, storage: Storage) -> torch.Tensor:
@@ -93,7 +95,7 @@ def encode_weight(values: torch.Tensor, scale: torch.Tensor, storage: Storage) -
 
 
 def _limit(storage: Storage) -> float:
-    return E2M1_LIMIT if storage.is_packed else E4M3_LIMIT
+    return E2M1_LIMIT if storage.is_packed else E4M3_MAX
 
 
 def _spread(factors: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> torch.Tensor:
@@ -106,13 +108,6 @@ def _block_maximum(values: torch.Tensor, block: tuple[int, int]) -> torch.Tensor
     rows, columns = values.shape
     padded = F.pad(values.abs(), (0, -columns % block[1], 0, -rows % block[0]))
     return padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).amax(dim=(1, 3))
-
-
-def _power_of_two_above(values: torch.Tensor) -> torch.Tensor:
-    """E8M0 bytes of the smallest powers of two that are at least `values` (positive float32)."""
-    bits = values.contiguous().view(torch.int32)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
-    return exponent.to(torch.uint8)
 
 
 def _unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:

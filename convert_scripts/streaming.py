@@ -23,8 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ..folder_writer_engram import LOCK_NAME, FolderClaim, FolderInUseError
-from ..safetensors_engram import TensorSpan, header_bytes, is_file_name, parse_json, read_json
+from ..safetensors_engram import (
+    UNFINISHED,
+    TensorSpan,
+    header_bytes,
+    is_file_name,
+    json_bytes,
+    parse_json,
+    read_json,
+    write_file,
+)
+from ..saving_engram import LOCK_NAME, FolderClaim, FolderInUseError
 from .safetensors_files import ConversionError
 
 MANIFEST_NAME = "conversion_manifest.json"
@@ -136,11 +145,6 @@ def tensor_file(name: str, tensors: list[Tensor], head: bytes | None = None) -> 
     return OutputFile(name, parts, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
 
 
-def json_bytes(value: object) -> bytes:
-    """JSON as it is written everywhere here: readable, sorted as given, one newline at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-
-
 @dataclass(frozen=True)
 class Plan:
     """A whole conversion: large `files` that are streamed, `documents` written after them, and `facts` about it.
@@ -220,7 +224,7 @@ def _reopen(plan: Plan, target: Path) -> None:
     files = read_manifest(target)["files"]
     kept = [{"name": file.name, **files[file.name]} for file in plan.files if _is_done(file, target, files)]
     lines = [{"fingerprint": plan.fingerprint}, *kept]
-    write_atomically(target / JOURNAL_NAME, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    write_file(target / JOURNAL_NAME, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     (target / MANIFEST_NAME).unlink()
 
 
@@ -278,8 +282,8 @@ class _Journal:
 
     def _strangers(self) -> list[str]:
         """What the folder holds that is not there for this module alone."""
-        own = (JOURNAL_NAME, f"{JOURNAL_NAME}.part", LOCK_NAME)
-        return sorted(path.name for path in self.path.parent.iterdir() if path.name not in own)
+        names = sorted(path.name for path in self.path.parent.iterdir() if path.name not in (JOURNAL_NAME, LOCK_NAME))
+        return [name for name in names if not (name.startswith(JOURNAL_NAME) and name.endswith(UNFINISHED))]
 
     def _start(self) -> None:
         if strangers := self._strangers():
@@ -287,7 +291,7 @@ class _Journal:
                 f"{self.path.parent} is not empty (it holds {strangers[0]}) and no interrupted conversion; "
                 f"choose a new or an empty folder."
             )
-        write_atomically(self.path, json.dumps({"fingerprint": self.fingerprint}).encode() + b"\n")
+        write_file(self.path, json.dumps({"fingerprint": self.fingerprint}).encode() + b"\n")
 
     def _read(self) -> None:
         lines = self._file.read().splitlines(keepends=True) or [b""]
@@ -310,17 +314,6 @@ class _Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
             self.done[record["name"]] = record
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file beside its name and rename it."""
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _removed_on_error(part), part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 class _removed_on_error:
@@ -434,7 +427,8 @@ def _link(source: Path, path: Path) -> None:
 def _write_documents(plan: Plan, target: Path, done: dict[str, dict]) -> None:
     """Documents after the data, the manifest after the documents: a folder with a manifest is complete."""
     for name, data in plan.documents.items():
-        write_atomically(target / name, data)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(target / name, data)
     records = [done[file.name] for file in plan.files]
     records += [_record(name, data) for name, data in plan.documents.items()]
     manifest = {
@@ -443,7 +437,7 @@ def _write_documents(plan: Plan, target: Path, done: dict[str, dict]) -> None:
         **plan.facts,
         "files": {record["name"]: {k: v for k, v in record.items() if k != "name"} for record in records},
     }
-    write_atomically(target / MANIFEST_NAME, json_bytes(manifest))
+    write_file(target / MANIFEST_NAME, json_bytes(manifest))
 
 
 def _record(name: str, data: bytes) -> dict:

@@ -8,6 +8,7 @@ Nothing of engram-hf is imported, even where it is installed: the code that runs
 import argparse
 import os
 import sys
+from typing import Any
 
 
 def main() -> None:
@@ -22,17 +23,17 @@ def main() -> None:
 
 def continue_text(folder: str, prompt: str, tokens: int) -> str:
     """`prompt` and up to `tokens` greedily chosen tokens more."""
-    sys.modules["engram_hf"] = None  # importing it fails from here on, as where it was never installed
+    sys.modules["engram_hf"] = None  # type: ignore[assignment]  # importing it fails from here on, as where it was never installed
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, repetition_penalty=1.1)
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

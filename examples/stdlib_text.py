@@ -34,7 +34,8 @@ def read_sources() -> tuple[list[str], list[str]]:
         ValueError: this Python came without its sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    train, held_out = [], []
+    train: list[str] = []
+    held_out: list[str] = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if SKIPPED.intersection(name.parts) or name.name.startswith("_sysconfigdata"):

@@ -58,7 +58,7 @@ QUICK = Size(
 
 def backbone_config(size: Size, tokenizer: EngramTokenizer, expert_width: int) -> Qwen3MoeConfig:
     """A Qwen3-MoE of a few million parameters; every token uses two experts a layer."""
-    return Qwen3MoeConfig(
+    return Qwen3MoeConfig(  # type: ignore[call-arg]  # not every field of a config is declared
         vocab_size=len(tokenizer),
         hidden_size=size.hidden_size,
         num_hidden_layers=size.layers,
@@ -136,7 +136,8 @@ class LossOnBar(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.set_description(self.title)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deprecations import own_deprecations_fail
 from table_models import DTYPES
 from tiny_backbones import build
 
@@ -36,3 +37,10 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _own_deprecations():
+    """What our code uses and a library is about to remove fails the test."""
+    with own_deprecations_fail():
+        yield

@@ -3,7 +3,7 @@
 import torch
 from tiny_backbones import random_ids
 
-from engram_hf.table_files_engram import TableWriter
+from engram_hf.table_writer_engram import TableWriter
 
 DTYPES = [None, "float8_e4m3fn", "int8"]
 IDS = random_ids(2, 9)

@@ -48,12 +48,12 @@ def logits_of(model, ids: torch.Tensor, **kwargs) -> torch.Tensor:
 
 @torch.no_grad()
 def logits_in_chunks(model, ids: torch.Tensor, size: int, between=None) -> torch.Tensor:
-    """Logits of `ids` fed `size` at a time; `between` is called on the memory's cache layer after every chunk."""
+    """Logits of `ids` fed `size` at a time; `between` is called on the memory's history after every chunk."""
     cache, parts = DynamicCache(config=model.config), []
     for chunk in ids.split(size, dim=1):
         parts.append(model(chunk, past_key_values=cache).logits)
         if between is not None:
-            between(cache.layers[-1])
+            between(cache.engram_history)
     return torch.cat(parts, dim=1)
 
 
@@ -67,7 +67,7 @@ def test_memory_changes_the_logits_at_every_position(model):
     ids = random_ids(2, 9)
     silent = copy.deepcopy(model)
     for memory in silent.model.memories().values():
-        memory.silence()
+        memory.zero_value_projection()
     change = (logits_of(model, ids) - logits_of(silent, ids)).abs().amax(-1)
     assert change.min() > 1e-3
 
@@ -195,7 +195,11 @@ def test_what_a_backbone_keeps_in_float32_stays_so(name, tmp_path):
     size = {"engram_vocab_size": 97, "engram_n_heads": 2, "engram_head_dim": 8}
     EngramForCausalLM.from_backbone(host, layer_ids=LAYER_IDS, **size).save_pretrained(tmp_path / "model")
     loaded = EngramForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
-    found = {key: tensor.dtype for key, tensor in loaded.model.backbone.state_dict().items() if ".engram." not in key}
+    found = {
+        key: tensor.dtype
+        for key, tensor in loaded.model.state_dict().items()
+        if "engram." not in key and "hashing." not in key
+    }
     assert found == dtypes
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(logits_of(loaded, ids), before)
@@ -237,7 +241,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
             "conv.weight",
             "conv_norm.weight",
         ):
-            assert plain[f"model.backbone.layers.{layer_id}.engram.{part}"].abs().max() > 0
+            assert plain[f"model.layers.{layer_id}.engram.{part}"].abs().max() > 0
     for reentrant in (True, False):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         torch.testing.assert_close(gradients(model, ids), plain, rtol=1e-5, atol=1e-6)

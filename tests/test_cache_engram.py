@@ -1,13 +1,14 @@
-"""The memory's layer in a cache: it follows everything that is done to the cache, and refuses what it cannot know."""
+"""The memory's history in a cache: it follows everything that is done to the cache, and refuses what it cannot know."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from tiny_backbones import BACKBONES, VOCAB, build, built, random_ids
 from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, StaticCache
 
-from engram_hf.cache_engram import SPARE_POSITIONS, EngramHistoryLayer, StaticEngramHistoryLayer, attach_history
+from engram_hf.cache_engram import SPARE_POSITIONS, CacheWithHistory, StaticEngramHistory, attach_history
 
 EXACT = {"rtol": 0, "atol": 1e-5}
 # One backbone with plain layers, one whose layers slide: both kinds are rolled back with ours.
@@ -52,7 +53,7 @@ def test_cropped_positions_are_forgotten(name, recording, removed):
     cache = filled_cache(model, ids, recording=recording)
     cache.crop(-removed)
     kept = ids[:, : 20 - removed]
-    assert cache.layers[-1].get_seq_length() == kept.shape[1]
+    assert cache.engram_history.get_seq_length() == kept.shape[1]
     torch.testing.assert_close(read(model, others, cache), read_alone(model, torch.cat([kept, others], 1), 5), **EXACT)
 
 
@@ -65,7 +66,7 @@ def test_cropping_goes_on_and_on(model):
         logits = read(model, torch.cat([ids[:, position : position + 1], random_ids(1, 2, seed=position)], 1), cache)
         torch.testing.assert_close(logits[:, :1], read_alone(model, ids[:, : position + 1], 1), **EXACT)
         cache.crop(-2)
-    held = cache.layers[-1].conv_inputs.values()
+    held = cache.engram_history.conv_inputs.values()
     assert {states.shape[1] for states in held} == {9 + SPARE_POSITIONS}, "a crop also gives back what is not needed"
 
 
@@ -79,8 +80,12 @@ def test_cropping_everything_is_a_reset(mixtral):
 def test_what_the_convolution_needs_is_gone_without_recording(mixtral):
     cache = filled_cache(mixtral, random_ids(1, 100), recording=False)
     with pytest.raises(ValueError, match=r"forget at most 64 positions, not 65.*activate_past_recording"):
-        cache.layers[-1].crop(-65)
-    assert cache.layers[-1].get_seq_length() == 100
+        cache.crop(-65)
+    # Nothing of it was cropped.
+    assert cache.engram_history.get_seq_length() == cache.get_seq_length() == 100
+    more = random_ids(1, 2, seed=5)
+    whole = torch.cat([random_ids(1, 100), more], 1)
+    torch.testing.assert_close(read(mixtral, more, cache), read_alone(mixtral, whole, 2), **EXACT)
 
 
 def test_without_a_convolution_nothing_has_to_be_recorded():
@@ -93,7 +98,8 @@ def test_without_a_convolution_nothing_has_to_be_recorded():
 def test_a_positive_crop_is_refused(mixtral):
     cache = filled_cache(mixtral, random_ids(1, 5))
     with pytest.raises(ValueError, match="minus the number of positions"):
-        cache.layers[-1].crop(3)
+        cache.crop(3)
+    assert cache.get_seq_length() == 5
 
 
 @pytest.mark.parametrize(
@@ -117,7 +123,7 @@ def test_rows_of_the_batch_move_with_the_cache(model, change, rows):
 def test_rows_that_did_not_move_would_show(mixtral):
     ids, others = random_ids(3, 14), random_ids(3, 4, seed=5)
     cache, order = filled_cache(mixtral, ids, recording=False), torch.tensor([2, 0, 0])
-    for layer in cache.layers[:-1]:
+    for layer in cache.layers:
         layer.reorder_cache(order)
     alone = read_alone(mixtral, torch.cat([ids[order], others], 1), 4)
     assert (read(mixtral, others, cache) - alone).abs().max() > 1e-2
@@ -154,22 +160,22 @@ def test_chunks_in_a_static_cache_are_the_whole(model, size):
     cache = StaticCache(config=model.config, max_cache_len=32)
     chunks = torch.cat([read(model, chunk, cache) for chunk in ids.split(size, 1)], 1)
     torch.testing.assert_close(chunks, read_alone(model, ids, 20), **EXACT)
-    assert isinstance(cache.layers[-1], StaticEngramHistoryLayer)
+    assert isinstance(cache.engram_history, StaticEngramHistory)
 
 
 def test_a_static_cache_keeps_its_tensors(mixtral):
     """Compiled code has their addresses."""
     cache = StaticCache(config=mixtral.config, max_cache_len=32)
     read(mixtral, random_ids(1, 5), cache)
-    history = cache.layers[-1]
-    tensors = [history.ids, history.sequence_ids, history.length, *history.conv_inputs.values()]
+    history = cache.engram_history
+    tensors = [history.ids, history.documents, history.counts, *history.conv_inputs.values()]
     addresses = [tensor.data_ptr() for tensor in tensors]
     read(mixtral, random_ids(1, 1), cache)
     cache.reset()
-    now = [history.ids, history.sequence_ids, history.length, *history.conv_inputs.values()]
+    now = [history.ids, history.documents, history.counts, *history.conv_inputs.values()]
     assert [tensor.data_ptr() for tensor in now] == addresses and cache.is_compileable
     with pytest.raises(ValueError, match="static cache cannot forget"):
-        history.crop(-1)
+        cache.crop(-1)
 
 
 def test_a_static_cache_cuts_documents_as_a_dynamic_one(mixtral):
@@ -181,6 +187,7 @@ def test_a_static_cache_cuts_documents_as_a_dynamic_one(mixtral):
             stop = {0: 4, 4: 7, 7: 12}[start]
             window = slice(start, stop)
             memory = mixtral.model.prepare_memory(ids[:, window], position_ids=positions[:, window], history=history)
+            history.commit()
             results.append(memory.row_ids)
     assert all(torch.equal(one, two) for one, two in zip(results[:3], results[3:], strict=True))
     whole = mixtral.model.prepare_memory(ids, position_ids=positions).row_ids
@@ -203,16 +210,38 @@ def test_a_copied_cache_goes_its_own_way(mixtral):
         torch.testing.assert_close(branch, read_alone(mixtral, torch.cat([ids, more], 1), 4), **EXACT)
 
 
-def test_it_is_a_layer_like_the_others(mixtral):
-    cache = filled_cache(mixtral, random_ids(2, 6), recording=False)
-    history = cache.layers[-1]
-    assert isinstance(history, EngramHistoryLayer)
-    assert len(cache) == mixtral.config.num_hidden_layers + 1
-    assert cache.get_seq_length() == history.get_seq_length() == 6
-    assert history.get_mask_sizes(3) == (9, 0) and history.get_max_length() == cache.get_max_length() == -1
-    assert cache.is_croppable and not cache.is_compileable and cache.is_initialized
-    with pytest.raises(TypeError, match="asked to store keys and values"):
-        cache.update(torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8), len(cache) - 1)
+def test_who_walks_over_the_layers_finds_those_of_the_backbone(model):
+    """Tools that read keys and values (attention sinks, cache compression, visualization) need not know of memory."""
+    ids = random_ids(2, 6)
+    cache = filled_cache(model, ids, recording=False)
+    bare = DynamicCache(config=model.config)
+    assert isinstance(cache, (DynamicCache, CacheWithHistory)) and len(cache) == len(bare)
+    assert [type(layer) for layer in cache.layers] == [type(layer) for layer in bare.layers]
+    for layer in cache.layers:
+        assert layer.keys.shape[0] == layer.values.shape[0] == 2 and layer.get_seq_length() == 6
+    assert cache.get_max_length() == bare.get_max_length()
+    assert cache.is_initialized and not cache.is_compileable
+
+
+def test_a_cache_with_history_can_be_pickled(mixtral):
+    ids, more = random_ids(1, 8), random_ids(1, 4, seed=2)
+    cache = DynamicCache(config=mixtral.config)
+    read(mixtral, ids, cache)
+    again = pickle.loads(pickle.dumps(cache))
+    assert type(again) is type(cache)
+    torch.testing.assert_close(read(mixtral, more, again), read_alone(mixtral, torch.cat([ids, more], 1), 4), **EXACT)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=32)])
+def test_a_refused_call_leaves_no_trace(mixtral, make):
+    """The corrected call is as good as if the first had not been."""
+    ids, more = random_ids(2, 8), random_ids(2, 3, seed=2)
+    cache = make(config=mixtral.config)
+    read(mixtral, ids, cache)
+    with pytest.raises(Exception, match=r"."):
+        read(mixtral, more, cache, position_ids=torch.zeros(5, 7, 3))
+    expected = read_alone(mixtral, torch.cat([ids, more], 1), 3)
+    torch.testing.assert_close(read(mixtral, more, cache), expected, **EXACT)
 
 
 def test_the_cache_of_the_bare_backbone_is_refused(mixtral):
@@ -228,7 +257,7 @@ def test_the_cache_of_the_bare_backbone_is_refused(mixtral):
 
 def test_a_cache_that_went_on_without_the_memory_is_refused(mixtral):
     cache = filled_cache(mixtral, random_ids(1, 6))
-    for layer in cache.layers[:-1]:
+    for layer in cache.layers:
         layer.crop(-2)
     with pytest.raises(ValueError, match="holds 4 positions, of which this model's memory saw 6"):
         read(mixtral, random_ids(1, 1), cache)
@@ -247,22 +276,15 @@ def test_the_cache_of_another_batch_is_refused(mixtral):
         mixtral(random_ids(3, 1), past_key_values=cache)
 
 
-def test_a_cache_for_another_number_of_layers_is_refused(mixtral):
-    config = BACKBONES["mixtral"]()
-    config.num_hidden_layers = 5
-    with pytest.raises(ValueError, match="has 5 layers, but the backbone has 3"):
-        mixtral(random_ids(1, 4), past_key_values=DynamicCache(config=config))
-
-
 def test_a_cache_without_layers_is_refused(mixtral):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    with pytest.raises(ValueError, match="past_key_values is a EncoderDecoderCache"):
+    with pytest.raises(ValueError, match="The cache is a EncoderDecoderCache"):
         mixtral(random_ids(1, 4), past_key_values=cache)
 
 
 def test_reading_into_a_cache_keeps_little_of_the_convolution(mixtral):
     cache = DynamicCache(config=mixtral.config)
     read(mixtral, torch.randint(3, VOCAB, (1, 240)), cache)
-    for states in cache.layers[-1].conv_inputs.values():
+    for states in cache.engram_history.conv_inputs.values():
         kept = 9 + SPARE_POSITIONS
         assert states.shape[1] == kept and states.untyped_storage().nbytes() == kept * 32 * 4

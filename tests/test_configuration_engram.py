@@ -75,8 +75,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
         ({"engram_num_embeddings": [410]}, r"engram_num_embeddings is \[410\], .* sum to \[408\] rows; leave it out"),
         ({"engram_layer_id": [1]}, "no field engram_layer_id; did you mean engram_layer_ids"),
         ({"engram_zzz": 1}, "no field engram_zzz; the fields are engram_layer_ids, "),
-        ({"engram_format_version": FORMAT_VERSION + 1}, "engram_format_version is 2, .* upgrade engram-hf"),
-        ({"engram_format_version": 2, "engram_new": 1}, "upgrade engram-hf"),
+        (
+            {"engram_format_version": FORMAT_VERSION + 1},
+            f"engram_format_version is {FORMAT_VERSION + 1}, .* upgrade engram-hf",
+        ),
+        ({"engram_format_version": FORMAT_VERSION + 1, "engram_new": 1}, "upgrade engram-hf"),
         ({"text_config": {"model_type": "nosuch"}}, "model_type 'nosuch', .* AutoConfig.register"),
         ({"text_config": {"hidden_size": 8}}, "model_type None, .* name a registered decoder"),
         ({"text_config": T5Config()}, r"encoder-decoder \(t5\); give the config of a decoder-only model"),

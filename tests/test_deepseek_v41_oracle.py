@@ -20,8 +20,7 @@ from transformers import DynamicCache
 
 from engram_hf import modeling_deepseek_v41 as modeling
 from engram_hf.configuration_deepseek_v41 import DeepseekV41TextConfig
-from engram_hf.modeling_deepseek_v41 import DeepseekV41TextForCausalLM
-from engram_hf.rounding_deepseek_v41 import round_fp8, round_mxfp4, round_nvfp4
+from engram_hf.modeling_deepseek_v41 import DeepseekV41TextForCausalLM, round_fp8, round_mxfp4, round_nvfp4
 
 CASES = ("full", "padded", "long", "image")
 
@@ -64,6 +63,15 @@ def remembering(release, release_config):
     """The miniature's backbone with its memory, and the memory."""
     model = miniature(release, release_config)
     return model, InjectedMemory(model.model.layers, model.config.engram_layer_ids, release)
+
+
+@pytest.fixture
+def precise(remembering):
+    """The same in float64: the rounding of caches is a step function, and float32 noise shows on some processors as a step."""
+    model, memory = remembering
+    model.double().set_experts_implementation("eager")  # grouped products take no float64
+    memory.release = {name: t.double() if t.is_floating_point() else t for name, t in memory.release.items()}
+    return model, memory
 
 
 # --- whole --------------------------------------------------------------------------------------------------------
@@ -287,8 +295,8 @@ def test_dequantize_reference_reads_low_nibble_first():
 @pytest.mark.parametrize("size", CHUNKS)
 @pytest.mark.parametrize("case", ["full", "long"])
 @torch.no_grad()
-def test_golden_cases_in_chunks(remembering, answers, case, size):
-    model, memory = remembering
+def test_golden_cases_in_chunks(precise, answers, case, size):
+    model, memory = precise
     ids = answers[f"{case}.input_ids"]
     logits = in_chunks(model, ids, size, prepare=lambda chunk: feed(memory, answers, case, chunk))
     assert worst(logits, answers[f"{case}.logits"]) < 1e-4
@@ -296,8 +304,8 @@ def test_golden_cases_in_chunks(remembering, answers, case, size):
 
 @pytest.mark.parametrize("size", CHUNKS)
 @torch.no_grad()
-def test_golden_rows_left_padded_in_chunks(remembering, answers, size):
-    model, memory = remembering
+def test_golden_rows_left_padded_in_chunks(precise, answers, size):
+    model, memory = precise
     lengths = answers["padded.attention_mask"].sum(-1).tolist()
     ids, mask = padded(answers["padded.input_ids"], lengths, "left")
 

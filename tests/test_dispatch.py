@@ -13,16 +13,16 @@ from engram_hf import EngramForCausalLM
 IDS = random_ids(2, 9)
 OUTSIDE = [
     "model.hashing",
-    "model.backbone.embed_tokens",
-    "model.backbone.norm",
-    "model.backbone.rotary_emb",
+    "model.embed_tokens",
+    "model.norm",
+    "model.rotary_emb",
     "lm_head",
 ]
-WITH_MEMORY = ["model.backbone.layers.1", "model.backbone.layers.2"]
+WITH_MEMORY = ["model.layers.1", "model.layers.2"]
 
 
 def on_disk(*modules: str) -> dict[str, str]:
-    return {name: "disk" if name in modules else "cpu" for name in [*OUTSIDE, "model.backbone.layers.0", *WITH_MEMORY]}
+    return {name: "disk" if name in modules else "cpu" for name in [*OUTSIDE, "model.layers.0", *WITH_MEMORY]}
 
 
 # Options of `from_pretrained`, and whether the tables are on disk then.
@@ -33,7 +33,7 @@ MAPS = {
     "part with buffers": ({"device_map": "auto", "max_memory": {"cpu": 300_000}, "offload_buffers": True}, True),
     "all with buffers": ({"device_map": on_disk(*OUTSIDE, *WITH_MEMORY), "offload_buffers": True}, True),
     "memory": ({"device_map": on_disk(*WITH_MEMORY)}, True),
-    "all but memory": ({"device_map": on_disk(*OUTSIDE, "model.backbone.layers.0")}, False),
+    "all but memory": ({"device_map": on_disk(*OUTSIDE, "model.layers.0")}, False),
 }
 
 
@@ -98,7 +98,7 @@ def test_a_table_of_two_on_disk(saved, tmp_path, tables):
     split = EngramForCausalLM.from_pretrained(
         folder / tables,
         engram_residency="resident",
-        device_map=on_disk("model.backbone.layers.2"),
+        device_map=on_disk("model.layers.2"),
         offload_folder=tmp_path / "offloaded",
     )
     assert [memory.table.is_resident for memory in split.model.memories().values()] == 2 * [tables == "together"]

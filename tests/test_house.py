@@ -1,12 +1,14 @@
 """The shape of the house: which file may import which, what is public, what a checkpoint is made of."""
 
 import ast
+import importlib
 import importlib.metadata
 import sys
 from pathlib import Path
 
 import pytest
 from tiny_backbones import build
+from version_matrix import constraints_files
 
 import engram_hf
 
@@ -15,35 +17,34 @@ ROOT = Path(engram_hf.__file__).parent
 # Flat files go to the Hub beside the weights. Of each family, a file imports only files that stand before it.
 FAMILIES = [
     [
+        "table_engram",
         "hashing_engram",
         "configuration_engram",
         "safetensors_engram",
-        "file_writer_engram",
-        "folder_writer_engram",
-        "loading_engram",
         "table_format_engram",
-        "weights_digest_engram",
-        "table_engram",
-        "table_files_engram",
         "row_sources_engram",
-        "residency_engram",
-        "hot_rows_engram",
+        "loading_engram",
+        "saving_engram",
         "prefetch_engram",
-        "table_check_engram",
         "cache_engram",
         "layer_engram",
-        "card_engram",
         "modeling_engram",
+        # What follows stays at home: none of the files above imports it.
+        "table_writer_engram",
+        "table_check_engram",
+        "card_engram",
     ],
     [
         "configuration_deepseek_v41",
-        "rounding_deepseek_v41",
         "cache_deepseek_v41",
         "modeling_deepseek_v41",
     ],
+    ["auto_deepseek_v41"],
 ]
 # What whoever loads a model with remote code is sure to have.
 INSTALLED_WITH_TRANSFORMERS = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "huggingface_hub"}
+# What a flat file may import and do without.
+OPTIONAL = {"psutil"}
 ROOMS_THAT_ARE_NOT_INSTALLED = {"tests", "benchmarks", "examples", "docs"}
 
 
@@ -91,9 +92,11 @@ def test_every_flat_file_has_its_place():
 @pytest.mark.parametrize("path", flat_files(), ids=lambda path: path.stem)
 def test_flat_files_import_one_way(path):
     """`trust_remote_code` follows `from .name import`, one dot and one name; a circle would not even load."""
-    engram, backbone = FAMILIES
-    # The memory brings the V4.1 backbone along; the backbone knows nothing of memory.
-    family = [*backbone, *engram] if path.stem in engram else backbone
+    engram, backbone, entry = FAMILIES
+    # The backbone knows nothing of memory but what stored numbers mean, and the memory nothing of that backbone; where the
+    # remote code of a V4.1 model begins, both are brought together.
+    families = engram, [engram[0], *backbone], [*engram, *backbone, *entry]
+    family = next(family for family in families if path.stem in family)
     before = family[: family.index(path.stem)]
     relative = [("." * level + module) for level, module in imports(path) if level]
     assert [name for name in relative if name not in {f".{module}" for module in before}] == []
@@ -102,7 +105,24 @@ def test_flat_files_import_one_way(path):
 @pytest.mark.parametrize("path", flat_files(), ids=lambda path: path.stem)
 def test_flat_files_need_nothing_that_transformers_does_not_bring(path):
     packages = {module.partition(".")[0] for level, module in imports(path) if not level}
-    assert packages - INSTALLED_WITH_TRANSFORMERS - sys.stdlib_module_names == set()
+    assert packages - INSTALLED_WITH_TRANSFORMERS - OPTIONAL - sys.stdlib_module_names == set()
+
+
+def carried(name: str) -> set[str]:
+    """The flat files that a pushed model with this modelling file carries."""
+    found, waiting = set(), [name]
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting += [module for level, module in imports(ROOT / f"{name}.py") if level and module not in found]
+    return found
+
+
+def test_a_pushed_model_carries_what_running_it_needs():
+    """Whoever types `trust_remote_code=True` is to be able to read it."""
+    engram = FAMILIES[0]
+    assert carried("modeling_engram") == set(engram[: engram.index("modeling_engram") + 1])
+    assert engram.index("modeling_engram") < 12
 
 
 def test_the_tokenizer_needs_nothing_of_the_model():
@@ -120,18 +140,55 @@ def test_nothing_installed_imports_what_is_not():
 # --- what is public
 
 
-def test_public_names():
-    assert engram_hf.__all__ == ["EngramConfig", "EngramForCausalLM", "EngramModel", "EngramTokenizer"]
-    assert all(hasattr(engram_hf, name) for name in engram_hf.__all__)
+PUBLIC_NAMES = {
+    "engram_hf": ["EngramConfig", "EngramForCausalLM", "EngramModel", "EngramTokenizer"],
+    "engram_hf.tokenization": ["CompressionSummary", "EngramTokenizer"],
+    "engram_hf.training": [
+        "RowAdapter",
+        "add_row_adapters",
+        "engram_parameter_groups",
+        "merge_row_adapters",
+        "saved_rows",
+        "touched_rows",
+    ],
+}
+# `python -m engram_hf.convert_scripts.NAME`: what a shell script of today may pass.
+SCRIPTS = {
+    "convert_deepseek_v41": "source target --dequantize-tables --dry-run --dtype --layers --link-tables --revision --verify-only",
+    "convert_engram_demo": (
+        "state backbone target --engram-vocab-size --layer-ids --max-ngram-size --pad-token-id --seed --tokenizer"
+    ),
+    "export_deepseek_v41": "source target --dry-run --record --verify-only",
+}
+
+
+@pytest.mark.parametrize("package", PUBLIC_NAMES)
+def test_public_names(package):
+    """A name that goes, or is new, is a decision: this list is changed by hand."""
+    module = importlib.import_module(package)
+    assert module.__all__ == PUBLIC_NAMES[package]
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_scripts_that_can_be_run():
+    scripts = {path.stem for path in (ROOT / "convert_scripts").glob("*.py") if "def main(" in path.read_text()}
+    assert scripts == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_options_of_a_script(script):
+    parser = importlib.import_module(f"engram_hf.convert_scripts.{script}").build_parser()
+    options = {(action.option_strings or [action.dest])[-1] for action in parser._actions}
+    assert options - {"--help"} == set(SCRIPTS[script].split())
 
 
 HASH = {"model.hashing.multipliers", "model.hashing.primes"}
 BACKBONE = {
     "lm_head.weight",
-    "model.backbone.embed_tokens.weight",
-    "model.backbone.norm.weight",
+    "model.embed_tokens.weight",
+    "model.norm.weight",
     *(
-        f"model.backbone.layers.{layer}.{name}.weight"
+        f"model.layers.{layer}.{name}.weight"
         for layer in range(3)
         for name in (
             "input_layernorm",
@@ -169,9 +226,9 @@ MEMORY = {
 def test_names_of_a_checkpoint(variant):
     """A renamed tensor orphans every checkpoint in the world: this list changes with the format version only."""
     state = build("llama", variant).state_dict()
-    memory = {f"model.backbone.layers.{layer}.engram.{name}" for layer in (1, 2) for name in MEMORY[variant]}
+    memory = {f"model.layers.{layer}.engram.{name}" for layer in (1, 2) for name in MEMORY[variant]}
     assert set(state) == HASH | BACKBONE | memory
-    shapes = {name: tuple(state[f"model.backbone.layers.1.engram.{name}"].shape) for name in MEMORY[variant]}
+    shapes = {name: tuple(state[f"model.layers.1.engram.{name}"].shape) for name in MEMORY[variant]}
     assert shapes == MEMORY[variant]
 
 
@@ -180,8 +237,8 @@ def test_names_that_compression_and_float8_rows_add():
     assert "model.hashing.token_map" in state
     state = build("llama", "v4.1", engram_table_dtype="float8_e4m3fn", engram_head_dim=32).state_dict()
     assert {name for name in state if name.endswith("table.scale")} == {
-        "model.backbone.layers.1.engram.table.scale",
-        "model.backbone.layers.2.engram.table.scale",
+        "model.layers.1.engram.table.scale",
+        "model.layers.2.engram.table.scale",
     }
 
 
@@ -194,6 +251,22 @@ def test_every_room_is_installed():
     expected = ["engram_hf", *("engram_cli" if room == "cli" else f"engram_hf.{room}" for room in rooms)]
     assert sorted(packages) == sorted(expected)
     assert not {name.partition(".")[2] for name in packages} & ROOMS_THAT_ARE_NOT_INSTALLED
+
+
+def test_versions_of_transformers_agree():
+    """The oldest tested version is the one that setup.py allows; the newest is that of `constraints.txt`."""
+    tested = list(constraints_files())
+    (allowed,) = (need for need in setup_arguments()["install_requires"] if need.startswith("transformers"))
+    assert f"{allowed.partition('>=')[2]}.0" == tested[0]
+    assert constraints_files()[tested[-1]].samefile(ROOT / "constraints.txt")
+    assert f"OLDEST := {tested[0]}" in (ROOT / "Makefile").read_text()
+    first, last = (version.rpartition(".")[0] for version in (tested[0], tested[-1]))
+    assert f"transformers {first} to {last}" in (ROOT / "README.md").read_text()
+
+
+def test_types_are_shipped():
+    assert setup_arguments()["package_data"]["engram_hf"] == ["py.typed"]
+    assert (ROOT / "py.typed").read_bytes() == b""
 
 
 def test_python_versions_agree():

@@ -14,11 +14,13 @@ from transformers import LlamaConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from engram_hf import EngramConfig, layer_engram
-from engram_hf.cache_engram import EngramHistoryLayer
-from engram_hf.layer_engram import EngramDecoderLayerMixin, EngramInputs, EngramMemory, add_memory_to_layer
+from engram_hf.cache_engram import EngramHistory
+from engram_hf.hashing_engram import Compaction
+from engram_hf.layer_engram import EngramInputs, EngramMemory, LayerWithMemory, add_memory_to_layer
 
 VARIANTS = ["paper", "v4.1"]
 HIDDEN, LENGTH = 8, 20
+REACH = 12  # at least that of every memory here
 
 
 def make_memory(variant: str = "paper", streams: int = 2, dtype=torch.float64, **fields) -> EngramMemory:
@@ -31,8 +33,13 @@ def make_memory(variant: str = "paper", streams: int = 2, dtype=torch.float64, *
     return randomize(EngramMemory(config, index=1, dtype=dtype))
 
 
-def make_inputs(**fields) -> EngramInputs:
-    return EngramInputs(row_ids=torch.empty(0), **fields)
+def make_inputs(valid=None, sequence_ids=None, past_sequence_ids=None, history=None) -> EngramInputs:
+    """Without padding; `past_sequence_ids` `[B, P]` are the documents of the positions before."""
+    documents = sequence_ids
+    if sequence_ids is not None:
+        past = sequence_ids[:, :0] if past_sequence_ids is None else past_sequence_ids[:, -REACH:]
+        documents = F.pad(torch.cat([past, sequence_ids], dim=1), (REACH - past.shape[1], 0), value=-1)
+    return EngramInputs(torch.empty(0), Compaction(None), valid=valid, documents=documents, history=history)
 
 
 def random_states(streams: int = 2, length: int = LENGTH, dtype=torch.float64, seed: int = 3):
@@ -128,7 +135,7 @@ def test_fusion_of_the_known_answers(golden, variant, file, dtype, tolerance):
 def test_outputs_and_gradients_are_those_of_the_reference(variant, streams, lengths, dead):
     memory, states = make_memory(variant, streams), random_states(streams)
     alive = two_dead() if dead else None
-    inputs = make_inputs(alive=alive, sequence_ids=documents(lengths))
+    inputs = make_inputs(valid=alive, sequence_ids=documents(lengths))
 
     def one_by_one(hidden, rows):
         masks = [None] * len(lengths) if alive is None else alive.split(lengths, dim=1)
@@ -167,10 +174,10 @@ def test_gradcheck(variant, history):
     def fuse(hidden, rows, past, *parameters):
         layer = None
         if history:
-            layer = EngramHistoryLayer(owner=())
-            layer.remember_conv_inputs(memory.index, past, reach)
+            layer = EngramHistory(owner=(), reach=reach)
+            layer.conv_inputs[memory.index] = past
         inputs = make_inputs(
-            alive=alive,
+            valid=alive,
             sequence_ids=sequence_ids,
             past_sequence_ids=torch.ones(2, reach, dtype=torch.int64) if history else None,
             history=layer,
@@ -206,7 +213,9 @@ def test_gradcheck_of_the_table(variant):
     row_ids = torch.randint(0, memory.table.num_rows, (2, 2, 5, 4), generator=torch.Generator().manual_seed(0))
 
     def forward(hidden, table):
-        return torch.func.functional_call(memory, {"table.weight": table}, (hidden, EngramInputs(row_ids)))
+        return torch.func.functional_call(
+            memory, {"table.weight": table}, (hidden, EngramInputs(row_ids, Compaction(None)))
+        )
 
     table = memory.table.weight.detach().clone()
     assert torch.autograd.gradcheck(forward, (hidden.requires_grad_(), table.requires_grad_()), fast_mode=True)
@@ -268,7 +277,7 @@ def test_documents_do_not_leak():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dead_positions_contribute_nothing(variant):
     """Only the dead position's own streams change, by what was added to them."""
-    memory, inputs = make_memory(variant), make_inputs(alive=two_dead())
+    memory, inputs = make_memory(variant), make_inputs(valid=two_dead())
     assert positions(changed_outputs(memory, inputs, position=9, batch=1)[1]) == [9]
     hidden, rows = random_states()
     out = memory.fuse(hidden, rows, inputs)
@@ -277,7 +286,7 @@ def test_dead_positions_contribute_nothing(variant):
 
 def test_dead_positions_are_exactly_without_memory_in_v41():
     hidden, rows = random_states()
-    same = (make_memory("v4.1").fuse(hidden, rows, make_inputs(alive=two_dead())) == hidden).flatten(2).all(-1)
+    same = (make_memory("v4.1").fuse(hidden, rows, make_inputs(valid=two_dead())) == hidden).flatten(2).all(-1)
     assert torch.equal(same, ~two_dead())
 
 
@@ -285,7 +294,7 @@ def test_nothing_of_a_dead_position_is_not_a_number():
     """The norm of the convolution meets rows of zeros."""
     memory = make_memory(dtype=torch.float32)
     hidden, rows = random_states(dtype=torch.float32)
-    out, grads = gradients(memory, memory.fuse, hidden, rows, make_inputs(alive=torch.zeros(2, LENGTH).bool()))
+    out, grads = gradients(memory, memory.fuse, hidden, rows, make_inputs(valid=torch.zeros(2, LENGTH).bool()))
     assert torch.equal(out, hidden)
     assert all(grad.isfinite().all() for grad in grads)
 
@@ -298,17 +307,19 @@ def test_nothing_of_a_dead_position_is_not_a_number():
 def test_chunks_equal_the_whole(variant, size):
     memory, (hidden, rows) = make_memory(variant), random_states()
     sequence_ids, alive = documents([9, 11]), two_dead()
-    whole = memory.fuse(hidden, rows, make_inputs(alive=alive, sequence_ids=sequence_ids))
-    history, parts = EngramHistoryLayer(owner=()), []
+    whole = memory.fuse(hidden, rows, make_inputs(valid=alive, sequence_ids=sequence_ids))
+    history, parts = EngramHistory(owner=(), reach=9), []
     for start in range(0, LENGTH, size):
         now = slice(start, start + size)
         inputs = make_inputs(
-            alive=alive[:, now],
+            valid=alive[:, now],
             sequence_ids=sequence_ids[:, now],
             past_sequence_ids=sequence_ids[:, :start],
             history=history,
         )
+        history.stage(sequence_ids[:, now], sequence_ids[:, now], inputs.compaction, False)
         parts.append(memory.fuse(hidden[:, now], rows[:, now], inputs))
+        history.commit()
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-12)
 
 
@@ -320,7 +331,7 @@ def test_chunks_equal_the_whole(variant, size):
 def test_a_long_prompt_is_fused_in_blocks(monkeypatch, variant, block):
     """Without gradients a few tokens at a time, which a hook on the gate does not notice."""
     memory, (hidden, rows) = make_memory(variant), random_states()
-    inputs = make_inputs(alive=two_dead())
+    inputs = make_inputs(valid=two_dead())
     whole = memory.fuse(hidden, rows, inputs)
     gates, projected = watch_gates(memory), []
     memory.kv_proj.register_forward_hook(lambda module, args, output: projected.append(output.shape[:2].numel()))
@@ -378,7 +389,7 @@ def test_autocast_keeps_the_streams_in_float32():
 def test_a_silenced_memory_changes_nothing(variant, dtype):
     memory, (hidden, rows) = make_memory(variant, dtype=dtype), random_states(dtype=dtype)
     assert not torch.equal(memory.fuse(hidden, rows, make_inputs()), hidden)
-    memory.silence()
+    memory.zero_value_projection()
     assert torch.equal(memory.fuse(hidden, rows, make_inputs()), hidden)
     _, grads = gradients(memory, memory.fuse, hidden, rows, make_inputs())
     assert grads[2][-HIDDEN:].any()  # the value rows of the projection learn from there
@@ -388,7 +399,9 @@ def test_forward_reads_the_rows_of_its_own_layer():
     memory, (hidden, _) = make_memory(), random_states()
     row_ids = torch.randint(0, memory.table.num_rows, (2, 2, LENGTH, 4), generator=torch.Generator().manual_seed(0))
     rows = memory.table.weight[row_ids[1]].flatten(-2)
-    assert torch.equal(memory(hidden, EngramInputs(row_ids)), memory.fuse(hidden, rows, make_inputs()))
+    assert torch.equal(
+        memory(hidden, EngramInputs(row_ids, Compaction(None))), memory.fuse(hidden, rows, make_inputs())
+    )
 
 
 # --- inside a decoder layer
@@ -410,7 +423,7 @@ def run_layer(layer: nn.Module, config: EngramConfig, with_memory: bool = True) 
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn((1, 6, 32), generator=generator)
     row_ids = torch.randint(0, min(config.engram_num_embeddings), (2, 1, 6, 4), generator=generator)
-    memory = {"engram_inputs": EngramInputs(row_ids)} if with_memory else {}
+    memory = {"engram_inputs": EngramInputs(row_ids, Compaction(None))} if with_memory else {}
     rotary = (torch.ones(1, 6, 8), torch.zeros(1, 6, 8))
     return layer(hidden, position_embeddings=rotary, attention_mask=None, **memory)
 
@@ -452,7 +465,7 @@ def test_a_layer_with_memory_can_be_copied(decoder_layer, config):
     twin = copy.deepcopy(decoder_layer)
     assert type(twin) is type(decoder_layer)
     assert torch.equal(run_layer(twin, config), run_layer(decoder_layer, config))
-    twin.engram.silence()
+    twin.engram.zero_value_projection()
     assert not torch.equal(run_layer(twin, config), run_layer(decoder_layer, config))
 
 
@@ -461,7 +474,7 @@ def test_a_layer_with_memory_can_be_sent_to_another_process(decoder_layer, confi
     """Its class exists in no module, so what is sent must name the class it extends (nothing is read back here)."""
     assert b"MixtralDecoderLayer" in pickle.dumps(decoder_layer)
     rebuild, arguments, state = decoder_layer.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
-    assert arguments == (MixtralDecoderLayer,)
+    assert arguments == (LayerWithMemory, MixtralDecoderLayer)
     twin = rebuild(*arguments)
     twin.__setstate__(state)
     assert type(twin) is type(decoder_layer)
@@ -471,5 +484,5 @@ def test_a_layer_with_memory_can_be_sent_to_another_process(decoder_layer, confi
 def test_the_class_a_layer_extends_is_found_under_another_wrapper(decoder_layer):
     """FSDP and others put a class of their own in front of the layer's."""
     decoder_layer.__class__ = type("Wrapped", (type(decoder_layer),), {})
-    assert isinstance(decoder_layer, EngramDecoderLayerMixin)
-    assert decoder_layer.__reduce_ex__(pickle.HIGHEST_PROTOCOL)[1] == (MixtralDecoderLayer,)
+    assert isinstance(decoder_layer, LayerWithMemory)
+    assert decoder_layer.__reduce_ex__(pickle.HIGHEST_PROTOCOL)[1] == (LayerWithMemory, MixtralDecoderLayer)

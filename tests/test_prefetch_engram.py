@@ -3,88 +3,66 @@
 import copy
 import gc
 import json
-import multiprocessing
+import logging
 import os
-import resource
+import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from mmap import PAGESIZE
 from pathlib import Path
-from types import SimpleNamespace
 
+import child_processes
 import pytest
 import torch
-from table_models import IDS, bits, logits, put_logits
+from table_models import IDS, bits, logits
+from tiny_backbones import build
+from transformers.utils import logging as transformers_logging
 
-from engram_hf import EngramForCausalLM
-from engram_hf.hot_rows_engram import HotRows
+from engram_hf import EngramForCausalLM, prefetch_engram
 from engram_hf.prefetch_engram import FetchedRows, Prefetcher
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.table_engram import EngramTable, read_rows
 from engram_hf.table_format_engram import read_tables, tables_in_checkpoint
 
 
-def test_rows_that_are_fetched_ahead_are_the_rows(saved_tables):
+def fetch_noted(prefetcher: Prefetcher, monkeypatch) -> list[bool]:
+    """Whether each forward from now on fetches its rows ahead."""
+    noted, start = [], prefetcher.start
+
+    def noting(row_ids):
+        fetched = start(row_ids)
+        noted.append(fetched is not None)
+        return fetched
+
+    monkeypatch.setattr(prefetcher, "start", noting)
+    return noted
+
+
+def test_rows_that_are_fetched_ahead_are_the_rows(saved_tables, monkeypatch):
     model, _, folder = saved_tables
     mapped = EngramForCausalLM.from_pretrained(folder, engram_residency="mapped")
     mapped.model.prefetcher.when = "always"
-    assert torch.equal(logits(mapped), logits(model))
-    statistics = mapped.model.prefetcher.statistics
-    assert statistics["prefetched"] == 1
-    assert statistics["rows_hot"] == 0 < statistics["rows_read"] < statistics["rows_asked"] == 2 * IDS.numel() * 4
-
-
-@pytest.mark.parametrize(("hot_bytes", "share"), [(1 << 20, 1), (8 << 10, 0.1), (0, 0)])
-def test_rows_that_are_read_again_are_kept(saved_tables, hot_bytes, share):
-    model, _, folder = saved_tables
-    mapped = EngramForCausalLM.from_pretrained(folder, engram_residency="mapped")
-    prefetcher = mapped.model.prefetcher
-    prefetcher.when, prefetcher.hot_bytes = "always", hot_bytes
-    # As often as it takes all rows to enter: of rows that would take one slot, one does at a time.
-    for _ in range(12):
+    noted = fetch_noted(mapped.model.prefetcher, monkeypatch)
+    for _ in range(3):
         assert torch.equal(logits(mapped), logits(model))
-    before = dict(prefetcher.statistics)
-    assert torch.equal(logits(mapped), logits(model))
-    hot, read = (prefetcher.statistics[name] - before[name] for name in ("rows_hot", "rows_read"))
-    assert hot >= share * (hot + read)
-    assert (hot == 0) == (share == 0)
-    prefetcher.hot_bytes += 50_000  # another size takes effect at once
-    before = dict(prefetcher.statistics)
-    logits(mapped)
-    assert prefetcher.statistics["rows_hot"] == before["rows_hot"]
-    prefetcher.hot_bytes -= 50_000
-    twin = copy.deepcopy(mapped).model.prefetcher
-    assert (twin.when, twin.hot_bytes, twin.statistics["rows_hot"]) == ("always", hot_bytes, 0)
+    assert noted == [True] * 3
+    row_ids = mapped.model.prepare_memory(IDS).row_ids
+    for rows, some in zip(Prefetcher(mapped.model.prefetcher.tables, "always").start(row_ids), row_ids, strict=True):
+        assert rows.row_ids.tolist() == sorted(set(some.flatten().tolist()))  # each is read once, in file order
 
 
-def test_what_could_not_be_read_is_not_kept(saved_tables):
+def test_what_could_not_be_read_is_an_error(saved_tables):
     source = (
         EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped").model.memories()[1].table.source
     )
-    ids, hot = torch.arange(20), HotRows(source.row_bytes, 100_000)
-    rows = FetchedRows(source, ids, hot)
+    rows = FetchedRows(source, torch.arange(20))
     rows._rows[0] = rows._rows[0][:, :1]  # so that reading fails, as it would on a broken disk
     with ThreadPoolExecutor(1) as pool:
-        for step in (rows.request, rows.gather, rows.keep):
-            step(pool)
+        rows.request(pool)
+        rows.gather(pool)
     with pytest.raises(ValueError):
-        rows.fetch(ids)
-    assert not hot.find(ids.numpy())[0].any()
-
-
-def test_a_fork_while_rows_are_being_kept(saved_tables):
-    model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
-    model.model.prefetcher.when = "always"
-    expected, context = logits(saved_tables[0]), multiprocessing.get_context("fork")
-    logits(model)
-    with model.model.prefetcher._hot[1][0]._lock:  # held by nobody in the child, who could not wait for it
-        queue = context.Queue()
-        process = context.Process(target=put_logits, args=(model, queue), daemon=True)
-        process.start()
-        found = queue.get(timeout=60)
-    process.join()
-    torch.testing.assert_close(torch.tensor(found), expected)
+        rows.fetch(torch.arange(20))
 
 
 def tables_in_parts(folder: Path) -> list[EngramTable]:
@@ -121,8 +99,8 @@ def test_the_system_is_asked_for_the_pages_of_all_rows(tmp_path, monkeypatch):
         assert advice == os.POSIX_FADV_WILLNEED
         requests.append((os.path.basename(os.readlink(f"/proc/self/fd/{file}")), offset, length))
 
-    monkeypatch.setattr(os, "posix_fadvise", advise)
     tables = tables_in_parts(tmp_path)
+    monkeypatch.setattr(os, "posix_fadvise", advise)
     ids = torch.tensor([[0, 1, 127, 128, 300, 900, 900, table.num_rows - 1] for table in tables])
     for rows, some in zip(Prefetcher(tables, "always").start(ids), ids, strict=True):
         rows.fetch(some)
@@ -160,43 +138,82 @@ def test_a_float_table_may_begin_anywhere(tmp_path):
     assert torch.equal(rows.read(3, 9)[0], values[3:9])
 
 
-def test_rows_are_fetched_ahead_while_they_come_from_a_disk(saved_tables, monkeypatch):
-    """Of the first forward nothing is known; then it takes a page from a disk per 256 rows of the last one."""
-    usage = SimpleNamespace(ru_inblock=80, ru_majflt=0)
-    monkeypatch.setattr(resource, "getrusage", lambda who: usage)
-    prefetcher = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped").model.prefetcher
-    ids = torch.arange(256).view(2, 128) % 100
+def test_on_the_cpu_rows_are_fetched_ahead_of_tables_larger_than_memory(saved_tables, monkeypatch):
+    """In warm memory, another thread costs more than it saves (benchmarks/tables_gather.py)."""
+    folder, ids = saved_tables[2], torch.arange(256).view(2, 128) % 100
 
-    def is_fetched_ahead(more_blocks: int = 0, more_faults: int = 0, row_ids: torch.Tensor = ids) -> bool:
-        usage.ru_inblock += more_blocks
-        usage.ru_majflt += more_faults
-        return prefetcher.start(row_ids) is not None
+    def prefetcher(free: int) -> Prefetcher:
+        monkeypatch.setattr(prefetch_engram, "free_host_memory", lambda: free)
+        return EngramForCausalLM.from_pretrained(folder, engram_residency="mapped").model.prefetcher
 
-    assert is_fetched_ahead()
-    assert not is_fetched_ahead()
-    assert not is_fetched_ahead(8)  # one page, of 256 rows that the layers read themselves
-    assert is_fetched_ahead(16)
-    assert is_fetched_ahead(8)  # one page, of the 200 rows that were fetched
-    assert not is_fetched_ahead(0)
-    assert not is_fetched_ahead(0, 12)  # 12 pages by waiting are among the 14 by asking
-    assert is_fetched_ahead(0, 4)
-    prefetcher.when = "never"
-    assert not is_fetched_ahead(800)
-    prefetcher.when = "always"
-    assert is_fetched_ahead(0)
+    size = sum(stored.size for stored in read_tables(folder).values())
+    for free, pays in ((size, False), (size - 1, True)):
+        one = prefetcher(free)
+        assert one.when == "auto"
+        assert (one.start(ids) is not None) == pays
+        one.when = "always"
+        assert one.start(ids) is not None
+        for twin in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+            assert twin.when == "always"
+        one.when = "never"
+        assert one.start(ids) is None
+    assert EngramForCausalLM.from_pretrained(folder, engram_residency="resident").model.prefetcher is None
 
 
-def test_warm_memory_is_not_fetched_ahead(saved_tables):
-    mapped = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
-    for _ in range(40):
-        logits(mapped)
-    statistics = mapped.model.prefetcher.statistics
-    # The first forward cannot know; faults of other tests' code may look like ours once or twice.
-    assert statistics["forwards"] == 40
-    assert statistics["prefetched"] < 10
-    assert statistics["rows_hot"] == 0 or statistics["prefetched"] > 1
-    resident = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="resident")
-    assert resident.model.prefetcher is None
+def test_without_threads_rows_are_read_directly(saved_tables, monkeypatch, caplog):
+    """As in a container that has used up its limit of processes; it is said once."""
+    model, _, folder = saved_tables
+    mapped = EngramForCausalLM.from_pretrained(folder, engram_residency="mapped")
+    mapped.model.prefetcher.when = "always"
+    noted = fetch_noted(mapped.model.prefetcher, monkeypatch)
+
+    def fail(self):
+        raise RuntimeError("can't start new thread")
+
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            transformers_logging.warning_once.cache_clear()
+            for _ in range(3):
+                assert torch.equal(logits(mapped), logits(model))
+    finally:
+        library.removeHandler(caplog.handler)
+    assert noted == [False] * 3
+    assert [record.message.count("can't start new thread") for record in caplog.records] == [1]
+    assert torch.equal(logits(mapped), logits(model))  # threads can be had again
+    assert noted[-1]
+
+
+ENDING = """
+import atexit, json, sys, threading, torch
+from engram_hf import EngramForCausalLM, prefetch_engram
+model = EngramForCausalLM.from_pretrained({folder!r}, engram_residency="mapped").eval()
+model.model.prefetcher.when = "always"
+ids = torch.tensor({ids})
+def answer():
+    print(json.dumps(model(ids).logits[0, -1].tolist()), flush=True)
+def after_the_main_thread():
+    threading.main_thread().join()
+    answer()
+if {warm}:
+    model(ids)
+if {how!r} == "atexit":
+    atexit.register(answer)
+else:
+    threading.Thread(target=after_the_main_thread).start()
+"""
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("how", ["atexit", "thread"])
+def test_a_process_that_is_ending_gets_its_rows(tmp_path, how, warm):
+    model = build("qwen3")
+    model.save_pretrained(tmp_path / "saved")
+    code = ENDING.format(folder=str(tmp_path / "saved"), ids=IDS.tolist(), how=how, warm=warm)
+    found = child_processes.finish(child_processes.start(code, env=dict(os.environ), cwd=tmp_path))
+    torch.testing.assert_close(torch.tensor(found), logits(model)[0, -1])
 
 
 def test_no_thread_outlives_the_model(saved_tables):
@@ -216,9 +233,9 @@ def test_no_thread_outlives_the_model(saved_tables):
     assert not threads()
 
 
-def test_prefetching_is_cold_always_or_never():
-    with pytest.raises(ValueError, match="must be 'cold', 'always' or 'never'"):
+def test_prefetching_is_auto_always_or_never():
+    with pytest.raises(ValueError, match="must be 'auto', 'always' or 'never'"):
         Prefetcher([], "sometimes")
     prefetcher = Prefetcher([])
-    with pytest.raises(ValueError, match="must be 'cold', 'always' or 'never'"):
+    with pytest.raises(ValueError, match="must be 'auto', 'always' or 'never'"):
         prefetcher.when = "sometimes"

@@ -142,7 +142,7 @@ def test_memory_can_be_left_out(saved, quantizer):
         )
         for residency in ("resident", "mapped")
     )
-    projections = {f"model.backbone.layers.{layer}.engram.kv_proj" for layer in LAYER_IDS}
+    projections = {f"model.layers.{layer}.engram.kv_proj" for layer in LAYER_IDS}
     assert not_quantized(resident) == not_quantized(mapped) == {*projections, "lm_head"}
     assert torch.equal(logits(resident), logits(mapped))
 
@@ -157,7 +157,7 @@ def test_experts_stay_floats_beside_quantized_layers(tmp_path):
         )
         for residency in ("resident", "mapped")
     )
-    assert resident.model.backbone.layers[1].mlp.experts.down_proj.dtype == torch.float32
+    assert resident.model.layers[1].mlp.experts.down_proj.dtype == torch.float32
     torch.testing.assert_close(logits(resident), logits(mapped), rtol=0, atol=1e-5)
 
 
@@ -188,7 +188,7 @@ def test_lora_on_quantized_layers_beside_a_mapped_table(saved, tmp_path, quantiz
 
     adapted = get_peft_model(load("mapped"), copy.deepcopy(LORA))
     kinds = {
-        type(adapted.get_submodule(f"base_model.model.model.backbone.layers.1.{name}")).__name__
+        type(adapted.get_submodule(f"base_model.model.model.layers.1.{name}")).__name__
         for name in ("self_attn.q_proj", "engram.kv_proj")
     }
     assert kinds == {"Linear8bitLt" if quantizer == "8 bit" else "Linear4bit"}
@@ -251,7 +251,7 @@ def test_memory_on_a_quantized_backbone(backbone, tmp_path, quantizer):
     model = EngramForCausalLM.from_backbone(
         backbone, layer_ids=LAYER_IDS, quantization_config=QUANTIZERS[quantizer](), **SIZE
     )
-    projections = {f"model.backbone.layers.{layer}.engram.kv_proj" for layer in LAYER_IDS}
+    projections = {f"model.layers.{layer}.engram.kv_proj" for layer in LAYER_IDS}
     assert not_quantized(model) == {*projections, "lm_head"}
     model.save_pretrained(tmp_path / "silent")
     assert torch.equal(logits(model), expected)

@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -14,14 +15,14 @@ from tiny_backbones import random_ids
 from transformers import Trainer, TrainingArguments
 
 from engram_hf import EngramForCausalLM
-from engram_hf.folder_writer_engram import replace_files
-from engram_hf.residency_engram import (
+from engram_hf.safetensors_engram import read_header
+from engram_hf.saving_engram import (
     complete_save,
     is_table_file,
+    replace_files,
     save_tables,
     tables_by_reference,
 )
-from engram_hf.safetensors_engram import read_header
 from engram_hf.table_check_engram import check_folder
 from engram_hf.table_format_engram import read_tables
 
@@ -51,6 +52,29 @@ def test_saving_a_mapped_table_links_it(saved_tables, tmp_path):
     assert torch.equal(logits(model), logits(saved_tables[0]))
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path)), logits(saved_tables[0]))
+
+
+def test_a_saved_folder_protects_what_it_shares(saved_tables):
+    """`cp -r other/. saved/` by an ordinary user does not change the source of the saved folder."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        root.chmod(0o755)
+        source = shutil.copytree(saved_tables[2], root / "source")
+        content = {path.name: path.read_bytes() for path in source.iterdir()}
+        shutil.copytree(source, root / "other", copy_function=shutil.copyfile)
+        for path in (root / "other").glob("engram-layer-*"):
+            data = path.read_bytes()
+            path.write_bytes(data[:-64] + bytes(64))
+        EngramForCausalLM.from_pretrained(source, engram_residency="mapped").save_pretrained(root / "saved")
+        owner = 65534 if os.geteuid() == 0 else os.geteuid()  # rights do not bind the system's administrator
+        (root / "other").chmod(0o755)
+        if os.geteuid() == 0:
+            for path in [root / "saved", *root.glob("s*/*")]:
+                os.chown(path, owner, -1)
+        options = {"user": owner} if os.geteuid() == 0 else {}
+        copied = subprocess.run(["cp", "-r", "other/.", "saved/"], cwd=root, capture_output=True, text=True, **options)
+        assert copied.stderr.count("Permission denied") in (0, 2)  # none where the file system shares blocks
+        assert {path.name: path.read_bytes() for path in source.iterdir()} == content
 
 
 def test_no_save_writes_a_table_that_an_earlier_one_wrote(saved_tables, tmp_path):

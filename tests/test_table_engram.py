@@ -5,7 +5,7 @@ import torch
 from table_models import DTYPES
 from torch.nn import functional as F
 
-from engram_hf.rounding_deepseek_v41 import round_fp8
+from engram_hf.modeling_deepseek_v41 import round_fp8
 from engram_hf.table_engram import EngramTable, dequantize_rows, quantize_rows, read_rows
 
 ROWS, WIDTH = 40, 64

@@ -2,13 +2,16 @@
 
 import contextlib
 import copy
+import errno
 import gc
 import json
+import mmap
 import os
 import pickle
 import random
 import re
 import runpy
+import shutil
 import struct
 import sys
 import time
@@ -23,20 +26,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from table_models import write_table
 
-from engram_hf import table_files_engram
+from engram_hf import table_writer_engram
 from engram_hf.hashing_engram import NgramHasher
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.safetensors_engram import FileFormatError, read_header
+from engram_hf.saving_engram import manifest_entry, table_file_name, write_manifest
 from engram_hf.table_check_engram import check_folder, main, read_token_map
 from engram_hf.table_engram import dequantize_rows, quantize_rows
-from engram_hf.table_files_engram import (
-    QuantizationError,
-    TableWriter,
-    manifest_entry,
-    quantize_table,
-    table_file_name,
-    write_manifest,
-)
 from engram_hf.table_format_engram import (
     METADATA_KEY,
     PAGE,
@@ -49,6 +45,7 @@ from engram_hf.table_format_engram import (
     tables_in_checkpoint,
     token_map_digest,
 )
+from engram_hf.table_writer_engram import QuantizationError, TableWriter, quantize_table
 
 WIDTH, LAYERS = 32, [1, 3]
 TOKEN_MAP = torch.arange(60, dtype=torch.int32) % 50
@@ -206,7 +203,7 @@ def test_a_shard_may_hold_anything_else_that_safetensors_holds(tmp_path, bits, d
 
 
 def test_tables_among_ordinary_weights_are_found_by_name(tmp_path):
-    name = "model.backbone.layers.12.engram.table.weight"
+    name = "model.layers.12.engram.table.weight"
     save_file({name: torch.randn(9, 4), "lm_head.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     tables = tables_in_checkpoint([tmp_path / "model.safetensors"])
     assert {layer: (table.num_rows, table.width) for layer, table in tables.items()} == {12: (9, 4)}
@@ -251,7 +248,7 @@ def test_a_summary_that_nobody_gets_is_no_success(tmp_path, hasher, capsys, monk
     [("float8_e4m3fn", 2**-4), ("int8", 1 / 254)],
 )
 def test_quantizing_reports_its_error(tmp_path, hasher, monkeypatch, table_dtype, worst):
-    monkeypatch.setattr(table_files_engram, "_STEP_BYTES", 7 * 4 * WIDTH)  # some rows at a time, and a rest
+    monkeypatch.setattr(table_writer_engram, "_STEP_BYTES", 7 * 4 * WIDTH)  # some rows at a time, and a rest
     content = write_folder(tmp_path, hasher, "BF16")
     source = read_tables(tmp_path)[1]
     description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
@@ -628,7 +625,7 @@ def test_a_token_map_of_another_form(tmp_path, values, options, message):
 
 
 def test_two_tensors_for_one_table_are_refused(tmp_path):
-    names = ["draft.layers.12.engram.table.weight", "model.backbone.layers.12.engram.table.weight"]
+    names = ["draft.layers.12.engram.table.weight", "model.layers.12.engram.table.weight"]
     save_file({name: torch.randn(9, 4) for name in names}, tmp_path / "model.safetensors")
     with pytest.raises(TableFormatError, match="are the weight of the table of layer 12; take one of them out"):
         tables_in_checkpoint([tmp_path / "model.safetensors"])
@@ -789,6 +786,96 @@ def test_a_file_that_changes_under_the_process(tmp_path, hasher):
     for use in (lambda: rows.fetch(torch.tensor([40])), lambda: rows.read(0, 40), lambda: MappedRows(table)):
         with pytest.raises(TableFormatError, match="changed while it was in use"):
             use()
+
+
+def test_a_touch_a_link_and_other_rights_change_nothing(tmp_path, hasher):
+    write_folder(tmp_path, hasher)
+    path = tmp_path / table_file_name(1)
+    table = read_tables(tmp_path)[1]
+    rows, ids = MappedRows(table), torch.arange(5)
+    expected, _ = rows.fetch(ids)
+    for change in (
+        path.touch,
+        lambda: os.utime(path, (1, 1)),
+        lambda: os.link(path, tmp_path / "link"),
+        lambda: path.chmod(0o444),
+        lambda: path.rename(tmp_path / "moved"),
+    ):
+        change()
+        assert torch.equal(rows.fetch(ids)[0], expected)
+        assert torch.equal(rows.read(0, 5)[0], expected)
+        if path.exists():  # a table that was checked before can be opened, here and in another process
+            assert torch.equal(MappedRows(table).fetch(ids)[0], expected)
+            assert torch.equal(pickle.loads(pickle.dumps(rows)).fetch(ids)[0], expected)
+
+
+@pytest.mark.parametrize("keeps_time", [False, True])
+def test_a_file_that_is_written_in_place_is_noticed(tmp_path, hasher, keeps_time):
+    """Of the same size, with the same header, and if somebody sets the old time again, too (`cp -p`, `rsync -t --inplace`)."""
+    write_folder(tmp_path, hasher)
+    path = tmp_path / table_file_name(1)
+    rows = MappedRows(read_tables(tmp_path)[1])
+    message = pickle.dumps(rows)
+    rows.fetch(torch.tensor([0]))
+    status = path.stat()
+    other = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    write_table(tmp_path / "other", other, *stored_rows("BF16", other.num_rows, seed=5))
+    assert (tmp_path / "other").read_bytes()[:PAGE] == path.read_bytes()[:PAGE]
+    shutil.copyfile(tmp_path / "other", path)
+    if keeps_time:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_ino, path.stat().st_size) == (status.st_ino, status.st_size)
+    for use in (lambda: rows.fetch(torch.tensor([40])), lambda: rows.read(0, 40), lambda: pickle.loads(message)):
+        with pytest.raises(TableFormatError, match="changed while it was in use"):
+            use()
+
+
+SYSTEM_ERRORS = {
+    errno.EACCES: (PermissionError, "give this user the right"),
+    errno.EMFILE: (OSError, "ulimit -n"),
+    errno.EIO: (OSError, "check the disk"),
+    errno.ESTALE: (OSError, "load the model again"),
+    errno.ENOMEM: (OSError, "free memory"),
+    errno.EBUSY: (OSError, "Device or resource busy"),
+}
+
+
+@pytest.mark.parametrize("code", SYSTEM_ERRORS, ids=errno.errorcode.get)
+def test_errors_of_the_system_keep_their_kind(tmp_path, hasher, monkeypatch, code):
+    """Wherever a file of a table is opened, mapped or read; none of them says that it is missing."""
+    write_folder(tmp_path, hasher)
+    write_token_map(tmp_path, TOKEN_MAP)
+    table = read_tables(tmp_path)[1]
+    rows = MappedRows(table)
+
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    places = [
+        (Path, "open", lambda: read_tables(tmp_path)),
+        (Path, "open", lambda: read_token_map(tmp_path / "engram_token_map.safetensors")),
+        (Path, "read_bytes", lambda: read_tables(tmp_path)),
+        (os, "open", lambda: MappedRows(table)),
+        (mmap, "mmap", lambda: MappedRows(table)),
+        (os, "preadv", lambda: rows.read(0, 5)),
+    ]
+    kind, advice = SYSTEM_ERRORS[code]
+    for owner, name, use in places:
+        with monkeypatch.context() as patch, pytest.raises(kind, match=advice) as caught:
+            patch.setattr(owner, name, fail)
+            use()
+        assert type(caught.value) is kind and caught.value.errno == code
+        assert Path(caught.value.filename).parent == tmp_path
+        assert "missing" not in str(caught.value)
+
+
+def test_a_missing_file_is_that_kind_of_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="fetch the missing file") as caught:
+        read_header(tmp_path / "gone.safetensors")
+    assert isinstance(caught.value, FileFormatError) and caught.value.errno == errno.ENOENT
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    with pytest.raises(FileNotFoundError, match="is the right folder"):
+        read_manifest(tmp_path / "engram_tables.json")
 
 
 def test_files_are_closed_with_their_table(tmp_path, hasher):

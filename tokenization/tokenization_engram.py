@@ -4,7 +4,7 @@ import copy
 import inspect
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class EngramTokenizer(PreTrainedTokenizerFast):
         overrides encoding or decoding in Python: only what the Rust tokenizer does can be taken over.
         """
         if any(base.__name__ == EngramTokenizer.__name__ for base in type(tokenizer).__mro__):
-            return tokenizer  # by name: the class that comes with a saved folder is another object
+            return cast(EngramTokenizer, tokenizer)  # by name: the class of a saved folder is another object
         _check_can_be_wrapped(tokenizer)
         wrapped = cls.__new__(cls)
         # Not `cls(**init_kwargs)`: that would rebuild the post-processor and forget what was changed since.
@@ -146,7 +146,7 @@ class EngramTokenizer(PreTrainedTokenizerFast):
                 f"There is no compressed id {compressed_id}: they are 0 to {self.compressed_vocab_size - 1}; "
                 "tokenizer.compress(token_id) gives the one of a token."
             )
-        tokens = self.convert_ids_to_tokens(np.flatnonzero(token_map == compressed_id))
+        tokens = self.convert_ids_to_tokens(np.flatnonzero(token_map == compressed_id).tolist())
         return [token for token in tokens if token is not None]
 
     def compression_summary(self, examples: int = 5) -> "CompressionSummary":
@@ -158,16 +158,17 @@ class EngramTokenizer(PreTrainedTokenizerFast):
         return CompressionSummary(len(token_map), len(sizes), int((sizes > 1).sum()), groups)
 
     def _decode_alone(self, ids: np.ndarray) -> tuple[str, ...]:
-        return tuple(self._tokenizer.decode_batch(ids[:, None].tolist(), skip_special_tokens=False))
+        return tuple(self.backend_tokenizer.decode_batch(ids[:, None].tolist(), skip_special_tokens=False))
 
     def _current_token_map(self) -> np.ndarray:
         if self._token_map is None or len(self) != self._mapped_tokens:
-            self._update_token_map()
+            return self._update_token_map()
         return self._token_map
 
-    def _update_token_map(self) -> None:
-        self._token_map = build_token_map(self._tokenizer, self._token_map)
+    def _update_token_map(self) -> np.ndarray:
+        self._token_map = build_token_map(self.backend_tokenizer, self._token_map)
         self._mapped_tokens = len(self)
+        return self._token_map
 
     def _load_token_map(self, name_or_path: str | os.PathLike, location: dict[str, Any], required: bool) -> None:
         path = hub.cached_file(
@@ -180,7 +181,7 @@ class EngramTokenizer(PreTrainedTokenizerFast):
         )
         if path is not None:
             # Loading itself adds special tokens that the configuration or the caller names; they extend the map.
-            self._token_map = read_token_map(path, self._tokenizer, may_be_new=self.all_special_tokens)
+            self._token_map = read_token_map(path, self.backend_tokenizer, may_be_new=self.all_special_tokens)
             self._mapped_tokens = len(self)
         elif required:
             raise ValueError(
@@ -199,7 +200,7 @@ class EngramTokenizer(PreTrainedTokenizerFast):
         saved = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         path = os.path.join(save_directory, prefix + TOKEN_MAP_FILE)
-        write_token_map(path, self._current_token_map(), self._tokenizer)
+        write_token_map(path, self._current_token_map(), self.backend_tokenizer)
         return (*saved, path)
 
 

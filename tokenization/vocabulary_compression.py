@@ -48,9 +48,9 @@ NORMALIZER = normalizers.Sequence(
 )
 
 
-def reference_token_keys(tokenizer: Tokenizer, count: int) -> list[str]:
+def reference_token_keys(tokenizer: Tokenizer, count: int) -> list[str | None]:
     """The keys of ids `0..count-1`, one call per id: the definition that `token_keys` has to equal."""
-    keys = []
+    keys: list[str | None] = []
     for token_id in range(count):
         text = tokenizer.decode([token_id], skip_special_tokens=False)
         if UNDECODABLE in text:
@@ -60,7 +60,7 @@ def reference_token_keys(tokenizer: Tokenizer, count: int) -> list[str]:
     return keys
 
 
-def token_keys(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+def token_keys(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str | None]:
     """The keys of ids `0..len(texts)-1` from their decoded `texts` (see `token_texts`), in few calls."""
     normalized = normalize_all(texts)
     return [
@@ -119,7 +119,7 @@ def _squeeze(text: str) -> str:
     return stripped if stripped.isalnum() else SPACES.sub(" ", stripped)
 
 
-def number_keys(keys: Iterable[str], known: np.ndarray) -> np.ndarray:
+def number_keys(keys: Iterable[str | None], known: np.ndarray) -> np.ndarray:
     """Compressed ids of `keys`, int64 `[len(keys)]`; the first `len(known)` of them stay what `known` says.
 
     A later key that an earlier id has joins that id's group; a new one gets the next free number. With an empty
@@ -127,7 +127,7 @@ def number_keys(keys: Iterable[str], known: np.ndarray) -> np.ndarray:
     """
     keys = list(keys)
     result = known.tolist()
-    numbers: dict[str, int] = {}
+    numbers: dict[str | None, int] = {}
     for key, number in zip(keys, result, strict=False):
         numbers.setdefault(key, number)
     free = max(result, default=-1) + 1

@@ -32,7 +32,9 @@ def engram_parameter_groups(
     Raises:
         ValueError: the model has nothing to train.
     """
-    decayed, undecayed, tables = [], [], []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    tables: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -12,11 +12,18 @@ Shape letters: R rows of a table, n of them adapted, W channels of a row, T head
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from ..modeling_engram import EngramModel
+    from ..table_engram import EngramTable
 
 NAME = "row_adapter"
 _INDEX = f".engram.table.{NAME}.rows"
@@ -34,6 +41,8 @@ class RowAdapter(nn.Module):
         rows: buffer, saved with the weights: a difference means nothing without the row it belongs to.
         delta: parameter `[n, W]`, zero at first, so that adding an adapter changes nothing.
     """
+
+    rows: torch.Tensor
 
     def __init__(self, rows: torch.Tensor, width: int, device=None, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -63,7 +72,7 @@ def touched_rows(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]
         By decoder layer, the distinct rows, int64, ascending.
     """
     engram = _engram_model(model)
-    device = engram.hashing.multipliers.device
+    device = cast(torch.Tensor, engram.hashing.multipliers).device
     # A byte a row is a small part of the table, and costs a batch no more when many rows have been seen before.
     seen = {layer: torch.zeros(table.num_rows, dtype=torch.bool) for layer, table in _tables(engram).items()}
     for batch in batches:
@@ -126,10 +135,11 @@ def add_row_adapters(model: nn.Module, rows: Mapping[int, torch.Tensor]) -> None
         # Where the rows arrive: a mapped table itself stays on the host.
         device = next(engram.memories()[layer].kv_proj.parameters()).device
         table.add_module(NAME, RowAdapter(ids, table.width, device=device))
-        table.row_adapter_hook = table.register_forward_hook(_add_differences, with_kwargs=True)
+        hook = table.register_forward_hook(_add_differences, with_kwargs=True)
+        table.row_adapter_hook = hook  # type: ignore[assignment]  # torch has modules hold tensors and modules only
 
 
-def _checked_rows(layer: int, rows: torch.Tensor, tables: Mapping[int, nn.Module]) -> torch.Tensor:
+def _checked_rows(layer: int, rows: torch.Tensor, tables: Mapping[int, "EngramTable"]) -> torch.Tensor:
     if layer not in tables:
         raise ValueError(f"Layer {layer} has no Engram memory; the layers that have are {sorted(tables)}.")
     if hasattr(tables[layer], NAME):
@@ -184,19 +194,19 @@ def merge_row_adapters(model: nn.Module) -> None:
         adapter = getattr(table, NAME)
         merged = table.weight[adapter.rows] + adapter.delta
         table.weight[adapter.rows] = merged.to(table.weight.dtype)
-        table.row_adapter_hook.remove()
+        cast("RemovableHandle", table.row_adapter_hook).remove()
         del table.row_adapter, table.row_adapter_hook
         table.requires_grad_(True)
 
 
-def _engram_model(model: nn.Module) -> nn.Module:
+def _engram_model(model: nn.Module) -> "EngramModel":
     """The `EngramModel` inside of any wrapping, the installed class or one that came as remote code."""
     found = next((module for module in model.modules() if hasattr(type(module), "prepare_memory")), None)
     if found is None:
         raise ValueError(f"{type(model).__name__} has no Engram memory; pass an EngramModel or EngramForCausalLM.")
-    return found
+    return cast("EngramModel", found)
 
 
-def _tables(engram: nn.Module) -> dict[int, nn.Module]:
+def _tables(engram: "EngramModel") -> dict[int, "EngramTable"]:
     """The table of every layer with memory, in the order of `engram_layer_ids`."""
     return {layer: memory.table for layer, memory in engram.memories().items()}

@@ -20,9 +20,9 @@ from tiny_tokenizer import make_tokenizer
 from transformers import LlamaConfig
 
 from engram_hf import EngramConfig, EngramForCausalLM
-from engram_hf.residency_engram import is_table_file
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.safetensors_engram import read_header
+from engram_hf.saving_engram import is_table_file
 from engram_hf.table_format_engram import file_description, read_tables, token_map_digest
 
 ROOT = Path(__file__).parents[2]
@@ -196,7 +196,7 @@ def sparse_table(path: Path, layer: int, rows: int) -> None:
     """A table of zeros that takes no space on the disk."""
     size = rows * 32 * 4
     entry = {"dtype": "F32", "shape": [rows, 32], "data_offsets": [0, size]}
-    header = json.dumps({f"model.backbone.layers.{layer}.engram.table.weight": entry}).encode()
+    header = json.dumps({f"model.layers.{layer}.engram.table.weight": entry}).encode()
     header += b" " * (-len(header) % 8)  # as safetensors does itself
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(path, 8 + len(header) + size)
@@ -326,7 +326,7 @@ def test_more_ids_than_the_tokenizer_has(engram, tmp_path):
 def test_a_shard_that_is_not_there(complaint, saved, tmp_path):
     EngramForCausalLM.from_pretrained(saved).save_pretrained(tmp_path, max_shard_size="300KB")
     names = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    (tmp_path / names["model.backbone.norm.weight"]).unlink()
+    (tmp_path / names["model.norm.weight"]).unlink()
     for command in (["check", tmp_path], ["quantize", tmp_path, tmp_path / "new"]):
         assert "lacks 1 shards of its index, such as model-" in complaint(*command)
 

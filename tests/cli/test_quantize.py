@@ -207,7 +207,7 @@ def is_whole(folder: Path) -> bool:
 def test_rows_that_are_no_numbers_leave_no_model(complaint, saved, tmp_path):
     folder = Path(shutil.copytree(saved, tmp_path / "copy"))
     state = load_file(folder / "model.safetensors")
-    state["model.backbone.layers.2.engram.table.weight"][-1, 0] = float("nan")
+    state["model.layers.2.engram.table.weight"][-1, 0] = float("nan")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     assert "repair the table" in complaint("quantize", folder, tmp_path / "target")
     assert not is_whole(tmp_path / "target")

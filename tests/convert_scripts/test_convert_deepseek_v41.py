@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from engram_hf.convert_scripts import convert_deepseek_v41, streaming
 from engram_hf.convert_scripts.command_line import run_command
 from engram_hf.convert_scripts.safetensors_files import read_checkpoint
-from engram_hf.folder_writer_engram import LOCK_NAME, FolderClaim
+from engram_hf.saving_engram import LOCK_NAME, FolderClaim
 from engram_hf.table_format_engram import read_tables
 from engram_hf.tokenization import EngramTokenizer
 
@@ -41,7 +41,7 @@ def tensors_of(folder, pattern="*.safetensors"):
 
 def test_keeps_quantized_bytes(tiny, converted):
     ours, upstream = tensors_of(converted, "model-*"), tensors_of(tiny)
-    layer = "model.backbone.layers.4"
+    layer = "model.layers.4"
     q_b = ours[f"{layer}.self_attn.q_b_proj.weight"]
     assert q_b.dtype == torch.float8_e4m3fn
     assert torch.equal(q_b.view(torch.uint8), upstream["layers.4.attn.wq_b.weight"].view(torch.uint8))
@@ -52,7 +52,7 @@ def test_keeps_quantized_bytes(tiny, converted):
 
 def test_stacks_experts_gate_before_up(tiny, converted):
     ours, upstream = tensors_of(converted, "model-*"), tensors_of(tiny)
-    experts = "model.backbone.layers.4.mlp.experts"
+    experts = "model.layers.4.mlp.experts"
     gate_up, scale = ours[f"{experts}.gate_up_proj"], ours[f"{experts}.gate_up_proj_scale_inv"]
     assert gate_up.dtype == torch.int8 and gate_up.shape == (8, 128, 32) and scale.shape == (8, 128, 2)
     for expert in range(8):
@@ -106,7 +106,7 @@ def test_carries_what_the_model_does_not_use(tiny, converted):
 def test_dequantizes_to_the_golden_values(golden, tiny, tmp_path, dtype):
     assert run(tiny, tmp_path / "out", "--dtype", dtype, "--dequantize-tables") == 0
     ours = tensors_of(tmp_path / "out", "[em]*-0*.safetensors")
-    layer = "model.backbone.layers.4."
+    layer = "model.layers.4."
     places = {
         "attn.wo_a.weight": ours[f"{layer}self_attn.o_a_proj.weight"],
         "ffn.shared_experts.w2.weight": ours[f"{layer}mlp.shared_experts.down_proj.weight"],
@@ -128,7 +128,7 @@ def test_dequantizes_to_the_golden_values(golden, tiny, tmp_path, dtype):
 def test_tables_stay_quantized_unless_asked(tiny, tmp_path):
     assert run(tiny, tmp_path / "out", "--dtype", "bfloat16") == 0
     table = load_file(tmp_path / "out" / "engram-layer-00004.safetensors")
-    assert table["model.backbone.layers.4.engram.table.weight"].dtype == torch.float8_e4m3fn
+    assert table["model.layers.4.engram.table.weight"].dtype == torch.float8_e4m3fn
     assert len(table) == 2
 
 

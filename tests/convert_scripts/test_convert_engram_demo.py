@@ -162,7 +162,7 @@ def test_the_backbone_and_the_tokenizer_come_along(backbone, tmp_path):
     assert convert({f"model.{name}": t for name, t in demo_state(streams).items()}, folder, tmp_path / "out") == 0
     model = EngramForCausalLM.from_pretrained(tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(folder)
-    weights = dict(model.model.backbone.named_parameters())
+    weights = dict(model.model.named_parameters())
     for name, parameter in plain.base_model.named_parameters():
         assert torch.equal(weights[name], parameter), name
     assert model.config.engram_compressed_vocab_size == 8

@@ -90,6 +90,8 @@ def test_the_whole_model_generates_and_learns_as_the_oracle(truth, float32):
     ids = truth["full.input_ids"]
     with torch.no_grad():
         assert abs(model(ids, labels=ids).loss - truth["full.loss"]) < 1e-5
+        # In float64: caches are rounded in steps, and on some processors float32 noise shows as a step.
+        model.double().set_experts_implementation("eager")
         for size in (1, 2, 3, 7):
             cache, logits = None, []
             for chunk in ids.split(size, 1):
@@ -144,7 +146,7 @@ def test_a_prefix_has_the_streams_of_the_whole(golden, tiny, tmp_path):
     with safe_open(golden / "deepseek_v41_tiny" / "golden.safetensors", "pt") as file:
         ids, expected = file.get_tensor("long.input_ids"), file.get_tensor("long.layers.4.streams")
     seen = []
-    model.model.backbone.layers[4].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.model.layers[4].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         model(ids, use_cache=False)
     assert (seen[0] - expected).abs().max() < 1e-4
@@ -183,7 +185,7 @@ def test_a_missing_shard_tensor_is_named(tiny, tmp_path):
     gone = "model-00004-of-00014.safetensors"
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != gone}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"lacks the weights of 'model\.backbone\.layers\.2\."):
+    with pytest.raises(ValueError, match=r"lacks the weights of 'model\.layers\.2\."):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -90,7 +90,7 @@ def test_a_dequantized_model_has_the_releases_values(tiny, tmp_path, options):
 def test_a_changed_matrix_is_quantized_by_the_releases_rules(tiny, tmp_path):
     ours = convert(tiny, tmp_path / "ours", "--dtype", "float32", "--dequantize-tables")
     generator = torch.Generator().manual_seed(0)
-    layer = "model.backbone.layers.1"
+    layer = "model.layers.1"
     changed = {
         "model-00003-of-00010.safetensors": (f"{layer}.self_attn.o_a_proj.weight", "layers.1.attn.wo_a", FP8_BLOCKS),
         "engram-layer-00001.safetensors": (f"{layer}.engram.table.weight", "layers.1.engram.embed", FP8_ROWS),
@@ -222,7 +222,7 @@ def edit_first_layer(change):
     return damage
 
 
-LAYER = "model.backbone.layers.0"
+LAYER = "model.layers.0"
 
 
 def infinite(tensors):

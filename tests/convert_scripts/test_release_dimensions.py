@@ -43,14 +43,14 @@ RELEASE = {
 }
 SHAPES = {
     "lm_head.weight": (129280, 5120),
-    "model.backbone.layers.3.self_attn.q_b_proj.weight": (32768, 1280),
-    "model.backbone.layers.3.self_attn.o_a_proj.weight": (8192, 4096),
-    "model.backbone.layers.3.attn_hc.fn": (24, 20480),
-    "model.backbone.layers.8.self_attn.indexer.k_proj.weight": (128, 512),
-    "model.backbone.layers.1.engram.table.weight": (384_006_168, 256),
-    "model.backbone.layers.14.engram.table.scale": (384_016_682, 8),
-    "model.backbone.layers.1.engram.kv_proj.weight": (25600, 6144),
-    "model.backbone.layers.14.engram.q_norm.weight": (4, 5120),
+    "model.layers.3.self_attn.q_b_proj.weight": (32768, 1280),
+    "model.layers.3.self_attn.o_a_proj.weight": (8192, 4096),
+    "model.layers.3.attn_hc.fn": (24, 20480),
+    "model.layers.8.self_attn.indexer.k_proj.weight": (128, 512),
+    "model.layers.1.engram.table.weight": (384_006_168, 256),
+    "model.layers.14.engram.table.scale": (384_016_682, 8),
+    "model.layers.1.engram.kv_proj.weight": (25600, 6144),
+    "model.layers.14.engram.q_norm.weight": (4, 5120),
 }
 
 

@@ -14,7 +14,7 @@ from trial_models import answer, contents, load
 
 from engram_hf import EngramTokenizer
 from engram_hf.convert_scripts import convert_deepseek_v41, export_deepseek_v41
-from engram_hf.weights_digest_engram import weights_digest
+from engram_hf.loading_engram import weights_digest
 
 FORK = multiprocessing.get_context("fork")
 

@@ -7,6 +7,7 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from tiny_backbones import build, engram_config
 
+from engram_hf import EngramForCausalLM, EngramModel
 from engram_hf.card_engram import model_card, write_model_card
 
 PLACEHOLDER = "This is the model card of a model. This model card has been automatically generated."
@@ -26,6 +27,11 @@ def placeholder(tmp_path, **metadata):
     data = ModelCardData(library_name="transformers", **metadata)
     ModelCard.from_template(data, model_description=PLACEHOLDER).save(path)
     return path
+
+
+def test_the_package_writes_the_card_and_the_code_beside_a_model_does_not():
+    """The arrow runs one way: the models know a hook, and the package sets it."""
+    assert EngramForCausalLM.write_model_card is EngramModel.write_model_card is write_model_card
 
 
 def fact(card: str, name: str) -> str:

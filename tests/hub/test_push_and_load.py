@@ -231,7 +231,8 @@ def metadata(hub: HubServer, name: str) -> dict:
 
 def test_model_and_tokenizer_arrive_with_code_and_card(hub, pushed, model_folder):
     code = {path.name for path in model_folder.glob("*.py")}
-    assert {"modeling_engram.py", "card_engram.py", "tokenization_engram.py"} <= code
+    assert {"modeling_engram.py", "saving_engram.py", "tokenization_engram.py"} <= code
+    assert not {"card_engram.py", "table_check_engram.py", "table_writer_engram.py"} & code
     saved = {path.name for path in model_folder.iterdir()}
     assert hub.files("me/model", pushed.said["second"]) == saved | {"README.md"}
 

@@ -82,7 +82,7 @@ def test_every_parameter_is_sharded_the_tables_too(results):
     names = [key.removeprefix("after.") for key in two if key.startswith("after.")]
     assert {f"local.{name}" for name in names} == {key for key in two if key.startswith("local.")}
     for layer in LAYER_IDS:
-        name = f"model.backbone.layers.{layer}.engram.table.weight"
+        name = f"model.layers.{layer}.engram.table.weight"
         rows = two[f"after.{name}"].shape[0]
         assert two[f"local.{name}"].item() == (rows + 1) // 2
 
@@ -92,5 +92,5 @@ def test_weights_are_split_over_processes_as_the_backbone_and_its_head_say(resul
     one, two = results["tensor_parallel", 1], results["tensor_parallel", 2]
     torch.testing.assert_close(two["logits"], one["logits"], rtol=1e-5, atol=1e-5)
     split = {key for key in one if key.startswith("local.") and two[key] * 2 == one[key]}
-    assert {"local.lm_head.weight", "local.model.backbone.layers.1.self_attn.q_proj.weight"} <= split
+    assert {"local.lm_head.weight", "local.model.layers.1.self_attn.q_proj.weight"} <= split
     assert not any(".engram." in key for key in split)

@@ -28,7 +28,7 @@ def test_tables_learn_five_times_as_fast_and_do_not_decay(name):
         assert lr == pytest.approx(5e-3 if ".engram.table." in key else 1e-3), key
         vector = "norm" in key or key.endswith(("bias", "sinks", "base", "scale")) or ".table." in key
         assert decay == (0.0 if vector else 0.1), key
-    layer = f"model.backbone.layers.{LAYER_IDS[0]}"
+    layer = f"model.layers.{LAYER_IDS[0]}"
     assert found[f"{layer}.engram.kv_proj.weight"] == (1e-3, 0.1) == found["lm_head.weight"]
     assert found[f"{layer}.engram.conv.weight"] == (1e-3, 0.1)
     assert found[f"{layer}.engram.q_norm.weight"] == (1e-3, 0.0) == found[f"{layer}.engram.kv_proj.bias"]

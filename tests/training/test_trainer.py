@@ -119,8 +119,8 @@ def test_gradient_checkpointing_changes_nothing(built, name, trainer):
     for run in runs:
         run.train()
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-5)
-    assert runs[1].model.model.backbone.gradient_checkpointing
-    assert not runs[0].model.model.backbone.gradient_checkpointing
+    assert runs[1].model.model.gradient_checkpointing
+    assert not runs[0].model.model.gradient_checkpointing
 
 
 def test_bfloat16_autocast_keeps_float32_weights(model, trainer):

@@ -1,4 +1,4 @@
-"""Writing folders: by one process at a time, and all files of a model in one step.
+"""What `save_pretrained` does: all files of a model become part of a folder in one step, and tables are passed on.
 
 A save is written into a hidden folder inside its target, which is therefore on the same disk, and then exchanged for what
 the target holds. Until the exchange begins, the target is the old model; from then on the new files are whole, and an
@@ -10,14 +10,40 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import asdict
 from pathlib import Path
 
-from .file_writer_engram import lock_file, still_names
+from .loading_engram import WEIGHTS_MEMBER, find_weight_files, is_weights_file, recorded_digests, weights_digest
+from .row_sources_engram import MappedRows
+from .safetensors_engram import (
+    FileFormatError,
+    FileWriter,
+    can_link,
+    header_bytes,
+    link_or_copy,
+    lock_file,
+    read_json,
+    still_names,
+    write_json,
+)
+from .table_format_engram import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    METADATA_KEY,
+    PAGE,
+    StoredTable,
+    TableDescription,
+    TableFormatError,
+    describe_table,
+    read_tables,
+)
 
 LOCK_NAME = ".engram-lock"
 # Hidden folders inside a target: of a save that is being written, and of one that is whole and being put in place.
@@ -105,7 +131,7 @@ class FolderClaim:
                 if self.folder.is_file():
                     raise NotADirectoryError(errno.ENOTDIR, f"{self.folder} is a file; name a folder") from None
         except OSError as error:
-            raise _explained(self.folder, error) from error
+            raise _unwritable(self.folder, error) from error
 
     def _try(self) -> dict | None:
         """Try once to claim the folder; what is known of its holder if there is one."""
@@ -117,7 +143,7 @@ class FolderClaim:
             self.make_folder()
             return None
         except OSError as error:
-            raise _explained(self.folder, error) from error
+            raise _unwritable(self.folder, error) from error
         # Between the two calls others may take the file for an abandoned one.
         if lock_file(file.fileno()) is False or not still_names(self.path, file.fileno()):
             file.close()
@@ -127,7 +153,7 @@ class FolderClaim:
         return None
 
 
-def _explained(folder: Path, error: OSError) -> OSError:
+def _unwritable(folder: Path, error: OSError) -> OSError:
     """The same error with what to do, if that is known."""
     if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
         return error
@@ -340,3 +366,202 @@ def require_settled(folder: str | os.PathLike) -> None:
                 f"there; the saved model is whole in {left[-1]}: load it from there, and save it to {folder} again."
             )
         time.sleep(_POLL_SECONDS)
+
+
+# --- tables ------------------------------------------------------------------------------
+
+
+def table_file_name(layer: int, part: int = 0, parts: int = 1) -> str:
+    """`engram-layer-00001.safetensors`; of several parts, `engram-layer-00001-00000-of-00002.safetensors`."""
+    return f"engram-layer-{layer:05d}{f'-{part:05d}-of-{parts:05d}' if parts > 1 else ''}.safetensors"
+
+
+def table_file_names(stored: StoredTable) -> list[str]:
+    """What the files of a table's parts are called in a model folder."""
+    return [table_file_name(stored.layer, index, len(stored.parts)) for index in range(len(stored.parts))]
+
+
+def is_table_file(name: str) -> bool:
+    """Whether a file of a model folder is named as `save_tables` names its files."""
+    return name == MANIFEST_NAME or re.fullmatch(r"engram-layer-[0-9-]+(-of-\d+)?\.safetensors", name) is not None
+
+
+def table_head(d: TableDescription) -> bytes:
+    """The header of a table file, padded to a page."""
+    count = d.rows[1] - d.rows[0]
+    tensors = [(d.tensors["weight"], d.dtype, (count, d.width))]
+    if d.scale_dtype:
+        tensors.append((d.tensors["scale"], d.scale_dtype, (count, d.width // d.scale_block)))
+    return header_bytes(tensors, {METADATA_KEY: d.to_json()}, PAGE)
+
+
+def write_manifest(folder: str | os.PathLike, entries: dict[int, dict]) -> None:
+    """Write `engram_tables.json`, complete or not at all; write it last.
+
+    Args:
+        entries: by layer; see [`manifest_entry`].
+    """
+    tables = {str(layer): entries[layer] for layer in sorted(entries)}
+    write_json(Path(folder) / MANIFEST_NAME, {"format_version": FORMAT_VERSION, "tables": tables})
+
+
+def manifest_entry(
+    parts: Iterable[tuple[str, tuple[int, int], dict[str, str]]], description: TableDescription | None = None
+) -> dict:
+    """One layer's entry of a manifest.
+
+    Args:
+        parts: file name, `(first, stop)` and tensor names by `"weight"` and `"scale"` of every part, in row order.
+        description: for files that do not describe themselves.
+    """
+    entry: dict = {}
+    for file, rows, names in parts:
+        for kind, tensor in names.items():
+            entry.setdefault(kind, []).append({"file": file, "tensor": tensor, "rows": list(rows)})
+    if description is not None:
+        members = asdict(description)
+        entry["description"] = {name: members[name] for name in members if name not in ("rows", "tensors")}
+    return entry
+
+
+def can_be_linked(stored: StoredTable, files: dict[Path, int], folder: Path) -> bool:
+    """Whether `pass_on` has nothing to copy."""
+    return stored.has_own_files and all(can_link(source, path, folder) for path, source in files.items())
+
+
+def pass_on(
+    stored: StoredTable,
+    files: dict[Path, int],
+    folder: Path,
+    description: TableDescription,
+    symbolic: bool = False,
+) -> dict:
+    """Make an unchanged table part of `folder`; returns its entry of the manifest.
+
+    Files that hold nothing but this table are linked, or copied whole. Out of files that hold other tensors too, the
+    table is copied into files of its own.
+
+    Args:
+        files: open file of every path in `stored`.
+        description: of the table, for files that are written.
+        symbolic: as in [`link_or_copy`].
+    """
+    names = table_file_names(stored)
+    sources = [files[part.file.path] for part in stored.parts]
+    ranges = [(part.first, part.stop) for part in stored.parts]
+    if stored.has_own_files:
+        for part, name, source in zip(stored.parts, names, sources, strict=True):
+            link_or_copy(source, part.file.path, folder / name, symbolic)
+        tensors = [part.names for part in stored.parts]
+        self_describing = METADATA_KEY in stored.parts[0].file.metadata
+        return manifest_entry(zip(names, ranges, tensors, strict=True), None if self_describing else description)
+    for part, name, source in zip(stored.parts, names, sources, strict=True):
+        with FileWriter(folder / name, table_head(description.with_rows(part.first, part.stop))) as writer:
+            for kind, span in part.spans.items():
+                writer.copy(description.tensors[kind], span, source)
+    return manifest_entry((name, rows, description.tensors) for name, rows in zip(names, ranges, strict=True))
+
+
+_BY_REFERENCE = ContextVar("tables are saved by reference", default=False)
+
+
+@contextlib.contextmanager
+def tables_by_reference() -> Iterator[None]:
+    """Within it, `save_tables` makes symbolic links where it cannot make hard ones: for a folder that is only uploaded.
+
+    That is a temporary one, perhaps on a file system in memory with no room for tables.
+    """
+    token = _BY_REFERENCE.set(True)
+    try:
+        yield
+    finally:
+        _BY_REFERENCE.reset(token)
+
+
+def save_tables(model, folder: str | os.PathLike) -> None:
+    """Bring the tables of an `EngramModel` that are not in its state dict to a folder that it is saved to.
+
+    They have not changed since they were loaded, so their files are linked, or copied inside the kernel.
+
+    Args:
+        folder: is to be published by [`complete_save`].
+
+    Raises:
+        TableFormatError: a file changed since it was loaded.
+        OSError: the folder cannot be written; the message says why.
+    """
+    folder, entries = Path(folder), {}
+    for index, (layer, memory) in enumerate(model.memories().items()):
+        source = memory.table.source
+        if source is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            description = describe_table(model.hashing, index, width=source.width, dtype=source.stored.dtype)
+            nearest = _nearest(source, folder)
+            entries[layer] = pass_on(nearest.stored, nearest.files, folder, description, _BY_REFERENCE.get())
+    if entries:
+        write_manifest(folder, entries)
+
+
+def complete_save(model, writer: FolderWriter, variant: str | None = None) -> None:
+    """Put a saved `EngramModel` in place, if that has not been done: its weights, and its tables, which know them.
+
+    What an earlier save left there of weights and tables is removed; until then, it may be the only copy of a resident table.
+
+    Args:
+        writer: of the folder that holds the tables (see [`save_tables`]) and weights.
+        variant: of the weights, as for `save_pretrained`.
+    """
+    if writer.names is not None:
+        return
+    manifest, written = writer.path / MANIFEST_NAME, {}
+    if manifest.exists():
+        written = _samples_by_name(map(MappedRows, read_tables(writer.path).values()))
+        files = find_weight_files(lambda name: _existing(writer.path / name), variant)
+        digests = _digests_of_other_variants(writer, manifest) | {variant or "": weights_digest(files)}
+        write_json(manifest, read_json(manifest) | {WEIGHTS_MEMBER: digests})
+    writer.publish(lambda name: is_table_file(name) or is_weights_file(name, variant), last=MANIFEST_NAME)
+    # What is only uploaded is gone soon. Another process may have saved to the same folder already.
+    if written and not _BY_REFERENCE.get():
+        with contextlib.suppress(FileFormatError, OSError):
+            for layer, stored in read_tables(writer.target).items():
+                rows = MappedRows(stored)
+                if _samples_by_name([rows]).items() <= written.items():
+                    model.memories()[layer].table.source.saved = stored, rows.digests
+
+
+def _samples_by_name(tables: Iterable[MappedRows]) -> dict[str, bytes]:
+    """What tells the files of tables from all others."""
+    return {path.name: digest for rows in tables for path, digest in rows.digests.items()}
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def _digests_of_other_variants(writer: FolderWriter, manifest: Path) -> dict[str, str]:
+    """What the target's manifest records of other variants, if its tables are the very files that are saved now."""
+    old = writer.target / MANIFEST_NAME
+    files = [path for path in writer.path.iterdir() if is_table_file(path.name) and path != manifest]
+    kept = [writer.target / path.name for path in files]
+    if not old.exists() or not all(a.exists() and a.samefile(b) for a, b in zip(kept, files, strict=True)):
+        return {}
+    with contextlib.suppress(FileFormatError):
+        return recorded_digests(old)
+    return {}
+
+
+def _nearest(source: MappedRows, folder: Path) -> MappedRows:
+    """A table's own files, or those that the last save made of them if only these can be linked to `folder`."""
+    source.require_unchanged()
+    if source.saved is not None and not _takes_no_space(source, folder):
+        with contextlib.suppress(TableFormatError):  # that save is gone, or was written over
+            saved = MappedRows(*source.saved)
+            if _takes_no_space(saved, folder):
+                return saved
+    return source
+
+
+def _takes_no_space(source: MappedRows, folder: Path) -> bool:
+    if _BY_REFERENCE.get():
+        return source.stored.has_own_files
+    return can_be_linked(source.stored, source.files, folder)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engram_hf.loading_engram import weights_digest
 from engram_hf.safetensors_engram import FileFormatError
-from engram_hf.weights_digest_engram import weights_digest
 
 SMALL = {"a": torch.arange(10.0), "b": torch.ones(3, 4)}
 LARGE = {f"layer{i}": torch.randn(500, 400, generator=torch.Generator().manual_seed(i)) for i in range(4)}
@@ -57,10 +57,10 @@ def test_tables_are_left_out(tmp_path):
 
 def test_a_small_part_is_read(tmp_path, monkeypatch):
     """At most 1% of the bytes, beside headers."""
-    from engram_hf import weights_digest_engram
+    from engram_hf import loading_engram
 
-    read, real = [], weights_digest_engram._read
-    monkeypatch.setattr(weights_digest_engram, "_read", lambda *given: read.append(given[3]) or real(*given))
+    read, real = [], loading_engram._read
+    monkeypatch.setattr(loading_engram, "_read", lambda *given: read.append(given[3]) or real(*given))
     digest(tmp_path, LARGE)
     assert 0 < sum(read) <= 0.01 * sum(tensor.nbytes for tensor in LARGE.values())
 

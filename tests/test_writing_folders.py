@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from engram_hf import folder_writer_engram
-from engram_hf.folder_writer_engram import (
+from engram_hf import saving_engram
+from engram_hf.saving_engram import (
     LOCK_NAME,
     FolderClaim,
     FolderInUseError,
@@ -80,7 +80,7 @@ def claim_and_write(folder, barrier, results):
 def test_processes_that_start_at_once(tmp_path, has_locks, monkeypatch):
     """One of them writes; the others are refused, or write after it."""
     if not has_locks:
-        monkeypatch.setattr(folder_writer_engram, "lock_file", lambda file: None)
+        monkeypatch.setattr(saving_engram, "lock_file", lambda file: None)
     context = multiprocessing.get_context("fork")
     for attempt in range(10):
         barrier, results = context.Barrier(4), context.Queue()
@@ -103,7 +103,7 @@ def claim_and_die(folder):
 @pytest.mark.parametrize("has_locks", [True, False])
 def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, has_locks, monkeypatch):
     if not has_locks:
-        monkeypatch.setattr(folder_writer_engram, "lock_file", lambda file: None)
+        monkeypatch.setattr(saving_engram, "lock_file", lambda file: None)
     process = multiprocessing.get_context("fork").Process(target=claim_and_die, args=(tmp_path,))
     process.start()
     process.join()
@@ -114,7 +114,7 @@ def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, has_locks, monkey
 
 
 def test_without_locks_another_machine_is_believed(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_writer_engram, "lock_file", lambda file: None)
+    monkeypatch.setattr(saving_engram, "lock_file", lambda file: None)
     (tmp_path / LOCK_NAME).write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "yesterday"}))
     with pytest.raises(FolderInUseError, match=r"process 1 on elsewhere \(since yesterday\); wait .* delete"):
         FolderClaim(tmp_path).take()
@@ -230,7 +230,7 @@ def save_and_die(folder, moment):
 
 def test_killed_at_every_moment(tmp_path, monkeypatch):
     """The folder is the old one, the new one, or is refused and says where the new one is; the next save cleans up."""
-    monkeypatch.setattr(folder_writer_engram, "LOAD_WAITS", 0.0)
+    monkeypatch.setattr(saving_engram, "LOAD_WAITS", 0.0)
     seen = set()
     for moment in range(1, 40):
         target = tmp_path / "target"
@@ -297,6 +297,6 @@ def test_a_folder_whose_save_goes_on_is_waited_for(tmp_path, monkeypatch):
     require_settled(tmp_path)
     require_settled("a/repository")
     (tmp_path / ".engram-exchange-0").mkdir()
-    monkeypatch.setattr(folder_writer_engram, "LOAD_WAITS", 0.0)
+    monkeypatch.setattr(saving_engram, "LOAD_WAITS", 0.0)
     with pytest.raises(ValueError, match=r"may be mixed .* load it from there"):
         require_settled(tmp_path)

@@ -10,11 +10,19 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from engram_hf.file_writer_engram import FileWriter, can_link, link_or_copy, still_names, write_json
-from engram_hf.safetensors_engram import FileFormatError, header_bytes, read_header
+from engram_hf import safetensors_engram
+from engram_hf.safetensors_engram import (
+    FileFormatError,
+    FileWriter,
+    can_link,
+    header_bytes,
+    link_or_copy,
+    read_header,
+    still_names,
+    write_json,
+)
 
 HEAD = header_bytes([("a", "U8", (64,))])
-REFUSED = pytest.raises(ValueError, match="being written by another process")
 
 
 def write(path: Path, content: bytes = 64 * b"a") -> None:
@@ -37,62 +45,95 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_has_one_writer_at_a_time(tmp_path):
-    with FileWriter(tmp_path / "a", HEAD), REFUSED:
-        FileWriter(tmp_path / "a", HEAD)
-    write(tmp_path / "a")
-    assert [file.name for file in tmp_path.iterdir()] == ["a"]
-
-
-def test_a_file_system_that_locks_only_what_is_open_for_writing(tmp_path, monkeypatch):
-    """As NFS does."""
-    lock = fcntl.flock
-
-    def lock_writers(file, operation):
-        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(errno.EBADF, "Bad file descriptor")
-        lock(file, operation)
-
-    monkeypatch.setattr(fcntl, "flock", lock_writers)
-    with FileWriter(tmp_path / "a", HEAD), REFUSED:
-        FileWriter(tmp_path / "a", HEAD)
-
-
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    """The last whole file wins, and no writer touches another's."""
-
+def refuse_locks(monkeypatch) -> None:
     def refuse(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_the_last_whole_file_wins(tmp_path, monkeypatch, has_locks):
+    """No writer touches another's file: every rank of a job may save to one folder."""
+    if not has_locks:
+        refuse_locks(monkeypatch)
     path = tmp_path / "a"
     with FileWriter(path, HEAD) as first:
         with FileWriter(path, HEAD) as second:
             first.write_at(len(HEAD), memoryview(64 * b"1"))
             second.write_at(len(HEAD), memoryview(64 * b"2"))
+            assert len(list(tmp_path.iterdir())) == 2
         assert path.read_bytes() == HEAD + 64 * b"2"
     assert path.read_bytes() == HEAD + 64 * b"1"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_writer_left_is_replaced_and_never_written_to(tmp_path):
-    """It may be a link to a file of another folder."""
+def test_many_processes_write_one_file(tmp_path):
+    script = f"""
+from pathlib import Path
+from test_writing_files import write, write_json
+for turn in range(60):
+    write(Path({str(tmp_path)!r}, "a"))
+    write_json(Path({str(tmp_path)!r}, "a.json"), {{"a": 1}})
+"""
+    command = [sys.executable, "-c", script]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) for _ in range(3)]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors.decode()
+    assert read_header(tmp_path / "a").head == HEAD
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.json"]
+
+
+def test_a_file_system_that_locks_only_what_is_open_for_writing(tmp_path, monkeypatch):
+    """As NFS does."""
+    lock, asked = fcntl.flock, []
+
+    def lock_writers(file, operation):
+        asked.append(file)
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_writers)
+    (tmp_path / "a.0.unfinished").write_bytes(b"half")
+    with FileWriter(tmp_path / "a", HEAD) as first:
+        with FileWriter(tmp_path / "a", HEAD):
+            assert len(list(tmp_path.iterdir())) == 2  # what was left is gone, what is being written is not
+        first.write_at(len(HEAD), memoryview(64 * b"1"))
+    assert asked and [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_never_written_to(tmp_path, monkeypatch):
+    """It may be a link to a file of another folder, which is renamed at once unless its writer was killed."""
     (tmp_path / "source").write_bytes(b"rows of another model")
-    path, left = tmp_path / "a", tmp_path / "a.unfinished"
+    path, left = tmp_path / "a", tmp_path / "a.0123.unfinished"
     opened = os.listdir("/proc/self/fd")
-    for make in (
-        lambda: left.write_bytes(b"half"),
-        lambda: os.link(tmp_path / "source", left),
-        lambda: left.symlink_to(tmp_path / "source"),
-        lambda: left.symlink_to(tmp_path / "nowhere"),
-        lambda: os.mkfifo(left),
+    for make, is_link in (
+        (lambda: left.write_bytes(b"half"), False),
+        (lambda: os.link(tmp_path / "source", left), True),
+        (lambda: left.symlink_to(tmp_path / "source"), True),
+        (lambda: left.symlink_to(tmp_path / "nowhere"), True),
+        (lambda: os.mkfifo(left), True),
     ):
         make()
         write(path)
+        assert os.path.lexists(left) == is_link
+        with monkeypatch.context() as patch:
+            patch.setattr(safetensors_engram, "_LINK_SECONDS", -1)
+            write(path)
         assert path.read_bytes() == HEAD + 64 * b"a"
         assert (tmp_path / "source").read_bytes() == b"rows of another model"
         assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "source"]
     assert len(os.listdir("/proc/self/fd")) == len(opened)
+
+
+def test_what_others_left_stays_where_nobody_can_tell(tmp_path, monkeypatch):
+    refuse_locks(monkeypatch)
+    (tmp_path / "a.0.unfinished").write_bytes(b"half")
+    write(tmp_path / "a")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "a.0.unfinished"]
 
 
 def test_a_full_disk_and_a_read_only_one_are_said(tmp_path):
@@ -100,8 +141,8 @@ def test_a_full_disk_and_a_read_only_one_are_said(tmp_path):
     script = f"""
 import os, resource
 from pathlib import Path
-from engram_hf.file_writer_engram import FileWriter, link_or_copy
-from engram_hf.safetensors_engram import header_bytes
+from engram_hf import safetensors_engram
+from engram_hf.safetensors_engram import FileWriter, header_bytes, link_or_copy
 folder, head = Path({str(tmp_path)!r}), header_bytes([("a", "U8", (9000,))])
 source = os.open(folder / "source", os.O_RDONLY)
 os.remove(folder / "source")  # not to be linked, so that it is copied
@@ -169,6 +210,61 @@ def test_a_linked_file_is_one_file(tmp_path):
     link_or_copy(source, tmp_path / "a", tmp_path / "c")
     assert (tmp_path / "c").read_bytes() == b"rows" * 9999
     assert not (tmp_path / "c").samefile(tmp_path / "kept")
+    os.close(source)
+
+
+def share_blocks(monkeypatch) -> list[int]:
+    """Let the file system share blocks, as far as anyone can tell who reads; returns who asked for it."""
+    asked = []
+
+    def ioctl(target: int, request: int, source: int) -> int:
+        assert request == 0x40049409
+        asked.append(source)
+        os.pwrite(target, os.pread(source, os.fstat(source).st_size, 0), 0)
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    return asked
+
+
+def test_blocks_are_shared_where_that_is_possible(tmp_path, monkeypatch):
+    """Then both files can be written to."""
+    (tmp_path / "a").write_bytes(b"rows" * 9999)
+    source = os.open(tmp_path / "a", os.O_RDONLY)
+    asked = share_blocks(monkeypatch)
+    assert can_link(source, tmp_path / "a", tmp_path)
+    link_or_copy(source, tmp_path / "a", tmp_path / "b")
+    os.close(source)
+    assert asked == [source, source]
+    assert not (tmp_path / "b").samefile(tmp_path / "a")
+    assert (tmp_path / "b").read_bytes() == b"rows" * 9999
+    assert all((tmp_path / name).stat().st_mode & 0o200 for name in "ab")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_is_linked_is_read_only(tmp_path):
+    """Under both names; whoever may not make it so gets a copy."""
+    (tmp_path / "a").write_bytes(b"rows")
+    (tmp_path / "a").chmod(0o640)
+    source = os.open(tmp_path / "a", os.O_RDONLY)
+    assert can_link(source, tmp_path / "a", tmp_path)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640  # nothing was linked yet
+    link_or_copy(source, tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").samefile(tmp_path / "a")
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o440
+    os.close(source)
+
+
+def test_what_cannot_be_protected_is_copied(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    (tmp_path / "a").write_bytes(b"rows")
+    source = os.open(tmp_path / "a", os.O_RDONLY)
+    monkeypatch.setattr(os, "chmod", refuse)
+    link_or_copy(source, tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b").samefile(tmp_path / "a") and (tmp_path / "b").read_bytes() == b"rows"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
     os.close(source)
 
 

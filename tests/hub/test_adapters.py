@@ -1,0 +1,44 @@
+"""An adapter on the Hub stands for its base model: tables come from there, at the state that the weights are of."""
+
+import os
+import sys
+
+from child_processes import finish, start
+from hub_server import TOKEN, HubServer, client_environment
+
+ADAPTER = """
+import json
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_backbones import build, random_ids
+from transformers import AutoModelForCausalLM
+from engram_hf import EngramForCausalLM
+
+base = build("llama", engram_head_dim=32)
+base.save_pretrained("saved")
+EngramForCausalLM.from_pretrained("saved", engram_residency="mapped").push_to_hub("me/base")
+base = EngramForCausalLM.from_pretrained("me/base", engram_residency="mapped")
+config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+adapted = get_peft_model(base, config).eval()
+adapted.push_to_hub("me/adapter")
+ids = random_ids(1, 9)
+found = {}
+with torch.no_grad():
+    expected = adapted(ids).logits
+    for load in (EngramForCausalLM, AutoModelForCausalLM):
+        for residency in ("auto", "mapped"):
+            model = load.from_pretrained("me/adapter", engram_residency=residency).eval()
+            resident = {memory.table.is_resident for memory in model.base_model.memories().values()}
+            assert resident == {residency == "auto"}, resident
+            found[f"{load.__name__}, {residency}"] = float((model(ids).logits - expected).abs().max())
+print(json.dumps(found))
+"""
+
+
+def test_tables_come_from_the_base_model_of_an_adapter(tmp_path):
+    paths = os.pathsep.join(path for path in sys.path if path)
+    with HubServer(tmp_path / "hub") as hub:
+        env = client_environment(hub, tmp_path / "home", HF_TOKEN=TOKEN, PYTHONPATH=paths)
+        found = finish(start(ADAPTER, env=env, cwd=tmp_path))
+    assert len(found) == 4
+    assert max(found.values()) < 1e-5, found

@@ -1,0 +1,66 @@
+"""All tests on every tested version of transformers: `python tests/version_matrix.py` (or `make test-matrix`).
+
+Each version has its own environment and constraints file. Prints a table; exit code 1 if a test failed, or did not run.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def constraints_files() -> dict[str, Path]:
+    """The constraints file of every tested version of transformers, oldest first."""
+    paths = [ROOT / "constraints.txt", *(ROOT / "constraints").glob("transformers-*.txt")]
+    versions = {_pinned_version(path): path for path in paths}
+    return {version: versions[version] for version in sorted(versions, key=lambda each: [*map(int, each.split("."))])}
+
+
+def _pinned_version(path: Path) -> str:
+    (version,) = re.findall(r"^transformers==([\d.]+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return version
+
+
+def run_suite(version: str, constraints: Path, pytest_args: str) -> dict[str, int | str]:
+    """One row of the table: how many tests passed, failed and were skipped, and the seconds it took."""
+    report = ROOT / "out" / f"tests-{version}.xml"
+    report.parent.mkdir(exist_ok=True)
+    report.unlink(missing_ok=True)
+    started = time.monotonic()
+    command = ["make", "run-tests", f"VENV=.venv-{version}", f"CONSTRAINTS={constraints.relative_to(ROOT)}"]
+    command.append(f"PYTEST_ARGS=--junitxml={report} {pytest_args}")
+    subprocess.run(command, cwd=ROOT, check=False)
+    return {"transformers": version, **_count(report), "seconds": round(time.monotonic() - started)}
+
+
+def _count(report: Path) -> dict[str, int | str]:
+    if not report.is_file():
+        return {"passed": "-", "failed": "did not run", "skipped": "-"}
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    tests, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
+    failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+    return {"passed": tests - skipped - failed, "failed": failed, "skipped": skipped}
+
+
+def main() -> int:
+    files = constraints_files()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("versions", nargs="*", default=list(files), help=f"of {', '.join(files)} (default: all)")
+    parser.add_argument("--pytest-args", default="", help="more arguments for pytest, in one string")
+    options = parser.parse_args()
+    if unknown := [version for version in options.versions if version not in files]:
+        parser.error(f"no constraints file pins transformers {', '.join(unknown)}; there are {', '.join(files)}")
+    rows = [run_suite(version, files[version], options.pytest_args) for version in options.versions]
+    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
+        print("".join(f"{cell!s:>14}" for cell in row.values()))
+    return 0 if all(row["failed"] == 0 and row["passed"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""What PEFT asks of a model's config: its defaults are looked up by the backbone's type, and so are ties and sizes."""
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from ..configuration_engram import EngramConfig
+
+_get_model_config = BaseTuner.get_model_config
+
+
+def _get_backbone_config(model: nn.Module) -> dict[str, Any]:
+    """The config that PEFT reads for `model`: of a model with memory, its backbone's."""
+    config = getattr(model, "config", None)
+    return config.text_config.to_dict() if isinstance(config, EngramConfig) else _get_model_config(model)
+
+
+def register() -> None:
+    """Have PEFT choose target modules for a model with memory as for its bare backbone (`LoraConfig()` without targets)."""
+    BaseTuner.get_model_config = staticmethod(_get_backbone_config)
