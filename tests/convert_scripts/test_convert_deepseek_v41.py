@@ -413,11 +413,11 @@ def test_a_full_disk_leaves_no_half_file_and_resumes(tiny, converted, tmp_path, 
 
 
 def assert_only_whole_files(folder, expected, parts=True):
-    """Under final names nothing but finished files; `.part` files only after a kill."""
+    """Under final names nothing but finished files; unfinished ones only after a kill."""
     found = contents(folder) if folder.exists() else {}
-    own = (".conversion-journal", LOCK_NAME)
-    final = {name: data for name, data in found.items() if not name.endswith(".part") and name not in own}
-    assert parts or not any(name.endswith(".part") for name in found)
+    own, unfinished = (".conversion-journal", LOCK_NAME), (".part", ".unfinished")
+    final = {name: data for name, data in found.items() if not name.endswith(unfinished) and name not in own}
+    assert parts or not any(name.endswith(unfinished) for name in found)
     for name, data in final.items():
         assert data == expected[name], name
 

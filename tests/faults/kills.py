@@ -107,13 +107,23 @@ def trials(home: Path) -> dict[str, tuple]:
             return "was killed while its files were put in place" in str(error)
         return any(torch.equal(found, one) for one in answers)
 
+    def begun_exchange(target: Path) -> bool:
+        return (target / "engram_tables.json").exists() or any(target.glob(".engram-exchange-*"))
+
     def is_no_model(target: Path) -> bool:
-        return not (target / "config.json").exists() or (target / "engram_tables.json").exists()
+        return not (target / "config.json").exists() or begun_exchange(target)
+
+    def quantize(target: Path) -> int:
+        if begun_exchange(target):  # after which the command takes the folder for that of a model
+            if not any(target.glob(".engram-*")):
+                return 0
+            shutil.rmtree(target)
+        return engram(["quantize", str(folders["old files"]), str(target)])
 
     return {
         "convert": (lambda t: convert_deepseek_v41.main([str(source), str(t)]), nothing, lambda target: True),
         "export": (lambda t: export_deepseek_v41.main([str(converted), str(t)]), nothing, lambda target: True),
-        "quantize": (lambda t: engram(["quantize", str(folders["old files"]), str(t)]), nothing, is_no_model),
+        "quantize": (quantize, nothing, is_no_model),
         "save": (new.save_pretrained, lambda t: shutil.copytree(folders["old files"], t), is_old_or_new),
     }
 

@@ -2,19 +2,19 @@
 
 import copy
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
 import subprocess
 import sys
 import threading
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_tokenizer import make_tokenizer
-from trial_models import answer, load
+from trial_models import answer, load, random_ids
 
 from engram_hf import EngramForCausalLM
 
@@ -39,7 +39,7 @@ def in_a_process(code: str, *arguments: object, **environment: str) -> str:
 
 ANSWER = """
 import sys
-from trial_models import answer, load
+from trial_models import answer, load, random_ids
 for residency in sys.argv[2:]:
     print(answer(load(sys.argv[1], residency)).double().sum().item())
 """
@@ -63,21 +63,47 @@ def test_threads(folders, expected, rounds, residency):
     assert not wrong
 
 
-def put_answer(model, queue):
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_gates_beside_other_threads(folders, rounds, residency):
+    """They are those of the text that was asked for, whatever else the model reads meanwhile."""
+    model, done, wrong = load(folders["old files"], residency), threading.Event(), []
+    asked, others = random_ids(1, 12), random_ids(3, 20, seed=5)
+    alone = model.engram_gates(asked)
+    assert set(alone) == {1, 2} and not torch.equal(alone[1], model.engram_gates(others)[1][:1, :12])
+
+    def read_others():
+        while not done.is_set():
+            with torch.no_grad():
+                model(others)
+
+    threads = [threading.Thread(target=read_others) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(rounds(20)):
+            gates = model.engram_gates(asked)
+            wrong += [layer for layer in alone if not torch.equal(gates[layer], alone[layer])]
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def put_answers(models, queue):
     torch.set_num_threads(1)
-    queue.put(answer(model).tolist())
+    queue.put([answer(model).tolist() for model in models])
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.parametrize("residency", RESIDENCIES)
-def test_processes(folders, expected, residency, method):
-    model, context = load(folders["old files"], residency), multiprocessing.get_context(method)
+def test_processes(folders, expected, method):
+    models, context = [load(folders["old files"], residency) for residency in RESIDENCIES], get_context(method)
     queue = context.Queue()
-    process = context.Process(target=put_answer, args=(model, queue))
+    process = context.Process(target=put_answers, args=(models, queue))
     process.start()
-    assert torch.equal(torch.tensor(queue.get(timeout=120)), expected)
+    assert all(torch.equal(torch.tensor(found), expected) for found in queue.get(timeout=120))
     process.join()
-    assert torch.equal(answer(model), expected)
+    assert all(torch.equal(answer(model), expected) for model in models)
 
 
 class Answers(torch.utils.data.Dataset):
@@ -123,21 +149,17 @@ def test_files_that_are_deleted_or_replaced(folders, expected, tmp_path, residen
     assert torch.equal(answer(load(folder)), expected)
 
 
-@pytest.mark.parametrize("setting", ["-O", "C", "home", "umask"])
-def test_settings_of_the_user(folders, expected, tmp_path, setting):
+@pytest.mark.parametrize("options", ["", "-O\0"], ids=["bare surroundings", "-O"])
+def test_settings_of_the_user(folders, expected, tmp_path, options):
+    """No locale, no home, no rights for new files: all at once, since a process takes long to start; and no assertions."""
     code, environment = ANSWER, {}
-    if setting == "-O":
-        code = f"-O\0{code}"
-    elif setting == "home":
+    if not options:
         home = tmp_path / "file" / "home"  # where not even root can make one
         home.parent.write_bytes(b"")
         environment = {"HOME": str(home), "HF_HOME": str(home / "hf"), "XDG_CACHE_HOME": str(home / "cache")}
-    elif setting == "umask":
-        code = f"import os\nos.umask(0o777)\n{code}"
-    else:
-        environment = {"LC_ALL": setting}
-        code = f"import locale\ntry: locale.setlocale(locale.LC_ALL, '')\nexcept locale.Error: pass\n{code}"
-    found = in_a_process(code, folders["old files"], *RESIDENCIES, **environment)
+        environment |= {"LC_ALL": "C", "PYTHONDONTWRITEBYTECODE": "1"}
+        code = f"import locale, os\nlocale.setlocale(locale.LC_ALL, '')\nos.umask(0o777)\n{code}"
+    found = in_a_process(options + code, folders["old files"], *RESIDENCIES, **environment)
     assert [float(line) for line in found.split()] == [expected.double().sum().item()] * 2
 
 
@@ -214,7 +236,7 @@ def test_a_model_in_the_background_of_a_fork_keeps_its_files(folders, expected):
     """A child that ends must not close what its parent reads."""
     model = load(folders["old files"], "mapped")
     for _ in range(3):
-        process = multiprocessing.get_context("fork").Process(target=answer, args=(model,))
+        process = get_context("fork").Process(target=answer, args=(model,))
         process.start()
         process.join()
         assert process.exitcode == 0
