@@ -1,10 +1,23 @@
 """Where the remote code of a model on DeepSeek-V4.1's backbone begins: it brings the backbone, which transformers lacks."""
 
+from .causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
 from .configuration_engram import EngramConfig, register_remote_backbone
 from .modeling_deepseek_v41 import DeepseekV41TextModel
-from .modeling_engram import EngramForCausalLM, EngramModel
+from .modeling_engram import EngramForCausalLM, EngramForConditionalGeneration, EngramModel
+from .multimodal_deepseek_v41 import DeepseekV41ForConditionalGeneration
+from .processing_deepseek_v41 import DeepseekV41Processor
 
 register_remote_backbone(DeepseekV41TextConfig.model_type, __name__.rpartition(".")[2])
 
-__all__ = ["DeepseekV41TextConfig", "DeepseekV41TextModel", "EngramConfig", "EngramForCausalLM", "EngramModel"]
+__all__ = [
+    "DeepseekV41ForConditionalGeneration",
+    "DeepseekV41Processor",
+    "DeepseekV41TextConfig",
+    "DeepseekV41TextForCausalLM",
+    "DeepseekV41TextModel",
+    "EngramConfig",
+    "EngramForCausalLM",
+    "EngramForConditionalGeneration",
+    "EngramModel",
+]

@@ -16,6 +16,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .configuration_deepseek_v41 import LAYER_TYPE
+from .safetensors_engram import EngramError
 
 
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -85,7 +86,7 @@ def row_layout(
     if position_ids is None:
         return RowLayout(counted, real, order, inverse, packed)
     if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
-        raise ValueError(f"`position_ids` must be [{batch}, {length}], got shape {list(position_ids.shape)}.")
+        raise EngramError(f"`position_ids` must be [{batch}, {length}], got shape {list(position_ids.shape)}.")
     positions = position_ids.to(torch.long).expand(batch, -1)
     positions = positions if order is None else gather_rows(positions, order)
     return _read_positions(positions, counted, RowLayout(counted, real, order, inverse, packed))
@@ -97,7 +98,7 @@ def _chunk_mask(attention_mask, batch: int, length: int, past) -> torch.Tensor |
     seen = 0 if past is None else past.get_seq_length()
     shape = tuple(getattr(attention_mask, "shape", ()))
     if shape not in ((batch, seen + length), (batch, length)):
-        raise ValueError(
+        raise EngramError(
             f"`attention_mask` must be [batch, tokens] with {length} new tokens or {seen + length} with the cached "
             f"ones, for a batch of {batch}; got shape {list(shape)}. A mask of another kind is not supported, because "
             "this attention never forms a [tokens, tokens] matrix."
@@ -112,9 +113,10 @@ def _read_positions(positions: torch.Tensor, counted: torch.Tensor, layout: RowL
     if torch.compiler.is_compiling():
         return layout._replace(positions=torch.where(layout.real, positions, 0), packed=True)
     if bool(((positions != previous + 1) & (positions != 0) & layout.real).any()):
-        raise ValueError(
+        raise EngramError(
             "`position_ids` must count up by one inside a sequence, from 0 or from the last cached position: tokens are "
-            "pooled by position, so a gap has no meaning. Leave them out to count the unmasked tokens."
+            "pooled by position, so a gap has no meaning. Leave them out to count the unmasked tokens; for `generate`, pad a "
+            'batch on the left (`padding_side="left"`), or it counts on behind the padding.'
         )
     packed = layout.packed or bool(restarts.any())
     return layout._replace(positions=torch.where(layout.real, positions, 0), packed=packed)
@@ -269,7 +271,7 @@ class DeepseekV41CacheLayer(DynamicLayer):
                 one sequence.
         """
         if tokens_to_remove > 0:
-            raise ValueError(
+            raise EngramError(
                 f"`crop` takes the number of tokens to remove as a negative number, got {tokens_to_remove}."
             )
         if not self.is_initialized:
@@ -288,12 +290,12 @@ class DeepseekV41CacheLayer(DynamicLayer):
 
     def _check_crop(self, removed: int, left: int):
         if left < min(self.history, self.cumulative_length - removed):
-            raise ValueError(
+            raise EngramError(
                 f"Cannot take {removed} tokens back: the window of {self.history} tokens before them is gone. Call "
                 "`activate_past_recording()` on the cache before the tokens are processed."
             )
         if removed and (self.packed or self.ends_in_padding):
-            raise ValueError(
+            raise EngramError(
                 "Cannot take tokens back from rows that were padded on the right or hold several sequences: it is not "
                 "known which tokens would go. Pad on the left, one sequence a row."
             )
@@ -327,7 +329,7 @@ class DeepseekV41StaticCacheLayer(StaticLayer):
     _layer_type = LAYER_TYPE
 
     def __init__(self, *args, **kwargs):
-        raise ValueError(
+        raise EngramError(
             "DeepSeek-V4.1 has no static cache, because how many compressed positions a row has depends on its own "
             'length. Leave `cache_implementation` out, or set it to "dynamic".'
         )
@@ -344,7 +346,7 @@ def layer_cache(cache: Cache | None, layer_idx: int) -> DeepseekV41CacheLayer | 
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     # By name, not by class: a model loaded as remote code brings a class of its own under the same name.
     if getattr(layer, "_layer_type", None) != LAYER_TYPE:
-        raise ValueError(
+        raise EngramError(
             f"`past_key_values` holds {type(layer).__name__} at layer {layer_idx}, not a DeepSeek-V4.1 cache layer. "
             "Create it with `DynamicCache(config=model.config)`, or leave it out."
         )

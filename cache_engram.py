@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD, Compaction
+from .safetensors_engram import EngramError
 
 # Convolution inputs kept beyond what the next token needs: so many positions can be cropped away at any time, as a
 # DynamicCache of most backbones allows, without holding `[B, S, G, D]` for a whole text.
@@ -67,7 +68,7 @@ class EngramHistory:
             ValueError: names both numbers.
         """
         if self.ids is not None and self.ids.shape[0] != batch:
-            raise ValueError(
+            raise EngramError(
                 f"The cache holds {self.ids.shape[0]} sequences, but this call brings {batch}; pass the cache of the same "
                 "batch, or None to start afresh."
             )
@@ -132,13 +133,13 @@ class EngramHistory:
             ValueError: for a positive number, or if the convolution inputs before the positions are no longer held.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of positions to forget, got {tokens_to_remove}.")
+            raise EngramError(f"crop takes minus the number of positions to forget, got {tokens_to_remove}.")
         if -tokens_to_remove >= self.get_seq_length() or not self.conv_inputs:
             return
         remove = int(self._text_in_last(-tokens_to_remove).max())
         spare = min(kept.shape[1] for kept in self.conv_inputs.values()) - self.reach
         if remove > spare:
-            raise ValueError(
+            raise EngramError(
                 f"This cache can forget at most {spare} positions, not {remove}: what the memory's convolution saw before them "
                 "was dropped. Call activate_past_recording() on the cache before the positions that are to be forgotten."
             )
@@ -237,7 +238,7 @@ class StaticEngramHistory(EngramHistory):
             ValueError: always, unless there is nothing to remove.
         """
         if tokens_to_remove:
-            raise ValueError("A static cache cannot forget positions; use a DynamicCache for that.")
+            raise EngramError("A static cache cannot forget positions; use a DynamicCache for that.")
 
     def crop(self, tokens_to_remove: int) -> None:
         """Nothing to do; see `require_croppable`."""
@@ -374,7 +375,7 @@ def attach_history(cache: Cache, config: EngramConfig) -> EngramHistory:
         ValueError: the cache was filled without this memory, or by another model.
     """
     if not isinstance(getattr(cache, "layers", None), list):
-        raise ValueError(f"The cache is a {type(cache).__name__}; Engram needs a transformers Cache with layers.")
+        raise EngramError(f"The cache is a {type(cache).__name__}; Engram needs a transformers Cache with layers.")
     if not isinstance(cache, CacheWithHistory):
         history_class = StaticEngramHistory if _is_static(cache) else EngramHistory
         _require_same_past(cache, 0)
@@ -382,7 +383,7 @@ def attach_history(cache: Cache, config: EngramConfig) -> EngramHistory:
         cache.engram_history = history_class(_owner(config), lookback_reach(config))
     history = cache.engram_history
     if history.owner != _owner(config):
-        raise ValueError(
+        raise EngramError(
             "The cache belongs to another Engram model (its layers, n-grams or vocabulary differ); pass this model's own "
             "cache, or None to start afresh."
         )
@@ -417,7 +418,7 @@ def _owner(config: EngramConfig) -> tuple:
 def _require_same_past(cache: Cache, seen: int) -> None:
     held = int(cache.get_seq_length())
     if seen != held:
-        raise ValueError(
+        raise EngramError(
             f"The cache holds {held} positions, of which this model's memory saw {seen} (another model, such as the bare "
             "backbone, or a tuned prefix filled it, or cropped it); pass this model's own cache, or None to start afresh."
         )

@@ -7,6 +7,9 @@ Fields carry the names of the release's `text_config`. Keys this model does not 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
+from .configuration_vision_deepseek_v41 import DeepseekV41VisionConfig
+from .safetensors_engram import EngramError
+
 # The cache layer of `cache_deepseek_v41.py` registers itself with transformers under this name.
 LAYER_TYPE = "deepseek_v41_attention"
 
@@ -87,6 +90,16 @@ class DeepseekV41TextConfig(PreTrainedConfig):
             `{"main": {...}, "compress": {...}}`. Upstream's `rope_scaling` (the release's YaRN when left out, None for
             none; compressed layers only) is accepted too and folded in;
             [`~DeepseekV41TextConfig.upstream_rope_scaling`] gives it back.
+        vision_config (`dict` or [`DeepseekV41VisionConfig`], *optional*):
+            The vision tower's. None: the checkpoint is of text alone. Only [`DeepseekV41ForConditionalGeneration`] has the
+            tower; [`DeepseekV41TextForCausalLM`] opens the same checkpoint as text.
+        image_token_id (`int`, *optional*):
+            The id that every position of an image has.
+        draft (`bool`):
+            Whether the model holds the draft layers that `generate(use_mtp=True)` needs. Without, they are loaded when they
+            are first used, from the folder that the model came from.
+        dspark_confidence_threshold (`float`, *optional*):
+            Drafting stops before a token whose predicted probability of being accepted is below this. None: never.
         cache_rounding (`bool`):
             Whether the latents and index vectors are rounded to FP8 / FP4, as the release was trained. Off only to
             compare implementations: rounding is a step function, so tiny differences otherwise show as large ones.
@@ -97,6 +110,7 @@ class DeepseekV41TextConfig(PreTrainedConfig):
 
     model_type = "deepseek_v41_text"
     base_config_key = "text_config"
+    sub_configs = {"vision_config": DeepseekV41VisionConfig}  # noqa: RUF012 (transformers' spelling)
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' spelling)
     # transformers' experts, FP8 and parallelism code ask for these names.
     attribute_map = {  # noqa: RUF012
@@ -157,8 +171,15 @@ class DeepseekV41TextConfig(PreTrainedConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
     tie_word_embeddings: bool = False
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_id: int | None = None
+    draft: bool = False
+    dspark_confidence_threshold: float | None = None
 
     def __post_init__(self, **kwargs):
+        if isinstance(self.vision_config, dict):
+            fields = {**self.vision_config, "out_hidden_size": self.hidden_size}
+            self.vision_config = DeepseekV41VisionConfig(**fields) if fields.get("num_hidden_layers") != 0 else None
         rope_scaling, rope_parameters = kwargs.pop("rope_scaling", _ROPE_SCALING), self.rope_parameters
         # The base class expects one flat dict or one per layer type; ours is by kind of layer and set afterwards.
         self.rope_parameters = None
@@ -190,8 +211,15 @@ class DeepseekV41TextConfig(PreTrainedConfig):
         """
         self._check_values()
         self._check_schedule()
+        self._check_vision()
         for name, parameters in self.rope_parameters.items():
             self._check_rope(name, parameters)
+
+    def validate_layer_type(self):
+        """The layer types are this model's own; [`~DeepseekV41TextConfig.validate`] checks the schedule behind them."""
+
+    def validate_rope(self, *args, **kwargs):
+        """The layout is this model's own; [`~DeepseekV41TextConfig.validate`] checks it."""
 
     def standardize_rope_params(self):
         """Both dicts are complete by construction; filling in flat keys beside them would only add noise."""
@@ -211,10 +239,10 @@ class DeepseekV41TextConfig(PreTrainedConfig):
         for name in _POSITIVE_INTEGERS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+                raise EngramError(f"`{name}` must be a positive integer, got {value!r}.")
         for name, expected in _FIXED.items():
             if getattr(self, name) != expected:
-                raise ValueError(f"`{name}` must be {expected!r} for DeepSeek-V4.1, got {getattr(self, name)!r}.")
+                raise EngramError(f"`{name}` must be {expected!r} for DeepSeek-V4.1, got {getattr(self, name)!r}.")
         rules = (
             (self.num_attention_heads % self.o_groups, "num_attention_heads", f"be a multiple of `o_groups` {self.o_groups}"),
             (self.qk_rope_head_dim % 2, "qk_rope_head_dim", "be even, since channels are rotated in pairs"),
@@ -231,18 +259,18 @@ class DeepseekV41TextConfig(PreTrainedConfig):
         )  # fmt: skip
         for broken, name, rule in rules:
             if broken:
-                raise ValueError(f"`{name}` must {rule}, got {getattr(self, name)}.")
+                raise EngramError(f"`{name}` must {rule}, got {getattr(self, name)}.")
 
     def _check_schedule(self):
         layers, ratios = self.num_hidden_layers, self.compress_ratios
         if len(ratios) < layers or any(not isinstance(ratio, int) or ratio < 0 for ratio in ratios):
-            raise ValueError(
+            raise EngramError(
                 f"`compress_ratios` must give each of {layers} layers a ratio of 0 or more, got {ratios}."
             )
         for name in ("kv_source_layer_ids", "index_source_layer_ids"):
             ids = getattr(self, name)
             if ids != sorted(set(ids)) or any(not 0 <= layer < layers or not ratios[layer] for layer in ids):
-                raise ValueError(
+                raise EngramError(
                     f"`{name}` must be ascending layers below `num_hidden_layers` {layers} with a compress ratio above "
                     f"0, got {ids}."
                 )
@@ -251,22 +279,36 @@ class DeepseekV41TextConfig(PreTrainedConfig):
     def _check_sources(self):
         kv, index, ratios = self.kv_source_layer_ids, self.index_source_layer_ids, self.compress_ratios
         if not set(kv) <= set(index):
-            raise ValueError(
+            raise EngramError(
                 "Every layer of `kv_source_layer_ids` must be in `index_source_layer_ids` too, because positions chosen "
                 f"among older latents mean nothing for new ones; got {kv} and {index}."
             )
         for layer in range(self.num_hidden_layers):
             source = self.source_of(layer, kv)
             if ratios[layer] and (source is None or ratios[source] != ratios[layer]):
-                raise ValueError(
+                raise EngramError(
                     f"Layer {layer} has compress ratio {ratios[layer]}, so the latest of `kv_source_layer_ids` {kv} at or "
                     f"before it must exist and have the same ratio; `compress_ratios` is {ratios}."
                 )
         candidates = self.candidate_source_layer_id
         if candidates is not None and (candidates not in index or any(layer > candidates for layer in kv)):
-            raise ValueError(
+            raise EngramError(
                 f"`candidate_source_layer_id` must be one of `index_source_layer_ids` {index} with no KV source "
                 f"{kv} after it, got {candidates}."
+            )
+
+    def _check_vision(self):
+        if self.vision_config is None:
+            return
+        if self.vision_config.out_hidden_size != self.hidden_size:
+            raise EngramError(
+                f"`vision_config.out_hidden_size` must be the text model's `hidden_size` {self.hidden_size}, got "
+                f"{self.vision_config.out_hidden_size}."
+            )
+        if self.image_token_id is None or not 0 <= self.image_token_id < self.vocab_size:
+            raise EngramError(
+                f"`image_token_id` must be an id of the vocabulary of {self.vocab_size} when there is a `vision_config`, got "
+                f"{self.image_token_id}."
             )
 
     def _nested_rope_parameters(self, given: dict) -> dict:
@@ -285,9 +327,9 @@ class DeepseekV41TextConfig(PreTrainedConfig):
         kind = parameters.get("rope_type")
         missing = {"factor", "original_max_position_embeddings"} - parameters.keys()
         if kind not in ("default", "yarn"):
-            raise ValueError(f"`rope_parameters[{name!r}]` must have `rope_type` 'default' or 'yarn', got {kind!r}.")
+            raise EngramError(f"`rope_parameters[{name!r}]` must have `rope_type` 'default' or 'yarn', got {kind!r}.")
         if kind == "yarn" and missing:
-            raise ValueError(f"YaRN in `rope_parameters[{name!r}]` (`rope_scaling`) needs {sorted(missing)}.")
+            raise EngramError(f"YaRN in `rope_parameters[{name!r}]` (`rope_scaling`) needs {sorted(missing)}.")
 
 
 # A transformers release that brings its own keeps its place.

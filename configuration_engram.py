@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import CONFIG_MAPPING
 
 from .hashing_engram import as_token_map, draw_primes, is_prime
+from .safetensors_engram import EngramError
 from .table_engram import QUANTIZED_FORMATS
 
 # 2: parameters have the names that they have in the backbone's own class, without `backbone.` in front.
@@ -57,6 +58,7 @@ _AUTO_CLASSES = {
     "AutoModel": ("modeling_engram", "EngramModel"),
     "AutoModelForCausalLM": ("modeling_engram", "EngramForCausalLM"),
 }
+_AUTO_CLASSES_WITH_IMAGES = {"AutoModelForImageTextToText": ("modeling_engram", "EngramForConditionalGeneration")}
 # For a backbone that transformers does not have: the module that brings it and these classes, by the backbone's model type.
 _ENTRY_MODULES: dict[str, str] = {}
 
@@ -99,6 +101,15 @@ _OF_EVERY_CONFIG = {
     "base_model_pp_plan",
     "base_model_tp_plan",
     "per_layer_config",
+    # Of mixins, such as what rotary embeddings ask for.
+    *(
+        name
+        for mixin in PreTrainedConfig.__mro__[1:-1]
+        for name, value in vars(mixin).items()
+        if not name.startswith("_")
+        and not callable(value)
+        and not isinstance(value, (property, classmethod, staticmethod))
+    ),
 }
 
 
@@ -244,7 +255,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         """
         found = config_dict.get("model_type")
         if found not in (None, cls.model_type):
-            raise ValueError(
+            raise EngramError(
                 f"This is the config of a {found!r} model, not an EngramConfig; load it with AutoModelForCausalLM (a release "
                 "of DeepSeek's, too, after `import engram_hf`), or add memory to it with EngramForCausalLM.from_backbone."
             )
@@ -252,7 +263,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
 
     def _refuse_unknown(self, extras: dict[str, Any]) -> None:
         if self.engram_format_version > FORMAT_VERSION:
-            raise ValueError(
+            raise EngramError(
                 f"engram_format_version is {self.engram_format_version}, this engram-hf reads up to {FORMAT_VERSION}; "
                 "upgrade engram-hf."
             )
@@ -264,12 +275,12 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
             }
             guess = difflib.get_close_matches(unknown[0].removeprefix("engram_"), known, n=1)
             hint = f"did you mean {known[guess[0]]}?" if guess else f"the fields are {', '.join(known.values())}."
-            raise ValueError(f"EngramConfig has no field {unknown[0]}; {hint}")
+            raise EngramError(f"EngramConfig has no field {unknown[0]}; {hint}")
 
     def _set_rows(self) -> None:
         rows = [sum(map(sum, orders)) for orders in self.primes]
         if self.engram_num_embeddings not in (None, rows, tuple(rows)):
-            raise ValueError(
+            raise EngramError(
                 f"engram_num_embeddings is {list(self.engram_num_embeddings)}, but the primes of engram_vocab_size "
                 f"{self.engram_vocab_size} with {self.engram_n_heads} heads sum to {rows} rows; leave it out, or "
                 "restore the engram_vocab_size that the tables were built with."
@@ -284,7 +295,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         """
         for holds, message in itertools.chain(self._hash_rules(), self._fusion_rules()):
             if not holds:
-                raise ValueError(message)
+                raise EngramError(message)
 
     def _hash_rules(self) -> Iterator[tuple[bool, str]]:
         layers, ids = self.text_config.num_hidden_layers, self.engram_layer_ids
@@ -398,11 +409,11 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
             ValueError: on a field that breaks a rule, or if both `rows` and `memory_fraction` are given.
         """
         if variant not in VARIANTS:
-            raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(map(repr, VARIANTS))}.")
+            raise EngramError(f"variant is {variant!r}; it must be one of {', '.join(map(repr, VARIANTS))}.")
         if sum(value is not None for value in (rows, memory_fraction, engram_fields.get("engram_vocab_size"))) > 1:
-            raise ValueError("Give one of rows, memory_fraction and engram_vocab_size: each fixes the tables' size.")
+            raise EngramError("Give one of rows, memory_fraction and engram_vocab_size: each fixes the tables' size.")
         if not isinstance(text_config, PreTrainedConfig):
-            raise ValueError(
+            raise EngramError(
                 f"text_config is a {type(text_config).__name__}; give the backbone's config, for example "
                 "AutoConfig.from_pretrained(name)."
             )
@@ -423,7 +434,9 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     def remote_code_map(self) -> dict[str, str]:
         """The `auto_map` of config.json: where a folder with remote code has the class for each Auto class."""
         entry = remote_module(self.text_config.model_type)
-        return {auto: f"{entry or module}.{name}" for auto, (module, name) in _AUTO_CLASSES.items()}
+        reads_images = getattr(self.text_config, "vision_config", None) is not None
+        classes = _AUTO_CLASSES | (_AUTO_CLASSES_WITH_IMAGES if reads_images else {})
+        return {auto: f"{entry or module}.{name}" for auto, (module, name) in classes.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers; remote code begins with the module that brings the backbone, if it needs one."""
@@ -452,11 +465,11 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     def _rows_for_fraction(self, fraction: float) -> int:
         """Rows of each table that make the memory `fraction` of all parameters."""
         if not 0 < fraction < 1:
-            raise ValueError(f"memory_fraction is {fraction}; it must lie between 0 and 1, both excluded.")
+            raise EngramError(f"memory_fraction is {fraction}; it must lie between 0 and 1, both excluded.")
         memory = count_parameters(self.text_config) * fraction / (1 - fraction)
         rows = round((memory / len(self.engram_layer_ids) - self.parameters_beside_table) / self.engram_head_dim)
         if rows <= 0:
-            raise ValueError(
+            raise EngramError(
                 f"memory_fraction {fraction} is used up by the projections ({self.parameters_beside_table:,} parameters a "
                 "layer); raise it, or lower engram_head_dim or engram_n_heads."
             )
@@ -474,7 +487,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
             return sum(itertools.islice(filter(is_prime, itertools.count(first)), heads))
 
         if rows * layers < total(1):
-            raise ValueError(
+            raise EngramError(
                 f"The tables would have {rows} rows each, but distinct primes for {heads} heads in {layers} layers sum to "
                 f"at least {total(1) // layers} a layer; raise rows (or memory_fraction), or lower engram_n_heads."
             )
@@ -506,7 +519,7 @@ def _first_id(tokenizer, text_config: PreTrainedConfig) -> int:
 def _compressed_size(tokenizer, text_config: PreTrainedConfig) -> int:
     token_map = as_token_map(tokenizer)
     if token_map.numel() > text_config.vocab_size:
-        raise ValueError(
+        raise EngramError(
             f"The tokenizer has {token_map.numel()} ids, but the backbone's vocab_size is {text_config.vocab_size}; "
             "resize the backbone with resize_token_embeddings(len(tokenizer)) first."
         )
@@ -525,18 +538,18 @@ def as_decoder_config(text_config: dict | PreTrainedConfig | None) -> PreTrained
         fields = dict(text_config)
         model_type = fields.pop("model_type", None)
         if model_type not in CONFIG_MAPPING:
-            raise ValueError(
+            raise EngramError(
                 f"text_config has model_type {model_type!r}, which this transformers does not know; name a registered "
                 "decoder, or register it with AutoConfig.register first."
             )
         text_config = CONFIG_MAPPING[model_type](**fields)
     if text_config.is_encoder_decoder:
-        raise ValueError(
+        raise EngramError(
             f"text_config is an encoder-decoder ({text_config.model_type}); give the config of a decoder-only model."
         )
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if not hasattr(text_config, name):
-            raise ValueError(
+            raise EngramError(
                 f"text_config ({text_config.model_type}) has no {name}; give the config of one decoder, which in a "
                 "composite model is config.get_text_config()."
             )

@@ -18,6 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .safetensors_engram import EngramError
+
 # Below its own loggers, so that the verbosity that is set for transformers holds here, too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -138,7 +140,7 @@ def hash_ngrams(
         ValueError: `past_ids` and `sequence_ids` are given without `past_sequence_ids`.
     """
     if past_ids is not None and sequence_ids is not None and past_sequence_ids is None:
-        raise ValueError(
+        raise EngramError(
             "past_ids and sequence_ids came without past_sequence_ids, so the document of the past is not known; give "
             "all three."
         )
@@ -233,7 +235,7 @@ def as_token_map(source) -> torch.Tensor:
         source = _token_map_of_tokenizer(source)
     token_map = torch.as_tensor(source, device="cpu")
     if token_map.dim() != 1 or token_map.numel() == 0 or token_map.is_floating_point():
-        raise ValueError(
+        raise EngramError(
             f"A token map is an integer vector with one entry for each token id, got {token_map.dtype} of shape "
             f"{list(token_map.shape)}; take it from EngramTokenizer.token_map."
         )
@@ -241,7 +243,7 @@ def as_token_map(source) -> torch.Tensor:
     used = torch.unique(token_map)
     size = used.numel()
     if used[0] != 0 or used[-1] != size - 1:
-        raise ValueError(
+        raise EngramError(
             f"A token map uses every compressed id from 0 to its largest, but this one has {size} distinct values "
             f"between {int(used[0])} and {int(used[-1])}. Take it from EngramTokenizer.token_map."
         )
@@ -250,13 +252,13 @@ def as_token_map(source) -> torch.Tensor:
 
 def _token_map_of_tokenizer(tokenizer) -> torch.Tensor:
     if not tokenizer.is_fast:
-        raise ValueError(
+        raise EngramError(
             f"{type(tokenizer).__name__} is a slow (pure Python) tokenizer; vocabulary compression reads the Rust "
             "tokenizer. Load a fast one, for example with AutoTokenizer.from_pretrained."
         )
     if not hasattr(tokenizer, "token_map"):
         if _compress_tokenizer is None:
-            raise ValueError(
+            raise EngramError(
                 f"{type(tokenizer).__name__} has no token_map: pass an EngramTokenizer, for example "
                 "EngramTokenizer.from_tokenizer(tokenizer) of the package engram-hf."
             )
@@ -352,7 +354,7 @@ class NgramHasher(nn.Module):
         """
         for name, expected in self._derived.items():
             if not torch.equal(getattr(self, name).cpu(), expected):
-                raise ValueError(
+                raise EngramError(
                     f"The hash {name} stored with the weights are not those that the config implies (layers "
                     f"{list(self.layer_ids)}, vocabulary {self.hash_vocab_size}, buckets {list(self.bucket_counts)}, "
                     f"seed {self.seed}): weights and config.json are not of one model. Restore the config.json that "
@@ -387,7 +389,7 @@ class NgramHasher(nn.Module):
                 return exact.to(cast.device)
         elif cast.dtype in (torch.float32, torch.float64):  # exact for every id below 2^24
             return cast.round().long()
-        raise ValueError(
+        raise EngramError(
             f"The hash {name} arrived as {cast.dtype}, which cannot hold them: a tool has cast all tensors of the checkpoint, "
             "integers included. Take hashing.* from the original checkpoint."
         )
@@ -426,7 +428,7 @@ class NgramHasher(nn.Module):
             ValueError: the model has no token map yet.
         """
         if not torch.compiler.is_compiling() and not self.has_token_map:
-            raise ValueError(
+            raise EngramError(
                 "This model has no token map yet: call model.set_token_map(tokenizer) with the EngramTokenizer whose "
                 "compressed vocabulary the config names, or load the model with from_pretrained."
             )

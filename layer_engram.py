@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from .cache_engram import EngramHistory, RuntimeSubclass
 from .configuration_engram import EngramConfig
 from .hashing_engram import Compaction
+from .safetensors_engram import EngramError
 from .table_engram import EngramTable, RowReader
 
 # Tokens that are compared, or get their update, at once where no gradient is needed: a long prompt would take many times the
@@ -253,7 +254,7 @@ def _require_same_cache(kwargs: dict, inputs: EngramInputs) -> None:
     """Refuse to run where the layer puts its keys into another cache than the one that holds the memory's history."""
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     if inputs.cache is not None and cache is not None and cache is not inputs.cache:
-        raise ValueError(
+        raise EngramError(
             f"The backbone uses a {type(cache).__name__} of its own, not the cache that holds the memory's history; pass it a "
             "cache made from this model's config, or use_cache=False."
         )
@@ -284,9 +285,9 @@ def require_extensible(module: nn.Module) -> None:
         ValueError: names the module's class.
     """
     if isinstance(module, RuntimeSubclass):
-        raise ValueError("This backbone already has Engram memory; start from the backbone without it.")
+        raise EngramError("This backbone already has Engram memory; start from the backbone without it.")
     if "forward" in vars(module) and "_old_forward" not in vars(module):
-        raise ValueError(
+        raise EngramError(
             f"The forward of a {type(module).__name__} was replaced on the instance, so its memory would never run; add "
             "memory before other tools wrap the backbone."
         )

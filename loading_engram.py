@@ -5,7 +5,6 @@ its `EngramTable` modules, so that transformers never allocates, initializes, mo
 """
 
 import contextlib
-import copy
 import hashlib
 import os
 import re
@@ -18,7 +17,7 @@ import torch
 from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.core_model_loading import WeightRenaming
 from transformers.integrations.accelerate import get_device, get_max_memory
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
@@ -32,7 +31,7 @@ from transformers.utils import (
 from transformers.utils.hub import extract_commit_hash
 
 from .row_sources_engram import MappedRows, PinnedRows
-from .safetensors_engram import FileFormatError, TensorSpan, read_header, read_json, read_weight_map
+from .safetensors_engram import EngramError, FileFormatError, TensorSpan, read_header, read_json, read_weight_map
 from .table_engram import EngramTable
 from .table_format_engram import (
     MANIFEST_NAME,
@@ -147,13 +146,13 @@ class Checkpoint:
             ValueError: an unknown residency, or tables that cannot be mapped because there are none.
         """
         if residency not in RESIDENCIES:
-            raise ValueError(
+            raise EngramError(
                 f"engram_residency is {residency!r}; it must be one of {', '.join(map(repr, RESIDENCIES))}."
             )
         needs_files = residency in ("mapped", "pinned")
         if not self._has_files or self.kwargs.get("state_dict") is not None:
             if needs_files:
-                raise ValueError(
+                raise EngramError(
                     f"engram_residency={residency!r} reads tables from safetensors files, but the weights come from "
                     "elsewhere (a state_dict or a GGUF file); leave it out."
                 )
@@ -162,7 +161,7 @@ class Checkpoint:
         if not tables:
             # Without config.json, transformers raises its own error.
             if needs_files and self._has_config:
-                raise ValueError(
+                raise EngramError(
                     f"{self.name_or_path} has no {MANIFEST_NAME}, and no memory tables among its safetensors weights, so "
                     f"engram_residency={residency!r} is not possible; complete it, or name a folder that was saved by "
                     "save_pretrained."
@@ -408,7 +407,7 @@ def require_memory(model: PreTrainedModel, missing: Collection[str]) -> None:
     memory = sorted(key for key in missing if ".engram." in key or "hashing." in key)
     absent = [key for key in memory if not any(pattern.search(key) for pattern in elsewhere)]
     if absent:
-        raise ValueError(
+        raise EngramError(
             f"The checkpoint lacks {len(absent)} tensors of the memory, such as {absent[0]}; complete the folder (a shard or "
             f"{MANIFEST_NAME} may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
         )
@@ -499,24 +498,10 @@ def _memory_of_the_system() -> int:
     return 1 << 34
 
 
-def rename_stored_tensors(model: PreTrainedModel, mapping: list[WeightTransform]) -> list[WeightTransform]:
-    """The backbone's `mapping` from stored names to those of parameters, with what a model with memory needs besides.
-
-    A backbone whose checkpoints have other names than its modules renames every key below it that fits a pattern, and
-    the memory's may fit by accident: DeepSeek-V4 turns each `q_norm` into `q_a_norm`.
-    """
-    renamings = [copy.deepcopy(transform) for transform in mapping if isinstance(transform, WeightRenaming)]
-    undo = {}
-    for key in model.state_dict():
-        renamed = key
-        for renaming in renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
-        if ".engram." in key and renamed != key:
-            undo[renamed.split(".engram.")[1]] = key.split(".engram.")[1]
-    back = [WeightRenaming(f".engram.{renamed}", f".engram.{name}") for renamed, name in undo.items()]
-    if model.config.engram_format_version == 1:  # kept the backbone in a submodule of that name
-        back.insert(0, WeightRenaming(r"^model\.backbone\.", "model."))
-    return [*mapping, *back]
+def renamings_of_version(format_version: int) -> list[WeightRenaming]:
+    """From the names of tensors in a checkpoint of an earlier format to today's."""
+    # Version 1 kept the backbone in a submodule of that name.
+    return [WeightRenaming(r"^model\.backbone\.", "model.")] if format_version == 1 else []
 
 
 def stored_dtype_of_hash(

@@ -19,14 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, Cache, DynamicCache, initialization
+from transformers import AutoModel, Cache, DynamicCache, initialization
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4Experts,
-    DeepseekV4ForCausalLM,
     DeepseekV4GroupedLinear,
     DeepseekV4HyperConnection,
     DeepseekV4MLP,
@@ -41,6 +39,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_deepseek_v41 import DeepseekV41CacheLayer, RowLayout, gather_rows, layer_cache, row_layout
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
+from .configuration_vision_deepseek_v41 import known_copies
+from .safetensors_engram import EngramError
 from .table_engram import E4M3_MAX, exponent_above
 
 # Elements of the largest intermediate of one block of queries: 64 MB in float32.
@@ -340,12 +340,9 @@ class DeepseekV41Attention(nn.Module):
         state = DeepseekV41CacheLayer() if past_key_values is None else layer_cache(past_key_values, self.layer_idx)
         cos, sin = position_embeddings[self.rope_type]
         x = layout.compact(hidden_states)
-        q_latent = self.q_a_norm(self.q_a_proj(x))
-        query = rotate(self.q_b_proj(q_latent).view(*x.shape[:2], self.num_heads, self.head_dim), cos, sin)
-        latents = rotate(self.kv_norm(self.kv_proj(x)), cos, sin)
-        latents = round_fp8(latents) if self.config.cache_rounding else latents
+        q_latent, query = self._query(x, cos, sin)
         history = max(self.config.sliding_window, self.ratio) - 1
-        window, _ = state.update(latents.unsqueeze(1), layout=layout, history=history)
+        window, _ = state.update(self.latents(x, cos, sin).unsqueeze(1), layout=layout, history=history)
         if self.compressor is not None:
             shared = self._compress(x, state, layout)
         if self.indexer is not None:
@@ -354,9 +351,22 @@ class DeepseekV41Attention(nn.Module):
             shared = shared._replace(selected=selected, candidates=candidates)
         read = shared if self.ratio else SharedAttention()
         output = self._attend(query, window.squeeze(1), layout.positions, read.latents, read.selected)
-        output = rotate(output, cos, -sin).reshape(*x.shape[:2], self.config.o_groups, -1)
-        output = self.o_b_proj(self.o_a_proj(output).flatten(2))
-        return layout.restore(output), shared
+        return layout.restore(self._output(output, cos, sin)), shared
+
+    def _query(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The low-rank latents `[B, S, q_lora_rank]`, and the rotated queries `[B, S, H, D]`."""
+        q_latent = self.q_a_norm(self.q_a_proj(x))
+        return q_latent, rotate(self.q_b_proj(q_latent).view(*x.shape[:2], self.num_heads, self.head_dim), cos, sin)
+
+    def latents(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """What later queries read of the tokens `x` `[B, S, hidden]`: `[B, S, D]`, rotated and rounded."""
+        latents = rotate(self.kv_norm(self.kv_proj(x)), cos, sin)
+        return round_fp8(latents) if self.config.cache_rounding else latents
+
+    def _output(self, output: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """`[B, S, H, D]` to `[B, S, hidden]`; values were keys, so the rotation is taken back."""
+        output = rotate(output, cos, -sin).reshape(*output.shape[:2], self.config.o_groups, -1)
+        return self.o_b_proj(self.o_a_proj(output).flatten(2))
 
     def _compress(self, x: torch.Tensor, state: DeepseekV41CacheLayer, layout: RowLayout) -> SharedAttention:
         """Pool the groups that complete in this call, and return all compressed positions so far."""
@@ -467,6 +477,12 @@ class DeepseekV41HyperConnection(DeepseekV4HyperConnection):
         return pre.sigmoid() + self.hc_eps, 2 * post.sigmoid(), comb
 
 
+def open_streams(embeds: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equal streams `[B, S, N, hidden]` of embeddings, and the first collapse weights `[B, S, N]`: the first stream's."""
+    pre = F.one_hot(embeds.new_zeros(embeds.shape[:2], dtype=torch.long), count).float()
+    return embeds.unsqueeze(2).repeat(1, 1, count, 1), pre
+
+
 def collapse(streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     """`[B, S, N, hidden]` and weights `[B, S, N]` to `[B, S, hidden]`, summed in float32."""
     return (pre.unsqueeze(-1) * streams).sum(dim=2).to(streams.dtype)
@@ -543,10 +559,12 @@ class DeepseekV41SparseMoeBlock(nn.Module):
 class DeepseekV41DecoderLayer(GradientCheckpointingLayer):
     """Attention and mixture of experts, on residual streams."""
 
+    _attention_class = DeepseekV41Attention
+
     def __init__(self, config: DeepseekV41TextConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.self_attn = DeepseekV41Attention(config, layer_idx)
+        self.self_attn = self._attention_class(config, layer_idx)
         self.mlp = DeepseekV41SparseMoeBlock(config)
         self.input_layernorm = DeepseekV4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekV4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -620,6 +638,9 @@ class DeepseekV41PreTrainedModel(DeepseekV4PreTrainedModel):
 class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
     """The DeepSeek-V4.1 decoder, from token ids to the state after the final norm."""
 
+    # A checkpoint with images, opened as text.
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)vision_tower\.", r"(^|\.)image_(start|newline|end)$"]  # noqa: RUF012
+
     def __init__(self, config: DeepseekV41TextConfig):
         super().__init__(config)
         # No `padding_idx`: where the mask is 1, the pad id is an ordinary token and learns.
@@ -664,20 +685,23 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
             ValueError: for inputs of another shape, position ids that skip, and a cache of another model.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            raise EngramError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise EngramError(
+                "DeepSeek-V4.1 has no attention matrix to return: each query chooses its own keys. Leave `output_attentions` out."
+            )
+        if inputs_embeds is None:
+            self._refuse_images(input_ids, image_mask, past_key_values)
+            inputs_embeds = self.embed_tokens(input_ids)
         if image_mask is not None and image_mask.shape != inputs_embeds.shape[:2]:
-            raise ValueError(
+            raise EngramError(
                 f"`image_mask` must have one entry per token, {list(inputs_embeds.shape[:2])}; got "
                 f"{list(image_mask.shape)}."
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         layout = row_layout(inputs_embeds, attention_mask, position_ids, layer_cache(past_key_values, 0))
-        streams = inputs_embeds.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
-        pre = F.one_hot(
-            inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long), self.config.hc_mult
-        ).float()
+        streams, pre = open_streams(inputs_embeds, self.config.hc_mult)
         shared = SharedAttention()
         angles = self._position_embeddings(layout)
         for layer in self.layers[: self.config.num_hidden_layers]:
@@ -694,44 +718,25 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
         hidden_states = self.norm(collapse(streams, pre))
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
+    def _refuse_images(self, input_ids: torch.Tensor, image_mask: torch.Tensor | None, cache: Cache | None):
+        """Images of a prompt need the tower. (The id may be generated by chance: then it is a token like others.)"""
+        image_token_id = self.config.image_token_id
+        if image_token_id is None or image_mask is not None or torch.compiler.is_compiling():
+            return
+        if (cache is None or not cache.get_seq_length()) and bool((input_ids == image_token_id).any()):
+            raise EngramError(
+                f"`input_ids` holds the image id {image_token_id}, but this model was opened as text; open it with "
+                "AutoModelForImageTextToText to give it images."
+            )
+
     def _position_embeddings(self, layout: RowLayout) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Cosines and sines by kind of layer. In float32 whatever the model's dtype: bfloat16 angles are coarse."""
         like = layout.positions.new_empty(0, dtype=torch.float32)
         return {kind: self.rotary_emb(like, layout.positions, layer_type=kind) for kind in ("main", "compress")}
 
 
-class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausalLM):
-    """The backbone with a language-model head; DeepSeek-V4's forward, loss and auxiliary loss around our decoder."""
+# The key is our own config class, so nothing of a later transformers release is replaced.
+for _config in known_copies(DeepseekV41TextConfig):
+    AutoModel.register(_config, DeepseekV41TextModel, exist_ok=True)
 
-    def __init__(self, config: DeepseekV41TextConfig):
-        # Past DeepSeek-V4's constructor, which would build DeepSeek-V4's decoder.
-        super(DeepseekV4ForCausalLM, self).__init__(config)
-        self.model = DeepseekV41TextModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.router_aux_loss_coef = config.router_aux_loss_coef
-        self.num_experts = config.n_routed_experts
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.post_init()
-
-    def prepare_inputs_for_generation(self, input_ids, *args, image_mask=None, **kwargs):
-        """As usual; an `image_mask` of the prompt is cut to the tokens of this step, and generated tokens are text."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        if image_mask is not None:
-            ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            missing = max(0, input_ids.shape[1] - image_mask.shape[1])
-            inputs["image_mask"] = F.pad(image_mask, (0, missing))[:, -ids.shape[1] :]
-        return inputs
-
-
-# The keys are our own config class, so nothing of a later transformers release is replaced. As remote code this file's
-# config class can be a second copy of the one that is registered under the model type; configs are of the first.
-_registered = CONFIG_MAPPING[DeepseekV41TextConfig.model_type]
-for _config in {DeepseekV41TextConfig, _registered}:
-    if _config.__module__.rpartition(".")[2] == DeepseekV41TextConfig.__module__.rpartition(".")[2]:
-        AutoModel.register(_config, DeepseekV41TextModel, exist_ok=True)
-        AutoModelForCausalLM.register(_config, DeepseekV41TextForCausalLM, exist_ok=True)
-# Trainer looks here for whether labels are to be shifted when it smooths them.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(DeepseekV41TextConfig.model_type, DeepseekV41TextForCausalLM.__name__)
-
-__all__ = ["DeepseekV41PreTrainedModel", "DeepseekV41TextForCausalLM", "DeepseekV41TextModel"]
+__all__ = ["DeepseekV41PreTrainedModel", "DeepseekV41TextModel"]

@@ -22,7 +22,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -44,11 +51,12 @@ from .loading_engram import (
     Checkpoint,
     FoundTables,
     leave_tables_on_disk,
-    rename_stored_tensors,
+    renamings_of_version,
     require_memory,
     stored_dtype_of_hash,
 )
 from .prefetch_engram import Prefetcher
+from .safetensors_engram import EngramError
 from .saving_engram import (
     FolderWriter,
     complete_save,
@@ -154,8 +162,8 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         model.base_model.hashing.stored_dtype = stored_dtype_of_hash(state_dict, checkpoint_files)
-        mapping = load_config.weight_mapping or []
-        load_config = dataclasses.replace(load_config, weight_mapping=rename_stored_tensors(model, mapping))
+        mapping = [*(load_config.weight_mapping or ()), *renamings_of_version(model.config.engram_format_version)]
+        load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         leave_tables_on_disk(model, load_config.device_map)
         model.base_model.prefetch_mounted()
         info, *others = PreTrainedModel._load_pretrained_model(
@@ -229,7 +237,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         old_size = self.config.vocab_size
         smallest = max(self.base_model.hashing.hash_vocab_size, self.config.engram_pad_token_id + 1)
         if new_num_tokens is not None and new_num_tokens < min(smallest, old_size):
-            raise ValueError(
+            raise EngramError(
                 f"new_num_tokens is {new_num_tokens}, but this model's memory hashes {smallest} ids; its vocabulary "
                 "cannot become smaller than that."
             )
@@ -376,11 +384,11 @@ class EngramModel(EngramPreTrainedModel):
         """Check and install a token map `[V]`; see [`EngramPreTrainedModel.set_token_map`]."""
         current = self.hashing.token_map
         if current is None:
-            raise ValueError(
+            raise EngramError(
                 "This model hashes uncompressed ids (engram_compressed_vocab_size is None), so it takes no token map."
             )
         if not self.config.engram_pad_token_id < token_map.numel() <= current.numel():
-            raise ValueError(
+            raise EngramError(
                 f"The token map has {token_map.numel()} tokens, but the model's vocabulary {current.numel()} (its pad "
                 f"token is {self.config.engram_pad_token_id}); for more tokens, call "
                 "resize_token_embeddings(len(tokenizer)) first."
@@ -398,13 +406,13 @@ class EngramModel(EngramPreTrainedModel):
         original = (current >= 0) & (current < hashed)
         expected = hashed + self.config.engram_added_tokens
         if size < hashed or (size != expected and not original.any()):
-            raise ValueError(
+            raise EngramError(
                 f"The tokenizer compresses to {size} ids, but this model was built for {expected} "
                 "(engram_compressed_vocab_size); every hash depends on that number. Use the tokenizer the model was "
                 "built with."
             )
         if not torch.equal(current[original], token_map[original]):
-            raise ValueError(
+            raise EngramError(
                 "The tokenizer gives tokens other compressed ids than this model was trained with, which would turn "
                 "its tables into noise. Use the tokenizer saved with the model, or one with tokens added to it."
             )
@@ -501,13 +509,15 @@ class EngramModel(EngramPreTrainedModel):
         """The backbone's outputs for the keyword arguments `inputs`, with memory."""
         input_ids = inputs.get("input_ids")
         if input_ids is None:
-            raise ValueError(
+            raise EngramError(
                 "Engram looks memory up by token id, so input_ids is needed (got None); pass it together with "
                 "inputs_embeds if the embeddings are your own."
             )
         cache = self._settle_cache(inputs)
         history = None if cache is None else attach_history(cache, self.config)
         image_mask, padding_mask = inputs.pop("image_mask", None), inputs.pop("padding_mask", None)
+        if image_mask is None and hasattr(self, "get_image_mask"):
+            image_mask = self.get_image_mask(input_ids)
         mask = inputs.get("attention_mask") if padding_mask is None else padding_mask
         memory = self.prepare_memory(
             input_ids,
@@ -536,7 +546,7 @@ class EngramModel(EngramPreTrainedModel):
         """The cache of a call, made if one is needed; in `inputs` under the name that the backbone has for it."""
         given = [inputs.pop(name) for name in CACHE_NAMES if inputs.get(name) is not None]
         if len(given) > 1 and given[0] is not given[1]:
-            raise ValueError(f"Two caches were passed, as {' and as '.join(CACHE_NAMES)}; pass one.")
+            raise EngramError(f"Two caches were passed, as {' and as '.join(CACHE_NAMES)}; pass one.")
         cache = given[0] if given else None
         use_cache = inputs.get("use_cache")
         if use_cache is None:
@@ -555,7 +565,7 @@ class EngramModel(EngramPreTrainedModel):
         self._reaches_layers |= bool(memory.readers)
         # With `assistant_early_exit`, the layers that run may all come before the first memory.
         if memory.readers == set() and min(self.config.engram_layer_ids) < self.config.num_hidden_layers:
-            raise ValueError(
+            raise EngramError(
                 f"{self._extends[1].__name__} ran without memory: it does not hand keyword arguments on to its layers, so Engram "
                 "cannot reach them; use another backbone."
             )
@@ -569,7 +579,7 @@ class EngramModel(EngramPreTrainedModel):
         else:
             used = getattr(outputs, self._cache_name, None)
         if used is not cache and (use_cache or used is not None):
-            raise ValueError(
+            raise EngramError(
                 f"{self._extends[1].__name__} returned another cache than the one that holds the memory's history, so that later "
                 "tokens would read wrong rows; use_cache=False runs it, and another version of transformers may."
             )
@@ -662,12 +672,12 @@ def _decoder_layers(backbone: PreTrainedModel, config: EngramConfig) -> nn.Modul
     layers = getattr(backbone, "layers", None)
     expected = config.text_config.num_hidden_layers
     if not set(CACHE_NAMES) & set(inspect.signature(backbone.forward).parameters) or not _counts_positions(config):
-        raise ValueError(
+        raise EngramError(
             f"{type(backbone).__name__} keeps no transformers Cache that counts positions, where the memory's history lives; "
             "use a backbone with attention layers and such a cache."
         )
     if not isinstance(layers, nn.ModuleList) or len(layers) < expected:
-        raise ValueError(
+        raise EngramError(
             f"{type(backbone).__name__} has no `layers` with its {expected} decoder layers, so there is nothing to add "
             "memory to; use a decoder whose model keeps them in a ModuleList `layers`, as Mixtral or Llama do."
         )
@@ -697,12 +707,14 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         ValueError: as [`EngramModel`].
     """
 
+    _host_class = AutoModelForCausalLM
+
     def __new__(cls, config: EngramConfig | None = None, host: PreTrainedModel | None = None, engram_tables=None):
         if config is None:  # for pickle and torch's replicas, which fill in the state themselves
             return super().__new__(cls)
         config.validate_engram()
         if host is None:
-            host = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+            host = cls._host_class.from_config(config.text_config, dtype=torch.get_default_dtype())
         require_extensible(host)
         config.text_config = host.config  # from_config copies; there is to be one
         EngramModel(config, host.base_model, engram_tables)  # changes the host's base model in place
@@ -752,12 +764,12 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
         if isinstance(backbone, PreTrainedModel):
             if kwargs:
-                raise ValueError(f"{sorted(kwargs)} only apply when the backbone is loaded by name.")
+                raise EngramError(f"{sorted(kwargs)} only apply when the backbone is loaded by name.")
             host = backbone
         else:
-            host = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
+            host = cls._host_class.from_pretrained(backbone, **kwargs)
         if any(parameter.is_meta for parameter in host.parameters()):
-            raise ValueError(
+            raise EngramError(
                 "Some of the backbone's weights are offloaded; add memory with all of them loaded, save the model, and "
                 "load that with a device_map."
             )
@@ -819,7 +831,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: always.
         """
-        raise ValueError("Engram models do not support continuous batching (generate_batch); call generate instead.")
+        raise EngramError("Engram models do not support continuous batching (generate_batch); call generate instead.")
 
     @torch.no_grad()
     def engram_gates(self, input_ids: torch.LongTensor, **kwargs) -> dict[int, torch.Tensor]:
@@ -835,6 +847,15 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         gates: dict[int, torch.Tensor] = {}
         self(input_ids, **{**kwargs, "use_cache": False}, engram_gate_values=gates)
         return {layer_id: gates[index] for index, layer_id in enumerate(self.config.engram_layer_ids)}
+
+
+class EngramForConditionalGeneration(EngramForCausalLM):
+    """A model of text and images with memory, on a backbone that reads images; positions of images have no memory.
+
+    Of the same checkpoint, [`EngramForCausalLM`] is the model of text. The arguments are the same.
+    """
+
+    _host_class = AutoModelForImageTextToText
 
 
 def _slice_to_step(mask: torch.Tensor, fill: torch.Tensor, cache: Cache | None, length: int) -> torch.Tensor:
@@ -856,7 +877,7 @@ def _leave_memory_unquantized(model: EngramForCausalLM) -> None:
     names = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
     skipped = next((name for name in names if hasattr(config, name)), None)
     if skipped is None:
-        raise ValueError(
+        raise EngramError(
             f"A {type(config).__name__} cannot leave the memory out of what it quantizes; add memory to the backbone "
             "before it is quantized."
         )
@@ -885,3 +906,4 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(EngramConfig.model_type, EngramForC
 
 EngramModel.register_for_auto_class("AutoModel")
 EngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+EngramForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .loading_engram import free_host_memory
 from .row_sources_engram import MappedRows, PinnedRows
+from .safetensors_engram import EngramError
 from .table_engram import EngramTable, RowReader
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -160,7 +161,7 @@ class Prefetcher:
     @when.setter
     def when(self, when: str) -> None:
         if when not in ("auto", "always", "never"):
-            raise ValueError(f"Prefetching is {when!r}; it must be 'auto', 'always' or 'never'.")
+            raise EngramError(f"Prefetching is {when!r}; it must be 'auto', 'always' or 'never'.")
         self._when = when
 
     @torch.compiler.disable

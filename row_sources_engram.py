@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .safetensors_engram import FileHeader, FileStamp, TensorSpan, reading, system_error
+from .safetensors_engram import EngramError, FileHeader, FileStamp, TensorSpan, reading, system_error
 from .table_engram import TORCH_DTYPES
 from .table_format_engram import StoredTable, TableFormatError
 
@@ -183,7 +183,7 @@ class PinnedRows(MappedRows):
 
     def _open_parts(self) -> list[RowBytes]:
         if not torch.cuda.is_available():
-            raise ValueError(
+            raise EngramError(
                 "engram_residency='pinned' keeps tables in page-locked memory for a GPU, but there is none; use 'mapped'."
             )
         self.readers: dict[torch.device, RowBytes | None] = {}
@@ -360,7 +360,7 @@ def _lock_pages(owner: PinnedRows, memory: torch.Tensor) -> None:
     error = cudart.cudaHostRegister(address, memory.nbytes, 0)
     if int(error) != 0:
         _forget_error()
-        raise ValueError(
+        raise EngramError(
             f"The GPU's driver refused to lock {memory.nbytes / 1e9:.1f} GB of memory "
             f"({cudart.cudaGetErrorString(error)}); free memory, raise `ulimit -l`, or use engram_residency='mapped'."
         )

@@ -58,7 +58,11 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * ITEM_BITS[dtype] // 8
 
 
-class FileFormatError(ValueError):
+class EngramError(ValueError):
+    """What every refusal of this package is: wrong input, said in one sentence."""
+
+
+class FileFormatError(EngramError):
     """A file that is missing, cut off, damaged, or against the rules of its format, said in one sentence."""
 
     def __init__(self, message: str):
@@ -337,7 +341,7 @@ def parse_json(data: bytes | str, what: str, constants: bool = False) -> dict:
 
 
 def _refuse_constant(name: str):
-    raise ValueError(f"it has no {name}")
+    raise EngramError(f"it has no {name}")
 
 
 def _unique_members(pairs: list[tuple[str, object]]) -> dict:

@@ -23,6 +23,7 @@ from pathlib import Path
 from .loading_engram import WEIGHTS_MEMBER, find_weight_files, is_weights_file, recorded_digests, weights_digest
 from .row_sources_engram import MappedRows
 from .safetensors_engram import (
+    EngramError,
     FileFormatError,
     FileWriter,
     can_link,
@@ -58,7 +59,7 @@ def is_hidden_file(name: str) -> bool:
     return name == LOCK_NAME or name.startswith((_SAVE, _EXCHANGE))
 
 
-class FolderInUseError(ValueError):
+class FolderInUseError(EngramError):
     """Another process, or another thread, is writing to a folder; said in one sentence."""
 
 
@@ -356,12 +357,12 @@ def require_settled(folder: str | os.PathLike) -> None:
         folder: of a model; anything else (such as the name of a Hub repository) is let through.
 
     Raises:
-        ValueError: says where the new model is.
+        EngramError: says where the new model is.
     """
     deadline = time.monotonic() + LOAD_WAITS
     while left := sorted(Path(folder).glob(f"{_EXCHANGE}*")) if os.path.isdir(folder) else []:
         if time.monotonic() >= deadline:
-            raise ValueError(
+            raise EngramError(
                 f"A save to {folder} was killed while its files were put in place, so that files of two models may be mixed "
                 f"there; the saved model is whole in {left[-1]}: load it from there, and save it to {folder} again."
             )

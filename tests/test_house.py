@@ -17,10 +17,10 @@ ROOT = Path(engram_hf.__file__).parent
 # Flat files go to the Hub beside the weights. Of each family, a file imports only files that stand before it.
 FAMILIES = [
     [
+        "safetensors_engram",
         "table_engram",
         "hashing_engram",
         "configuration_engram",
-        "safetensors_engram",
         "table_format_engram",
         "row_sources_engram",
         "loading_engram",
@@ -35,16 +35,24 @@ FAMILIES = [
         "card_engram",
     ],
     [
+        "configuration_vision_deepseek_v41",
         "configuration_deepseek_v41",
         "cache_deepseek_v41",
         "modeling_deepseek_v41",
+        "draft_deepseek_v41",
+        "drafting_deepseek_v41",
+        "causal_lm_deepseek_v41",
+        "vision_deepseek_v41",
+        "multimodal_deepseek_v41",
+        "image_processing_deepseek_v41",
+        "processing_deepseek_v41",
     ],
     ["auto_deepseek_v41"],
 ]
 # What whoever loads a model with remote code is sure to have.
 INSTALLED_WITH_TRANSFORMERS = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "huggingface_hub"}
 # What a flat file may import and do without.
-OPTIONAL = {"psutil"}
+OPTIONAL = {"PIL", "psutil"}
 ROOMS_THAT_ARE_NOT_INSTALLED = {"tests", "benchmarks", "examples", "docs"}
 
 
@@ -93,9 +101,9 @@ def test_every_flat_file_has_its_place():
 def test_flat_files_import_one_way(path):
     """`trust_remote_code` follows `from .name import`, one dot and one name; a circle would not even load."""
     engram, backbone, entry = FAMILIES
-    # The backbone knows nothing of memory but what stored numbers mean, and the memory nothing of that backbone; where the
+    # The backbone knows nothing of memory but its errors and what stored numbers mean, and the memory nothing of that backbone; where the
     # remote code of a V4.1 model begins, both are brought together.
-    families = engram, [engram[0], *backbone], [*engram, *backbone, *entry]
+    families = engram, [*engram[:2], *backbone], [*engram, *backbone, *entry]
     family = next(family for family in families if path.stem in family)
     before = family[: family.index(path.stem)]
     relative = [("." * level + module) for level, module in imports(path) if level]
@@ -141,7 +149,14 @@ def test_nothing_installed_imports_what_is_not():
 
 
 PUBLIC_NAMES = {
-    "engram_hf": ["EngramConfig", "EngramForCausalLM", "EngramModel", "EngramTokenizer"],
+    "engram_hf": [
+        "EngramConfig",
+        "EngramError",
+        "EngramForCausalLM",
+        "EngramForConditionalGeneration",
+        "EngramModel",
+        "EngramTokenizer",
+    ],
     "engram_hf.tokenization": ["CompressionSummary", "EngramTokenizer"],
     "engram_hf.training": [
         "RowAdapter",

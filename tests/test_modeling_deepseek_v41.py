@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from engram_hf import modeling_deepseek_v41 as modeling
+from engram_hf.causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from engram_hf.configuration_deepseek_v41 import DeepseekV41TextConfig
-from engram_hf.modeling_deepseek_v41 import DeepseekV41TextForCausalLM, DeepseekV41TextModel, largest
+from engram_hf.modeling_deepseek_v41 import DeepseekV41TextModel, largest
 
 # --- cost ---------------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,14 @@
 """All tests on every tested version of transformers: `python tests/version_matrix.py` (or `make test-matrix`).
 
-Each version has its own environment and constraints file. Prints a table; exit code 1 if a test failed, or did not run.
+Each version has its own environment and constraints file. Prints a table, and another one of folders that are saved with
+one version and loaded as remote code with another; exit code 1 if a test failed, or did not run, or tokens differ.
 """
 
 import argparse
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -48,6 +50,33 @@ def _count(report: Path) -> dict[str, int | str]:
     return {"passed": tests - skipped - failed, "failed": failed, "skipped": skipped}
 
 
+def exchange(versions: list[str]) -> list[dict[str, str]]:
+    """A row for each version: whether a folder saved with it gives the same tokens as remote code in every other one."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for saving in versions:
+            expected = _tokens(saving, "save", f"{folder}/{saving}")
+            loaded = {loading: _tokens(loading, "load", f"{folder}/{saving}") for loading in versions}
+            told = {loading: "same" if tokens == expected else "DIFFERS" for loading, tokens in loaded.items()}
+            rows.append({"saved with": saving, **told})
+    return rows
+
+
+def _tokens(version: str, side: str, folder: str) -> str:
+    """The last line that a worker prints in the environment of a version."""
+    python = ROOT / f".venv-{version}" / "bin" / "python"
+    worker = subprocess.run(
+        [python, ROOT / "tests" / "exchange_worker.py", side, folder], capture_output=True, text=True, check=False
+    )
+    return worker.stdout.strip().rpartition("\n")[2] or worker.stderr[-300:]
+
+
+def print_table(rows: list[dict]) -> None:
+    """Rows with their keys as a heading."""
+    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
+        print("  ".join(f"{value!s:>14}" for value in row.values()))
+
+
 def main() -> int:
     files = constraints_files()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -57,9 +86,11 @@ def main() -> int:
     if unknown := [version for version in options.versions if version not in files]:
         parser.error(f"no constraints file pins transformers {', '.join(unknown)}; there are {', '.join(files)}")
     rows = [run_suite(version, files[version], options.pytest_args) for version in options.versions]
-    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
-        print("".join(f"{cell!s:>14}" for cell in row.values()))
-    return 0 if all(row["failed"] == 0 and row["passed"] for row in rows) else 1
+    print_table(rows)
+    exchanged = exchange(options.versions)
+    print_table(exchanged)
+    agree = not any("DIFFERS" in row.values() for row in exchanged)
+    return 0 if agree and all(row["failed"] == 0 and row["passed"] for row in rows) else 1
 
 
 if __name__ == "__main__":

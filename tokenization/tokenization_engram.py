@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.models.auto import tokenization_auto
 from transformers.utils import hub
 
-from .vocabulary_compression import TOKEN_MAP_FILE, build_token_map, read_token_map, write_token_map
+from .vocabulary_compression import TOKEN_MAP_FILE, build_token_map, read_token_map, refusal, write_token_map
 
 # What tells `from_pretrained` where files are, and so has to reach every file it looks for.
 LOCATION_ARGUMENTS = (
@@ -142,7 +142,7 @@ class EngramTokenizer(PreTrainedTokenizerFast):
         """The vocabulary strings of all tokens with this compressed id, by token id (see `convert_tokens_to_ids`)."""
         token_map = self._current_token_map()
         if not 0 <= compressed_id < self.compressed_vocab_size:
-            raise ValueError(
+            raise refusal(
                 f"There is no compressed id {compressed_id}: they are 0 to {self.compressed_vocab_size - 1}; "
                 "tokenizer.compress(token_id) gives the one of a token."
             )
@@ -184,7 +184,7 @@ class EngramTokenizer(PreTrainedTokenizerFast):
             self._token_map = read_token_map(path, self.backend_tokenizer, may_be_new=self.all_special_tokens)
             self._mapped_tokens = len(self)
         elif required:
-            raise ValueError(
+            raise refusal(
                 f"{name_or_path} holds an EngramTokenizer without its {TOKEN_MAP_FILE}: put that file back, or load "
                 "the folder with PreTrainedTokenizerFast and make a new map with EngramTokenizer.from_tokenizer."
             )
@@ -232,13 +232,13 @@ class CompressionSummary:
 
 def _check_can_be_wrapped(tokenizer: Any) -> None:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(
+        raise refusal(
             f"EngramTokenizer wraps fast tokenizers (transformers.PreTrainedTokenizerFast), got {type(tokenizer).__name__}: "
             "load the fast version of this tokenizer, or convert it to a tokenizer.json first."
         )
     overrides = _python_overrides(type(tokenizer))
     if overrides:
-        raise ValueError(
+        raise refusal(
             f"{type(tokenizer).__name__} does part of its work in Python ({', '.join(overrides)}), which a wrapper of "
             "its Rust tokenizer would lose: if you can do without, wrap what PreTrainedTokenizerFast.from_pretrained loads."
         )
@@ -269,14 +269,14 @@ def _look_up(token_map: np.ndarray, ids: Any) -> Any:
 
 def _check_integer(is_integer: bool, dtype: Any) -> None:
     if not is_integer:
-        raise ValueError(f"compress takes integer token ids, got {dtype}: pass tokenizer(...)['input_ids'].")
+        raise refusal(f"compress takes integer token ids, got {dtype}: pass tokenizer(...)['input_ids'].")
 
 
 def _check_ids(ids: np.ndarray, count: int) -> None:
     _check_integer(ids.dtype.kind in "iu", ids.dtype)
     if ids.size and not (ids.min() >= 0 and ids.max() < count):
         wrong = ids.min() if ids.min() < 0 else ids.max()
-        raise ValueError(
+        raise refusal(
             f"Token ids of this tokenizer are 0 to {count - 1}, got {wrong}: compress takes input ids, "
             "without the -100 of labels, of this very tokenizer."
         )

@@ -48,6 +48,21 @@ NORMALIZER = normalizers.Sequence(
 )
 
 
+# The class of refusals; the package sets its own base error, which a tokenizer that is saved alone does not have.
+_refusal_class: type[ValueError] = ValueError
+
+
+def refusal(message: str) -> ValueError:
+    """The error for wrong input."""
+    return _refusal_class(message)
+
+
+def set_refusal_class(refusal_class: type[ValueError]) -> None:
+    """Have [`refusal`] make errors of this class; `engram_hf` calls this when it is imported."""
+    global _refusal_class
+    _refusal_class = refusal_class
+
+
 def reference_token_keys(tokenizer: Tokenizer, count: int) -> list[str | None]:
     """The keys of ids `0..count-1`, one call per id: the definition that `token_keys` has to equal."""
     keys: list[str | None] = []
@@ -146,7 +161,7 @@ def build_token_map(tokenizer: Tokenizer, known: np.ndarray | None = None) -> np
     known = np.empty(0, dtype=np.int64) if known is None else known
     texts = token_texts(tokenizer)
     if len(known) > len(texts):
-        raise ValueError(
+        raise refusal(
             f"The token map covers {len(known)} ids but the tokenizer now has {len(texts)}: tokens were taken away; "
             "wrap the smaller tokenizer anew with EngramTokenizer.from_tokenizer."
         )
@@ -230,16 +245,16 @@ def read_token_map(path: str | os.PathLike, tokenizer: Tokenizer, may_be_new: It
     values, metadata = _read_file(path)
     if metadata.get("format_version") != FORMAT_VERSION:
         found = metadata.get("format_version")
-        raise ValueError(f"{path} has format version {found}, expected {FORMAT_VERSION}: update this code.")
+        raise refusal(f"{path} has format version {found}, expected {FORMAT_VERSION}: update this code.")
     if values.ndim != 1 or values.dtype != np.int32 or map_digest(values) != metadata.get("map_sha256"):
-        raise ValueError(f"{path} is damaged (its token map does not have the recorded digest): fetch it again.")
+        raise refusal(f"{path} is damaged (its token map does not have the recorded digest): fetch it again.")
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     ids = max(vocabulary.values(), default=-1) + 1
     beyond = {token for token, token_id in vocabulary.items() if token_id >= len(values)}
     if ids < len(values) or not beyond.issubset(may_be_new):
-        raise ValueError(f"{path} maps {len(values)} token ids but the tokenizer beside it has {ids}: {REMEDY}")
+        raise refusal(f"{path} maps {len(values)} token ids but the tokenizer beside it has {ids}: {REMEDY}")
     if vocabulary_digest(tokenizer, len(values)) != metadata.get("vocabulary_sha256"):
-        raise ValueError(f"{path} belongs to a tokenizer with other tokens under the same ids: {REMEDY}")
+        raise refusal(f"{path} belongs to a tokenizer with other tokens under the same ids: {REMEDY}")
     token_map = values.astype(np.int64)
     return build_token_map(tokenizer, token_map) if beyond else token_map
 
@@ -249,7 +264,7 @@ def _read_file(path: str | os.PathLike) -> tuple[np.ndarray, dict[str, str]]:
         with safe_open(path, framework="np") as file:
             return file.get_tensor(TENSOR), file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable token map ({error}): fetch it again.") from error
+        raise refusal(f"{path} is not a readable token map ({error}): fetch it again.") from error
 
 
 def map_digest(values: np.ndarray) -> str:

@@ -4,6 +4,8 @@ import re
 
 from torch import nn
 
+from ..safetensors_engram import EngramError
+
 # The paper trains tables at five times the backbone's learning rate (arXiv 2601.07372, pre-training setup).
 TABLE_LR_SCALE = 5.0
 
@@ -49,7 +51,7 @@ def engram_parameter_groups(
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise ValueError("Every parameter of this model is frozen; set requires_grad on what shall be trained first.")
+        raise EngramError("Every parameter of this model is frozen; set requires_grad on what shall be trained first.")
     return groups
 
 

@@ -19,6 +19,8 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 
+from ..safetensors_engram import EngramError
+
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
@@ -105,7 +107,7 @@ def saved_rows(folder: str | Path) -> dict[int, torch.Tensor]:
                 if key.endswith(_INDEX):
                     rows[int(key.removesuffix(_INDEX).rpartition(".")[2])] = file.get_tensor(key)
     if not rows:
-        raise ValueError(
+        raise EngramError(
             f"{path} holds no row adapters; name a folder that PeftModel.save_pretrained wrote with "
             f'modules_to_save=["{NAME}"].'
         )
@@ -141,17 +143,17 @@ def add_row_adapters(model: nn.Module, rows: Mapping[int, torch.Tensor]) -> None
 
 def _checked_rows(layer: int, rows: torch.Tensor, tables: Mapping[int, "EngramTable"]) -> torch.Tensor:
     if layer not in tables:
-        raise ValueError(f"Layer {layer} has no Engram memory; the layers that have are {sorted(tables)}.")
+        raise EngramError(f"Layer {layer} has no Engram memory; the layers that have are {sorted(tables)}.")
     if hasattr(tables[layer], NAME):
-        raise ValueError(f"The table of layer {layer} has a row adapter already; merge_row_adapters(model) first.")
+        raise EngramError(f"The table of layer {layer} has a row adapter already; merge_row_adapters(model) first.")
     distinct, num_rows = torch.unique(rows), tables[layer].num_rows
     if rows.dtype != torch.int64 or rows.dim() != 1 or not 0 < distinct.numel() == rows.numel():
-        raise ValueError(
+        raise EngramError(
             f"Rows of layer {layer} must be a non-empty int64 vector without repetitions, got "
             f"{rows.dtype} {list(rows.shape)} with {distinct.numel()} distinct rows; take them from touched_rows."
         )
     if distinct[0] < 0 or distinct[-1] >= num_rows:
-        raise ValueError(
+        raise EngramError(
             f"Rows {int(distinct[0])} to {int(distinct[-1])} were given for layer {layer}, whose table has rows 0 to "
             f"{num_rows - 1}; take them from touched_rows of this very model."
         )
@@ -176,17 +178,17 @@ def merge_row_adapters(model: nn.Module) -> None:
     """
     tables = [table for table in _tables(_engram_model(model)).values() if hasattr(table, NAME)]
     if not tables:
-        raise ValueError("This model has no row adapters to merge.")
+        raise EngramError("This model has no row adapters to merge.")
     for table in tables:
         if not isinstance(getattr(table, NAME), RowAdapter):
-            raise ValueError("PEFT still wraps the row adapters; call merge_and_unload() and merge what it returns.")
+            raise EngramError("PEFT still wraps the row adapters; call merge_and_unload() and merge what it returns.")
         if not table.is_resident:
-            raise ValueError(
+            raise EngramError(
                 "A table that stays in its file cannot take differences; keep the adapter, or load the model with "
                 "engram_residency='resident' to merge it."
             )
         if table.scale is not None:
-            raise ValueError(
+            raise EngramError(
                 f"Rows of a {table.weight.dtype} table cannot take a difference without being rounded again; keep the "
                 "adapter, or merge it into a model whose table is bfloat16 or float32."
             )
@@ -203,7 +205,7 @@ def _engram_model(model: nn.Module) -> "EngramModel":
     """The `EngramModel` inside of any wrapping, the installed class or one that came as remote code."""
     found = next((module for module in model.modules() if hasattr(type(module), "prepare_memory")), None)
     if found is None:
-        raise ValueError(f"{type(model).__name__} has no Engram memory; pass an EngramModel or EngramForCausalLM.")
+        raise EngramError(f"{type(model).__name__} has no Engram memory; pass an EngramModel or EngramForCausalLM.")
     return cast("EngramModel", found)
 
 

@@ -6,7 +6,7 @@ import jinja2
 import pytest
 from transformers import AutoTokenizer
 
-from engram_hf.convert_scripts.convert_deepseek_v41 import TEMPLATE
+from engram_hf.convert_scripts.deepseek_v41_config import TEMPLATE
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,10 @@ def test_assistant_mask_covers_what_the_model_writes(tokenizer):
     assert tokenizer.decode(written) == f"two{tokenizer.eos_token}"
 
 
-def test_text_parts_are_joined(tokenizer):
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert render(tokenizer, [{"role": "user", "content": parts}]) == f"{tokenizer.bos_token}<｜User｜>ab"
+def test_parts_are_joined_by_a_blank_line(tokenizer):
+    parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    rendered = render(tokenizer, [{"role": "user", "content": parts}])
+    assert rendered == f"{tokenizer.bos_token}<｜User｜>a\n\n<｜deepseek_image｜>\n\nb"
 
 
 def test_default_is_chat_mode(tokenizer):
@@ -90,7 +91,19 @@ REFUSED = {
     "tools": ([USER], {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "tools"),
     "tool calls": ([USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}], {}, "tool_calls"),
     "tool role": ([USER, {"role": "tool", "content": "1"}], {}, "role tool"),
-    "image": ([{"role": "user", "content": [{"type": "image"}]}], {}, "type image"),
+    "video": ([{"role": "user", "content": [{"type": "video"}]}], {}, "type video"),
+    "placeholder": ([{"role": "user", "content": "see <｜deepseek_image｜>"}], {}, "placeholder"),
+    "placeholder in a part": (
+        [{"role": "user", "content": [{"type": "text", "text": "<｜deepseek_image｜>"}]}],
+        {},
+        "placeholder",
+    ),
+    "placeholder in an answer": ([USER, {"role": "assistant", "content": "<｜deepseek_image｜>"}], {}, "placeholder"),
+    "placeholder in reasoning": (
+        [USER, {"role": "assistant", "content": "b", "reasoning_content": "<｜deepseek_image｜>"}],
+        {"enable_thinking": True},
+        "placeholder",
+    ),
     "effort word": ([USER], {"enable_thinking": True, "reasoning_effort": "huge"}, "huge"),
     "effort number": ([USER], {"enable_thinking": True, "reasoning_effort": 101}, "101"),
     "effort alone": ([USER], {"reasoning_effort": "high"}, "enable_thinking=True too"),

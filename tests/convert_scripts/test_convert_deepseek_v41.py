@@ -95,11 +95,42 @@ def test_table_index_leads_to_the_tables(tiny, converted):
             assert piece["rows"] == [0, len(expected)] and torch.equal(found, expected)
 
 
-def test_carries_what_the_model_does_not_use(tiny, converted):
-    carried, upstream = tensors_of(converted, "carried-*"), tensors_of(tiny)
-    expected = {name for name in upstream if name.startswith(("vision.", "aligner.", "mtp.", "image_"))}
-    assert set(carried) == expected and len(expected) == 87
+def test_carries_what_the_model_does_not_use(checkpoint, tmp_path):
+    """A tensor under a known prefix that no rule has: it is kept as it is, and comes back."""
+    shard = checkpoint.shard_of("mtp.0.norm.weight")
+    checkpoint.rewrite(shard, lambda tensors: tensors.update({"mtp.0.calibration": ["F32", [2], bytes(range(8))]}))
+    checkpoint.edit_index(lambda weights: weights.update({"mtp.0.calibration": shard.name}))
+    assert run(checkpoint.folder, tmp_path / "out") == 0
+    carried = tensors_of(tmp_path / "out", "carried-*")
+    assert {name: bytes(tensor.view(torch.uint8)) for name, tensor in carried.items()} == {
+        "mtp.0.calibration": bytes(range(8))
+    }
+
+
+def test_without_its_text_layers_a_draft_layer_is_carried(tiny, tmp_path):
+    assert run(tiny, tmp_path / "out", "--layers", "5") == 0
+    carried, upstream = tensors_of(tmp_path / "out", "carried-*"), tensors_of(tiny)
+    expected = {name for name in upstream if name.startswith("mtp.")}
+    assert set(carried) == expected and len(expected) == 61
     assert all(torch.equal(carried[n].view(torch.uint8), upstream[n].view(torch.uint8)) for n in expected)
+
+
+def test_vision_and_drafts_may_be_stored_in_the_other_float(checkpoint, tmp_path):
+    """Nobody here has read those headers of the release; whatever they say is kept."""
+    for name in ("image_start", "vision.norm.weight", "mtp.0.confidence_head.proj.weight"):
+
+        def change(tensors, name=name):
+            dtype, shape, content = tensors[name]
+            raw = torch.frombuffer(bytearray(content), dtype=torch.bfloat16 if dtype == "BF16" else torch.float32)
+            other = raw.to(torch.float32 if dtype == "BF16" else torch.bfloat16).view(torch.uint8)
+            tensors[name] = ["F32" if dtype == "BF16" else "BF16", shape, bytes(other)]
+
+        checkpoint.rewrite(checkpoint.shard_of(name), change)
+    assert run(checkpoint.folder, tmp_path / "out") == 0
+    found = tensors_of(tmp_path / "out")
+    assert found["model.image_start"].dtype == torch.float32
+    assert found["model.vision_tower.post_layernorm.weight"].dtype == torch.bfloat16
+    assert found["draft.confidence_head.weight"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -156,7 +187,7 @@ def test_layers_are_a_prefix(tiny, tmp_path):
 def test_dry_run_writes_nothing(tiny, tmp_path, capsys):
     assert run(tiny, tmp_path / "out", "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert "model-00010-of-00010.safetensors" in printed and "to write" in printed
+    assert "model-00011-of-00011.safetensors" in printed and "to write" in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -192,7 +223,7 @@ def test_verifies_a_finished_conversion(tiny, converted, capsys):
     assert "verified" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["model-00004-of-00010.safetensors", "engram-layer-00004.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["model-00004-of-00011.safetensors", "engram-layer-00004.safetensors", "config.json"])
 def test_verification_finds_one_changed_byte(tiny, converted, tmp_path, capsys, name):
     copy = tmp_path / "copy"
     shutil.copytree(converted, copy)
@@ -354,7 +385,7 @@ def test_a_second_run_finds_the_work_done(tiny, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
-@pytest.mark.parametrize("name", ["model-00003-of-00010.safetensors", "engram-layer-00001.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["model-00003-of-00011.safetensors", "engram-layer-00001.safetensors", "config.json"])
 @pytest.mark.parametrize("damage", ["lost", "cut off"])
 def test_a_second_run_writes_what_was_lost(tiny, tmp_path, capsys, name, damage):
     out = tmp_path / "out"
@@ -494,7 +525,7 @@ def test_a_torn_journal_line_counts_as_absent(tiny, converted, tmp_path):
     target = tmp_path / "out"
     manifest = json.loads((converted / "conversion_manifest.json").read_text(encoding="utf-8"))
     target.mkdir()
-    name = "model-00001-of-00010.safetensors"
+    name = "model-00001-of-00011.safetensors"
     (target / name).write_bytes(b"not what the torn line would have promised")
     torn = json.dumps({"name": name, "size": 42, "crc32": "0" * 8})[:-9]
     (target / ".conversion-journal").write_text(json.dumps({"fingerprint": manifest["fingerprint"]}) + "\n" + torn)
@@ -567,7 +598,7 @@ def test_a_damaged_journal(tiny, converted, tmp_path, capsys, lines, words):
 
 def test_a_verification_ends_with_the_first_damage(tiny, converted, tmp_path, capsys, monkeypatch):
     target, read = shutil.copytree(converted, tmp_path / "out"), []
-    (target / "model-00001-of-00010.safetensors").write_bytes(b"damaged")
+    (target / "model-00001-of-00011.safetensors").write_bytes(b"damaged")
     chunks = streaming.Copy.chunks
 
     def slow_chunks(part):
@@ -578,7 +609,7 @@ def test_a_verification_ends_with_the_first_damage(tiny, converted, tmp_path, ca
     monkeypatch.setattr(streaming, "WORKERS", 1)
     monkeypatch.setattr(streaming.Copy, "chunks", slow_chunks)
     assert run(tiny, target, "--verify-only") == 1
-    assert "model-00001-of-00010.safetensors is missing or has another size" in capsys.readouterr().err
+    assert "model-00001-of-00011.safetensors is missing or has another size" in capsys.readouterr().err
     assert len(read) < len(json.loads((target / "conversion_manifest.json").read_text(encoding="utf-8"))["files"]) / 2
 
 

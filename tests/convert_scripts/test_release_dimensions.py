@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from engram_hf import EngramForCausalLM
+from engram_hf import EngramForConditionalGeneration
 from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
 from engram_hf.convert_scripts.deepseek_v41_config import HASHING, to_engram_config
 from engram_hf.convert_scripts.tensor_rules import bind
@@ -40,6 +40,21 @@ RELEASE = {
     "engram_head_dim": 256,
     "engram_num_embeddings": [384_006_168, 384_016_682],
     "engram_compressed_vocab_size": 99_092,
+    "num_nextn_predict_layers": 3,
+    "dspark_block_size": 5,
+    "dspark_noise_token_id": 128799,
+    "dspark_target_layer_ids": [37, 38, 39],
+    "dspark_markov_rank": 256,
+    "dspark_n_routed_experts": 128,
+    "dspark_num_experts_per_tok": 3,
+}
+VISION = {
+    "num_hidden_layers": 32,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "intermediate_size": 2816,
+    "patch_size": 14,
+    "downsample_ratio": 3,
 }
 SHAPES = {
     "lm_head.weight": (129280, 5120),
@@ -51,6 +66,16 @@ SHAPES = {
     "model.layers.14.engram.table.scale": (384_016_682, 8),
     "model.layers.1.engram.kv_proj.weight": (25600, 6144),
     "model.layers.14.engram.q_norm.weight": (4, 5120),
+    "model.vision_tower.patch_embedding.weight": (1024, 588),
+    "model.vision_tower.layers.31.self_attn.qkv_proj.weight": (3072, 1024),
+    "model.vision_tower.layers.31.mlp.gate_up_proj.weight": (5632, 1024),
+    "model.vision_tower.aligner.linear_1.weight": (5120, 9216),
+    "model.image_newline": (5120,),
+    "draft.main_proj.weight": (5120, 15360),
+    "draft.layers.2.mlp.experts.gate_up_proj": (128, 4608, 5120),
+    "draft.layers.2.mlp.gate.weight": (128, 5120),
+    "draft.markov_head.weight": (129280, 256),
+    "draft.confidence_head.weight": (1, 5376),
 }
 
 
@@ -58,16 +83,31 @@ SHAPES = {
 def release(golden) -> dict:
     config = json.loads((golden / "deepseek_v41_tiny" / "config.json").read_text(encoding="utf-8"))
     config["text_config"] |= RELEASE
+    config["vision_config"] |= VISION
+    config["image_token_id"] = 129264
     return config
 
 
 def test_the_table_names_what_the_model_holds(release):
+    config = to_engram_config(release, "keep", dequantize_tables=False)
+    config.draft = True
     with torch.device("meta"):
-        state = EngramForCausalLM(to_engram_config(release, "keep", dequantize_tables=False)).state_dict()
-    bindings = bind(DEEPSEEK_V41, release["text_config"])
+        state = EngramForConditionalGeneration(config).state_dict()
+    bindings = bind(DEEPSEEK_V41, release)
     named = {binding.ours for binding in bindings}
     named |= {binding.ours_scale for binding in bindings if binding.rule.file == "table"}
     # Scales of linear weights exist once transformers' quantizer has replaced the modules; the hash is the model's own.
     assert {name for name in state if not name.startswith(f"{HASHING}.")} == named
     assert {name: tuple(state[name].shape) for name in SHAPES} == SHAPES
     assert all(tuple(state[binding.ours].shape) == binding.shape for binding in bindings)
+
+
+def test_every_name_of_the_release_is_used_once(release):
+    bindings = bind(DEEPSEEK_V41, release)
+    names = [tensor.name for binding in bindings for tensor in binding.upstream]
+    assert len(names) == len(set(names))
+    vision = [name for name in names if name.startswith(("vision.", "aligner.", "image_"))]
+    assert len(vision) == 266
+    drafts = {name for name in names if name.startswith("mtp.")}
+    assert sum(".ffn.experts." in name for name in drafts) == 3 * 128 * 3 * 2
+    assert {name.split(".")[1] for name in drafts if "markov_head" in name or ".norm." in name} == {"2"}

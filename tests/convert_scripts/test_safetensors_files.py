@@ -17,7 +17,7 @@ def check(folder):
     """What a conversion checks before it writes, without the hash."""
     config = read_json(folder / "config.json")
     checkpoint = read_checkpoint(folder)
-    check_tensors(DEEPSEEK_V41, bind(DEEPSEEK_V41, config["text_config"]), checkpoint.tensors)
+    check_tensors(DEEPSEEK_V41, bind(DEEPSEEK_V41, config), checkpoint.tensors)
     return checkpoint
 
 

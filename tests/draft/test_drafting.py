@@ -1,0 +1,186 @@
+"""Drafts in `generate`: the same output in fewer passes of the text model."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from engram_hf.causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
+from engram_hf.drafting_deepseek_v41 import DraftReport
+
+PROMPT = [[0, 300, 411, 52, 633, 74, 85, 96, 107, 318, 129, 130, 241]]
+PLAIN = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+
+
+@pytest.fixture
+def drafting(text, draft):
+    """The text model without memory, with its draft layers."""
+    text.draft = draft
+    text.config.draft = True
+    return text
+
+
+@pytest.fixture
+def agreeing(drafting):
+    """Draft layers whose Markov head was taught what the text model says after this prompt: most drafts are accepted."""
+    ids = torch.tensor(PROMPT)
+    sequence = drafting.generate(ids, max_new_tokens=24, **PLAIN)[0, ids.shape[1] - 1 :]
+    with torch.no_grad():
+        states = torch.eye(32)[torch.arange(len(sequence) - 1) % 32]
+        drafting.draft.markov_embed.weight[sequence[:-1]] = states
+        for state, following in zip(states, sequence[1:], strict=True):
+            drafting.draft.markov_head.weight[following] += 20 * state
+    return drafting
+
+
+def count_passes(model) -> list[int]:
+    """Tokens of each forward of the text model."""
+    passes = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return passes
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 24])
+def test_greedy_output_is_the_same(drafting, length):
+    ids = torch.tensor(PROMPT)
+    plain = drafting.generate(ids, max_new_tokens=length, **PLAIN)
+    assert torch.equal(drafting.generate(ids, max_new_tokens=length, use_mtp=True, **PLAIN), plain)
+
+
+def test_greedy_output_is_the_same_in_fewer_passes(agreeing):
+    ids = torch.tensor(PROMPT)
+    plain = agreeing.generate(ids, max_new_tokens=24, **PLAIN)
+    passes = count_passes(agreeing)
+    assert torch.equal(agreeing.generate(ids, max_new_tokens=24, use_mtp=True, **PLAIN), plain)
+    assert len(passes) < 12 and passes[0] == 13
+    report = agreeing.draft_report
+    assert len(report.rounds) in (len(passes) - 1, len(passes) - 2)
+    assert report.tokens_per_round > 2 and all(0 <= share <= 1 for share in report.acceptance)
+
+
+def test_fewer_drafts(agreeing):
+    ids = torch.tensor(PROMPT)
+    plain = agreeing.generate(ids, max_new_tokens=24, **PLAIN)
+    passes = count_passes(agreeing)
+    new = agreeing.generate(ids, max_new_tokens=24, use_mtp=True, num_assistant_tokens=2, **PLAIN)
+    assert torch.equal(new, plain) and set(passes[1:]) <= {1, 2, 3}
+    assert all(drafted <= 2 for drafted, _ in agreeing.draft_report.rounds)
+
+
+def test_doubt_stops_a_block(agreeing):
+    """At a threshold above every confidence nothing is drafted; in between, fewer drafts are refused."""
+    ids = torch.tensor(PROMPT)
+    plain = agreeing.generate(ids, max_new_tokens=24, **PLAIN)
+    drafted = {}
+    for threshold in (None, 0.5, 1.0):
+        agreeing.draft.config.dspark_confidence_threshold = threshold
+        assert torch.equal(agreeing.generate(ids, max_new_tokens=24, use_mtp=True, **PLAIN), plain)
+        drafted[threshold] = sum(count for count, _ in agreeing.draft_report.rounds)
+    assert drafted[1.0] == 0 < drafted[0.5] < drafted[None]
+
+
+def test_padding_in_front_is_no_position(agreeing):
+    ids = torch.tensor(PROMPT)
+    expected = agreeing.generate(ids, max_new_tokens=12, use_mtp=True, **PLAIN)
+    rounds = agreeing.draft_report.rounds
+    padded = torch.cat([torch.full((1, 4), 2), ids], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 4).long()[None]
+    new = agreeing.generate(padded, attention_mask=mask, max_new_tokens=12, use_mtp=True, **PLAIN)
+    assert torch.equal(new[:, 4:], expected) and agreeing.draft_report.rounds == rounds
+
+
+def test_a_stop_token_inside_a_block(agreeing):
+    ids = torch.tensor(PROMPT)
+    plain = agreeing.generate(ids, max_new_tokens=24, **PLAIN)
+    for place in range(3, 12):
+        options = {**PLAIN, "eos_token_id": int(plain[0, ids.shape[1] + place])}
+        expected = agreeing.generate(ids, max_new_tokens=24, **options)
+        assert torch.equal(agreeing.generate(ids, max_new_tokens=24, use_mtp=True, **options), expected)
+
+
+def test_processors_see_every_draft(agreeing):
+    """A penalty for repetition changes what is chosen; drafts go through it as the text model's tokens do."""
+    ids = torch.tensor(PROMPT)
+    options = {**PLAIN, "repetition_penalty": 3.0, "no_repeat_ngram_size": 2, "max_new_tokens": 16}
+    plain = agreeing.generate(ids, **options)
+    assert torch.equal(agreeing.generate(ids, use_mtp=True, **options), plain)
+
+
+def test_sampling_keeps_the_distribution(agreeing):
+    """Two tokens drawn many times, with drafts and without: the pairs' frequencies do not differ (chi-square)."""
+    ids = torch.tensor(PROMPT)
+    options = {"do_sample": True, "top_k": 2, "temperature": 1.5, "eos_token_id": None, "pad_token_id": 2}
+    draws = 150
+    torch.manual_seed(1)
+    plain = agreeing.generate(ids.expand(draws, -1), max_new_tokens=3, **options)[:, -2:]
+    drafted = torch.cat(
+        [agreeing.generate(ids, max_new_tokens=3, use_mtp=True, **options)[:, -2:] for _ in range(draws)]
+    )
+    pairs = (plain[:, 0] * 1280 + plain[:, 1], drafted[:, 0] * 1280 + drafted[:, 1])
+    kinds = torch.cat(pairs).unique()
+    counts = torch.stack([(pair[:, None] == kinds).sum(0) for pair in pairs]).double()
+    common = counts.sum(0) >= 10
+    counts = torch.cat([counts[:, common], counts[:, ~common].sum(1, keepdim=True)], dim=1)
+    counts = counts[:, counts.sum(0) > 0]
+    expected = counts.sum(0, keepdim=True) / 2
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    degrees = counts.shape[1] - 1
+    # The 99.9 % point of the chi-square distribution (Wilson and Hilferty).
+    limit = degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
+    assert degrees >= 2 and statistic < limit, (statistic, limit)
+
+
+# --- loading
+
+
+def test_drafts_are_loaded_when_asked_for(agreeing, tmp_path):
+    agreeing.config.draft = True
+    agreeing.save_pretrained(tmp_path)
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, draft=False, output_loading_info=True)
+    assert plain.draft is None and not info["unexpected_keys"] and not info["missing_keys"]
+    ids = torch.tensor(PROMPT)
+    expected = agreeing.generate(ids, max_new_tokens=12, use_mtp=True, **PLAIN)
+    rounds = agreeing.draft_report.rounds
+    assert torch.equal(plain.generate(ids, max_new_tokens=12, use_mtp=True, **PLAIN), expected)
+    assert plain.draft_report.rounds == rounds
+    asked, info = AutoModelForCausalLM.from_pretrained(tmp_path, draft=True, output_loading_info=True)
+    assert asked.draft is not None and not info["unexpected_keys"] and not info["missing_keys"]
+    asked.generate(ids, max_new_tokens=12, use_mtp=True, **PLAIN)
+    assert asked.draft_report.rounds == rounds
+
+
+def test_a_folder_without_drafts_is_told(text, tmp_path):
+    text.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks .* tensors of the draft layers"):
+        model.generate(torch.tensor(PROMPT), use_mtp=True, max_new_tokens=2)
+
+
+# --- bad input
+
+
+def test_use_mtp_is_refused_where_it_cannot_draft(text, drafting, config):
+    ids = torch.tensor(PROMPT)
+    with pytest.raises(ValueError, match="beams"):
+        drafting.generate(ids, use_mtp=True, num_beams=2, max_new_tokens=2)
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        drafting.generate(ids.expand(2, -1), use_mtp=True, max_new_tokens=2, pad_token_id=2)
+    config.num_nextn_predict_layers = 0
+    with pytest.raises(ValueError, match="no draft layers"):
+        DeepseekV41TextForCausalLM(config).generate(ids, use_mtp=True, max_new_tokens=2)
+
+
+def test_memory_in_front_of_a_layer_that_is_read_is_refused(drafting):
+    drafting.config.engram_layer_ids = [1, 7]
+    with pytest.raises(ValueError, match="memory"):
+        drafting.generate(torch.tensor(PROMPT), use_mtp=True, max_new_tokens=2)
+
+
+def test_a_report():
+    report = DraftReport()
+    assert report.tokens_per_round == 0 and report.acceptance == []
+    report.rounds = [(5, 2), (5, 0), (5, 5), (2, 2)]
+    assert report.tokens_per_round == 13 / 4
+    assert report.acceptance == [3 / 4, 3 / 4, 1 / 3, 1 / 3, 1 / 3]
+    assert "3.25 tokens a round in 4 rounds" in str(report)

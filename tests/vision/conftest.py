@@ -1,0 +1,63 @@
+"""The miniature with images: its golden tensors, its tensors by release name, and its models."""
+
+import json
+
+import pytest
+import torch
+from deepseek_v41_reference import load_release, text_state_dict
+from reference_weights import model_name, tower_state_dict
+from safetensors.torch import load_file
+
+from engram_hf.configuration_deepseek_v41 import DeepseekV41TextConfig
+from engram_hf.multimodal_deepseek_v41 import DeepseekV41ForConditionalGeneration
+from engram_hf.vision_deepseek_v41 import DeepseekV41VisionModel
+
+
+@pytest.fixture(scope="session")
+def folder(golden):
+    return golden / "deepseek_v41_tiny_vl"
+
+
+@pytest.fixture(scope="session")
+def answers(folder):
+    return load_file(folder / "golden_vl.safetensors")
+
+
+@pytest.fixture(scope="session")
+def release(folder):
+    return load_release(folder)
+
+
+@pytest.fixture(scope="session")
+def config_fields(folder):
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def config(config_fields):
+    return DeepseekV41TextConfig(
+        **config_fields["text_config"],
+        vision_config=config_fields["vision_config"],
+        image_token_id=config_fields["image_token_id"],
+    )
+
+
+@pytest.fixture
+def tower(release, config):
+    model = DeepseekV41VisionModel(config.vision_config).eval()
+    model.load_state_dict(tower_state_dict(release), strict=True)
+    return model
+
+
+@pytest.fixture
+def model(release, config):
+    """The miniature without memory: text model, tower, delimiters."""
+    model = DeepseekV41ForConditionalGeneration(config).eval()
+    vision = {f"model.{model_name(name)}": tensor for name, tensor in release.items() if model_name(name)}
+    model.load_state_dict({**text_state_dict(release, config), **vision}, strict=True)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,250 @@
+"""The miniature with memory, images and drafts, as people open it: converted or as the release, through the Auto classes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from reference_weights import model_name
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    pipeline,
+)
+
+from engram_hf import EngramForCausalLM, EngramForConditionalGeneration
+from engram_hf.convert_scripts import convert_deepseek_v41, export_deepseek_v41
+
+needs_auto_image_processor = pytest.mark.skipif(
+    getattr(AutoImageProcessor, "is_dummy", False), reason="AutoImageProcessor of this transformers needs torchvision"
+)
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+
+
+@pytest.fixture(scope="module")
+def upstream(folder, tmp_path_factory):
+    target = tmp_path_factory.mktemp("upstream") / "tiny"
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("golden*", "README.md"))
+    return target
+
+
+def converted_as(upstream, target, *options: str):
+    assert convert_deepseek_v41.main([str(upstream), str(target), *options]) == 0
+    return target
+
+
+@pytest.fixture(scope="module")
+def float32(upstream, tmp_path_factory):
+    return converted_as(upstream, tmp_path_factory.mktemp("float32") / "tiny", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def kept(upstream, tmp_path_factory):
+    return converted_as(upstream, tmp_path_factory.mktemp("kept") / "tiny")
+
+
+def load(folder, auto_class=AutoModelForImageTextToText, **options):
+    model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model(float32):
+    return load(float32)
+
+
+def inputs_of(answers, case: str) -> dict[str, torch.Tensor]:
+    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_hws")
+    return {name: answers[f"{case}.{name}"] for name in names if f"{case}.{name}" in answers}
+
+
+# --- images
+
+
+@pytest.mark.parametrize("kind", ["upstream", "kept", "float32"])
+@torch.no_grad()
+def test_golden_logits(request, answers, kind):
+    """The release's folder itself, its conversion with quantized weights, and dequantized."""
+    model = load(request.getfixturevalue(kind))
+    assert isinstance(model, EngramForConditionalGeneration) and type(model.config).__name__ == "EngramConfig"
+    floats = {tensor.dtype for name, tensor in model.named_parameters() if ".engram.table." not in name}
+    assert floats == {torch.float32}
+    for case in ("two", "batch"):
+        logits = model(**inputs_of(answers, case)).logits
+        real = answers[f"{case}.attention_mask"].bool()
+        torch.testing.assert_close(logits[real], answers[f"{case}.logits"][real], atol=1e-4, rtol=0)
+
+
+def test_golden_loss_and_gradients(model, answers):
+    output = model(**inputs_of(answers, "two"), labels=answers["two.input_ids"], use_cache=False)
+    torch.testing.assert_close(output.loss, answers["two.loss"], atol=1e-5, rtol=0)
+    output.loss.backward()
+    parameters, compared = dict(model.named_parameters()), 0
+    for name, tensor in answers.items():
+        ours = model_name(name.removeprefix("two.gradients.")) if name.startswith("two.gradients.") else None
+        if ours:
+            error = (parameters[f"model.{ours}"].grad - tensor).abs().max()
+            assert error < 1e-3 * tensor.abs().max(), name
+            compared += 1
+    assert compared == 34
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_golden_generation(model, answers):
+    output = model.generate(
+        **inputs_of(answers, "generate"),
+        max_new_tokens=24,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **GREEDY,
+    )
+    assert torch.equal(output.sequences, answers["generate.sequences"])
+    logits = torch.stack(output.logits, dim=1)
+    torch.testing.assert_close(logits, answers["generate.logits"][:, :24], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+@torch.no_grad()
+def test_a_prompt_in_pieces(model, answers, size):
+    """Memory and backbone go on across every cut, inside an image too."""
+    inputs = inputs_of(answers, "two")
+    features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_hws"])
+    vectors, cache, logits = torch.cat(features.pooler_output), None, []
+    for ids in inputs["input_ids"].split(size, dim=1):
+        count = int((ids == model.config.image_token_id).sum())
+        features.pooler_output, vectors = [vectors[:count]], vectors[count:]
+        output = model(
+            ids, mm_encoder_outputs={"image": features} if count else None, past_key_values=cache, use_cache=True
+        )
+        cache = output.past_key_values
+        logits.append(output.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), answers["two.logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("residency", ["mapped", "resident"])
+@torch.no_grad()
+def test_mapped_tables(float32, answers, residency):
+    model = load(float32, engram_residency=residency)
+    logits = model(**inputs_of(answers, "two")).logits
+    torch.testing.assert_close(logits, answers["two.logits"], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_beams(model, answers):
+    inputs = inputs_of(answers, "generate")
+    beams = model.generate(**inputs, max_new_tokens=5, num_beams=3, num_return_sequences=3, **GREEDY)
+    assert beams.shape == (3, 36) and len({tuple(row) for row in beams.tolist()}) == 3
+
+
+@torch.no_grad()
+def test_one_folder_as_text(float32, answers):
+    model = load(float32, AutoModelForCausalLM)
+    assert isinstance(model, EngramForCausalLM) and not isinstance(model, EngramForConditionalGeneration)
+    assert not any("vision" in name or "draft" in name for name in model.state_dict())
+    with pytest.raises(ValueError, match="AutoModelForImageTextToText"):
+        model(answers["two.input_ids"])
+    row = answers["batch.input_ids"][2:, :19]
+    torch.testing.assert_close(model(row).logits, answers["batch.logits"][2:, :19], atol=1e-4, rtol=0)
+
+
+# --- the processor
+
+
+@needs_auto_image_processor
+@pytest.mark.parametrize("kind", ["upstream", "kept", "float32"])
+def test_the_processor_of_a_folder(request, answers, folder, kind):
+    processor = AutoProcessor.from_pretrained(request.getfixturevalue(kind))
+    image = Image.fromarray(answers["processing.a.image"].numpy())
+    (conversation, *_) = json.loads((folder / "golden_vl.json").read_text(encoding="utf-8"))["conversations"]
+    conversation["messages"][0]["content"][0]["image"] = image
+    inputs = processor.apply_chat_template(
+        conversation["messages"], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    assert torch.equal(inputs["input_ids"], answers["conversation.0.input_ids"])
+    assert torch.equal(inputs["pixel_values"], answers["processing.a.pixel_values"])
+
+
+@needs_auto_image_processor
+def test_pipeline(float32, answers):
+    pipe = pipeline("image-text-to-text", model=float32, dtype=torch.float32)
+    image = Image.fromarray(answers["processing.a.image"].numpy())
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]}
+    ]
+    (said,) = pipe(text=messages, max_new_tokens=5, return_full_text=False)
+    inputs = pipe.processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    new = pipe.model.generate(**inputs, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
+    assert said["generated_text"] == pipe.processor.decode(new, skip_special_tokens=True)
+
+
+# --- saving, export
+
+
+@torch.no_grad()
+def test_saved_and_loaded(model, answers, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert config["auto_map"]["AutoModelForImageTextToText"].endswith(".EngramForConditionalGeneration")
+    again = load(tmp_path)
+    torch.testing.assert_close(again(**inputs_of(answers, "two")).logits, answers["two.logits"], atol=1e-4, rtol=0)
+
+
+def test_the_release_comes_back_byte_for_byte(upstream, kept, tmp_path):
+    assert export_deepseek_v41.main([str(kept), str(tmp_path / "back")]) == 0
+    names = sorted(path.name for path in upstream.iterdir())
+    assert sorted(path.name for path in (tmp_path / "back").iterdir() if path.name in names) == names
+    for name in names:
+        assert (tmp_path / "back" / name).read_bytes() == (upstream / name).read_bytes(), name
+
+
+# --- drafts
+
+
+@pytest.mark.parametrize("kind", ["upstream", "kept", "float32"])
+@torch.no_grad()
+def test_golden_drafts(request, answers, kind):
+    """Round by round the drafts, the counts and the tokens of the oracle; the layers are loaded at their first use."""
+    model = load(request.getfixturevalue(kind))
+    assert model.draft is None
+    inputs = inputs_of(answers, "generate")
+    rounds = []
+    model.load_drafts()
+    drafted = model.draft.draft
+    model.draft.draft = lambda *args, **kwargs: rounds.append(drafted(*args, **kwargs)) or rounds[-1]
+    new = model.generate(**inputs, max_new_tokens=24, use_mtp=True, **GREEDY)
+    assert torch.equal(new, answers["generate.sequences"])
+    *full, last = zip(rounds, answers["speculate.drafts"], answers["speculate.confidence"], strict=True)
+    for drafts, tokens, confidence in full:
+        assert torch.equal(drafts.tokens[0], tokens)
+        torch.testing.assert_close(drafts.confidence[0], confidence, atol=1e-4, rtol=0)
+    assert torch.equal(last[0].tokens[0], last[1][: last[0].tokens.shape[1]])  # as many as are still wanted
+    accepted = [count for _, count in model.draft_report.rounds]
+    assert accepted[:-1] == answers["speculate.accepted"][:-1].tolist()
+    assert accepted[-1] == 2  # a third would have been one token too many
+
+
+@torch.no_grad()
+def test_drafts_are_loaded_at_their_first_use(model, float32, answers):
+    fresh = load(float32)
+    new = fresh.generate(**inputs_of(answers, "generate"), max_new_tokens=8, use_mtp=True, **GREEDY)
+    assert torch.equal(new, answers["generate.sequences"][:, :39])
+    assert fresh.draft_report.tokens_per_round > 1
+    asked = load(float32, draft=True)
+    assert asked.draft is not None
+    new = asked.generate(**inputs_of(answers, "generate"), max_new_tokens=8, use_mtp=True, **GREEDY)
+    assert torch.equal(new, answers["generate.sequences"][:, :39])
+
+
+@torch.no_grad()
+def test_drafts_read_the_right_features(model, float32, answers):
+    """Mean streams entering layers 6, 7, 8, of a prompt with an image."""
+    output = model(**inputs_of(answers, "draft"), output_hidden_states=True)
+    features = torch.cat([output.hidden_states[layer].mean(2) for layer in (6, 7, 8)], dim=-1)
+    torch.testing.assert_close(features, answers["draft.target_hidden"], atol=1e-4, rtol=0)
