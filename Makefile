@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile
+ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 OLDEST := 5.17.0
 
-.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests style check clean
+.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests faults fuzz kills soak style check clean
 
 quickstart: $(VENV)/.installed  ## train a small model with memory and its twin without, compare, save, reload
 	$(BIN)/python examples/quickstart.py
@@ -24,6 +25,19 @@ test-upstream: $(VENV)/.installed-upstream  ## transformers' own common tests, w
 
 run-tests: $(VENV)/.installed
 	$(PYTEST) $(PYTEST_ARGS)
+
+# The trials of docs/reliability.md at length; `make test` runs short ones. Each prints its seed, and what goes there.
+faults: $(VENV)/.installed  ## the trials of tests/faults, with a hundred times as many rounds (hours)
+	$(ONE_THREAD) ENGRAM_TRIALS=100 $(BIN)/python -m pytest -n 2 tests/faults $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed  ## 100,000 mutated files (half an hour)
+	$(ONE_THREAD) $(BIN)/python tests/faults/fuzzing.py --count 100000 $(TRIAL_ARGS)
+
+kills: $(VENV)/.installed  ## 100 kills each of convert, export, quantize and saving (minutes)
+	$(ONE_THREAD) $(BIN)/python tests/faults/kills.py --count 100 $(TRIAL_ARGS)
+
+soak: $(VENV)/.installed  ## 20 minutes of mixed requests on mapped tables
+	$(ONE_THREAD) $(BIN)/python tests/faults/soak.py --minutes 20 $(TRIAL_ARGS)
 
 check: $(VENV)/.installed  ## what CI says about style and types
 	$(BIN)/ruff check .

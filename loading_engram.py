@@ -5,9 +5,10 @@ its `EngramTable` modules, so that transformers never allocates, initializes, mo
 """
 
 import contextlib
+import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ from transformers.utils import (
 from transformers.utils.hub import extract_commit_hash
 
 from .row_sources_engram import MappedRows, PinnedRows
-from .safetensors_engram import EngramError, FileFormatError, read_header, read_json, read_weight_map
+from .safetensors_engram import EngramError, FileFormatError, TensorSpan, read_header, read_json, read_weight_map
 from .table_engram import EngramTable
 from .table_format_engram import (
     MANIFEST_NAME,
     StoredTable,
+    TableFormatError,
     read_tables,
     require_fit,
     require_same_hash,
@@ -54,10 +56,16 @@ _IS_HASH = re.compile(r"\bhashing\.(?:token_map|multipliers|primes)$")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _ORIGIN = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder", "local_files_only")
 RESIDENCIES = ("auto", "resident", "mapped", "pinned")
+# Member of the manifest, beside those of the table format, which readers that do not know it ignore.
+WEIGHTS_MEMBER = "weights_sha256"
 # What `auto` lets tables take of the memory that is free: beside them the backbone, a cache and other processes live.
 _RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
 # Values of `device_map` that have transformers make a map of its own.
 _MADE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Weights up to this size are read whole.
+_WHOLE_BYTES = 1 << 20
+# Of larger ones, each tensor gives at most so many pieces of at most so many bytes, and 1% of its bytes or two pieces of 64.
+_MOST_PIECES, _PIECE_BYTES, _LEAST_BYTES = 8, 4096, 64
 
 
 class Checkpoint:
@@ -84,6 +92,13 @@ class Checkpoint:
         if self._has_files:
             self._go_to_base_model()
             self._settle_revision()
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the files are, if that is a folder of this machine."""
+        if not self._has_files or not os.path.isdir(self.name_or_path):
+            return None
+        return Path(self.name_or_path, self.kwargs.get("subfolder") or "")
 
     def _go_to_base_model(self) -> None:
         """As transformers' `maybe_load_adapters` does, in the form in which its Auto classes hand on an adapter."""
@@ -142,7 +157,7 @@ class Checkpoint:
                     "elsewhere (a state_dict or a GGUF file); leave it out."
                 )
             return None
-        tables, has_manifest = self._read_tables(residency)
+        tables, manifest, own_files = self._read_tables(residency)
         if not tables:
             # Without config.json, transformers raises its own error.
             if needs_files and self._has_config:
@@ -154,21 +169,28 @@ class Checkpoint:
             return None
         if residency == "auto":
             residency = choose_residency(sum(table.size for table in tables.values()), *_free_memory(self.kwargs))
-        return FoundTables(tables, residency) if has_manifest or residency != "resident" else None
+        if manifest is None and residency == "resident":
+            return None
+        variant = self.kwargs.get("variant")
+        digest = recorded_digests(manifest).get(variant or "") if own_files else None
+        return FoundTables(tables, residency, lambda: find_weight_files(self._resolve, variant), digest)
 
-    def _read_tables(self, residency: str) -> tuple[dict[int, StoredTable], bool]:
-        """The tables by layer, and whether a manifest names any."""
+    def _read_tables(self, residency: str) -> tuple[dict[int, StoredTable], Path | None, set[int]]:
+        """The tables by layer, the manifest if there is one, and the layers that it alone names."""
         # A given config may be that of fewer layers than were saved.
         layers = getattr(self.kwargs.get("config"), "engram_layer_ids", None)
         manifest, tables = self._resolve(MANIFEST_NAME), {}
         if manifest is not None:
             folder = manifest.parent
             tables = read_tables(folder, lambda name: self._resolve(name) or folder / name, layers)
+        own_files = set(tables)
         if manifest is not None or residency != "resident":
             # They come first, as they do for transformers: an upload does not remove what an earlier one had in files of
             # its own.
-            tables |= self._tables_among_weights(layers)
-        return tables, manifest is not None
+            among_weights = self._tables_among_weights(layers)
+            own_files -= set(among_weights)
+            tables |= among_weights
+        return tables, manifest, own_files
 
     def _tables_among_weights(self, layers: Collection[int] | None) -> dict[int, StoredTable]:
         """Tables that were saved with all other weights, found by name."""
@@ -217,6 +239,21 @@ def find_weights(resolve: Callable[[str], Path | None], variant: str | None) -> 
     return (found, None) if found is not None else (None, resolve(index))
 
 
+def is_weights_file(name: str, variant: str | None) -> bool:
+    """Whether a file of a model folder is named as transformers names weights of this variant, their shards or index."""
+    single, index = (_of_variant(file, variant) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    stem = re.escape(single.removesuffix(".safetensors"))
+    return name in (single, index) or re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.safetensors", name) is not None
+
+
+def find_weight_files(resolve: Callable[[str], Path | None], variant: str | None) -> list[Path]:
+    """All safetensors files of a checkpoint's weights that are there."""
+    single, index = find_weights(resolve, variant)
+    names = set() if index is None else set(read_weight_map(index).values())
+    paths = [single, *map(resolve, sorted(names))]
+    return [path for path in paths if path is not None]
+
+
 def _of_variant(name: str, variant: str | None) -> str:
     stem, _, ending = name.rpartition(".")
     return name if variant is None else f"{stem}.{variant}.{ending}"
@@ -239,10 +276,14 @@ class FoundTables:
     Args:
         tables: by layer.
         residency: `"resident"`, `"mapped"` or `"pinned"`.
+        weights: finds the files of the weights that the tables were saved with, if their manifest records a digest.
+        weights_digest: that digest; None if there is none.
     """
 
     tables: dict[int, StoredTable]
     residency: str
+    weights: Callable[[], list[Path]] = list
+    weights_digest: str | None = None
 
     def mount(self, model) -> None:
         """Give an `EngramModel` without weights its tables.
@@ -270,13 +311,85 @@ class FoundTables:
         """Compare what the tables say about their hash with that of the loaded `EngramModel`.
 
         Raises:
-            TableFormatError: they were written for another hash or token map, and would be read as noise.
+            TableFormatError: they were written for another hash or token map, or saved with other weights, and would be
+                read as noise.
         """
+        if self.weights_digest is not None:
+            self._require_same_weights()
         for index, (layer, memory) in enumerate(model.memories().items()):
             memory.table.unread = None
             described = self.tables[layer].description
             if described is not None:
                 require_same_hash(described, model.hashing, index)
+
+    def _require_same_weights(self) -> None:
+        files = self.weights()
+        if files and weights_digest(files) != self.weights_digest:
+            raise TableFormatError(
+                f"{files[0]} holds other weights than the tables beside it were saved with: the folder was "
+                f"changed in part, by a download or a copy that was cut short, say. Fetch or save the whole model again (if the "
+                f"weights were changed on purpose, delete {WEIGHTS_MEMBER!r} from {MANIFEST_NAME})."
+            )
+
+
+def recorded_digests(manifest: Path) -> dict[str, str]:
+    """Digests of the weights that tables were saved with, by variant (`""` without one); older manifests have none."""
+    digests = read_json(manifest).get(WEIGHTS_MEMBER, {})
+    if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
+        raise TableFormatError(f"{manifest} says {WEIGHTS_MEMBER} is {digests!r}, expected digests; fetch it again.")
+    return digests
+
+
+def weights_digest(files: Iterable[str | os.PathLike]) -> str:
+    """SHA-256, in hex, over the names, dtypes and shapes of all tensors and pieces of each, however they are sharded.
+
+    Tables are left out. Two models that differ only in bytes between the pieces have one digest.
+
+    Table files are written and passed on apart from the other weights. Nothing in either shows that both are of one model,
+    so the manifest of the tables records this digest of the weights that were saved with them.
+
+    Args:
+        files: the safetensors files of a checkpoint.
+
+    Raises:
+        FileFormatError: a file is damaged.
+        OSError: a file cannot be read.
+    """
+    is_table = table_keys().search
+    spans = [span for file in files for span in read_header(file).tensors.values() if not is_table(span.name)]
+    is_small = sum(span.size for span in spans) <= _WHOLE_BYTES
+    digest, opened = hashlib.sha256(), {}
+    try:
+        for span in sorted(spans, key=lambda span: span.name):
+            digest.update(repr((span.name, span.dtype, span.shape)).encode())
+            if span.path not in opened:
+                opened[span.path] = open(span.path, "rb", buffering=0)  # noqa: SIM115 (closed below)
+            for offset, size in [(0, span.size)] if is_small else _pieces(span):
+                digest.update(_read(opened[span.path], span.path, span.offset + offset, size))
+    finally:
+        for file in opened.values():
+            file.close()
+    return digest.hexdigest()
+
+
+def _pieces(span: TensorSpan) -> list[tuple[int, int]]:
+    """Offset and size of pieces that are spread evenly over a tensor, its first and last bytes included."""
+    count = min(_MOST_PIECES, max(2, span.size >> 22))
+    size = max(_LEAST_BYTES, min(_PIECE_BYTES, span.size // (100 * count)))
+    if span.size <= count * size:
+        return [(0, span.size)]
+    return [(index * (span.size - size) // (count - 1), size) for index in range(count)]
+
+
+def _read(file, path: Path, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    data = b""
+    while len(data) < size:
+        piece = file.read(size - len(data))
+        if not piece:
+            raise FileFormatError(f"{path} became shorter while it was read; restore it, and load the model again.")
+        data += piece
+    return data
 
 
 def require_memory(model: PreTrainedModel, missing: Collection[str]) -> None:

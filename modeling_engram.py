@@ -16,6 +16,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -56,7 +57,14 @@ from .loading_engram import (
 )
 from .prefetch_engram import Prefetcher
 from .safetensors_engram import EngramError
-from .saving_engram import is_table_file, remove_stale_tables, save_tables, tables_by_reference
+from .saving_engram import (
+    FolderWriter,
+    complete_save,
+    replace_files,
+    require_settled,
+    save_tables,
+    tables_by_reference,
+)
 from .table_engram import EngramTable
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -65,6 +73,8 @@ logger = logging.get_logger(f"transformers.{__name__}")
 TESTED_VERSIONS = ((5, 17), (5, 24))
 # The cache's name as an argument and in outputs: transformers 5.24 renamed it.
 CACHE_NAMES = ("cache", "past_key_values")
+# The save that runs: what it is written with, and the variant of its weights.
+_SAVE: ContextVar[tuple[FolderWriter, str | None] | None] = ContextVar("the save that runs", default=None)
 
 
 def _warn_of_untested_version() -> None:
@@ -130,11 +140,14 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
                 resident while they take at most a quarter of the free memory.
 
         Raises:
-            ValueError: tables or hash constants are missing from the checkpoint, or disagree with its config.
+            ValueError: tables or hash constants are missing from the checkpoint, or disagree with its config; tables were
+                saved with other weights; or a save to this folder was killed at its end.
         """
         if cls._extends is not None:  # the backbone is what the config says
             cls = cls._extends[0]
         checkpoint = Checkpoint(pretrained_model_name_or_path, kwargs)
+        if checkpoint.folder is not None:
+            require_settled(checkpoint.folder)
         tables, kwargs = checkpoint.find_tables(engram_residency), checkpoint.kwargs
         if tables is not None:
             kwargs = {**kwargs, "engram_tables": tables}
@@ -144,11 +157,6 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         if tables is not None:
             tables.verify(model.base_model)
         return (model, info) if output_loading_info else model
-
-    def _get_files_timestamps(self, working_dir):
-        # Hard-linked tables keep their mtime; ignore it so that they are uploaded.
-        stamps = super()._get_files_timestamps(working_dir)
-        return {name: stamp for name, stamp in stamps.items() if not is_table_file(name)}
 
     # Only here is the key mapping of all submodels known.
     @staticmethod
@@ -170,12 +178,21 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         with tables_by_reference():
             return super().push_to_hub(*args, **kwargs)
 
-    def _upload_modified_files(self, working_dir, repo_id, *args, token=None, **kwargs):
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, token=None, **kwargs):
         # `push_to_hub` and `save_pretrained(push_to_hub=True)` meet here, after their README.md is written.
-        self._remove_stale_tables(working_dir)
+        if _SAVE.get() is not None:  # an upload that breaks off must not lose what is saved here
+            self._complete_save()
+            writer, _ = _SAVE.get()
+            working_dir, others = writer.target, set(os.listdir(writer.target)) - writer.names
+            files_timestamps = dict.fromkeys(others, float("inf"))
         if self.write_model_card is not None and not self._saves_adapter():
             self.write_model_card(os.path.join(working_dir, "README.md"), self.config, repo_id, token)
-        return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, token=token, **kwargs)
+
+    def barrier_after_gathered_checkpoint_save(self, *args, **kwargs):
+        # The other processes of a sharded model go on behind this, and may load what was saved.
+        self._complete_save()
+        return super().barrier_after_gathered_checkpoint_save(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -231,24 +248,32 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """As in transformers; whichever class is saved, every Auto class can open the folder as remote code.
 
-        Tables that are not parameters are linked to the folder, or copied by the kernel: they have not changed.
+        Tables that are not parameters are linked to the folder, or copied by the kernel: they have not changed. A folder
+        that holds a model is that model or the new one, whatever interrupts the save, and needs room for both until its end.
         """
-        # Of a sharded model every process calls this, and only the first one writes.
-        writes = self.should_save_on_this_rank(is_main_process) and not os.path.isfile(save_directory)
-        if writes and not self._saves_adapter():
-            save_tables(self.base_model, save_directory)
         self.config.auto_map = self.config.remote_code_map()
         # Under the names of the modules: `Trainer` resumes by `load_state_dict`, and would silently skip experts that had
         # been split and renamed as the backbone's own hub layout has them (transformers issue 48805).
         kwargs.setdefault("save_original_format", False)
-        result = super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if writes:
-            self._remove_stale_tables(save_directory)
-        return result
+        # Of a sharded model every process calls this; only the first one writes, unless all write a part each.
+        writes = self.should_save_on_this_rank(is_main_process) and not os.path.isfile(save_directory)
+        if not writes or self._saves_adapter() or kwargs.get("distributed_checkpoint"):
+            return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
+        with replace_files(save_directory) as writer:
+            token = _SAVE.set((writer, kwargs.get("variant")))
+            try:
+                save_tables(self.base_model, writer.path)
+                super().save_pretrained(writer.path, is_main_process=is_main_process, **kwargs)
+                self._complete_save()
+            finally:
+                _SAVE.reset(token)
 
-    def _remove_stale_tables(self, folder: str | os.PathLike) -> None:
-        if not self._saves_adapter():
-            remove_stale_tables(self.base_model, folder)
+    def _complete_save(self) -> None:
+        """Put what was saved in place, if this process saves and has not done that."""
+        if _SAVE.get() is not None:
+            complete_save(self.base_model, *_SAVE.get())
 
     def _saves_adapter(self) -> bool:
         # Of a model with adapters that transformers added, it saves those alone.

@@ -1,4 +1,7 @@
-"""Safetensors files as untrusted input: their headers are checked to the last byte, tensor data is never loaded.
+"""Safetensors files, read as untrusted input and written whole or not at all, as is every file of ours.
+
+Headers are checked to the last byte, and tensor data is never loaded. A file is written beside its name and renamed when it
+is complete; files that do not change are linked, or copied inside the kernel.
 
 The format (github.com/huggingface/safetensors): 8 bytes, the header's length as a little-endian unsigned integer; the
 header, JSON that maps each tensor to `dtype`, `shape` and `data_offsets` (counted from the header's end), and
@@ -7,14 +10,23 @@ header, JSON that maps each tensor to `dtype`, `shape` and `data_offsets` (count
 
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not a Unix system
+    fcntl = None
 
 # The limit of safetensors' own reader; a longer header is damaged.
 MAX_HEADER_BYTES = 100_000_000
@@ -31,6 +43,14 @@ ITEM_BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+# Linux' request to share the blocks of one file with another (include/uapi/linux/fs.h).
+_FICLONE = 0x40049409
+# Ends the names of files that are not whole yet.
+UNFINISHED = ".unfinished"
+# A link is renamed at once after it is made.
+_LINK_SECONDS = 60
+# What systems and file systems answer that have no links, or not between these two places.
+_CANNOT_LINK = {getattr(errno, name) for name in ("EXDEV", "EPERM", "EMLINK", "ENOTSUP", "ENOSYS", "ENOENT", "EACCES")}
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
@@ -350,3 +370,262 @@ def header_bytes(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-(8 + len(text)) % page)
     return len(text).to_bytes(8, "little") + text
+
+
+# --- writing -----------------------------------------------------------------------------
+
+
+class FileWriter:
+    """Writes one safetensors file, in any order; as a context manager, it leaves a whole file or none.
+
+    Args:
+        path: of the file.
+        head: what it begins with; see [`header_bytes`].
+
+    Raises:
+        OSError: it cannot be written; the message says what to do.
+    """
+
+    def __init__(self, path: str | os.PathLike, head: bytes):
+        self.path = Path(path)
+        self.header = parse_head(self.path, head)
+        with contextlib.ExitStack() as stack, self._explained():
+            self._file = stack.enter_context(_replacing(self.path))
+            _reserve(self._file, self.header.size)
+            _write_all(self._file, head, 0)
+            self._stack = stack.pop_all()
+
+    def copy(self, name: str, span: TensorSpan, source: int) -> None:
+        """Write the tensor `name` from `span`, which lies in the open file `source`, inside the kernel."""
+        with self._explained():
+            _copy_range(source, span.offset, self._file, self.header.tensors[name].offset, span.size)
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write bytes from byte `offset` of the file on."""
+        with self._explained():
+            _write_all(self._file, data, offset)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        with self._explained():
+            self._stack.__exit__(kind, error, trace)
+
+    def _explained(self):
+        return _explained(self.path, self.header.size)
+
+
+def link_or_copy(source: int, path: Path, target: Path, symbolic: bool = False) -> None:
+    """Make `target` the file that is open as `source` and was opened at `path`, without moving its bytes if that is possible.
+
+    On a file system that shares blocks (XFS, Btrfs), it is a copy that takes no space. Elsewhere it is a hard link, and the
+    file becomes read-only under all its names: whoever copies another file over one name would overwrite it under the
+    others, too. Where neither is possible, it is a copy.
+
+    Args:
+        symbolic: make a symbolic link instead, for a folder that is only read and soon removed.
+
+    Raises:
+        OSError: the target cannot be written.
+    """
+    status = os.fstat(source)
+    with _explained(target, status.st_size):
+        ways = [_link_symbolically] if symbolic else [_clone, _link_read_only]
+        if not still_names(target, source) and not any(_made(source, path, target, way) for way in ways):
+            _copy_file(source, target, status.st_size)
+
+
+def can_link(source: int, path: Path, folder: Path) -> bool:
+    """Whether `link_or_copy` would take no space for the file that is open as `source` in `folder`.
+
+    Tried, for nothing else tells: one disk may be mounted twice, and another user's files may be protected.
+    """
+    target = _aside(folder / path.name)
+    with _explained(folder / path.name, 0):
+        try:
+            return any(_made(source, path, target, way) for way in (_clone, _link))
+        finally:
+            target.unlink(missing_ok=True)
+
+
+def _made(source: int, path: Path, target: Path, way: Callable[[int, Path, Path], None]) -> bool:
+    """Whether `target` was made of the open file in a way that not all systems have."""
+    made = _aside(target)
+    try:
+        way(source, path, made)
+        os.replace(made, target)
+    except OSError as error:
+        if error.errno in _CANNOT_LINK:
+            return False
+        raise
+    finally:
+        made.unlink(missing_ok=True)  # still there, too, if the target became the same file meanwhile
+    return True
+
+
+def _clone(source: int, path: Path, target: Path) -> None:
+    """Share the blocks of the open file."""
+    file = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "no ioctl")
+        fcntl.ioctl(file, _FICLONE, source)
+    except OSError as error:
+        raise OSError(errno.ENOTSUP, "no shared blocks") from error  # systems answer this in many ways
+    finally:
+        os.close(file)
+
+
+def _link(source: int, path: Path, target: Path) -> None:
+    """Make a hard link, if the open file still has its name."""
+    if not still_names(path, source):
+        raise OSError(errno.ENOENT, "another file has its name")
+    os.link(os.path.realpath(path), target)  # a link to a symbolic link of a download cache would break with it
+
+
+def _link_read_only(source: int, path: Path, target: Path) -> None:
+    _link(source, path, target)
+    os.chmod(target, stat.S_IMODE(os.fstat(source).st_mode) & ~0o222)
+
+
+def _link_symbolically(source: int, path: Path, target: Path) -> None:
+    if not still_names(path, source):
+        raise OSError(errno.ENOENT, "another file has its name")
+    os.symlink(os.path.realpath(path), target)
+
+
+def still_names(path: Path, source: int) -> bool:
+    """Whether the file that is open as `source` still has its name, and no other file took that."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(source))
+    except OSError:
+        return False
+
+
+def _copy_file(source: int, target: Path, size: int) -> None:
+    with _replacing(target) as file:
+        _copy_range(source, 0, file, 0, size)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a small JSON file, complete or not at all."""
+    write_file(path, json_bytes(content))
+
+
+def json_bytes(content: object) -> bytes:
+    """JSON as it is written everywhere here: readable, sorted as given, one newline at the end."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file, complete or not at all, also if the power fails."""
+    with _explained(path, len(data)), _replacing(path) as file:
+        _write_all(file, data, 0)
+        os.fsync(file)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[int]:
+    """A new file, open for writing, that becomes `path` if the block ends without an exception.
+
+    Each process has a file of its own, and the one that ends last wins. Files that killed processes left are removed.
+    """
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*{UNFINISHED}"):
+        _remove_if_left(left)
+    unfinished, file = _create(path)
+    try:
+        yield file
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        os.close(file)  # last, since it is locked until then
+
+
+def _create(path: Path) -> tuple[Path, int]:
+    while True:
+        unfinished = _aside(path)
+        file = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        lock_file(file)
+        if still_names(unfinished, file):
+            return unfinished, file
+        os.close(file)  # another process took it for left
+
+
+def _aside(path: Path) -> Path:
+    """A name beside `path` that no other process uses."""
+    return Path(f"{path}.{secrets.token_hex(8)}{UNFINISHED}")
+
+
+def _remove_if_left(unfinished: Path) -> None:
+    """Remove what a killed process left: a file that nobody has locked, or a link that is too old to be renamed soon."""
+    with contextlib.suppress(OSError):
+        status = unfinished.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            if time.time() - status.st_ctime > _LINK_SECONDS:
+                unfinished.unlink()
+            return
+        file = os.open(unfinished, os.O_RDWR)  # NFS locks only what is open for writing
+        try:
+            if lock_file(file):  # without locks, nobody can tell
+                unfinished.unlink()
+        finally:
+            os.close(file)
+
+
+def lock_file(file: int) -> bool | None:
+    """Lock an open file for this process, until it is closed; False if another has done so, None without locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that has none
+        return None
+    return True
+
+
+@contextlib.contextmanager
+def _explained(path: Path, size: int) -> Iterator[None]:
+    """Says of errors that writing `size` bytes to `path` meets what can be done about them; their kind stays the same."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            message = f"{path.name} needs {size:,} bytes, which do not fit there; free space, or write to another disk"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            message = f"{path.name} cannot be written ({error.strerror}); choose a folder that is writable"
+        else:
+            raise
+        raise OSError(error.errno, message, str(path)) from error
+
+
+def _reserve(file: int, size: int) -> None:
+    """Take the space now: a disk that is too small is found before hours of work, not after."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)
+
+
+def _write_all(file: int, data, offset: int) -> None:
+    data = memoryview(data)
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _copy_range(source: int, source_offset: int, target: int, target_offset: int, count: int) -> None:
+    """Copy bytes between open files; the kernel shares the blocks where the file system can."""
+    while count:
+        try:
+            copied = os.copy_file_range(source, target, min(count, 1 << 30), source_offset, target_offset)
+        except (AttributeError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            # Not on this system, or not between these file systems.
+            copied = os.pwrite(target, os.pread(source, min(count, 1 << 22), source_offset), target_offset)
+        if not copied:
+            raise FileFormatError("A file became shorter while it was copied; restore it and copy again.")
+        source_offset, target_offset, count = source_offset + copied, target_offset + copied, count - copied

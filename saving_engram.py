@@ -1,25 +1,39 @@
-"""What `save_pretrained` does with tables that are no parameters, and how any file of ours is written: whole or not at all.
+"""What `save_pretrained` does: all files of a model become part of a folder in one step, and tables are passed on.
 
-A file is written beside its name and renamed when it is complete. Tables have not changed since they were loaded, so their files
-are linked, or copied inside the kernel.
+A save is written into a hidden folder inside its target, which is therefore on the same disk, and then exchanged for what
+the target holds. Until the exchange begins, the target is the old model; from then on the new files are whole, and an
+exchange that an exception interrupts is carried to its end. Only a process that is killed within it (it takes
+milliseconds) leaves a target of two models, which [`require_settled`] refuses.
 """
 
 import contextlib
 import errno
-import glob
 import json
 import os
 import re
 import secrets
-import stat
+import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 
+from .loading_engram import WEIGHTS_MEMBER, find_weight_files, is_weights_file, recorded_digests, weights_digest
 from .row_sources_engram import MappedRows
-from .safetensors_engram import FileFormatError, TensorSpan, header_bytes, parse_head
+from .safetensors_engram import (
+    EngramError,
+    FileFormatError,
+    FileWriter,
+    can_link,
+    header_bytes,
+    link_or_copy,
+    lock_file,
+    read_json,
+    still_names,
+    write_json,
+)
 from .table_format_engram import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -32,265 +46,327 @@ from .table_format_engram import (
     read_tables,
 )
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # not a Unix system
-    fcntl = None
-
-# Linux' request to share the blocks of one file with another (include/uapi/linux/fs.h).
-_FICLONE = 0x40049409
-# Ends the names of files that are not whole yet.
-_UNFINISHED = ".unfinished"
-# A link is renamed at once after it is made.
-_LINK_SECONDS = 60
-# What systems and file systems answer that have no links, or not between these two places.
-_CANNOT_LINK = {getattr(errno, name) for name in ("EXDEV", "EPERM", "EMLINK", "ENOTSUP", "ENOSYS", "ENOENT", "EACCES")}
+LOCK_NAME = ".engram-lock"
+# Hidden folders inside a target: of a save that is being written, and of one that is whole and being put in place.
+_SAVE, _EXCHANGE = ".engram-save-", ".engram-exchange-"
+# How long a save waits for others that are put in place in the same folder, and how long loading waits for such a one.
+SAVE_WAITS, LOAD_WAITS = 60.0, 10.0
+_POLL_SECONDS = 0.01
 
 
-class FileWriter:
-    """Writes one safetensors file, in any order; as a context manager, it leaves a whole file or none.
+def is_hidden_file(name: str) -> bool:
+    """Whether a file or folder in a target is there for this module alone, or was left by a process that was killed."""
+    return name == LOCK_NAME or name.startswith((_SAVE, _EXCHANGE))
+
+
+class FolderInUseError(EngramError):
+    """Another process, or another thread, is writing to a folder; said in one sentence."""
+
+
+class FolderClaim:
+    """The right to write to a folder, which the system takes back when the process ends.
+
+    It is a locked file in the folder that says who holds it. On file systems without locks the file alone counts, and
+    that of a process of this machine which has ended is taken over.
 
     Args:
-        path: of the file.
-        head: what it begins with; see `safetensors_engram.header_bytes`.
-
-    Raises:
-        OSError: it cannot be written; the message says what to do.
+        folder: is made if it is missing, and removed again on release if nothing was put into it.
     """
 
-    def __init__(self, path: str | os.PathLike, head: bytes):
-        self.path = Path(path)
-        self.header = parse_head(self.path, head)
-        with contextlib.ExitStack() as stack, self._explained():
-            self._file = stack.enter_context(_replacing(self.path))
-            _reserve(self._file, self.header.size)
-            _write_all(self._file, head, 0)
-            self._stack = stack.pop_all()
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.path = self.folder / LOCK_NAME
+        self._file = None
+        self._made_folder = False
 
-    def copy(self, name: str, span: TensorSpan, source: int) -> None:
-        """Write the tensor `name` from `span`, which lies in the open file `source`, inside the kernel."""
-        with self._explained():
-            _copy_range(source, span.offset, self._file, self.header.tensors[name].offset, span.size)
+    def take(self, wait: float = 0.0) -> "FolderClaim":
+        """Claim the folder before anything is written to it.
 
-    def write_at(self, offset: int, data: memoryview) -> None:
-        """Write bytes from byte `offset` of the file on."""
-        with self._explained():
-            _write_all(self._file, data, offset)
+        Args:
+            wait: seconds to wait for who holds it.
 
-    def __enter__(self):
+        Raises:
+            FolderInUseError: it is claimed; names the process, its machine and since when. Nothing was changed.
+            OSError: the folder cannot be written.
+        """
+        self.make_folder()
+        deadline = time.monotonic() + wait
+        while self._file is None:
+            holder = self._try()
+            if holder is not None and time.monotonic() >= deadline:
+                raise FolderInUseError(
+                    f"{self.folder} is being written by {_describe(holder)}; wait for it to end, or name another folder "
+                    f"(if that process is not writing there, delete {self.path})."
+                )
+            if holder is not None:
+                time.sleep(_POLL_SECONDS)
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
-        with self._explained():
-            self._stack.__exit__(kind, error, trace)
+    def release(self) -> None:
+        """Let others write; does nothing if the folder was not claimed."""
+        if self._file is not None:
+            if os.name == "nt":  # where no open file can be removed
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self.path.unlink()  # while it is locked, so that nobody locks a file that has no name
+            self._file.close()
+            self._file = None
+        if self._made_folder:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
-    def _explained(self):
-        return _explained(self.path, self.header.size)
+    def __enter__(self) -> "FolderClaim":
+        return self.take()
 
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
-def link_or_copy(source: int, path: Path, target: Path, symbolic: bool = False) -> None:
-    """Make `target` the file that is open as `source` and was opened at `path`, without moving its bytes if that is possible.
-
-    On a file system that shares blocks (XFS, Btrfs), it is a copy that takes no space. Elsewhere it is a hard link, and the
-    file becomes read-only under all its names: whoever copies another file over one name would overwrite it under the
-    others, too. Where neither is possible, it is a copy.
-
-    Args:
-        symbolic: make a symbolic link instead, for a folder that is only read and soon removed.
-
-    Raises:
-        OSError: the target cannot be written.
-    """
-    status = os.fstat(source)
-    with _explained(target, status.st_size):
-        ways = [_link_symbolically] if symbolic else [_clone, _link_read_only]
-        if not still_names(target, source) and not any(_made(source, path, target, way) for way in ways):
-            _copy_file(source, target, status.st_size)
-
-
-def can_link(source: int, path: Path, folder: Path) -> bool:
-    """Whether `link_or_copy` would take no space for the file that is open as `source` in `folder`.
-
-    Tried, for nothing else tells: one disk may be mounted twice, and another user's files may be protected.
-    """
-    target = _aside(folder / path.name)
-    with _explained(folder / path.name, 0):
+    def make_folder(self) -> None:
+        """Make the folder if it is missing."""
         try:
-            return any(_made(source, path, target, way) for way in (_clone, _link))
-        finally:
-            target.unlink(missing_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir()
+                self._made_folder = True
+            except FileExistsError:
+                if self.folder.is_file():
+                    raise NotADirectoryError(errno.ENOTDIR, f"{self.folder} is a file; name a folder") from None
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def _try(self) -> dict | None:
+        """Try once to claim the folder; what is known of its holder if there is one."""
+        try:
+            file = open(self.path, "x+b", buffering=0)  # noqa: SIM115 (it is held open as long as the claim)
+        except FileExistsError:
+            return _remove_abandoned(self.path)
+        except FileNotFoundError:  # another process took the folder, which was empty, for an abandoned one
+            self.make_folder()
+            return None
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        # Between the two calls others may take the file for an abandoned one.
+        if lock_file(file.fileno()) is False or not still_names(self.path, file.fileno()):
+            file.close()
+            return None
+        file.write(json.dumps(_this_process()).encode())
+        self._file = file
+        return None
 
 
-def _made(source: int, path: Path, target: Path, way: Callable[[int, Path, Path], None]) -> bool:
-    """Whether `target` was made of the open file in a way that not all systems have."""
-    made = _aside(target)
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    """The same error with what to do, if that is known."""
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return error
+    return OSError(error.errno, f"{folder} cannot be written ({error.strerror}); choose a folder that is writable")
+
+
+def _this_process() -> dict:
+    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+
+
+def _describe(holder: dict) -> str:
+    if not {"pid", "host", "since"} <= holder.keys():
+        return "another process"
+    return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
+
+
+def _remove_abandoned(path: Path) -> dict | None:
+    """Remove the lock file of a process that has ended; otherwise, what it says of the process that holds it."""
     try:
-        way(source, path, made)
-        os.replace(made, target)
-    except OSError as error:
-        if error.errno in _CANNOT_LINK:
-            return False
-        raise
-    finally:
-        made.unlink(missing_ok=True)  # still there, too, if the target became the same file meanwhile
-    return True
-
-
-def _clone(source: int, path: Path, target: Path) -> None:
-    """Share the blocks of the open file."""
-    file = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        # NFS locks only what is open for writing. A pipe in its place must not be waited for.
+        file = os.open(path, os.O_RDWR | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        return None
     try:
-        if fcntl is None:
-            raise OSError(errno.ENOSYS, "no ioctl")
-        fcntl.ioctl(file, _FICLONE, source)
-    except OSError as error:
-        raise OSError(errno.ENOTSUP, "no shared blocks") from error  # systems answer this in many ways
+        is_abandoned, holder = lock_file(file), _read_holder(file)
+        if is_abandoned is None:
+            is_abandoned = _has_ended(holder)
+        if not is_abandoned:
+            return holder
+        if still_names(path, file):
+            path.unlink()
+        return None
     finally:
         os.close(file)
 
 
-def _link(source: int, path: Path, target: Path) -> None:
-    """Make a hard link, if the open file still has its name."""
-    if not still_names(path, source):
-        raise OSError(errno.ENOENT, "another file has its name")
-    os.link(os.path.realpath(path), target)  # a link to a symbolic link of a download cache would break with it
+def _read_holder(file: int) -> dict:
+    # The process that holds the lock may have yet to write who it is; a moment is enough for that.
+    for _ in range(20):
+        os.lseek(file, 0, os.SEEK_SET)
+        with contextlib.suppress(ValueError, OSError):
+            holder = json.loads(os.read(file, 4096))
+            return holder if isinstance(holder, dict) else {}
+        time.sleep(_POLL_SECONDS / 2)
+    return {}
 
 
-def _link_read_only(source: int, path: Path, target: Path) -> None:
-    _link(source, path, target)
-    os.chmod(target, stat.S_IMODE(os.fstat(source).st_mode) & ~0o222)
-
-
-def _link_symbolically(source: int, path: Path, target: Path) -> None:
-    if not still_names(path, source):
-        raise OSError(errno.ENOENT, "another file has its name")
-    os.symlink(os.path.realpath(path), target)
-
-
-def still_names(path: Path, source: int) -> bool:
-    """Whether the file that is open as `source` still has its name, and no other file took that."""
+def _has_ended(holder: dict) -> bool:
+    """Whether a lock file, on a file system without locks, is that of a process of this machine which has ended."""
+    if holder.get("host") != socket.gethostname() or type(holder.get("pid")) is not int or os.name == "nt":
+        return False  # (on Windows, asking for a process would end it)
     try:
-        return os.path.samestat(os.stat(path), os.fstat(source))
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
     except OSError:
         return False
+    return False
 
 
-def _copy_file(source: int, target: Path, size: int) -> None:
-    with _replacing(target) as file:
-        _copy_range(source, 0, file, 0, size)
+class FolderWriter:
+    """Files that are to become part of `target` together; see [`replace_files`].
 
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a small JSON file, complete or not at all."""
-    text = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-    with _explained(path, len(text)), _replacing(path) as file:
-        _write_all(file, text, 0)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[int]:
-    """A new file, open for writing, that becomes `path` if the block ends without an exception.
-
-    Each process has a file of its own, and the one that ends last wins. Files that killed processes left are removed.
+    Attributes:
+        path: the folder to write them to.
     """
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*{_UNFINISHED}"):
-        _remove_if_left(left)
-    unfinished, file = _create(path)
-    try:
-        yield file
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-        os.close(file)  # last, since it is locked until then
 
+    def __init__(self, target: str | os.PathLike):
+        self.target = Path(target)
+        name = secrets.token_hex(8)
+        self.path = self.target / f"{_SAVE}{name}"
+        self._exchanged = self.target / f"{_EXCHANGE}{name}"
+        self._claim = FolderClaim(self.path)  # by which others tell it from what a killed process left
+        self._parent = FolderClaim(
+            self.target
+        )  # which is not taken: the folder is made, and removed if it stays empty
+        self.names: set[str] | None = None  # of the files that were put in place
 
-def _create(path: Path) -> tuple[Path, int]:
-    while True:
-        unfinished = _aside(path)
-        file = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        lock_file(file)
-        if still_names(unfinished, file):
-            return unfinished, file
-        os.close(file)  # another process took it for left
+    def begin(self) -> None:
+        """Make the folder, and remove what killed saves left beside it."""
+        self._parent.make_folder()
+        _remove_left_saves(self.target)
+        self._claim.take(LOAD_WAITS)
 
+    def publish(
+        self,
+        is_stale: Callable[[str], bool] = lambda name: False,
+        last: str | None = None,
+        is_claimed: bool = False,
+    ) -> None:
+        """Put all files in place, if that has not been done, and remove what they replace.
 
-def _aside(path: Path) -> Path:
-    """A name beside `path` that no other process uses."""
-    return Path(f"{path}.{secrets.token_hex(8)}{_UNFINISHED}")
+        Args:
+            is_stale: whether a file of the target that is not among the new ones belongs to what they replace.
+            last: name of the file that is put in place after all others.
+            is_claimed: whether the caller holds the claim of the target. Otherwise other saves to it are waited for.
 
-
-def _remove_if_left(unfinished: Path) -> None:
-    """Remove what a killed process left: a file that nobody has locked, or a link that is too old to be renamed soon."""
-    with contextlib.suppress(OSError):
-        status = unfinished.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            if time.time() - status.st_ctime > _LINK_SECONDS:
-                unfinished.unlink()
+        Raises:
+            FolderInUseError: another process writes to the target; nothing there was changed.
+            OSError: the files cannot be put in place.
+        """
+        if self.names is not None:
             return
-        file = os.open(unfinished, os.O_RDWR)  # NFS locks only what is open for writing
+        claim = FolderClaim(self.target)
         try:
-            if lock_file(file):  # without locks, nobody can tell
-                unfinished.unlink()
+            if not is_claimed:
+                claim.take(SAVE_WAITS)
+            files = [path.relative_to(self.path) for path in sorted(self.path.rglob("*")) if not path.is_dir()]
+            files = [file for file in files if file != Path(LOCK_NAME)]
+            self._files = sorted(files, key=lambda file: file.as_posix() == last)
+            self._is_stale = is_stale
+            if os.name == "nt":  # where no folder is renamed that has an open file in it
+                self._claim.release()
+            self.path.rename(self._exchanged)
+            self._exchange()
+        except BaseException:
+            self._finish()
+            raise
         finally:
-            os.close(file)
+            claim.release()
 
+    def _exchange(self) -> None:
+        for file in self._files:
+            _put_in_place(self._exchanged / file, self.target / file)
+        names = {file.as_posix() for file in self._files}
+        for path in self.target.iterdir():
+            if path.name not in names and not path.is_dir() and self._is_stale(path.name):
+                path.unlink(missing_ok=True)
+        # From here on the target is whole. Earlier exchanges that were killed have been replaced by this one.
+        for path in self.target.glob(f"{_EXCHANGE}*"):
+            done = path.with_name(path.name.replace(_EXCHANGE, _SAVE))
+            path.rename(done)
+            shutil.rmtree(done, ignore_errors=True)
+        self.names = names
 
-def lock_file(file: int) -> bool | None:
-    """Lock an open file for this process, until it is closed; False if another has done so, None without locks."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system that has none
-        return None
-    return True
+    def _finish(self) -> None:
+        """Carry an exchange that has begun to its end."""
+        if self.names is None and self._exchanged.exists():
+            self._exchange()
+
+    def end(self) -> None:
+        """Leave nothing behind but what was put in place."""
+        self._finish()
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._claim.release()
+        self._parent.release()
 
 
 @contextlib.contextmanager
-def _explained(path: Path, size: int) -> Iterator[None]:
-    """Says of errors that writing `size` bytes to `path` meets what can be done about them; their kind stays the same."""
+def replace_files(target: str | os.PathLike) -> Iterator[FolderWriter]:
+    """Write files that become part of a folder together, or not at all.
+
+    Within it, write to `.path` of what it gives and call `.publish()` at the end. Whatever a killed process left behind in
+    the target is removed.
+
+    Args:
+        target: the folder; made if it is missing.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    writer = FolderWriter(target)
     try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message = f"{path.name} needs {size:,} bytes, which do not fit there; free space, or write to another disk"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            message = f"{path.name} cannot be written ({error.strerror}); choose a folder that is writable"
-        else:
-            raise
-        raise OSError(error.errno, message, str(path)) from error
+        writer.begin()
+        yield writer
+    finally:
+        writer.end()
 
 
-def _reserve(file: int, size: int) -> None:
-    """Take the space now: a disk that is too small is found before hours of work, not after."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, size)
+def _remove_left_saves(target: Path) -> None:
+    for path in target.glob(f"{_SAVE}*"):
+        claim = FolderClaim(path)
+        with contextlib.suppress(FolderInUseError, OSError):  # alive, or for somebody else to remove
+            claim.take()
+            shutil.rmtree(path, ignore_errors=True)
+        claim.release()
+
+
+def _put_in_place(path: Path, name: Path) -> None:
+    """Make the file at `path` the one called `name`; it keeps its own name too, where there are hard links."""
+    name.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() and not path.is_symlink():  # moved by the first try of an exchange that is repeated
+        return
+    if not path.is_symlink() and name.exists() and path.samefile(name):
+        return
+    link = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    try:
+        os.link(path, link)
+    except OSError:  # none on this file system
+        os.replace(path, name)
     else:
-        os.ftruncate(file, size)
+        os.replace(link, name)
 
 
-def _write_all(file: int, data, offset: int) -> None:
-    data = memoryview(data)
-    while data:
-        written = os.pwrite(file, data, offset)
-        data, offset = data[written:], offset + written
+def require_settled(folder: str | os.PathLike) -> None:
+    """Refuse a folder in which the files of two models may be mixed, since a save was killed while it put them in place.
 
+    Args:
+        folder: of a model; anything else (such as the name of a Hub repository) is let through.
 
-def _copy_range(source: int, source_offset: int, target: int, target_offset: int, count: int) -> None:
-    """Copy bytes between open files; the kernel shares the blocks where the file system can."""
-    while count:
-        try:
-            copied = os.copy_file_range(source, target, min(count, 1 << 30), source_offset, target_offset)
-        except (AttributeError, OSError) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            # Not on this system, or not between these file systems.
-            copied = os.pwrite(target, os.pread(source, min(count, 1 << 22), source_offset), target_offset)
-        if not copied:
-            raise FileFormatError("A file became shorter while it was copied; restore it and copy again.")
-        source_offset, target_offset, count = source_offset + copied, target_offset + copied, count - copied
+    Raises:
+        EngramError: says where the new model is.
+    """
+    deadline = time.monotonic() + LOAD_WAITS
+    while left := sorted(Path(folder).glob(f"{_EXCHANGE}*")) if os.path.isdir(folder) else []:
+        if time.monotonic() >= deadline:
+            raise EngramError(
+                f"A save to {folder} was killed while its files were put in place, so that files of two models may be mixed "
+                f"there; the saved model is whole in {left[-1]}: load it from there, and save it to {folder} again."
+            )
+        time.sleep(_POLL_SECONDS)
 
 
 # --- tables ------------------------------------------------------------------------------
@@ -408,6 +484,9 @@ def save_tables(model, folder: str | os.PathLike) -> None:
 
     They have not changed since they were loaded, so their files are linked, or copied inside the kernel.
 
+    Args:
+        folder: is to be published by [`complete_save`].
+
     Raises:
         TableFormatError: a file changed since it was loaded.
         OSError: the folder cannot be written; the message says why.
@@ -422,9 +501,54 @@ def save_tables(model, folder: str | os.PathLike) -> None:
             entries[layer] = pass_on(nearest.stored, nearest.files, folder, description, _BY_REFERENCE.get())
     if entries:
         write_manifest(folder, entries)
-        # What is only uploaded is gone soon.
-        for layer, stored in read_tables(folder).items() if not _BY_REFERENCE.get() else ():
-            model.memories()[layer].table.source.saved = stored, MappedRows(stored).digests
+
+
+def complete_save(model, writer: FolderWriter, variant: str | None = None) -> None:
+    """Put a saved `EngramModel` in place, if that has not been done: its weights, and its tables, which know them.
+
+    What an earlier save left there of weights and tables is removed; until then, it may be the only copy of a resident table.
+
+    Args:
+        writer: of the folder that holds the tables (see [`save_tables`]) and weights.
+        variant: of the weights, as for `save_pretrained`.
+    """
+    if writer.names is not None:
+        return
+    manifest, written = writer.path / MANIFEST_NAME, {}
+    if manifest.exists():
+        written = _samples_by_name(map(MappedRows, read_tables(writer.path).values()))
+        files = find_weight_files(lambda name: _existing(writer.path / name), variant)
+        digests = _digests_of_other_variants(writer, manifest) | {variant or "": weights_digest(files)}
+        write_json(manifest, read_json(manifest) | {WEIGHTS_MEMBER: digests})
+    writer.publish(lambda name: is_table_file(name) or is_weights_file(name, variant), last=MANIFEST_NAME)
+    # What is only uploaded is gone soon. Another process may have saved to the same folder already.
+    if written and not _BY_REFERENCE.get():
+        with contextlib.suppress(FileFormatError, OSError):
+            for layer, stored in read_tables(writer.target).items():
+                rows = MappedRows(stored)
+                if _samples_by_name([rows]).items() <= written.items():
+                    model.memories()[layer].table.source.saved = stored, rows.digests
+
+
+def _samples_by_name(tables: Iterable[MappedRows]) -> dict[str, bytes]:
+    """What tells the files of tables from all others."""
+    return {path.name: digest for rows in tables for path, digest in rows.digests.items()}
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def _digests_of_other_variants(writer: FolderWriter, manifest: Path) -> dict[str, str]:
+    """What the target's manifest records of other variants, if its tables are the very files that are saved now."""
+    old = writer.target / MANIFEST_NAME
+    files = [path for path in writer.path.iterdir() if is_table_file(path.name) and path != manifest]
+    kept = [writer.target / path.name for path in files]
+    if not old.exists() or not all(a.exists() and a.samefile(b) for a, b in zip(kept, files, strict=True)):
+        return {}
+    with contextlib.suppress(FileFormatError):
+        return recorded_digests(old)
+    return {}
 
 
 def _nearest(source: MappedRows, folder: Path) -> MappedRows:
@@ -442,16 +566,3 @@ def _takes_no_space(source: MappedRows, folder: Path) -> bool:
     if _BY_REFERENCE.get():
         return source.stored.has_own_files
     return can_be_linked(source.stored, source.files, folder)
-
-
-def remove_stale_tables(model, folder: str | os.PathLike) -> None:
-    """Remove table files that an earlier save left in a folder, and that are not of the `EngramModel` saved there now.
-
-    To be called when its weights are written: until then, these files may be the only copy of a resident table.
-    """
-    sources = [memory.table.source for memory in model.memories().values()]
-    current = {name for source in sources if source is not None for name in table_file_names(source.stored)}
-    current |= {MANIFEST_NAME} if current else set()
-    for path in Path(folder).iterdir():
-        if is_table_file(path.name) and path.name not in current:
-            path.unlink()

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .safetensors_engram import EngramError
-from .saving_engram import FileWriter, table_head
+from .safetensors_engram import EngramError, FileWriter
+from .saving_engram import table_head
 from .table_engram import QUANTIZED_FORMATS, SAFETENSORS_NAMES, dequantize_rows, quantize_rows
 from .table_format_engram import TableDescription
 

@@ -63,11 +63,11 @@ def write_checkpoint(folder: Path, *size: float) -> None:
         Computed,
         Plan,
         Tensor,
-        json_bytes,
         run_plan,
         tensor_file,
     )
     from engram_hf.convert_scripts.tensor_rules import bind
+    from engram_hf.safetensors_engram import json_bytes
 
     config = synthetic_config(*size)
     groups: dict[tuple[int, int], list] = {}

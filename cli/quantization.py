@@ -53,26 +53,35 @@ def add_commands(commands: Any) -> None:
 
 def run_quantize(options: argparse.Namespace) -> None:
     """Write `options.folder` to `options.target` with quantized tables."""
+    from engram_hf.saving_engram import FolderClaim, replace_files
     from engram_hf.table_format_engram import MANIFEST_NAME
 
     folder, target = require_folder(options.folder), options.target
-    if any((target / name).exists() for name in ("config.json", MANIFEST_NAME)):
-        raise ValueError(f"{target} holds a model or tables already; name a new folder.")
-    (quantize_model if is_model(folder) else quantize_folder)(folder, target, options.dtype)
+    with FolderClaim(target), replace_files(target) as written:
+        if any((target / name).exists() for name in ("config.json", MANIFEST_NAME)):
+            raise ValueError(f"{target} holds a model or tables already; name a new folder.")
+        if is_model(folder):
+            quantize_model(folder, written.path, options.dtype, left_out=target)
+        else:
+            quantize_folder(folder, written.path, options.dtype)
+        written.publish(last=MANIFEST_NAME, is_claimed=True)
     print(f"{target}: written")
 
 
-def quantize_model(folder: Path, target: Path, dtype: str) -> None:
+def quantize_model(folder: Path, target: Path, dtype: str, left_out: Path) -> None:
     """Write the model in `folder` to `target` with tables of `dtype`, and all that lies beside it.
 
-    The backbone does not pass through memory. `config.json` is written last: a folder without one is no model.
+    The backbone does not pass through memory.
+
+    Args:
+        left_out: what lies in this folder is no part of the model, even if the folder lies in that of the model.
 
     Raises:
         ValueError: there is no model with float tables in it, or they cannot have this dtype.
     """
     from engram_hf.row_sources_engram import MappedRows
-    from engram_hf.safetensors_engram import read_header, read_json
-    from engram_hf.saving_engram import is_table_file, write_json, write_manifest
+    from engram_hf.safetensors_engram import read_header, read_json, write_json
+    from engram_hf.saving_engram import is_table_file, write_manifest
     from engram_hf.table_format_engram import describe_table
 
     require_shards(folder)
@@ -88,7 +97,7 @@ def quantize_model(folder: Path, target: Path, dtype: str) -> None:
         entries, report = _write_quantized(sources, target, dtype, bar.update)
         for shard in shards:
             _pass_on_weights(shard, target, moved.get(shard.path, {}), bar.update)
-    _copy_documents(folder, target)
+    _copy_documents(folder, target, left_out)
     _rewrite_card(folder, target, dtype)
     weight_index = find_index(folder)
     if weight_index is not None:
@@ -168,8 +177,7 @@ def _pass_on_weights(
     shard: "FileHeader", target: Path, moved: Collection[str], advance: Callable[[int], object]
 ) -> None:
     """Make the tensors of a file that have not `moved` part of `target`; the bytes do not pass through this process."""
-    from engram_hf.safetensors_engram import header_bytes
-    from engram_hf.saving_engram import FileWriter, link_or_copy
+    from engram_hf.safetensors_engram import FileWriter, header_bytes, link_or_copy
 
     kept = sorted((s for s in shard.tensors.values() if s.name not in moved), key=lambda span: span.offset)
     with shard.path.open("rb") as source:
@@ -198,7 +206,7 @@ def _index_without(path: Path, moved: "Mapping[Path, Mapping[str, TensorSpan]]")
     return {**index, "metadata": metadata, "weight_map": {n: file for n, file in weight_map.items() if n not in gone}}
 
 
-def _copy_documents(folder: Path, target: Path) -> None:
+def _copy_documents(folder: Path, target: Path, left_out: Path) -> None:
     """Copy what is neither weights nor written anew: tokenizer, code, templates, model card, licence."""
     from engram_hf.table_format_engram import MANIFEST_NAME
 
@@ -206,7 +214,7 @@ def _copy_documents(folder: Path, target: Path) -> None:
     weights = set(weight_files(folder))
     for path in _visible_files(folder):
         is_written = path.parent == folder and (path.name in written or path.name.endswith(".safetensors.index.json"))
-        if not is_written and path not in weights and not path.resolve().is_relative_to(target.resolve()):
+        if not is_written and path not in weights and not path.resolve().is_relative_to(left_out.resolve()):
             copied = target / path.relative_to(folder)
             copied.parent.mkdir(parents=True, exist_ok=True)
             # Not linked: documents are edited in place.

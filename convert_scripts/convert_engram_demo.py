@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..saving_engram import FolderClaim, FolderInUseError, is_hidden_file, replace_files
 from .command_line import run_command
 from .safetensors_files import ConversionError, enumerate_names, read_shard
 
@@ -182,14 +183,27 @@ def build_config_fields(layers: dict[int, dict], given: argparse.Namespace) -> d
 
 
 def convert(given: argparse.Namespace) -> None:
-    """Load everything, put it together, save the model and its tokenizer."""
+    """Load everything, put it together, save the model and its tokenizer: both, or nothing."""
+    try:
+        with FolderClaim(given.target), replace_files(given.target) as folder:
+            if strangers := [path for path in given.target.iterdir() if not is_hidden_file(path.name)]:
+                raise ConversionError(
+                    f"{given.target} is not empty (it holds {strangers[0].name}); choose a new or an empty folder."
+                )
+            layers = _write(given, folder.path)
+            folder.publish(is_claimed=True)
+    except FolderInUseError as error:
+        raise ConversionError(str(error)) from error
+    print(f"{given.target}: {given.backbone} with memory in layers {layers}")
+
+
+def _write(given: argparse.Namespace, target: Path) -> list[int]:
+    """Write the model and its tokenizer; returns the layers that have memory."""
     from transformers import AutoTokenizer
 
     from ..modeling_engram import EngramForCausalLM
     from ..tokenization import EngramTokenizer
 
-    if given.target.exists() and (not given.target.is_dir() or any(given.target.iterdir())):
-        raise ConversionError(f"{given.target} is not an empty folder; choose a new or an empty one.")
     layers = read_state(given.state)
     fields = build_config_fields(layers, given)
     try:
@@ -198,9 +212,9 @@ def convert(given: argparse.Namespace) -> None:
         load_memory(model, layers)
     except (ValueError, OSError) as error:
         raise ConversionError(str(error)) from error
-    model.save_pretrained(given.target)
-    tokenizer.save_pretrained(given.target)
-    print(f"{given.target}: {given.backbone} with memory in layers {fields['layer_ids']}")
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return fields["layer_ids"]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..safetensors_engram import FileHeader, TensorSpan, parse_head
+from ..safetensors_engram import FileHeader, TensorSpan, json_bytes, parse_head
 from ..table_format_engram import MANIFEST_NAME as TABLES_NAME
 from ..table_format_engram import read_manifest
 from .import_plan import RECORD_FOLDER, SHARED_DOCUMENTS, aligned, describe_source
@@ -24,7 +24,7 @@ from .safetensors_files import (
     read_checkpoint,
     read_shard,
 )
-from .streaming import Copy, OutputFile, Part, Plan, Tensor, copy_of, json_bytes, tensor_file
+from .streaming import Copy, OutputFile, Part, Plan, Tensor, copy_of, tensor_file
 from .tensor_rules import Binding, Family, UpstreamTensor, iterate_upstream
 
 # Parts of our state dict that upstream derives from the config.

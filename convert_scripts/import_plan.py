@@ -15,12 +15,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
-from ..safetensors_engram import ITEM_BITS, FileHeader, TensorSpan, header_bytes
+from ..safetensors_engram import ITEM_BITS, FileHeader, TensorSpan, header_bytes, json_bytes
 from ..table_format_engram import FORMAT_VERSION as TABLE_FORMAT_VERSION
 from ..table_format_engram import MANIFEST_NAME as TABLES_NAME
 from ..table_format_engram import METADATA_KEY, PAGE, TableDescription
 from .safetensors_files import INDEX_NAME, Checkpoint, ConversionError
-from .streaming import MANIFEST_NAME, Copy, OutputFile, Part, Plan, Tensor, copy_of, json_bytes, tensor_file
+from .streaming import MANIFEST_NAME, Copy, OutputFile, Part, Plan, Tensor, copy_of, tensor_file
 from .tensor_rules import Binding, Family
 
 RECORD_FOLDER = "upstream"

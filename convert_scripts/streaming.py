@@ -23,8 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ..safetensors_engram import TensorSpan, header_bytes, is_file_name, parse_json, read_json
-from ..saving_engram import lock_file
+from ..safetensors_engram import (
+    UNFINISHED,
+    TensorSpan,
+    header_bytes,
+    is_file_name,
+    json_bytes,
+    parse_json,
+    read_json,
+    write_file,
+)
+from ..saving_engram import LOCK_NAME, FolderClaim, FolderInUseError
 from .safetensors_files import ConversionError
 
 MANIFEST_NAME = "conversion_manifest.json"
@@ -136,11 +145,6 @@ def tensor_file(name: str, tensors: list[Tensor], head: bytes | None = None) -> 
     return OutputFile(name, parts, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
 
 
-def json_bytes(value: object) -> bytes:
-    """JSON as it is written everywhere here: readable, sorted as given, one newline at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-
-
 @dataclass(frozen=True)
 class Plan:
     """A whole conversion: large `files` that are streamed, `documents` written after them, and `facts` about it.
@@ -169,25 +173,36 @@ def run_plan(plan: Plan, target: Path) -> int:
         The number of bytes written: 0 if the folder is a finished conversion of the same plan already.
 
     Raises:
-        ConversionError: the folder holds something else, cannot be written, or the disk is full. Nothing is left under a
-            final name that is not complete, and files already complete are kept for the next start.
+        ConversionError: the folder holds something else, cannot be written, or the disk is full, or another process is
+            writing to it. Nothing is left under a final name that is not complete, and files already complete are kept
+            for the next start.
     """
     try:
-        if _is_finished(plan, target):
-            if _is_whole(plan, target):
-                return 0
-            _reopen(plan, target)
-        with _Journal(plan, target) as journal:
-            todo = [file for file in plan.files if not _is_done(file, target, journal.done)]
-            # A table of 100 GB left for last would be written by one thread alone.
-            todo.sort(key=lambda file: file.size, reverse=True)
-            needed = sum(file.size for file in todo if not file.link) + sum(map(len, plan.documents.values()))
-            _check_space(needed, target)
-            _write_files(todo, target, journal)
-            _write_documents(plan, target, journal.done)
-            return needed
+        # What is finished may lie where nothing can be written.
+        if _is_finished(plan, target) and _is_whole(plan, target):
+            return 0
+        with FolderClaim(target):
+            return _run_claimed(plan, target)
+    except FolderInUseError as error:
+        raise ConversionError(str(error)) from error
     except OSError as error:
         raise _explain(error, target) from error
+
+
+def _run_claimed(plan: Plan, target: Path) -> int:
+    if _is_finished(plan, target):
+        if _is_whole(plan, target):  # by now, another process having finished it
+            return 0
+        _reopen(plan, target)
+    with _Journal(plan, target) as journal:
+        todo = [file for file in plan.files if not _is_done(file, target, journal.done)]
+        # A table of 100 GB left for last would be written by one thread alone.
+        todo.sort(key=lambda file: file.size, reverse=True)
+        needed = sum(file.size for file in todo if not file.link) + sum(map(len, plan.documents.values()))
+        _check_space(needed, target)
+        _write_files(todo, target, journal)
+        _write_documents(plan, target, journal.done)
+        return needed
 
 
 def _is_finished(plan: Plan, target: Path) -> bool:
@@ -209,7 +224,7 @@ def _reopen(plan: Plan, target: Path) -> None:
     files = read_manifest(target)["files"]
     kept = [{"name": file.name, **files[file.name]} for file in plan.files if _is_done(file, target, files)]
     lines = [{"fingerprint": plan.fingerprint}, *kept]
-    write_atomically(target / JOURNAL_NAME, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    write_file(target / JOURNAL_NAME, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     (target / MANIFEST_NAME).unlink()
 
 
@@ -243,7 +258,7 @@ def _is_record(name, record) -> bool:
 
 
 class _Journal:
-    """The record of finished files, locked while a conversion runs. A torn last line counts as absent."""
+    """The record of finished files of a claimed folder. A torn last line counts as absent."""
 
     def __init__(self, plan: Plan, target: Path):
         self.path = target / JOURNAL_NAME
@@ -252,29 +267,31 @@ class _Journal:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "_Journal":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             self._start()
         self._file = self.path.open("r+b")
-        if lock_file(self._file.fileno()) is False:
-            raise ConversionError(f"another conversion is writing to {self.path.parent}; wait for it to end.")
         self._read()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # A start that wrote nothing leaves nothing behind that other options would trip over.
-        if kind is None or not self.done:
+        # A start that wrote nothing leaves nothing behind that other options would trip over. What it wrote may be there
+        # without being on record, if it was interrupted between the two.
+        if kind is None or not (self.done or self._strangers()):
             self.path.unlink()
         self._file.close()
 
+    def _strangers(self) -> list[str]:
+        """What the folder holds that is not there for this module alone."""
+        names = sorted(path.name for path in self.path.parent.iterdir() if path.name not in (JOURNAL_NAME, LOCK_NAME))
+        return [name for name in names if not (name.startswith(JOURNAL_NAME) and name.endswith(UNFINISHED))]
+
     def _start(self) -> None:
-        strangers = sorted(path.name for path in self.path.parent.iterdir() if path.name != f"{JOURNAL_NAME}.part")
-        if strangers:
+        if strangers := self._strangers():
             raise ConversionError(
                 f"{self.path.parent} is not empty (it holds {strangers[0]}) and no interrupted conversion; "
                 f"choose a new or an empty folder."
             )
-        write_atomically(self.path, json.dumps({"fingerprint": self.fingerprint}).encode() + b"\n")
+        write_file(self.path, json.dumps({"fingerprint": self.fingerprint}).encode() + b"\n")
 
     def _read(self) -> None:
         lines = self._file.read().splitlines(keepends=True) or [b""]
@@ -297,17 +314,6 @@ class _Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
             self.done[record["name"]] = record
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file beside its name and rename it."""
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _removed_on_error(part), part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 class _removed_on_error:
@@ -421,7 +427,8 @@ def _link(source: Path, path: Path) -> None:
 def _write_documents(plan: Plan, target: Path, done: dict[str, dict]) -> None:
     """Documents after the data, the manifest after the documents: a folder with a manifest is complete."""
     for name, data in plan.documents.items():
-        write_atomically(target / name, data)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(target / name, data)
     records = [done[file.name] for file in plan.files]
     records += [_record(name, data) for name, data in plan.documents.items()]
     manifest = {
@@ -430,7 +437,7 @@ def _write_documents(plan: Plan, target: Path, done: dict[str, dict]) -> None:
         **plan.facts,
         "files": {record["name"]: {k: v for k, v in record.items() if k != "name"} for record in records},
     }
-    write_atomically(target / MANIFEST_NAME, json_bytes(manifest))
+    write_file(target / MANIFEST_NAME, json_bytes(manifest))
 
 
 def _record(name: str, data: bytes) -> dict:

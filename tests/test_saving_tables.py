@@ -17,12 +17,21 @@ from transformers import Trainer, TrainingArguments
 from engram_hf import EngramForCausalLM
 from engram_hf.safetensors_engram import read_header
 from engram_hf.saving_engram import (
+    complete_save,
     is_table_file,
+    replace_files,
     save_tables,
     tables_by_reference,
 )
 from engram_hf.table_check_engram import check_folder
 from engram_hf.table_format_engram import read_tables
+
+
+def save_only_tables(model, folder: str | os.PathLike) -> None:
+    """As `save_pretrained` does, without weights."""
+    with replace_files(folder) as writer:
+        save_tables(model.model, writer.path)
+        complete_save(model.model, writer)
 
 
 def test_saving_a_mapped_table_links_it(saved_tables, tmp_path):
@@ -103,19 +112,19 @@ def test_an_upload_needs_no_room_for_tables(saved_tables):
     model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         with tables_by_reference():
-            save_tables(model.model, folder)
+            save_only_tables(model, folder)
         check_folder(folder, rows=True)
         for path in Path(folder).glob("engram-layer-*"):
             assert path.is_symlink()
             assert path.samefile(saved_tables[2] / path.name)
         for name in ("first", "second"):
-            save_tables(model.model, Path(folder, name))
+            save_only_tables(model, Path(folder, name))
         inodes = [
             [path.stat().st_ino for path in sorted(Path(folder, name).glob("engram-layer-*"))]
             for name in ("first", "second")
         ]
         assert inodes[0] == inodes[1] != []  # from another file system, they are copied once
-        save_tables(model.model, Path(folder, "kept"))
+        save_only_tables(model, Path(folder, "kept"))
         assert not any(path.is_symlink() for path in Path(folder, "kept").iterdir())
 
 
@@ -139,10 +148,10 @@ def test_files_that_describe_nothing_are_described_by_the_manifest(saved_tables,
 def test_an_upload_refers_to_what_was_saved_before(saved_tables, tmp_path):
     """If its own files have other weights in them, too."""
     model = EngramForCausalLM.from_pretrained(saved_tables[1], engram_residency="mapped")
-    save_tables(model.model, tmp_path)
+    save_only_tables(model, tmp_path)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         with tables_by_reference():
-            save_tables(model.model, folder)
+            save_only_tables(model, folder)
         names = [path.name for path in Path(folder).iterdir() if path.is_symlink()]
         assert sorted(names) == [f"engram-layer-0000{layer}.safetensors" for layer in (1, 2)]
         assert all(Path(folder, name).samefile(tmp_path / name) for name in names)
@@ -224,7 +233,7 @@ def test_a_table_that_changed_is_not_passed_on(saved_tables, tmp_path):
     with pytest.raises(ValueError, match="changed while it was in use"):
         logits(model)
     with pytest.raises(ValueError, match="changed while it was in use"):
-        save_tables(model.model, tmp_path / "target")
+        save_only_tables(model, tmp_path / "target")
     assert not (tmp_path / "target" / "engram_tables.json").exists()
 
 

@@ -11,10 +11,14 @@ All functions take the raw Rust `tokenizers.Tokenizer`: clean-up and special-tok
 it must not reach the keys.
 """
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
 import re
+import secrets
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -171,6 +175,8 @@ def build_token_map(tokenizer: Tokenizer, known: np.ndarray | None = None) -> np
 TOKEN_MAP_FILE = "engram_token_map.safetensors"
 TENSOR = "token_map"
 FORMAT_VERSION = "1"
+UNFINISHED = ".unfinished"
+SECONDS_TO_WRITE = 60
 REMEDY = (
     "put back the tokenizer.json it was saved with, or make a new map by wrapping the tokenizer with "
     "EngramTokenizer.from_tokenizer (tables trained with the old map do not fit a new one)."
@@ -178,10 +184,39 @@ REMEDY = (
 
 
 def write_token_map(path: str | os.PathLike, token_map: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Write `token_map` and its digests to `path`, complete or not at all (written beside its name, then renamed)."""
-    unfinished = Path(f"{path}.unfinished")
-    unfinished.write_bytes(token_map_bytes(token_map, tokenizer))
-    os.replace(unfinished, path)
+    """Write `token_map` and its digests to `path`, complete or not at all (written beside its name, then renamed).
+
+    Several processes may write at once: the last one wins. What killed ones left is removed.
+    """
+    path, data = Path(path), token_map_bytes(token_map, tokenizer)
+    unfinished = Path(f"{path}.{os.getpid()}-{secrets.token_hex(8)}{UNFINISHED}")
+    try:
+        _remove_left(path)
+        unfinished.write_bytes(data)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _remove_left(path: Path) -> None:
+    """Remove unfinished files of processes that are not there any more (those of another machine within a minute may be)."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}*{UNFINISHED}"):
+        process = re.fullmatch(r"\.(\d+)-[0-9a-f]+", left.name[len(path.name) : -len(UNFINISHED)])
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > SECONDS_TO_WRITE and not (process and _is_alive(int(process[1]))):
+                left.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def token_map_bytes(token_map: np.ndarray, tokenizer: Tokenizer) -> bytes:

@@ -375,10 +375,13 @@ def test_files_that_an_index_does_not_name_are_none_of_the_model(engram, saved, 
 
 
 def test_files_that_an_older_save_left(engram, saved, tmp_path):
-    """Another variant, and the index of shards that are gone, which transformers leaves."""
+    """Another variant, and the index of shards that are gone, which older versions and transformers leave."""
     folder, model = tmp_path / "folder", EngramForCausalLM.from_pretrained(saved)
     model.save_pretrained(folder, max_shard_size="300KB")
+    index = (folder / "model.safetensors.index.json").read_bytes()
     model.save_pretrained(folder)
+    assert not (folder / "model.safetensors.index.json").exists()
+    (folder / "model.safetensors.index.json").write_bytes(index)
     model.save_pretrained(folder, variant="other")
     make_tokenizer().save_pretrained(folder)
     assert (folder / "model.safetensors.index.json").exists() and (folder / "model.other.safetensors").exists()

@@ -75,6 +75,17 @@ def test_default_is_chat_mode(tokenizer):
     assert render(tokenizer, messages) == render(tokenizer, messages, enable_thinking=False)
 
 
+def test_thinking_is_another_name_of_enable_thinking(tokenizer):
+    """DeepSeek's templates say `thinking`; rendering chat mode without a word would be another prompt."""
+    messages = [{"role": "user", "content": "a"}]
+    for value in (True, False):
+        expected = render(tokenizer, messages, add_generation_prompt=True, enable_thinking=value)
+        for options in ({"thinking": value}, {"thinking": value, "enable_thinking": value}):
+            assert render(tokenizer, messages, add_generation_prompt=True, **options) == expected
+    for absent in ({"thinking": None}, {"enable_thinking": None}):
+        assert render(tokenizer, messages, **absent) == render(tokenizer, messages)
+
+
 USER = {"role": "user", "content": "a"}
 REFUSED = {
     "tools": ([USER], {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "tools"),
@@ -95,6 +106,10 @@ REFUSED = {
     ),
     "effort word": ([USER], {"enable_thinking": True, "reasoning_effort": "huge"}, "huge"),
     "effort number": ([USER], {"enable_thinking": True, "reasoning_effort": 101}, "101"),
+    "effort alone": ([USER], {"reasoning_effort": "high"}, "enable_thinking=True too"),
+    "two switches": ([USER], {"enable_thinking": False, "thinking": True}, "different values"),
+    "thinking_mode": ([USER], {"thinking_mode": "thinking"}, "pass enable_thinking"),
+    "documents": ([USER], {"documents": [{"title": "t", "text": "x"}]}, "documents"),
     "effort zero": ([USER], {"enable_thinking": True, "reasoning_effort": 0}, "effort is 0"),
 }
 

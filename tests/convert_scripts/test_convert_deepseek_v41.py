@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from engram_hf.convert_scripts import convert_deepseek_v41, streaming
 from engram_hf.convert_scripts.command_line import run_command
 from engram_hf.convert_scripts.safetensors_files import read_checkpoint
+from engram_hf.saving_engram import LOCK_NAME, FolderClaim
 from engram_hf.table_format_engram import read_tables
 from engram_hf.tokenization import EngramTokenizer
 
@@ -443,12 +444,11 @@ def test_a_full_disk_leaves_no_half_file_and_resumes(tiny, converted, tmp_path, 
 
 
 def assert_only_whole_files(folder, expected, parts=True):
-    """Under final names nothing but finished files; `.part` files only after a kill."""
+    """Under final names nothing but finished files; unfinished ones only after a kill."""
     found = contents(folder) if folder.exists() else {}
-    final = {
-        name: data for name, data in found.items() if not name.endswith(".part") and name != ".conversion-journal"
-    }
-    assert parts or not any(name.endswith(".part") for name in found)
+    own, unfinished = (".conversion-journal", LOCK_NAME), (".part", ".unfinished")
+    final = {name: data for name, data in found.items() if not name.endswith(unfinished) and name not in own}
+    assert parts or not any(name.endswith(unfinished) for name in found)
     for name, data in final.items():
         assert data == expected[name], name
 
@@ -507,6 +507,20 @@ def test_an_interrupted_conversion_of_another_source_is_not_mixed(tiny, checkpoi
     assert "another source or with other options" in capsys.readouterr().err
 
 
+def test_interrupted_before_the_first_file_is_on_record(tiny, converted, tmp_path, monkeypatch):
+    """The file is there already; without a journal, nobody could go on."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    target = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming._Journal, "add", interrupt)
+        assert run(tiny, target) == 130
+    assert run(tiny, target) == 0
+    assert contents(target) == contents(converted)
+
+
 def test_a_torn_journal_line_counts_as_absent(tiny, converted, tmp_path):
     target = tmp_path / "out"
     manifest = json.loads((converted / "conversion_manifest.json").read_text(encoding="utf-8"))
@@ -519,16 +533,14 @@ def test_a_torn_journal_line_counts_as_absent(tiny, converted, tmp_path):
     assert contents(target) == contents(converted)
 
 
-def test_two_conversions_into_one_folder_at_once(tiny, tmp_path, capsys):
-    import fcntl
-
+def test_a_conversion_into_a_folder_that_is_being_written(tiny, tmp_path, capsys):
     target = tmp_path / "out"
-    target.mkdir()
-    with (target / ".conversion-journal").open("w") as held:
-        held.write('{"fingerprint": "x"}\n')
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with FolderClaim(target):
+        before = contents(target)
         assert run(tiny, target) == 1
-    assert "another conversion is writing" in capsys.readouterr().err
+        assert contents(target) == before
+    assert f"is being written by process {os.getpid()} on " in capsys.readouterr().err
+    assert not target.exists()
 
 
 # --- what is damaged ---

@@ -216,5 +216,5 @@ def test_a_folder_in_use_is_left_alone(backbone, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     assert convert(demo_state(streams), folder, tmp_path / "out") == 1
-    assert "is not an empty folder" in capsys.readouterr().err
+    assert "is not empty (it holds mine)" in capsys.readouterr().err
     assert contents(tmp_path / "out") == {"mine": b"x"}

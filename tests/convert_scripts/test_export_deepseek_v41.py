@@ -275,7 +275,7 @@ def test_bad_models_are_refused(copy, tmp_path, capsys, case):
     assert message.startswith("error: ") and message.count("\n") == 1
     assert re.search(words, message), message
     written = contents(tmp_path / "back") if (tmp_path / "back").exists() else {}
-    assert not any(name.endswith(".part") for name in written)
+    assert not any(name.endswith((".part", ".unfinished")) for name in written)
     assert contents(copy) == before
 
 

@@ -10,9 +10,17 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from engram_hf import saving_engram
-from engram_hf.safetensors_engram import FileFormatError, header_bytes, read_header
-from engram_hf.saving_engram import FileWriter, can_link, link_or_copy, still_names, write_json
+from engram_hf import safetensors_engram
+from engram_hf.safetensors_engram import (
+    FileFormatError,
+    FileWriter,
+    can_link,
+    header_bytes,
+    link_or_copy,
+    read_header,
+    still_names,
+    write_json,
+)
 
 HEAD = header_bytes([("a", "U8", (64,))])
 
@@ -63,7 +71,7 @@ def test_the_last_whole_file_wins(tmp_path, monkeypatch, has_locks):
 def test_many_processes_write_one_file(tmp_path):
     script = f"""
 from pathlib import Path
-from test_saving_engram import write, write_json
+from test_writing_files import write, write_json
 for turn in range(60):
     write(Path({str(tmp_path)!r}, "a"))
     write_json(Path({str(tmp_path)!r}, "a.json"), {{"a": 1}})
@@ -113,7 +121,7 @@ def test_what_a_killed_writer_left_is_removed_and_never_written_to(tmp_path, mon
         write(path)
         assert os.path.lexists(left) == is_link
         with monkeypatch.context() as patch:
-            patch.setattr(saving_engram, "_LINK_SECONDS", -1)
+            patch.setattr(safetensors_engram, "_LINK_SECONDS", -1)
             write(path)
         assert path.read_bytes() == HEAD + 64 * b"a"
         assert (tmp_path / "source").read_bytes() == b"rows of another model"
@@ -133,9 +141,8 @@ def test_a_full_disk_and_a_read_only_one_are_said(tmp_path):
     script = f"""
 import os, resource
 from pathlib import Path
-from engram_hf import saving_engram
-from engram_hf.saving_engram import FileWriter, link_or_copy
-from engram_hf.safetensors_engram import header_bytes
+from engram_hf import safetensors_engram
+from engram_hf.safetensors_engram import FileWriter, header_bytes, link_or_copy
 folder, head = Path({str(tmp_path)!r}), header_bytes([("a", "U8", (9000,))])
 source = os.open(folder / "source", os.O_RDONLY)
 os.remove(folder / "source")  # not to be linked, so that it is copied

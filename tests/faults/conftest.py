@@ -1,0 +1,40 @@
+"""Trials of faults: how many rounds they have, which seed they draw from, and the folders they work on.
+
+`make faults` sets ENGRAM_TRIALS to 100 and so runs a hundred times as many rounds; ENGRAM_SEED repeats a run.
+"""
+
+import os
+import random
+import secrets
+from pathlib import Path
+
+import pytest
+import torch
+from trial_models import save_folders
+
+FACTOR = int(os.environ.get("ENGRAM_TRIALS", "1"))
+SEED = int(os.environ.get("ENGRAM_SEED") or secrets.randbelow(1 << 32))
+
+
+def pytest_report_header() -> str:
+    return f"trials: ENGRAM_TRIALS={FACTOR} ENGRAM_SEED={SEED}"
+
+
+@pytest.fixture
+def draw(request) -> random.Random:
+    """Random numbers of one test; a failure shows the seed."""
+    print(f"ENGRAM_SEED={SEED}")
+    return random.Random(f"{SEED} {request.node.name}")
+
+
+@pytest.fixture
+def rounds():
+    """The number of rounds of a trial that has so many in CI."""
+    return lambda count: count * FACTOR
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Saved models; see `trial_models.save_folders`."""
+    torch.set_num_threads(1)  # forked processes do not have the threads of this one
+    return save_folders(tmp_path_factory.mktemp("trials"))

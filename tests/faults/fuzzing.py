@@ -1,0 +1,339 @@
+"""Mutated files: each is refused with a sentence, or means what an independent reader says it means.
+
+    python tests/faults/fuzzing.py --count 100000 [--seed N] [--only KIND]
+
+A file is made from the seed and its number alone, so that one failure can be repeated by `--seed N --first I --count 1`. Files
+are tried in forked processes: one that crashes, or takes more than ten seconds, is a failure, too. Prints a line of figures for
+each kind of file; ends with 1 if there was a failure.
+"""
+
+import argparse
+import contextlib
+import faulthandler
+import json
+import multiprocessing
+import os
+import random
+import re
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import LlamaConfig, PreTrainedConfig
+from trial_models import load, make_tokenizer, save_folders
+
+from engram_hf import EngramConfig, EngramTokenizer
+from engram_hf.convert_scripts.streaming import read_manifest
+from engram_hf.row_sources_engram import MappedRows
+from engram_hf.safetensors_engram import read_weight_map
+from engram_hf.table_format_engram import read_tables, require_same_hash
+from engram_hf.tokenization.vocabulary_compression import read_token_map
+
+SECONDS = 10
+CHUNK = 250
+# What a damaged file may be refused with (the last, by transformers' own checks of a config). Anything else is a fault.
+REFUSALS = (ValueError, OSError, StrictDataclassError)
+WORDS = [
+    "0",
+    "-1",
+    "1e9",
+    "NaN",
+    "null",
+    "true",
+    "[]",
+    "{}",
+    '""',
+    "9223372036854775808",
+    '"../x"',
+    '"\\ud800"',
+    "0.5",
+]
+
+
+class Wrong(AssertionError):
+    """A file was accepted that means something else."""
+
+
+def mutate(data: bytes, draw: random.Random) -> bytes:
+    """One to four changes of bytes, or of a value, a name or a line of JSON."""
+    for _ in range(draw.choice((1, 1, 1, 2, 4))):
+        data = draw.choice((_change_byte, _change_byte, _cut, _repeat, _swap, _change_number, _change_value))(
+            data, draw
+        )
+    return data
+
+
+def _change_byte(data: bytes, draw: random.Random) -> bytes:
+    place = draw.randrange(len(data) or 1)
+    return data[:place] + bytes([draw.randrange(256)]) + data[place + 1 :]
+
+
+def _cut(data: bytes, draw: random.Random) -> bytes:
+    first = draw.randrange(len(data) or 1)
+    return data[:first] + data[first + draw.choice((1, 2, 8, 64, len(data))) :]
+
+
+def _repeat(data: bytes, draw: random.Random) -> bytes:
+    first = draw.randrange(len(data) or 1)
+    return data[:first] + data[first : first + draw.choice((1, 8, 100))] * draw.choice((2, 3, 50)) + data[first:]
+
+
+def _swap(data: bytes, draw: random.Random) -> bytes:
+    lines = data.splitlines(keepends=True)
+    if len(lines) > 1:
+        draw.shuffle(pair := [draw.randrange(len(lines)) for _ in range(2)])
+        lines[pair[0]], lines[pair[1]] = lines[pair[1]], lines[pair[0]]
+    return b"".join(lines)
+
+
+def _change_number(data: bytes, draw: random.Random) -> bytes:
+    found = list(re.finditer(rb"\d+", data))
+    if not found:
+        return data
+    one = draw.choice(found)
+    number = int(one[0][:18])
+    new = draw.choice((number + 1, number - 1, number * 2, -number, 0, 1 << 31, 1 << 62, 1 << 63, 10**12, 10**40))
+    return data[: one.start()] + str(new).encode() + data[one.end() :]
+
+
+def _change_value(data: bytes, draw: random.Random) -> bytes:
+    found = list(re.finditer(rb'(?<=: )("[^"]*"|[^,{}\[\]\s]+)|"[^"]*"', data))
+    if not found:
+        return data
+    one = draw.choice(found)
+    return data[: one.start()] + draw.choice(WORDS).encode() + data[one.end() :]
+
+
+class Kinds:
+    """A reader of every kind of file, with a folder of its own in which it is mutated.
+
+    Args:
+        home: an empty folder.
+    """
+
+    NAMES = ("header", "manifest", "token map", "config", "index", "tokenizer", "conversion")
+
+    def __init__(self, home: Path):
+        folders = save_folders(home / "models")
+        self.model_folder = folders["old files"]
+        self.hasher = load(self.model_folder, "mapped").model.hashing
+        self.tokenizer = make_tokenizer()
+        self.tables = {layer: self._meaning(table) for layer, table in read_tables(self.model_folder).items()}
+        self.home = home
+        self.kinds: dict[str, tuple[str, int, Callable[[Path, bytes], None]]] = {
+            # name: the file, how many of its bytes are mutated (the rest are rows, which nothing describes), the reader
+            "header": ("engram-layer-00001.safetensors", 4096, self.check_tables),
+            "manifest": ("engram_tables.json", 1 << 30, self.check_tables),
+            "token map": ("engram_token_map.safetensors", 1 << 30, self.check_token_map),
+            "config": ("config.json", 1 << 30, self.check_config),
+            "index": ("model.safetensors.index.json", 1 << 30, self.check_index),
+            "tokenizer": ("tokenizer.json", 1 << 30, self.check_tokenizer),
+            "conversion": ("conversion_manifest.json", 1 << 30, self.check_conversion),
+        }
+        self._write_others()
+        self.originals = {kind: (self.model_folder / file).read_bytes() for kind, (file, _, _) in self.kinds.items()}
+        self._folder: Path | None = None
+
+    def _write_others(self) -> None:
+        files = {f"layers.{index}.weight": f"model-0000{index}-of-00003.safetensors" for index in (1, 2, 3)}
+        index = {"metadata": {"total_size": 96}, "weight_map": files}
+        (self.model_folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        records = {name: {"size": 32, "crc32": "0badf00d"} for name in files.values()}
+        manifest = {"format_version": 1, "fingerprint": "ab" * 32, "options": {"dtype": "keep"}, "files": records}
+        (self.model_folder / "conversion_manifest.json").write_text(json.dumps(manifest, indent=2))
+
+    def make(self, kind: str, draw: random.Random) -> bytes:
+        """A mutated file."""
+        data, (_, count, _) = self.originals[kind], self.kinds[kind]
+        return mutate(data[:count], draw) + data[count:]
+
+    def check(self, kind: str, data: bytes) -> str:
+        """Read a file: `"refused"` or `"accepted"`.
+
+        Raises:
+            Wrong: it was accepted, and means something else.
+            Exception: it was refused with an error that is none of those for damaged files.
+        """
+        if self._folder is None:  # of each forked process its own
+            self._folder = self.home / f"of {os.getpid()}"
+            shutil.copytree(self.model_folder, self._folder)
+        file, _, read = self.kinds[kind]
+        path = self._folder / file
+        path.write_bytes(data)
+        try:
+            read(path, data)
+        except Wrong:
+            raise
+        except REFUSALS as error:
+            if not str(error):
+                raise Wrong("It was refused without a word.") from error
+            return "refused"
+        finally:
+            path.write_bytes(self.originals[kind])
+        return "accepted"
+
+    def _meaning(self, table) -> tuple:
+        """All that reading a table depends on, and its rows."""
+        d = table.description
+        said = (d.layer, d.num_rows, d.width, d.dtype, d.primes, d.offsets, d.multipliers, d.pad_id, d.vocab_size)
+        rows = MappedRows(table).read(0, table.num_rows)[0].contiguous().view(torch.uint8)
+        return (*said, rows.numpy().tobytes())
+
+    def check_tables(self, path: Path, data: bytes) -> None:
+        """A model's tables: their hash is the model's, and the rows are those that were written."""
+        for index, (layer, table) in enumerate(read_tables(path.parent).items()):
+            if table.description is None:
+                raise ValueError("without a description, only a model's own word says what is in it")
+            require_same_hash(table.description, self.hasher, index)
+            if self._meaning(table) != self.tables.get(layer):
+                raise Wrong(f"The table of layer {layer} was read as another one.")
+
+    def check_token_map(self, path: Path, data: bytes) -> None:
+        """Its digests leave no other map."""
+        if read_token_map(path, self.tokenizer._tokenizer).tolist() != self.tokenizer.token_map.tolist():
+            raise Wrong("Another map was read.")
+
+    def check_config(self, path: Path, data: bytes) -> None:
+        """Each field of ours that the file gives is what the config says."""
+        try:
+            config = EngramConfig.from_pretrained(path.parent)
+        except REFUSALS:
+            raise
+        except Exception as error:
+            if type(error) is not _error_of_transformers(path):
+                raise
+            raise ValueError(f"by transformers: {error}") from error
+        given, kept = json.loads(data), config.to_dict()
+        for name in given:
+            if name.startswith("engram_") and name in kept and given[name] is not None and kept[name] != given[name]:
+                raise Wrong(f"{name} is {given[name]!r} in the file, but {kept[name]!r} in the config.")
+
+    def check_index(self, path: Path, data: bytes) -> None:
+        """Files lie in the folder."""
+        found = read_weight_map(path)
+        if found != json.loads(data)["weight_map"]:
+            raise Wrong("Other files were read.")
+        for file in found.values():
+            if Path(path.parent, file).resolve().parent != path.parent.resolve():
+                raise Wrong(f"{file!r} leaves the folder.")
+
+    def check_conversion(self, path: Path, data: bytes) -> None:
+        """Files lie below the folder."""
+        for name in read_manifest(path.parent)["files"]:
+            if not Path(path.parent, name).resolve().is_relative_to(path.parent.resolve()):
+                raise Wrong(f"{name!r} leaves the folder.")
+
+    def check_tokenizer(self, path: Path, data: bytes) -> None:
+        """The ids that tables were trained on keep their tokens and their compressed ids."""
+        try:
+            found = EngramTokenizer.from_pretrained(path.parent)
+        except REFUSALS:
+            raise
+        except Exception as error:
+            # `tokenizers` refuses a file with a bare Exception, and PyO3 turns a panic of Rust into another.
+            raise ValueError(str(error) or type(error).__name__) from error
+        count = len(self.tokenizer)
+        if found.token_map[:count].tolist() != self.tokenizer.token_map.tolist():
+            raise Wrong("The compressed ids changed.")
+        if found.convert_ids_to_tokens(range(count)) != self.tokenizer.convert_ids_to_tokens(range(count)):
+            raise Wrong("The tokens changed.")
+
+
+def _error_of_transformers(path: Path) -> type[Exception] | None:
+    """What a config without memory is refused with that has the same fields."""
+    try:
+        PreTrainedConfig.from_pretrained(path.parent)
+        LlamaConfig(**json.loads(path.read_bytes())["text_config"])
+    except Exception as error:
+        return type(error)
+    return None
+
+
+def try_files(kinds: Kinds, seed: int, numbers: range, only: str | None) -> tuple[Counter, list[str]]:
+    """Try the files of these numbers: outcomes by kind, and failures."""
+    names, seen, failures = [only] if only else list(kinds.kinds), Counter(), []
+    for number in numbers:
+        draw = random.Random(f"{seed} {number}")
+        kind = names[number % len(names)]
+        data = kinds.make(kind, draw)
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        try:
+            outcome = kinds.check(kind, data)
+        except Exception as error:
+            outcome = "failed"
+            failures.append(f"{kind}, --seed {seed} --first {number}: {type(error).__name__}: {str(error)[:200]}")
+        faulthandler.cancel_dump_traceback_later()
+        seen[kind, outcome] += 1
+    return seen, failures
+
+
+def try_apart(kinds: Kinds, seed: int, numbers: range, only: str | None) -> tuple[Counter, list[str]]:
+    """As `try_files`, in a process of its own, whose end is a failure."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def run() -> None:
+        faulthandler.disable()  # which pytest enables: a crash is told by the parent
+        with open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+            theirs.send(try_files(kinds, seed, numbers, only))
+
+    process = context.Process(target=run)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        if len(numbers) == 1:
+            reason = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit {process.exitcode}"
+            return Counter({("any", "failed"): 1}), [
+                f"--seed {seed} --first {numbers[0]}: ended by {reason} or took too long"
+            ]
+        half = len(numbers) // 2
+        first, second = (try_apart(kinds, seed, part, only) for part in (numbers[:half], numbers[half:]))
+        return first[0] + second[0], first[1] + second[1]
+    finally:
+        process.join()
+        shutil.rmtree(kinds.home / f"of {process.pid}", ignore_errors=True)
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=100_000, help="files")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 32))
+    parser.add_argument("--first", type=int, default=0, help="number of the first file")
+    parser.add_argument("--only", help="one kind of file")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    seen, failures, begin = Counter(), [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as home:
+        kinds = Kinds(Path(home))
+        stop = given.first + given.count
+        for first in range(given.first, stop, CHUNK):
+            found, failed = try_apart(kinds, given.seed, range(first, min(first + CHUNK, stop)), given.only)
+            seen += found
+            failures += failed
+            for line in failed:
+                print(f"FAILED {line}", flush=True)
+    for kind in sorted({kind for kind, _ in seen}):
+        figures = ", ".join(f"{seen[kind, outcome]} {outcome}" for outcome in ("refused", "accepted", "failed"))
+        print(f"fuzz: {kind}: {figures}")
+    seconds = time.perf_counter() - begin
+    print(f"fuzz: seed {given.seed}, {seen.total()} files, {len(failures)} failures, {seconds:.0f} s")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

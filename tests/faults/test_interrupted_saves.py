@@ -1,0 +1,127 @@
+"""A save that is interrupted, or for which there is no room, leaves the old model or the new one, and nothing else."""
+
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from trial_models import answer, contents, load
+
+from engram_hf.convert_scripts import convert_deepseek_v41
+
+CASES = [("old files", "mapped"), ("old plain", "mapped"), ("old plain", "resident"), ("old files", "resident")]
+
+
+def interrupt_after(seconds: float) -> None:
+    """Have a real signal raise KeyboardInterrupt, as Ctrl-C does; 0 for not at all."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+@pytest.fixture(scope="module")
+def answers(folders):
+    return {name: answer(load(folders[f"{name} plain"])) for name in ("old", "new")}
+
+
+def named(folder, answers) -> str:
+    """Which of two models a folder holds; an error if it is neither."""
+    found = answer(load(folder))
+    (name,) = [name for name, logits in answers.items() if torch.equal(found, logits)]
+    return name
+
+
+@pytest.mark.parametrize(("over", "residency"), CASES)
+def test_interrupted_at_random_moments(folders, answers, tmp_path, draw, rounds, over, residency):
+    model, target, seen = load(folders["new files"], residency), tmp_path / "target", []
+    model.save_pretrained(tmp_path / "once")
+    replaced = {
+        name for name in contents(folders[over]) if name.startswith(("model", "engram-layer", "engram_tables"))
+    }
+    expected = set(contents(tmp_path / "once")) | set(contents(folders[over])) - replaced
+    begin = time.perf_counter()
+    model.save_pretrained(tmp_path / "twice")
+    span = time.perf_counter() - begin
+    for _ in range(rounds(12)):
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(folders[over], target)
+        before = contents(target)
+        try:
+            interrupt_after(draw.uniform(1e-4, span))
+            model.save_pretrained(target)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            interrupt_after(0)
+        seen.append(named(target, answers))
+        found = {name for name in contents(target) if name != ".engram-lock"}
+        assert found == (set(before) if seen[-1] == "old" else expected)
+    assert "old" in seen
+
+
+@pytest.mark.parametrize(("over", "residency"), CASES)
+def test_no_room(folders, answers, tmp_path, draw, rounds, over, residency):
+    """A limit on the size of files stops a write as a full disk does, at each size that a file of the save has."""
+    model, target = load(folders["new files"], residency), tmp_path / "target"
+    model.save_pretrained(tmp_path / "whole")
+    sizes = sorted({path.stat().st_size for path in (tmp_path / "whole").iterdir()})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for size in draw.sample(sizes, min(len(sizes), rounds(5))):
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(folders[over], target)
+        before = contents(target)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
+        try:
+            model.save_pretrained(target)
+            failed = False
+        except Exception:  # of safetensors or of the system, by what did not fit
+            failed = True
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        # Tables are linked, so that their size does not matter.
+        assert named(target, answers) == ("old" if failed else "new"), size
+        assert contents(target) == before if failed else True
+        assert not [name for name in os.listdir(target) if name.startswith(".")]
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def load_and_save(folder, target, seconds):
+    interrupt_after(seconds)
+    load(folder, "mapped").save_pretrained(target)
+
+
+def test_interrupted_from_loading_to_saving(folders, answers, tmp_path, draw, rounds):
+    """In place too, and in processes of their own: an interrupted load may leave transformers building on no device."""
+    target = shutil.copytree(folders["new files"], tmp_path / "target")
+    for _ in range(rounds(8)):
+        arguments = (target, target, draw.uniform(1e-3, 0.3))
+        process = multiprocessing.get_context("fork").Process(target=load_and_save, args=arguments)
+        process.start()
+        process.join()
+        assert named(target, answers) == "new"
+    assert contents(target).keys() == contents(folders["new files"]).keys()
+
+
+def test_an_interrupted_conversion_goes_on(golden, tmp_path, draw, rounds):
+    source = tmp_path / "source"
+    shutil.copytree(golden / "deepseek_v41_tiny", source, ignore=shutil.ignore_patterns("golden.safetensors"))
+    begin = time.perf_counter()
+    assert convert_deepseek_v41.main([str(source), str(tmp_path / "whole")]) == 0
+    span, expected = time.perf_counter() - begin, contents(tmp_path / "whole")
+    for index in range(rounds(6)):
+        target = tmp_path / "target"
+        try:
+            interrupt_after(draw.uniform(0.01, span))
+            code = convert_deepseek_v41.main([str(source), str(target)])
+        except KeyboardInterrupt:
+            code = 130
+        finally:
+            interrupt_after(0)
+        assert code in (0, 130), index
+        assert convert_deepseek_v41.main([str(source), str(target)]) == 0
+        assert contents(target) == expected
+        shutil.rmtree(target)

@@ -1,0 +1,50 @@
+"""Short runs of `make fuzz`, `make kills` and `make soak`, so that they work when they are needed."""
+
+import random
+import sys
+
+import fuzzing
+import kills
+import pytest
+import soak
+
+
+def test_a_fixed_sample_of_mutated_files(tmp_path):
+    """2,000 of them, the same ones every time."""
+    seen, failures = fuzzing.try_apart(fuzzing.Kinds(tmp_path), 20261128, range(2000), None)
+    assert failures == []
+    assert seen.total() == 2000
+    assert all(seen[kind, outcome] for kind in fuzzing.Kinds.NAMES for outcome in ("refused", "accepted"))
+
+
+def test_the_fuzzer_finds_what_is_wrong(tmp_path, monkeypatch):
+    """A reader that takes any token map, one that crashes, and one that never ends."""
+    kinds = fuzzing.Kinds(tmp_path)
+    monkeypatch.setattr(fuzzing, "SECONDS", 1)
+    for reader, said in (
+        ("lambda path, tokenizer: __import__('numpy').zeros(9, int)", "Another map"),
+        ("lambda path, tokenizer: __import__('os').abort()", "SIGABRT"),
+        ("lambda path, tokenizer: [None for _ in iter(int, 1)]", "took too long"),
+    ):
+        monkeypatch.setattr(fuzzing, "read_token_map", eval(reader))
+        _, (failure, *_) = fuzzing.try_apart(kinds, 1, range(1), "token map")
+        assert said in failure
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    return kills.trials(tmp_path_factory.mktemp("kills"))
+
+
+@pytest.mark.parametrize("name", ["convert", "export", "quantize", "save"])
+def test_a_few_kills(killed, tmp_path, draw, name):
+    seen = kills.trial(*killed[name], tmp_path, 3, random.Random(draw.random()))
+    assert seen["killed"] >= 3
+    assert not seen["left something wrong"] and not seen["differ after the next run"], seen
+
+
+def test_a_short_soak(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["soak", "--minutes", "0.1"])
+    monkeypatch.setattr(soak, "MEMORY_SLACK", 1 << 30)  # too short to say anything about memory
+    assert soak.main() == 0, capsys.readouterr().out
+    assert " 0 wrong, flat" in capsys.readouterr().out

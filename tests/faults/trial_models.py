@@ -1,0 +1,55 @@
+"""The models that trials of faults work on, and how one tells which of them a folder holds."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for the scripts of this folder, which pytest does not start
+from tiny_backbones import engram_config, random_ids, randomize  # noqa: F401
+from tiny_tokenizer import make_tokenizer
+
+from engram_hf import EngramConfig, EngramForCausalLM
+
+TEXT = ["the café THE cafe w7 w8 the w9", "w1 w2 w3 w4 w5 w6 w7 the"]
+
+
+def make_model(seed: int) -> EngramForCausalLM:
+    """A model with a token map whose memory matters; another one for every seed."""
+    backbone = engram_config("llama").text_config
+    size = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": 97}
+    config = EngramConfig.for_backbone(backbone, make_tokenizer(), layer_ids=[1, 2], **size)
+    torch.manual_seed(seed)
+    model = randomize(EngramForCausalLM(config), seed).eval()
+    model.set_token_map(make_tokenizer())
+    return model
+
+
+def save_folders(home: Path) -> dict[str, Path]:
+    """Two models, each with its tables among the weights and in files: `old plain`, `old files`, `new plain`, `new files`."""
+    found = {}
+    for seed, name in enumerate(("old", "new")):
+        plain, files = home / f"{name}_plain", home / f"{name}_files"
+        make_model(seed).save_pretrained(plain)
+        load(plain, "mapped").save_pretrained(files)
+        for folder in (plain, files):
+            make_tokenizer().save_pretrained(folder)
+        found |= {f"{name} plain": plain, f"{name} files": files}
+    return found
+
+
+def load(folder: Path, residency: str = "resident") -> EngramForCausalLM:
+    """A saved model."""
+    return EngramForCausalLM.from_pretrained(folder, engram_residency=residency).eval()
+
+
+@torch.no_grad()
+def answer(model: EngramForCausalLM, rows: int = 2) -> torch.Tensor:
+    """Its logits on a text."""
+    return model(**make_tokenizer()(TEXT[:rows], return_tensors="pt")).logits
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative name."""
+    paths = sorted(folder.rglob("*"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
