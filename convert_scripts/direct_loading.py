@@ -145,6 +145,10 @@ def _leaf(rule: Rule) -> str:
     return rule.ours.split("{layer}.")[-1].removeprefix("model.").removeprefix("draft.")
 
 
+def _is_of_the_tower(rule: Rule) -> bool:
+    return rule.ours.startswith("model.vision_tower.")
+
+
 def _table_conversions() -> list[LoadingConverter]:
     """The FP8 quantizer takes any `X.scale` for the scale of a linear weight `X.weight`, and would dequantize a whole table.
 
@@ -158,9 +162,13 @@ def _table_conversions() -> list[LoadingConverter]:
 
 def _full_precision_conversion(family: Family) -> LoadingConverter:
     """What the release keeps in full precision: the FP8 quantizer would pass it through in the file's dtype, not the model's."""
-    kept = (_leaf(rule) for rule in family.rules if rule.storage.block is None)
+    kept = [_leaf(rule) for rule in family.rules if rule.storage.block is None and not _is_of_the_tower(rule)]
+    # By their whole names: below a layer they are called like the parameters of other backbones.
+    kept += [rule.ours.removeprefix("model.") for rule in family.rules if _is_of_the_tower(rule)]
     names = "|".join(
-        re.escape(name) for name in dict.fromkeys(kept) if name.endswith((".weight", ".bias")) or "." not in name
+        re.escape(name).replace(re.escape("{layer}"), r"\d+")
+        for name in dict.fromkeys(kept)
+        if name.endswith((".weight", ".bias")) or "." not in name
     )
     return LoadingConverter(rf"\b({names})$", r"\1", [TakeAsIs()])
 

@@ -83,8 +83,8 @@ def touched_rows(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]
             for name in ("attention_mask", "position_ids", "image_mask", "seq_idx")
         )
         memory = engram.prepare_memory(batch["input_ids"].to(device), mask, positions, images, documents)
-        alive = memory.row_ids.new_ones((), dtype=torch.bool) if memory.alive is None else memory.alive
-        row_ids = memory.row_ids[:, alive.expand(memory.row_ids.shape[1:3])]
+        valid = memory.row_ids.new_ones((), dtype=torch.bool) if memory.valid is None else memory.valid
+        row_ids = memory.row_ids[:, valid.expand(memory.row_ids.shape[1:3])]
         for read, layer_ids in zip(seen.values(), row_ids.cpu(), strict=True):
             read[layer_ids.flatten()] = True
     return {layer: read.nonzero().squeeze(-1) for layer, read in seen.items()}

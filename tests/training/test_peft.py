@@ -204,7 +204,7 @@ def test_generate_through_peft_is_generate_of_the_merged_model(base, settings):
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [(PromptTuningConfig, "memory up by token id"), (PrefixTuningConfig, "past_key_values")],
+    [(PromptTuningConfig, "memory up by token id"), (PrefixTuningConfig, "The cache holds")],
 )
 def test_methods_without_token_ids_are_refused(base, method, message):
     model = get_peft_model(base, method(task_type="CAUSAL_LM", num_virtual_tokens=3))
