@@ -344,6 +344,8 @@ class EngramModel(EngramPreTrainedModel):
         self._added_tokens_share_ids = False
         self._keep_token_map_beside_embeddings()
         self.init_weights()
+        if not self.hashing.primes.is_meta and bool(self.hashing.primes.any()):
+            self.hashing.settle()  # else it is to be loaded first
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:

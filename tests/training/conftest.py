@@ -23,6 +23,9 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 """
 
+# What transformers 5.24 calls gradient checkpointing.
+CHECKPOINTING = "activation_checkpointing"
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
@@ -66,6 +69,8 @@ def trainer(tmp_path, corpus):
             "disable_tqdm": True,
             **fields,
         }
+        if CHECKPOINTING in TrainingArguments.__dataclass_fields__ and "gradient_checkpointing" in settings:
+            settings[CHECKPOINTING] = settings.pop("gradient_checkpointing")
         return Trainer(
             model,
             TrainingArguments(**settings),
