@@ -90,8 +90,14 @@ _OWN = {
     "transformers_version",
     "transformers_weights",
 }
-# Where transformers keeps what it sets through a property.
-_STORED_BY_PROPERTIES = {"_attn_implementation_internal", "_experts_implementation_internal", "_output_attentions"}
+# Where transformers keeps what it sets through a property, with the argument that sets it.
+_STORED_BY_PROPERTIES = {
+    "_attn_implementation_internal": "attn_implementation",
+    "_experts_implementation_internal": "experts_implementation",
+    "_output_attentions": "output_attentions",
+}
+# Where attributes of the backbone wait while its config is still being made.
+_UNSETTLED = "set before the backbone's config"
 # Attributes that every config has on its class, where `__getattr__` would never be asked for them.
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PreTrainedConfig) if field.name not in _OWN}
 _OF_EVERY_CONFIG = {
@@ -211,12 +217,14 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         # Hidden from the base class, which would fill in defaults that the backbone has settled already.
         backbone = as_decoder_config(vars(self).pop("text_config"))
         super().__post_init__(**kwargs)
-        asked = vars(self).pop("_unsettled", {})
+        asked = vars(self).pop(_UNSETTLED, {})
         self.text_config = backbone
         for name, value in asked.items():
-            argument = name.removeprefix("_").removesuffix("_internal")
-            is_default = value == _DEFAULTS.get(name) if name in _DEFAULTS else kwargs.get(argument) is None
-            if not (is_default and name in {*_DEFAULTS, *_STORED_BY_PROPERTIES}):
+            if name in _DEFAULTS:
+                was_given = value != _DEFAULTS[name]
+            else:
+                was_given = kwargs.get(_STORED_BY_PROPERTIES.get(name, name)) is not None
+            if was_given:
                 setattr(self, name, value)
         self.engram_layer_ids = list(self.engram_layer_ids)
         if self.engram_vocab_size is None:
@@ -228,8 +236,8 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     def __getattr__(self, name: str):
         """An attribute of the backbone's config; Python asks here for what this config does not have itself."""
         own = vars(self)
-        if name in own.get("_unsettled", ()):
-            return own["_unsettled"][name]
+        if name in own.get(_UNSETTLED, ()):
+            return own[_UNSETTLED][name]
         if "text_config" in own and _is_of_the_backbone(name):
             return getattr(own["text_config"], name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -240,7 +248,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         if not _is_of_the_backbone(name):
             super().__setattr__(name, value)
         elif not isinstance(backbone, PreTrainedConfig):
-            vars(self).setdefault("_unsettled", {})[name] = value
+            vars(self).setdefault(_UNSETTLED, {})[name] = value
         elif name in _OF_EVERY_CONFIG or hasattr(backbone, name):
             setattr(backbone, name, value)
         else:

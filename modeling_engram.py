@@ -303,6 +303,9 @@ class EngramModel(EngramPreTrainedModel):
         ValueError: the backbone has memory already, has no decoder layers or no cache, or its forward was replaced.
     """
 
+    _cache_name: str = CACHE_NAMES[0]  # what the backbone's forward calls its cache
+    _takes_image_mask: bool = False
+
     def __new__(cls, config: EngramConfig | None = None, backbone: PreTrainedModel | None = None, engram_tables=None):
         if config is None:  # for pickle and torch's replicas, which fill in the state themselves
             return super().__new__(cls)

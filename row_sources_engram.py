@@ -266,7 +266,7 @@ class FileMap:
         is_checked = header.stamp is None or header.stamp.is_same_file(self._stamp)
         if not is_checked or self._peek(0, len(header.head)) != header.head:
             raise _changed(header.path)
-        self.digest = self._sample()
+        self.digest = self._digest_of_blocks()
 
     def __del__(self):
         if self._descriptor >= 0:
@@ -284,7 +284,7 @@ class FileMap:
         with reading(self._header.path):
             return os.pread(self._descriptor, size, offset)
 
-    def _sample(self) -> bytes:
+    def _digest_of_blocks(self) -> bytes:
         size, head = self._stamp.size, len(self._header.head)
         first = np.linspace(head, max(size - _SAMPLE_BYTES, head), _SAMPLES, dtype=np.int64)
         self.request(first, min(_SAMPLE_BYTES, size - head))
@@ -300,7 +300,7 @@ class FileMap:
         stamp = FileStamp.read(self._descriptor)
         if stamp == self._stamp:
             return False
-        if not stamp.is_same_file(self._stamp) or self._sample() != self.digest:
+        if not stamp.is_same_file(self._stamp) or self._digest_of_blocks() != self.digest:
             return True
         self._stamp = stamp
         return False
