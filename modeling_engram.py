@@ -94,7 +94,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     config_class = EngramConfig
     # Called as `write_model_card(path, config, repo_id, token)` when a model is pushed; the package engram_hf sets it, and a
     # model that was loaded as remote code has the card that transformers writes.
-    write_model_card = None
+    write_model_card: Callable[..., None] | None = None
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
