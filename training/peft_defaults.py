@@ -18,4 +18,4 @@ def _get_backbone_config(model: nn.Module) -> dict[str, Any]:
 
 def register() -> None:
     """Have PEFT choose target modules for a model with memory as for its bare backbone (`LoraConfig()` without targets)."""
-    BaseTuner.get_model_config = staticmethod(_get_backbone_config)  # type: ignore[method-assign]
+    BaseTuner.get_model_config = staticmethod(_get_backbone_config)
