@@ -10,6 +10,7 @@ import json
 import accelerate
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_backbones import (
     BACKBONES,
@@ -38,6 +39,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.utils import logging
 
 from engram_hf import EngramConfig, EngramForCausalLM, EngramModel
 from engram_hf.cache_engram import attach_history
@@ -786,6 +788,24 @@ def test_more_than_a_base_model_and_a_head_stays_as_it_is(tmp_path):
     host.value_head = torch.nn.Linear(32, 1)
     model = EngramForCausalLM.from_backbone(host, **SMALL)
     assert model.value_head is host.value_head and "value_head.weight" in model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("version", "warns"), [("5.16.1", True), ("5.17.0", False), ("5.24.3", False), ("5.25.0.dev0", True)]
+)
+def test_an_untested_version_of_transformers_is_told_once(monkeypatch, caplog, version, warns):
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    monkeypatch.setattr(transformers, "__version__", version)
+    logging.warning_once.cache_clear()
+    told = []
+    for _ in range(2):
+        caplog.clear()
+        EngramModel(engram_config("llama"))
+        texts = {record.getMessage() for record in caplog.records}
+        told.append(
+            [text for text in texts if "was tested with transformers 5.17 to 5.24" in text and version in text]
+        )
+    assert [len(texts) for texts in told] == [warns, 0]
 
 
 def test_the_base_model_can_be_built_alone():
