@@ -7,7 +7,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=f
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 OLDEST := 5.17.0
 
-.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests faults fuzz kills soak style check clean
+.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests trials faults fuzz kills soak style check clean
 
 quickstart: $(VENV)/.installed  ## train a small model with memory and its twin without, compare, save, reload
 	$(BIN)/python examples/quickstart.py
@@ -24,7 +24,10 @@ test-upstream: $(VENV)/.installed-upstream  ## transformers' own common tests, w
 	$(BIN)/python tests/upstream
 
 run-tests: $(VENV)/.installed
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) --ignore tests/faults $(PYTEST_ARGS)
+
+trials: $(VENV)/.installed  ## the trials of docs/reliability.md, in short
+	$(PYTEST) tests/faults $(PYTEST_ARGS)
 
 # The trials of docs/reliability.md at length; `make test` runs short ones. Each prints its seed, and what goes there.
 faults: $(VENV)/.installed  ## the trials of tests/faults, with a hundred times as many rounds (hours)

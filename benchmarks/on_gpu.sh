@@ -18,7 +18,7 @@ case ${1:-} in
 --dry-run)
     DEVICE=cpu
     SECONDS_IN_ALL=4700 PATIENCE=10 # a CPU may be busy with other things
-    MEMORY_COST=(--rows 1000 --batch 1 --length 8 --new-tokens 2 --repeats 1)
+    MEMORY_COST=(--rows 5000 --batch 1 --length 8 --new-tokens 2 --repeats 1)
     ROW_IDS=(--repeats 1)
     TABLES_MODEL=(--gigabytes 0.01 --tokens 2 --repeats 1)
     ;;

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from tables_folder import LAYER, VOCAB, make_model_folder
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from engram_hf import EngramForCausalLM
@@ -93,7 +94,7 @@ def saving(folder: Path, repeats: int) -> None:
 
 
 def without_tables(model: EngramForCausalLM, folder: Path, weights: dict) -> None:
-    super(type(model).__mro__[1], model).save_pretrained(folder, state_dict=weights)
+    PreTrainedModel.save_pretrained(model, folder, state_dict=weights)
 
 
 def timed(action) -> float:
