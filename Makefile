@@ -29,7 +29,7 @@ run-tests: $(VENV)/.installed
 trials: $(VENV)/.installed  ## the trials of docs/reliability.md, in short
 	$(PYTEST) tests/faults $(PYTEST_ARGS)
 
-# The trials of docs/reliability.md at length; `make test` runs short ones. Each prints its seed, and what goes there.
+# The trials of docs/reliability.md at length; `make trials` runs short ones. Each prints its seed, and what goes there.
 faults: $(VENV)/.installed  ## the trials of tests/faults, with a hundred times as many rounds (hours)
 	$(ONE_THREAD) ENGRAM_TRIALS=100 $(BIN)/python -m pytest -n 2 tests/faults $(PYTEST_ARGS)
 
