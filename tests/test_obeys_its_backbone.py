@@ -69,7 +69,9 @@ def test_an_adapter_of_the_backbone_fits(name):
     targets = sorted(
         {key.split(".")[-1] for key in linear}
     )  # of experts, PEFT converts what it knows by the model's type
-    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets, init_lora_weights=False)
+    # The memory has a `kv_proj`, too.
+    options = {"target_modules": targets, "exclude_modules": r".*\.engram\..*", "init_lora_weights": False}
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, **options)
     torch.manual_seed(0)
     adapted, model = get_peft_model(copy.deepcopy(host), config), get_peft_model(with_memory(host), config)
     own = {key for key in model.state_dict() if "lora_" in key and ".engram." not in key}
