@@ -7,13 +7,13 @@ Letters used for shapes: B rows, S tokens of this call, I images, N patches of a
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList, initialization
+from transformers import AutoModelForImageTextToText, Cache, LogitsProcessor, LogitsProcessorList, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from .causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
 from .configuration_vision_deepseek_v41 import known_copies
-from .modeling_deepseek_v41 import DeepseekV41TextModel
+from .modeling_deepseek_v41 import CACHE_OUTPUT, DeepseekV41TextModel
 from .safetensors_engram import EngramError
 from .vision_deepseek_v41 import DeepseekV41VisionModel
 
@@ -91,6 +91,7 @@ class DeepseekV41Model(DeepseekV41TextModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         image_mask: torch.Tensor | None = None,
@@ -122,6 +123,7 @@ class DeepseekV41Model(DeepseekV41TextModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             image_mask=image_mask,
@@ -187,6 +189,8 @@ class DeepseekV41ForConditionalGeneration(DeepseekV41TextForCausalLM):
         """
         if labels is not None:
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+        if "past_key_values" in kwargs:
+            kwargs[CACHE_OUTPUT] = kwargs.pop("past_key_values")
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
