@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, DynamicCache, initialization
-from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
@@ -509,9 +508,6 @@ class DeepseekV41MLP(DeepseekV4MLP):
         return self.down_proj((self.act_fn(gate) * up).to(x.dtype))
 
 
-# DeepSeek-V4's class is decorated already; transformers looks for the decorator in the model's own module before it
-# lets anybody choose an implementation.
-@use_experts_implementation
 class DeepseekV41Experts(DeepseekV4Experts):
     """The routed experts: DeepSeek-V4's, in float32 between the projections."""
 
@@ -628,6 +624,11 @@ class DeepseekV41PreTrainedModel(DeepseekV4PreTrainedModel):
         "self_attn.indexer.k_proj",
         "self_attn.indexer.weights_proj",
     ]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the experts in the file of each class, and classes of other files have these experts too.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -49,6 +49,7 @@ from .table_format_engram import (
 LOCK_NAME = ".engram-lock"
 # Hidden folders inside a target: of a save that is being written, and of one that is whole and being put in place.
 _SAVE, _EXCHANGE = ".engram-save-", ".engram-exchange-"
+_FILES = "files"  # their files lie in a folder of that name, beside the claim, so that a model can be saved among them
 # How long a save waits for others that are put in place in the same folder, and how long loading waits for such a one.
 SAVE_WAITS, LOAD_WAITS = 60.0, 10.0
 _POLL_SECONDS = 0.01
@@ -226,12 +227,10 @@ class FolderWriter:
     def __init__(self, target: str | os.PathLike):
         self.target = Path(target)
         name = secrets.token_hex(8)
-        self.path = self.target / f"{_SAVE}{name}"
-        self._exchanged = self.target / f"{_EXCHANGE}{name}"
-        self._claim = FolderClaim(self.path)  # by which others tell it from what a killed process left
-        self._parent = FolderClaim(
-            self.target
-        )  # which is not taken: the folder is made, and removed if it stays empty
+        self._staged, self._exchanged = self.target / f"{_SAVE}{name}", self.target / f"{_EXCHANGE}{name}"
+        self.path = self._staged / _FILES
+        self._claim = FolderClaim(self._staged)  # by which others tell it from what a killed process left
+        self._parent = FolderClaim(self.target)  # not taken: it makes the folder, and removes it if it stays empty
         self.names: set[str] | None = None  # of the files that were put in place
 
     def begin(self) -> None:
@@ -239,6 +238,7 @@ class FolderWriter:
         self._parent.make_folder()
         _remove_left_saves(self.target)
         self._claim.take(LOAD_WAITS)
+        self.path.mkdir()
 
     def publish(
         self,
@@ -264,12 +264,11 @@ class FolderWriter:
             if not is_claimed:
                 claim.take(SAVE_WAITS)
             files = [path.relative_to(self.path) for path in sorted(self.path.rglob("*")) if not path.is_dir()]
-            files = [file for file in files if file != Path(LOCK_NAME)]
             self._files = sorted(files, key=lambda file: file.as_posix() == last)
             self._is_stale = is_stale
             if os.name == "nt":  # where no folder is renamed that has an open file in it
                 self._claim.release()
-            self.path.rename(self._exchanged)
+            self._staged.rename(self._exchanged)
             self._exchange()
         except BaseException:
             self._finish()
@@ -279,7 +278,7 @@ class FolderWriter:
 
     def _exchange(self) -> None:
         for file in self._files:
-            _put_in_place(self._exchanged / file, self.target / file)
+            _put_in_place(self._exchanged / _FILES / file, self.target / file)
         names = {file.as_posix() for file in self._files}
         for path in self.target.iterdir():
             if path.name not in names and not path.is_dir() and self._is_stale(path.name):
@@ -299,7 +298,7 @@ class FolderWriter:
     def end(self) -> None:
         """Leave nothing behind but what was put in place."""
         self._finish()
-        shutil.rmtree(self.path, ignore_errors=True)
+        shutil.rmtree(self._staged, ignore_errors=True)
         self._claim.release()
         self._parent.release()
 
@@ -364,7 +363,7 @@ def require_settled(folder: str | os.PathLike) -> None:
         if time.monotonic() >= deadline:
             raise EngramError(
                 f"A save to {folder} was killed while its files were put in place, so that files of two models may be mixed "
-                f"there; the saved model is whole in {left[-1]}: load it from there, and save it to {folder} again."
+                f"there; the saved model is whole in {left[-1] / _FILES}: load it from there, and save it to {folder} again."
             )
         time.sleep(_POLL_SECONDS)
 

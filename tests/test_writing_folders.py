@@ -232,7 +232,7 @@ def test_killed_at_every_moment(tmp_path, monkeypatch):
     """The folder is the old one, the new one, or is refused and says where the new one is; the next save cleans up."""
     monkeypatch.setattr(saving_engram, "LOAD_WAITS", 0.0)
     seen = set()
-    for moment in range(1, 40):
+    for moment in range(1, 80):
         target = tmp_path / "target"
         fill(target, OLD)
         process = multiprocessing.get_context("fork").Process(target=save_and_die, args=(target, moment))
