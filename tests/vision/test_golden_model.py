@@ -110,8 +110,13 @@ def test_golden_generation(model, answers):
 
 @pytest.mark.parametrize("size", [1, 5, 16])
 @torch.no_grad()
-def test_a_prompt_in_pieces(model, answers, size):
-    """Memory and backbone go on across every cut, inside an image too."""
+def test_a_prompt_in_pieces(float32, answers, size):
+    """Memory and backbone go on across every cut, inside an image too.
+
+    In float64: the rounding of caches is a step function, and float32 noise shows on some processors as a step.
+    """
+    model = load(float32).double()
+    model.set_experts_implementation("eager")  # grouped products take no float64
     inputs = inputs_of(answers, "two")
     features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_hws"])
     vectors, cache, logits = torch.cat(features.pooler_output), None, []
@@ -123,7 +128,7 @@ def test_a_prompt_in_pieces(model, answers, size):
         )
         cache = output.past_key_values
         logits.append(output.logits)
-    torch.testing.assert_close(torch.cat(logits, dim=1), answers["two.logits"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(logits, dim=1), answers["two.logits"], atol=1e-4, rtol=0, check_dtype=False)
 
 
 @pytest.mark.parametrize("residency", ["mapped", "resident"])
