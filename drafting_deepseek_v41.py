@@ -72,6 +72,8 @@ class DeepseekV41CandidateGenerator(CandidateGenerator):
         self.model_kwargs_overrides = {"output_hidden_states": self.targets if by_index else True}
         self.do_sample, self.max_length = generation_config.do_sample, generation_config.max_length
         self.block = min(draft.config.dspark_block_size, generation_config.num_assistant_tokens or 1)
+        stop = generation_config.eos_token_id
+        self.stop_ids = torch.tensor([] if stop is None else stop, dtype=torch.long).flatten()
         self.logits_processor = logits_processor
         self.context = draft.new_context()
         self.report = DraftReport()
@@ -100,7 +102,7 @@ class DeepseekV41CandidateGenerator(CandidateGenerator):
         drafts = self.draft.draft(
             input_ids[:, -1], self.context, self.embedding, self.head, count, self._chooser(input_ids)
         )
-        count = self._confident(drafts)
+        count = self._before_the_end(drafts.tokens[:, : self._confident(drafts)])
         self.drafted = count
         if count < 1:
             return input_ids, None
@@ -136,6 +138,11 @@ class DeepseekV41CandidateGenerator(CandidateGenerator):
             return count
         doubtful = (drafts.confidence[0].sigmoid() < threshold).nonzero()
         return int(doubtful[0]) if len(doubtful) else count
+
+    def _before_the_end(self, tokens: torch.Tensor) -> int:
+        """How many of the drafts `[1, K]` there are up to the first stop token, which transformers looks for at the end."""
+        stops = torch.isin(tokens[0], self.stop_ids.to(tokens.device)).nonzero()
+        return int(stops[0]) + 1 if len(stops) else tokens.shape[1]
 
     def _chooser(self, input_ids: torch.LongTensor) -> Callable:
         """How a draft is chosen: as the text model's own tokens are, so that most are accepted."""

@@ -192,7 +192,7 @@ class Compaction:
 
     def __init__(self, is_text: torch.Tensor | None):
         self.is_text = is_text
-        if is_text is not None:
+        if is_text is not None and is_text.shape[1] > 1:
             number = is_text.long().cumsum(1)  # of the text so far
             first = is_text.shape[1] - number[:, -1:]
             self._rows = torch.arange(is_text.shape[0], device=is_text.device).unsqueeze(1)
@@ -203,12 +203,15 @@ class Compaction:
         joined = torch.cat([past, current], dim=1)
         if self.is_text is None:
             return joined
+        if self.is_text.shape[1] == 1:  # a decoding step, in which time counts
+            moved = torch.cat([current, past], dim=1)
+            return torch.where(self.is_text.view(-1, *[1] * (joined.dim() - 1)), joined, moved)
         is_text = F.pad(self.is_text, (past.shape[1], 0), value=True)
         return joined[self._rows, is_text.byte().argsort(dim=1, stable=True)]
 
     def restore(self, moved: torch.Tensor) -> torch.Tensor:
         """The last S positions of a joined `[B, S, ...]`, back in their places; what is at padding means nothing."""
-        return moved if self.is_text is None else moved[self._rows, self._places]
+        return moved if self.is_text is None or self.is_text.shape[1] == 1 else moved[self._rows, self._places]
 
 
 # Makes an `EngramTokenizer` of another fast tokenizer. Compression lives with the tokenizer, and a model folder works without.

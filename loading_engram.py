@@ -103,7 +103,12 @@ class Checkpoint:
     def _go_to_base_model(self) -> None:
         """As transformers' `maybe_load_adapters` does, in the form in which its Auto classes hand on an adapter."""
         name, given = self.name_or_path, dict(self.kwargs.get("adapter_kwargs") or {})
-        if not is_peft_available() or "_adapter_model_path" in given:
+        # The base model gets a commit of its own, which transformers would look for in the adapter's repository too.
+        given.setdefault("revision", self.kwargs.get("revision") or "main")
+        if not is_peft_available():
+            return
+        if "_adapter_model_path" in given:  # an Auto class has found it
+            self.kwargs = {**self.kwargs, "adapter_kwargs": given}
             return
         config = resolver(name, {**self.kwargs, **given})(ADAPTER_CONFIG_NAME)
         # A complete model may have an adapter in its folder.
@@ -114,7 +119,6 @@ class Checkpoint:
             raise FileFormatError(
                 f"{config} does not name its base_model_name_or_path; load the base model, then the adapter."
             )
-        given.setdefault("revision", self.kwargs.get("revision") or "main")  # the base model gets a commit of its own
         self.name_or_path = base
         self.kwargs = {**self.kwargs, "adapter_kwargs": {**given, "_adapter_model_path": str(name)}}
 
