@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,9 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 _ORIGIN = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder", "local_files_only")
 RESIDENCIES = ("auto", "resident", "mapped", "pinned")
 # Member of the manifest, beside those of the table format, which readers that do not know it ignore.
-WEIGHTS_MEMBER = "weights_sha256"
+# Members of the manifest by which tables and the other weights know each other: digests by variant of the weights, and by name
+# of the table file.
+WEIGHTS_MEMBER, TABLES_MEMBER = "weights_sha256", "tables_sha256"
 # What `auto` lets tables take of the memory that is free: beside them the backbone, a cache and other processes live.
 _RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
 # Values of `device_map` that have transformers make a map of its own.
@@ -176,8 +178,9 @@ class Checkpoint:
         if manifest is None and residency == "resident":
             return None
         variant = self.kwargs.get("variant")
-        digest = recorded_digests(manifest).get(variant or "") if own_files else None
-        return FoundTables(tables, residency, lambda: find_weight_files(self._resolve, variant), digest)
+        digest = recorded_digests(manifest, WEIGHTS_MEMBER).get(variant or "") if own_files else None
+        samples = recorded_digests(manifest, TABLES_MEMBER) if own_files else {}
+        return FoundTables(tables, residency, lambda: find_weight_files(self._resolve, variant), digest, samples)
 
     def _read_tables(self, residency: str) -> tuple[dict[int, StoredTable], Path | None, set[int]]:
         """The tables by layer, the manifest if there is one, and the layers that it alone names."""
@@ -282,12 +285,14 @@ class FoundTables:
         residency: `"resident"`, `"mapped"` or `"pinned"`.
         weights: finds the files of the weights that the tables were saved with, if their manifest records a digest.
         weights_digest: that digest; None if there is none.
+        samples: digest of samples of each table file that the manifest records, by name.
     """
 
     tables: dict[int, StoredTable]
     residency: str
     weights: Callable[[], list[Path]] = list
     weights_digest: str | None = None
+    samples: Mapping[str, str] = field(default_factory=dict)
 
     def mount(self, model) -> None:
         """Give an `EngramModel` without weights its tables.
@@ -296,15 +301,17 @@ class FoundTables:
         initialize what a checkpoint lacks: the ordinary weights may not include them.
 
         Raises:
-            TableFormatError: a layer has no table, or one that does not fit the config.
+            TableFormatError: a layer has no table, one that does not fit the config, or one of another model.
         """
         for layer, memory in model.memories().items():
             table = memory.table
             stored = require_fit(self.tables, layer, table.num_rows, table.width, table.table_dtype)
+            rows = (PinnedRows if self.residency == "pinned" else MappedRows)(stored)
+            self._require_same_tables(rows)
             if self.residency == "resident":
-                memory.table.unread = MappedRows(stored)
+                memory.table.unread = rows
             else:
-                memory.table.mount((MappedRows if self.residency == "mapped" else PinnedRows)(stored))
+                memory.table.mount(rows)
         # transformers hands these on to the model that holds this one.
         patterns = {table_keys(model.memories()).pattern}
         model._keys_to_ignore_on_load_missing = patterns | set(model._keys_to_ignore_on_load_missing or ())
@@ -329,18 +336,26 @@ class FoundTables:
     def _require_same_weights(self) -> None:
         files = self.weights()
         if files and weights_digest(files) != self.weights_digest:
-            raise TableFormatError(
-                f"{files[0]} holds other weights than the tables beside it were saved with: the folder was "
-                f"changed in part, by a download or a copy that was cut short, say. Fetch or save the whole model again (if the "
-                f"weights were changed on purpose, delete {WEIGHTS_MEMBER!r} from {MANIFEST_NAME})."
-            )
+            raise _changed_in_part(files[0], "other weights than the tables beside it were saved with", WEIGHTS_MEMBER)
+
+    def _require_same_tables(self, rows: MappedRows) -> None:
+        for path, digest in rows.digests.items():
+            if self.samples.get(path.name, digest.hex()) != digest.hex():
+                raise _changed_in_part(path, f"another table than the one {MANIFEST_NAME} is of", TABLES_MEMBER)
 
 
-def recorded_digests(manifest: Path) -> dict[str, str]:
-    """Digests of the weights that tables were saved with, by variant (`""` without one); older manifests have none."""
-    digests = read_json(manifest).get(WEIGHTS_MEMBER, {})
+def _changed_in_part(path: Path, holds: str, member: str) -> TableFormatError:
+    return TableFormatError(
+        f"{path} holds {holds}: the folder was changed in part, by a download or a copy that was cut short, say. Fetch or "
+        f"save the whole model again (if it was changed on purpose, delete {member!r} from {MANIFEST_NAME})."
+    )
+
+
+def recorded_digests(manifest: Path, member: str) -> dict[str, str]:
+    """A member of a manifest: `WEIGHTS_MEMBER` or `TABLES_MEMBER`; empty if it has none."""
+    digests = read_json(manifest).get(member, {})
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
-        raise TableFormatError(f"{manifest} says {WEIGHTS_MEMBER} is {digests!r}, expected digests; fetch it again.")
+        raise TableFormatError(f"{manifest} says {member} is {digests!r}, expected digests; fetch it again.")
     return digests
 
 

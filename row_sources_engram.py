@@ -23,7 +23,7 @@ from .table_engram import TORCH_DTYPES
 from .table_format_engram import StoredTable, TableFormatError
 
 _READ_BYTES = 16 << 20
-# Blocks of a file, spread evenly, that are compared when only its times have changed.
+# Blocks of a file, spread evenly, that are compared when only its times have changed, and with the manifest (its format says so).
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -286,7 +286,7 @@ class FileMap:
 
     def _digest_of_blocks(self) -> bytes:
         size, head = self._stamp.size, len(self._header.head)
-        first = np.linspace(head, max(size - _SAMPLE_BYTES, head), _SAMPLES, dtype=np.int64)
+        first = head + np.arange(_SAMPLES) * max(size - _SAMPLE_BYTES - head, 0) // (_SAMPLES - 1)
         self.request(first, min(_SAMPLE_BYTES, size - head))
         samples = [self._peek(0, head), *(self._peek(at, _SAMPLE_BYTES) for at in first.tolist())]
         return hashlib.sha256(b"".join(samples)).digest()

@@ -20,7 +20,14 @@ from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 
-from .loading_engram import WEIGHTS_MEMBER, find_weight_files, is_weights_file, recorded_digests, weights_digest
+from .loading_engram import (
+    TABLES_MEMBER,
+    WEIGHTS_MEMBER,
+    find_weight_files,
+    is_weights_file,
+    recorded_digests,
+    weights_digest,
+)
 from .row_sources_engram import MappedRows
 from .safetensors_engram import (
     EngramError,
@@ -515,10 +522,8 @@ def complete_save(model, writer: FolderWriter, variant: str | None = None) -> No
         return
     manifest, written = writer.path / MANIFEST_NAME, {}
     if manifest.exists():
-        written = _samples_by_name(map(MappedRows, read_tables(writer.path).values()))
-        files = find_weight_files(lambda name: _existing(writer.path / name), variant)
-        digests = _digests_of_other_variants(writer, manifest) | {variant or "": weights_digest(files)}
-        write_json(manifest, read_json(manifest) | {WEIGHTS_MEMBER: digests})
+        others = _digests_of_other_variants(writer, manifest)
+        written = record_digests(writer.path, variant, others)
     writer.publish(lambda name: is_table_file(name) or is_weights_file(name, variant), last=MANIFEST_NAME)
     # What is only uploaded is gone soon. Another process may have saved to the same folder already.
     if written and not _BY_REFERENCE.get():
@@ -527,6 +532,25 @@ def complete_save(model, writer: FolderWriter, variant: str | None = None) -> No
                 rows = MappedRows(stored)
                 if _samples_by_name([rows]).items() <= written.items():
                     model.memories()[layer].table.source.saved = stored, rows.digests
+
+
+def record_digests(folder: Path, variant: str | None = None, others: dict[str, str] | None = None) -> dict[str, bytes]:
+    """Have the manifest of a whole model's folder say which weights and table files belong together.
+
+    Args:
+        variant: of the weights.
+        others: digests of the weights of other variants.
+
+    Returns:
+        The digest of every table file, by name.
+    """
+    manifest = folder / MANIFEST_NAME
+    tables = _samples_by_name(map(MappedRows, read_tables(folder).values()))
+    weights = weights_digest(find_weight_files(lambda name: _existing(folder / name), variant))
+    samples = {name: digest.hex() for name, digest in sorted(tables.items())}
+    digests = {WEIGHTS_MEMBER: {**(others or {}), variant or "": weights}, TABLES_MEMBER: samples}
+    write_json(manifest, read_json(manifest) | digests)
+    return tables
 
 
 def _samples_by_name(tables: Iterable[MappedRows]) -> dict[str, bytes]:
@@ -546,7 +570,7 @@ def _digests_of_other_variants(writer: FolderWriter, manifest: Path) -> dict[str
     if not old.exists() or not all(a.exists() and a.samefile(b) for a, b in zip(kept, files, strict=True)):
         return {}
     with contextlib.suppress(FileFormatError):
-        return recorded_digests(old)
+        return recorded_digests(old, WEIGHTS_MEMBER)
     return {}
 
 

@@ -81,7 +81,7 @@ def quantize_model(folder: Path, target: Path, dtype: str, left_out: Path) -> No
     """
     from engram_hf.row_sources_engram import MappedRows
     from engram_hf.safetensors_engram import read_header, read_json, write_json
-    from engram_hf.saving_engram import is_table_file, write_manifest
+    from engram_hf.saving_engram import is_table_file, record_digests, write_manifest
     from engram_hf.table_format_engram import describe_table
 
     require_shards(folder)
@@ -103,6 +103,7 @@ def quantize_model(folder: Path, target: Path, dtype: str, left_out: Path) -> No
     if weight_index is not None:
         write_json(target / weight_index.name, _index_without(weight_index, moved))
     write_manifest(target, entries)
+    record_digests(target)
     write_json(
         target / "config.json", {**read_json(folder / "config.json", constants=True), "engram_table_dtype": dtype}
     )

@@ -1,13 +1,19 @@
-"""The digest by which tables know the weights they were saved with."""
+"""The digests by which weights and tables know each other."""
 
+import hashlib
+import json
 import os
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_backbones import build
 
+from engram_hf import EngramForCausalLM
 from engram_hf.loading_engram import weights_digest
 from engram_hf.safetensors_engram import FileFormatError
+from engram_hf.table_format_engram import TableFormatError
 
 SMALL = {"a": torch.arange(10.0), "b": torch.ones(3, 4)}
 LARGE = {f"layer{i}": torch.randn(500, 400, generator=torch.Generator().manual_seed(i)) for i in range(4)}
@@ -70,3 +76,36 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path):
     os.truncate(tmp_path / "0.safetensors", 100)
     with pytest.raises(FileFormatError):
         weights_digest([tmp_path / "0.safetensors"])
+
+
+@pytest.mark.parametrize("residency", ["resident", "mapped"])
+def test_a_table_file_of_another_model_is_refused(tmp_path, residency):
+    """It has the same shape and hash, so nothing but its rows could tell."""
+    for name in ("old", "new"):
+        model = build("qwen3", engram_head_dim=32)
+        with torch.no_grad():
+            for memory in model.base_model.memories().values():
+                memory.table.weight.add_(1.0 if name == "new" else 0.0)
+        model.save_pretrained(tmp_path / f"{name} plain")
+        EngramForCausalLM.from_pretrained(tmp_path / f"{name} plain", engram_residency="mapped").save_pretrained(
+            tmp_path / name
+        )
+    EngramForCausalLM.from_pretrained(tmp_path / "old", engram_residency=residency)
+    shutil.copy(tmp_path / "new" / "engram-layer-00002.safetensors", tmp_path / "copy")
+    os.replace(tmp_path / "copy", tmp_path / "old" / "engram-layer-00002.safetensors")
+    with pytest.raises(TableFormatError, match=r"engram-layer-00002\.safetensors holds another table"):
+        EngramForCausalLM.from_pretrained(tmp_path / "old", engram_residency=residency)
+
+
+def test_the_digest_of_a_table_file_is_what_its_format_says(tmp_path):
+    build("qwen3", engram_head_dim=32).save_pretrained(tmp_path / "plain")
+    mapped = EngramForCausalLM.from_pretrained(tmp_path / "plain", engram_residency="mapped")
+    mapped.save_pretrained(tmp_path / "files")
+    recorded = json.loads((tmp_path / "files" / "engram_tables.json").read_text())["tables_sha256"]
+    assert set(recorded) == {path.name for path in (tmp_path / "files").glob("engram-layer-*")} != set()
+    for name, digest in recorded.items():
+        data = (tmp_path / "files" / name).read_bytes()
+        head = 8 + int.from_bytes(data[:8], "little")
+        begins = [head + index * max(len(data) - 4096 - head, 0) // 63 for index in range(64)]
+        blocks = b"".join(data[begin : begin + 4096] for begin in begins)
+        assert digest == hashlib.sha256(data[:head] + blocks).hexdigest()
