@@ -63,31 +63,48 @@ def test_threads(folders, expected, rounds, residency):
     assert not wrong
 
 
+# What the public methods of a model return that reads memory, as tensors.
+ASKED = {
+    "engram_gates": lambda model, ids: list(model.engram_gates(ids).values()),
+    "forward": lambda model, ids: [model(ids).logits],
+    "base model": lambda model, ids: [model.base_model(ids).last_hidden_state],
+    "generate": lambda model, ids: [model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)],
+    "prepare_memory": lambda model, ids: [model.base_model.prepare_memory(ids).row_ids],
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
 @pytest.mark.parametrize("residency", RESIDENCIES)
-def test_gates_beside_other_threads(folders, rounds, residency):
-    """They are those of the text that was asked for, whatever else the model reads meanwhile."""
-    model, done, wrong = load(folders["old files"], residency), threading.Event(), []
+@torch.no_grad()
+def test_what_is_asked_for_beside_other_threads(folders, rounds, residency, name):
+    """It is that of the text that was asked for, whatever else the model reads meanwhile."""
+    model, done, failed = load(folders["old files"], residency), threading.Event(), []
     asked, others = random_ids(1, 12), random_ids(3, 20, seed=5)
-    alone = model.engram_gates(asked)
-    assert set(alone) == {1, 2} and not torch.equal(alone[1], model.engram_gates(others)[1][:1, :12])
+    alone = ASKED[name](model, asked)
+    assert len(alone) and not torch.equal(alone[0][:1, :12], ASKED[name](model, others)[0][:1, :12])
 
     def read_others():
-        while not done.is_set():
-            with torch.no_grad():
-                model(others)
+        # The other threads' answers must not depend on what is asked for either.
+        with torch.no_grad():
+            expected = None
+            while not done.is_set():
+                logits = model(others).logits
+                expected = logits if expected is None else expected
+                if not torch.equal(logits, expected):
+                    failed.append("logits")
 
     threads = [threading.Thread(target=read_others) for _ in range(2)]
     for thread in threads:
         thread.start()
     try:
-        for _ in range(rounds(20)):
-            gates = model.engram_gates(asked)
-            wrong += [layer for layer in alone if not torch.equal(gates[layer], alone[layer])]
+        for _ in range(rounds(8)):
+            found = ASKED[name](model, asked)
+            failed += [name for one, other in zip(found, alone, strict=True) if not torch.equal(one, other)]
     finally:
         done.set()
         for thread in threads:
             thread.join()
-    assert not wrong
+    assert not failed
 
 
 def put_answers(models, queue):
