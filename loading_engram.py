@@ -18,16 +18,7 @@ from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
-from transformers.integrations.accelerate import get_device, get_max_memory
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    cached_file,
-    is_peft_available,
-    logging,
-)
+from transformers.utils import CONFIG_NAME, cached_file, is_peft_available, logging
 from transformers.utils.hub import extract_commit_hash
 
 from .row_sources_engram import MappedRows, PinnedRows
@@ -64,6 +55,8 @@ WEIGHTS_MEMBER, TABLES_MEMBER = "weights_sha256", "tables_sha256"
 _RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
 # Values of `device_map` that have transformers make a map of its own.
 _MADE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Weights in one file, and the index of several.
+_WEIGHTS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 # Weights up to this size are read whole.
 _WHOLE_BYTES = 1 << 20
 # Of larger ones, each tensor gives at most so many pieces of at most so many bytes, and 1% of its bytes or two pieces of 64.
@@ -112,7 +105,7 @@ class Checkpoint:
         if "_adapter_model_path" in given:  # an Auto class has found it
             self.kwargs = {**self.kwargs, "adapter_kwargs": given}
             return
-        config = resolver(name, {**self.kwargs, **given})(ADAPTER_CONFIG_NAME)
+        config = resolver(name, {**self.kwargs, **given})("adapter_config.json")
         # A complete model may have an adapter in its folder.
         if config is None or os.path.exists(os.path.join(name, CONFIG_NAME)):
             return
@@ -241,14 +234,14 @@ def _means_absent(error: OSError) -> bool:
 
 def find_weights(resolve: Callable[[str], Path | None], variant: str | None) -> tuple[Path | None, Path | None]:
     """The one safetensors file of a checkpoint, or else the index of its shards; None for what there is not."""
-    single, index = (_of_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    single, index = (_of_variant(name, variant) for name in _WEIGHTS_NAMES)
     found = resolve(single)
     return (found, None) if found is not None else (None, resolve(index))
 
 
 def is_weights_file(name: str, variant: str | None) -> bool:
     """Whether a file of a model folder is named as transformers names weights of this variant, their shards or index."""
-    single, index = (_of_variant(file, variant) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    single, index = (_of_variant(file, variant) for file in _WEIGHTS_NAMES)
     stem = re.escape(single.removesuffix(".safetensors"))
     return name in (single, index) or re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.safetensors", name) is not None
 
@@ -437,9 +430,15 @@ def leave_tables_on_disk(model: PreTrainedModel, device_map: dict | None) -> Non
     modules = dict(model.named_modules())
     tables = {name: one for name, one in modules.items() if isinstance(one, EngramTable) and one.unread is not None}
     # All of them if any: a saved model has the tables of all layers in files of their own, or those of none.
-    if any(get_device(device_map, f"{name}.weight") == "disk" for name in tables):
+    if any(_device_of(f"{name}.weight", device_map or {}) == "disk" for name in tables):
         for table in tables.values():
             table.mount(table.unread)
+
+
+def _device_of(name: str, device_map: dict) -> int | str | torch.device | None:
+    while name and name not in device_map:  # a map names modules, which stand for all that is in them
+        name = name.rpartition(".")[0]
+    return device_map.get(name)
 
 
 def choose_residency(size: int, free_host: int, free_device: int | None) -> str:
@@ -465,7 +464,12 @@ def _free_memory(kwargs: dict) -> tuple[int, int | None]:
     """Free bytes of the host, and of the GPUs that a model goes to (None if it goes to none), within `max_memory`."""
     device_map, limits = kwargs.get("device_map"), kwargs.get("max_memory")
     # Only where transformers makes the map it looks at limits, which then name all devices that are used.
-    limits = get_max_memory(dict(limits)) if limits and device_map in _MADE_MAPS else None
+    if limits and device_map in _MADE_MAPS:
+        from accelerate.utils import get_max_memory  # transformers needs it for these maps, and for nothing else
+
+        limits = get_max_memory(dict(limits))
+    else:
+        limits = None
 
     def usable(device: int | str, free: int) -> int:
         return free if limits is None else min(free, limits.get(device, 0))

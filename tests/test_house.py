@@ -52,7 +52,7 @@ FAMILIES = [
 # What whoever loads a model with remote code is sure to have.
 INSTALLED_WITH_TRANSFORMERS = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "huggingface_hub"}
 # What a flat file may import and do without.
-OPTIONAL = {"PIL", "psutil"}
+OPTIONAL = {"PIL", "accelerate", "psutil"}
 ROOMS_THAT_ARE_NOT_INSTALLED = {"tests", "benchmarks", "examples", "docs"}
 
 
