@@ -12,7 +12,7 @@ OLDEST := 5.17.0
 quickstart: $(VENV)/.installed  ## train a small model with memory and its twin without, compare, save, reload
 	$(BIN)/python examples/quickstart.py
 
-test: check run-tests  ## style and types, then all tests on two processes
+test: check run-tests trials  ## style and types, then all tests on two processes, then trials of faults in short
 
 test-oldest:  ## all tests with the oldest versions that setup.py allows
 	$(MAKE) run-tests VENV=.venv-$(OLDEST) CONSTRAINTS=constraints/transformers-$(OLDEST).txt
