@@ -1,6 +1,7 @@
 """Saving a model whose tables are no parameters: linked, written once, never lost."""
 
 import copy
+import json
 import os
 import pickle
 import shutil
@@ -15,6 +16,7 @@ from tiny_backbones import random_ids
 from transformers import Trainer, TrainingArguments
 
 from engram_hf import EngramForCausalLM
+from engram_hf.loading_engram import TABLES_MEMBER
 from engram_hf.safetensors_engram import read_header
 from engram_hf.saving_engram import (
     complete_save,
@@ -24,7 +26,7 @@ from engram_hf.saving_engram import (
     tables_by_reference,
 )
 from engram_hf.table_check_engram import check_folder
-from engram_hf.table_format_engram import read_tables
+from engram_hf.table_format_engram import MANIFEST_NAME, read_tables
 
 
 def save_only_tables(model, folder: str | os.PathLike) -> None:
@@ -136,6 +138,8 @@ def test_files_that_describe_nothing_are_described_by_the_manifest(saved_tables,
     expected = {layer: table.description for layer, table in read_tables(saved_tables[2]).items()}
     for path in (tmp_path / "silent").glob("engram-layer-*"):
         edit_header(path, lambda header: header["__metadata__"].pop(METADATA_KEY))
+    manifest = tmp_path / "silent" / MANIFEST_NAME
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), TABLES_MEMBER: {}}))
     model = EngramForCausalLM.from_pretrained(tmp_path / "silent", engram_residency="mapped")
     assert not any(table.description for table in read_tables(tmp_path / "silent").values())
     model.save_pretrained(tmp_path / "saved_tables")
