@@ -243,16 +243,14 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value) -> None:
-        """Set a field of the memory here, and any other attribute that the backbone's config has there."""
+        """Set a field of the memory here, and any other attribute on the backbone's config, whether it has it yet or not."""
         backbone = vars(self).get("text_config")
         if not _is_of_the_backbone(name):
             super().__setattr__(name, value)
         elif not isinstance(backbone, PreTrainedConfig):
             vars(self).setdefault(_UNSETTLED, {})[name] = value
-        elif name in _OF_EVERY_CONFIG or hasattr(backbone, name):
-            setattr(backbone, name, value)
         else:
-            super().__setattr__(name, value)
+            setattr(backbone, name, value)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

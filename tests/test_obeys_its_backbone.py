@@ -138,6 +138,18 @@ def test_every_field_of_the_backbones_config_is_read_and_set_on_the_outer_one(na
 
 
 @on_every_backbone
+def test_what_the_backbones_config_does_not_declare_reaches_it_too(name):
+    """transformers itself reads such fields: a model is built with checkpointing where its config asks for it."""
+    config, host = engram_config(name), BACKBONES[name]()
+    for each in (config, host):
+        each.gradient_checkpointing = True
+        each.of_the_users_own = {"a": 1}
+    assert config.text_config.of_the_users_own == config.of_the_users_own == {"a": 1}
+    expected = AutoModelForCausalLM.from_config(host).is_gradient_checkpointing
+    assert EngramForCausalLM(config).is_gradient_checkpointing == expected
+
+
+@on_every_backbone
 def test_fields_given_to_from_pretrained_reach_the_backbone(name, tmp_path):
     built(name).save_pretrained(tmp_path)
     fields = {"attention_dropout": 0.25, "rms_norm_eps": 1e-4, "output_hidden_states": True}

@@ -35,9 +35,14 @@ def bare_classes(name: str) -> tuple[type, type]:
     return AutoModel._model_mapping[config_class], AutoModelForCausalLM._model_mapping[config_class]
 
 
-def memory_classes(_name: str) -> tuple[type, type]:
-    """Our classes without and with a head."""
-    return EngramModel, EngramForCausalLM
+def memory_classes(name: str) -> tuple[type, type]:
+    """The classes that models of ours are of, without and with a head: what is asked of a class depends on the backbone."""
+    return type(EngramModel(memory_config(name))), type(EngramForCausalLM(memory_config(name)))
+
+
+def named_classes(classes: tuple[type, type]) -> tuple[type, type]:
+    """The classes that a module has by name, of which models become instances of `classes`."""
+    return (EngramModel, EngramForCausalLM) if issubclass(classes[0], EngramModel) else classes
 
 
 def wake() -> None:

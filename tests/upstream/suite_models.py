@@ -61,6 +61,8 @@ class CommonTests(ModelTesterMixin, TrainingTesterMixin, TensorParallelTesterMix
 
     def setUp(self):
         """Make the tester of this test."""
+        if self._testMethodName.startswith("test_tp"):  # these send the classes to other processes, by name
+            self.all_model_classes = awake.named_classes(self.all_model_classes)
         self.model_tester = ModelTester(self, type(self).make_config(self.backbone), *self.all_model_classes)
 
     def _skip_if_tp_distributed_not_enabled(self):
