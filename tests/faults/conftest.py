@@ -6,11 +6,17 @@
 import os
 import random
 import secrets
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 from trial_models import save_folders
+
+# The lock of tqdm is shared with forked processes: one that is killed while it holds it would stop all others for good.
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 
 FACTOR = int(os.environ.get("ENGRAM_TRIALS", "1"))
 SEED = int(os.environ.get("ENGRAM_SEED") or secrets.randbelow(1 << 32))
