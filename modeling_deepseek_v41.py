@@ -639,11 +639,15 @@ class DeepseekV41PreTrainedModel(DeepseekV4PreTrainedModel):
             initialization.zeros_(module.sinks)
 
 
+# Matches the names of tensors of the vision part.
+VISION_TENSOR = r"(^|\.)(vision_tower\.|image_(start|newline|end)$)"
+
+
 class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
     """The DeepSeek-V4.1 decoder, from token ids to the state after the final norm."""
 
     # A checkpoint with images, opened as text.
-    _keys_to_ignore_on_load_unexpected = [r"(^|\.)vision_tower\.", r"(^|\.)image_(start|newline|end)$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [VISION_TENSOR]  # noqa: RUF012
 
     def __init__(self, config: DeepseekV41TextConfig):
         super().__init__(config)

@@ -166,7 +166,8 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         leave_tables_on_disk(model, load_config.device_map)
         model.base_model.prefetch_mounted()
-        info, *others = PreTrainedModel._load_pretrained_model(
+        # The backbone's own, which may refuse checkpoints too.
+        info, *others = model._extends[1]._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
         if expected_keys is None:  # else it is an adapter

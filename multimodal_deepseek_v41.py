@@ -5,15 +5,24 @@ The classes derive from the text model's, so a checkpoint has one set of names: 
 Letters used for shapes: B rows, S tokens of this call, I images, N patches of all images, P pixels on a patch's side.
 """
 
+import re
+
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, Cache, LogitsProcessor, LogitsProcessorList, initialization
+from transformers import (
+    AutoModelForImageTextToText,
+    Cache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    initialization,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from .causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
 from .configuration_vision_deepseek_v41 import known_copies
-from .modeling_deepseek_v41 import CACHE_OUTPUT, DeepseekV41TextModel
+from .modeling_deepseek_v41 import CACHE_OUTPUT, VISION_TENSOR, DeepseekV41TextModel
 from .safetensors_engram import EngramError
 from .vision_deepseek_v41 import DeepseekV41VisionModel
 
@@ -29,12 +38,30 @@ class ForbidImageToken(LogitsProcessor):
         return scores.index_fill(1, torch.tensor([self.image_token_id], device=scores.device), float("-inf"))
 
 
-class DeepseekV41Model(DeepseekV41TextModel):
-    """The decoder with the vision tower in front of it."""
+class _ReadsImages:
+    """What the decoder and the model with its head have in common beside the text classes they derive from."""
 
     input_modalities = ("image", "text")
-    _keys_to_ignore_on_load_unexpected = None
     _no_split_modules = ["DeepseekV41DecoderLayer", "DeepseekV41VisionLayer"]  # noqa: RUF012
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        info, *others = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
+        )
+        missing = sorted(name for name in info.missing_keys if re.search(VISION_TENSOR, name))
+        if missing and expected_keys is None:  # else it is an adapter
+            raise EngramError(
+                f"The checkpoint lacks {len(missing)} tensors of the vision tower, such as {missing[0]}, which would be random; "
+                "complete the folder, or open it as text, with AutoModelForCausalLM."
+            )
+        return info, *others
+
+
+class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
+    """The decoder with the vision tower in front of it."""
+
+    _keys_to_ignore_on_load_unexpected = None
 
     def __init__(self, config: DeepseekV41TextConfig):
         if config.vision_config is None:
@@ -157,11 +184,9 @@ class DeepseekV41Model(DeepseekV41TextModel):
         return embeds.masked_scatter(image_mask.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
 
 
-class DeepseekV41ForConditionalGeneration(DeepseekV41TextForCausalLM):
+class DeepseekV41ForConditionalGeneration(_ReadsImages, DeepseekV41TextForCausalLM):
     """Text from text and images: [`DeepseekV41Model`] with the language-model head."""
 
-    input_modalities = ("image", "text")
-    _no_split_modules = DeepseekV41Model._no_split_modules
     _model_class = DeepseekV41Model
 
     def get_image_features(

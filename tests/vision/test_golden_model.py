@@ -157,6 +157,12 @@ def test_one_folder_as_text(float32, answers):
     torch.testing.assert_close(model(row).logits, answers["batch.logits"][2:, :19], atol=1e-4, rtol=0)
 
 
+def test_half_a_tower_beside_memory_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path, state_dict={k: v for k, v in model.state_dict().items() if "aligner" not in k})
+    with pytest.raises(ValueError, match="lacks 4 tensors of the vision tower"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
 # --- the processor
 
 
