@@ -18,6 +18,7 @@ from transformers import (
     initialization,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import logging
 
 from .causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
@@ -25,6 +26,7 @@ from .configuration_vision_deepseek_v41 import known_copies
 from .modeling_deepseek_v41 import CACHE_OUTPUT, VISION_TENSOR, DeepseekV41TextModel
 from .safetensors_engram import EngramError
 from .vision_deepseek_v41 import DeepseekV41VisionModel
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class ForbidImageToken(LogitsProcessor):
@@ -213,7 +215,13 @@ class DeepseekV41ForConditionalGeneration(_ReadsImages, DeepseekV41TextForCausal
         Labels that are the image id do not count: no position is taught to continue with an image.
         """
         if labels is not None:
-            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            images = labels == self.config.image_token_id
+            labels = labels.masked_fill(images, -100)
+            if kwargs.get("num_items_in_batch") is not None and bool(images.any()):
+                logger.warning_once(
+                    "The labels hold image positions, which teach nothing, but were counted among the tokens that the loss is "
+                    "the mean of, so it is too small; set them to -100 where the batch is made."
+                )
         if "past_key_values" in kwargs:
             kwargs[CACHE_OUTPUT] = kwargs.pop("past_key_values")
         return super().forward(

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from deepseek_v41_reference import copy_release
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -12,9 +13,7 @@ from engram_hf.convert_scripts import convert_deepseek_v41
 
 @pytest.fixture(scope="module")
 def release(golden, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("release") / "tiny"
-    shutil.copytree(golden / "deepseek_v41_tiny_vl", folder, ignore=shutil.ignore_patterns("golden*", "README.md"))
-    return folder
+    return copy_release(golden / "deepseek_v41_tiny_vl", tmp_path_factory.mktemp("release") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from deepseek_v41_reference import InjectedMemory
+from deepseek_v41_reference import InjectedMemory, inputs_of
 from reference_weights import model_name
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 from transformers.generation import utils as generation_utils
@@ -11,11 +11,6 @@ from engram_hf.causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from engram_hf.multimodal_deepseek_v41 import DeepseekV41ForConditionalGeneration
 
 IMAGE = 1277
-
-
-def inputs_of(answers, case: str) -> dict[str, torch.Tensor]:
-    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_hws")
-    return {name: answers[f"{case}.{name}"] for name in names if f"{case}.{name}" in answers}
 
 
 def remember(model, answers, release) -> InjectedMemory:
