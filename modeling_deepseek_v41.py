@@ -696,6 +696,10 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
         cache = older_name if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise EngramError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if kwargs.get("pixel_values") is not None:
+            raise EngramError(
+                "`pixel_values` were given to a model that was opened as text; open it with AutoModelForImageTextToText."
+            )
         if kwargs.get("output_attentions", self.config.output_attentions):
             raise EngramError(
                 "DeepSeek-V4.1 has no attention matrix to return: each query chooses its own keys. Leave `output_attentions` out."

@@ -471,6 +471,10 @@ class EngramModel(EngramPreTrainedModel):
         compaction = Compaction(is_text)
         valid = is_text
         if image_mask is not None:
+            if image_mask.shape != input_ids.shape:
+                raise EngramError(
+                    f"`image_mask` must have one entry per token, {list(input_ids.shape)}; got {list(image_mask.shape)}."
+                )
             no_image = ~image_mask.to(input_ids.device).bool()
             valid = no_image if is_text is None else is_text & no_image
         ids = self.hashing.compress(input_ids)

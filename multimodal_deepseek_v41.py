@@ -9,14 +9,7 @@ import re
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForImageTextToText,
-    Cache,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    initialization,
-)
+from transformers import AutoModelForImageTextToText, Cache, LogitsProcessor, LogitsProcessorList, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import logging
 
@@ -48,7 +41,7 @@ class _ReadsImages:
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        info, *others = PreTrainedModel._load_pretrained_model(
+        info, *others = super(_ReadsImages, type(model))._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
         missing = sorted(name for name in info.missing_keys if re.search(VISION_TENSOR, name))
@@ -144,7 +137,7 @@ class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
         """
         if input_ids is not None and inputs_embeds is None:
             features = self._image_features(pixel_values, image_grid_hws, mm_encoder_outputs)
-            image_mask = self.get_image_mask(input_ids)
+            image_mask = self._checked_image_mask(input_ids, image_mask)
             inputs_embeds, input_ids = self._merge(input_ids, image_mask, features), None
         elif pixel_values is not None:
             raise EngramError("Give `pixel_values` with `input_ids`; `inputs_embeds` must hold the images already.")
@@ -158,6 +151,15 @@ class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
             image_mask=image_mask,
             **kwargs,
         )
+
+    def _checked_image_mask(self, input_ids: torch.LongTensor, given: torch.Tensor | None) -> torch.Tensor:
+        image_mask = self.get_image_mask(input_ids)
+        if given is not None and not torch.equal(given.to(image_mask.device).bool(), image_mask):
+            raise EngramError(
+                f"`image_mask` {list(given.shape)} is not where `input_ids` {list(input_ids.shape)} hold the image id "
+                f"{self.config.image_token_id}; leave it out."
+            )
+        return image_mask
 
     def _image_features(self, pixel_values, image_grid_hws, mm_encoder_outputs) -> torch.Tensor | None:
         """Vectors `[positions of all images, hidden]`, or None."""

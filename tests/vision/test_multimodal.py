@@ -216,11 +216,26 @@ def test_images_and_positions_must_match(model, answers):
         model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
 
 
-def test_an_image_id_in_a_model_of_text(model, answers, tmp_path):
+def test_an_image_mask_must_be_that_of_the_ids(model, answers):
+    inputs = inputs_of(answers, "two")
+    mask = model.model.get_image_mask(inputs["input_ids"])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, image_mask=mask).logits, model(**inputs).logits)
+    for wrong in (mask[:, :-1], mask.roll(1), torch.zeros_like(mask)):
+        with pytest.raises(ValueError, match=r"`image_mask` .* leave it out"):
+            model(**inputs, image_mask=wrong)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(ValueError, match="one entry per token"):
+        model(inputs_embeds=embeds, image_mask=mask[:, :-1])
+
+
+def test_images_in_a_model_of_text(model, answers, tmp_path):
     model.save_pretrained(tmp_path)
-    text = AutoModelForCausalLM.from_pretrained(tmp_path)
+    text, inputs = AutoModelForCausalLM.from_pretrained(tmp_path), inputs_of(answers, "two")
     with pytest.raises(ValueError, match="AutoModelForImageTextToText"):
-        text(answers["two.input_ids"])
+        text(inputs["input_ids"])
+    with pytest.raises(ValueError, match=r"`pixel_values` were given .* AutoModelForImageTextToText"):
+        text(**inputs)
 
 
 def test_a_checkpoint_without_tower_has_no_images(model, config, tmp_path):
