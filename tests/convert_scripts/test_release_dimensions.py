@@ -1,6 +1,7 @@
 """The table of names at the size of the release: nothing is allocated, and nothing is left over."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -105,7 +106,13 @@ def test_the_table_names_what_the_model_holds(release):
 def test_every_name_of_the_release_is_used_once(release):
     bindings = bind(DEEPSEEK_V41, release)
     names = [tensor.name for binding in bindings for tensor in binding.upstream]
-    assert len(names) == len(set(names))
+    assert len(names) == len(set(names)) == 96_085  # as many as the release's index has
+    sizes = {"BF16": 2, "F32": 4}
+    total = sum(
+        math.prod(tensor.shape) * sizes.get(tensor.dtype, 1) for binding in bindings for tensor in binding.upstream
+    )
+    # Its `total_size` is this, if the tower's norms (65 of 1024 channels, whose header was not read) are bfloat16.
+    assert total - 65 * 1024 * 2 == 510_286_023_000
     vision = [name for name in names if name.startswith(("vision.", "aligner.", "image_"))]
     assert len(vision) == 266
     drafts = {name for name in names if name.startswith("mtp.")}
