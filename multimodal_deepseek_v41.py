@@ -19,6 +19,7 @@ from .configuration_vision_deepseek_v41 import known_copies
 from .modeling_deepseek_v41 import CACHE_OUTPUT, VISION_TENSOR, DeepseekV41TextModel
 from .safetensors_engram import EngramError
 from .vision_deepseek_v41 import DeepseekV41VisionModel
+
 logger = logging.get_logger(f"transformers.{__name__}")
 
 

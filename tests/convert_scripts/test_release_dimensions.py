@@ -126,7 +126,9 @@ def test_every_name_of_the_release_is_used_once(release):
 def test_the_page_says_what_is_computed():
     """`docs/deepseek-v41.md` has the lines that the benchmark prints."""
     root = Path(engram_hf.__file__).parent
-    spec = importlib.util.spec_from_file_location("deepseek_v41_memory", root / "benchmarks" / "deepseek_v41_memory.py")
+    spec = importlib.util.spec_from_file_location(
+        "deepseek_v41_memory", root / "benchmarks" / "deepseek_v41_memory.py"
+    )
     computed = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(computed)
     page = (root / "docs" / "deepseek-v41.md").read_text(encoding="utf-8")

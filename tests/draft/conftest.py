@@ -9,7 +9,6 @@ from engram_hf.causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from engram_hf.configuration_deepseek_v41 import DeepseekV41TextConfig
 from engram_hf.draft_deepseek_v41 import DeepseekV41DraftModel
 
-
 folder, answers, release = golden_fixtures("deepseek_v41_tiny_vl", "golden_vl.safetensors")
 
 

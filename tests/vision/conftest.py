@@ -12,7 +12,6 @@ from engram_hf.convert_scripts import convert_deepseek_v41
 from engram_hf.multimodal_deepseek_v41 import DeepseekV41ForConditionalGeneration
 from engram_hf.vision_deepseek_v41 import DeepseekV41VisionModel
 
-
 folder, answers, release = golden_fixtures("deepseek_v41_tiny_vl", "golden_vl.safetensors")
 
 

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-import torch
 from child_processes import WITHOUT_PACKAGE, run_elsewhere
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 pytestmark = pytest.mark.skipif(
     getattr(AutoImageProcessor, "is_dummy", False), reason="AutoImageProcessor of this transformers needs torchvision"

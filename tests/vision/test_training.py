@@ -4,8 +4,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, Trainer
-from transformers import TrainingArguments
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
 
 from engram_hf.image_processing_deepseek_v41 import DeepseekV41ImageProcessor
 from engram_hf.processing_deepseek_v41 import IMAGE_TOKEN, DeepseekV41Processor
@@ -54,14 +60,18 @@ def collate(processor):
 @pytest.fixture
 def train(pairs, collate, processor, tmp_path):
     def run(model, collate=collate, **fields) -> Trainer:
-        settings = {"max_steps": 4, "learning_rate": 3e-3, "per_device_train_batch_size": 2, "logging_steps": 1, **fields}
+        settings = {
+            "max_steps": 4,
+            "learning_rate": 3e-3,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 1,
+            **fields,
+        }
         arguments = TrainingArguments(
             str(tmp_path / "run"), use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
             remove_unused_columns=False, **settings,
         )  # fmt: skip
-        trainer = Trainer(
-            model, arguments, train_dataset=pairs, data_collator=collate, processing_class=processor
-        )
+        trainer = Trainer(model, arguments, train_dataset=pairs, data_collator=collate, processing_class=processor)
         trainer.train()
         return trainer
 
@@ -76,7 +86,8 @@ def test_a_trainer_on_pairs(model, train, collate, pairs, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer = train(model)
     first, *_, last = losses(trainer)
-    assert first == pytest.approx(8.1, abs=0.5) and last < 0.6 * first  # a mean over the labels, not over all positions
+    assert first == pytest.approx(8.1, abs=0.5)  # a mean over the labels, not over all positions
+    assert last < 0.6 * first
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     for part in (*VISION, *DELIMITERS, "lm_head.weight", "engram.kv_proj.weight"):
         assert any(name.endswith(part) for name in changed), part
