@@ -9,8 +9,8 @@ import re
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, Cache, LogitsProcessor, LogitsProcessorList, initialization
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList, initialization
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast
 from transformers.utils import logging
 
 from .causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
@@ -55,7 +55,21 @@ class _ReadsImages:
 
 
 class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
-    """The decoder with the vision tower in front of it."""
+    """The decoder with the vision tower in front of it.
+
+    `forward` takes, beside what [`DeepseekV41TextModel`] takes:
+
+    Args:
+        input_ids: `[B, S]`; every position of an image holds `config.image_token_id`.
+        inputs_embeds: `[B, S, hidden]` in place of ids, images already put in; then `image_mask` tells where.
+        pixel_values: floating `[N, 3, P, P]`, the images of the batch in the order of their positions.
+        image_grid_hws: integer `[I, 2]`, rows and columns of patches.
+        mm_encoder_outputs: `{"image": get_image_features(...)}` in place of pixels, so that a prompt can be fed in
+            pieces that cut an image: of each piece, the vectors of its image positions.
+
+    Raises:
+        ValueError: images and image positions do not match, or one of them is missing.
+    """
 
     _keys_to_ignore_on_load_unexpected = None
 
@@ -109,49 +123,16 @@ class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
         """Which positions belong to an image, delimiters included: bool, of the shape of `input_ids`."""
         return input_ids == self.config.image_token_id
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        image_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_grid_hws: torch.LongTensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
-    ) -> MoeModelOutputWithPast:
-        """Run the decoder; see [`DeepseekV41TextModel`] for what is not named here.
-
-        Args:
-            input_ids: `[B, S]`; every position of an image holds `config.image_token_id`.
-            inputs_embeds: `[B, S, hidden]` in place of ids, images already put in; then `image_mask` tells where.
-            pixel_values: floating `[N, 3, P, P]`, the images of the batch in the order of their positions.
-            image_grid_hws: integer `[I, 2]`, rows and columns of patches.
-            mm_encoder_outputs: `{"image": get_image_features(...)}` in place of pixels, so that a prompt can be fed in
-                pieces that cut an image: of each piece, the vectors of its image positions.
-
-        Raises:
-            ValueError: images and image positions do not match, or one of them is missing.
-        """
-        if input_ids is not None and inputs_embeds is None:
-            features = self._image_features(pixel_values, image_grid_hws, mm_encoder_outputs)
+    def _embed(
+        self, input_ids, inputs_embeds, image_mask, cache, **images
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if inputs_embeds is None:
+            features = self._image_features(**images)
             image_mask = self._checked_image_mask(input_ids, image_mask)
-            inputs_embeds, input_ids = self._merge(input_ids, image_mask, features), None
-        elif pixel_values is not None:
+            return self._merge(input_ids, image_mask, features), image_mask
+        if images["pixel_values"] is not None:
             raise EngramError("Give `pixel_values` with `input_ids`; `inputs_embeds` must hold the images already.")
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            image_mask=image_mask,
-            **kwargs,
-        )
+        return inputs_embeds, image_mask
 
     def _checked_image_mask(self, input_ids: torch.LongTensor, given: torch.Tensor | None) -> torch.Tensor:
         image_mask = self.get_image_mask(input_ids)
