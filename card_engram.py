@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 from .configuration_engram import EngramConfig, count_parameters
 from .table_engram import EngramTable
@@ -114,7 +114,22 @@ def _facts(config: EngramConfig, base_model: str | None) -> dict[str, str]:
         "N-grams": f"{_orders(config)} tokens, {config.engram_n_heads} hash heads each",
         "Tables": f"{rows} rows of {config.engram_head_dim} {_table_dtype(config)}, {_amount(_table_bytes(config), _BYTE_PREFIXES)}B",
         "Vocabulary": vocabulary,
+        **_other_parts(text),
     }
+
+
+def _other_parts(text: PreTrainedConfig) -> dict[str, str]:
+    """What a model reads and does beside text, as far as its config says so."""
+    vision, drafts, parts = getattr(text, "vision_config", None), getattr(text, "dspark_block_size", None), {}
+    if vision is not None:
+        with torch.device("meta"):
+            count = AutoModel.from_config(vision).num_parameters()
+        tower = f"a tower of {vision.num_hidden_layers} layers, {_amount(count)} parameters"
+        parts["Images"] = f"{tower}; open the model with `AutoModelForImageTextToText` and `AutoProcessor`"
+    if drafts is not None and text.num_nextn_predict_layers:
+        layers = f"{text.num_nextn_predict_layers} draft layers, {drafts} tokens a pass"
+        parts["Drafts"] = f"{layers}; `generate(..., use_mtp=True)`"
+    return parts
 
 
 def _licence_sentence(data: ModelCardData) -> str:

@@ -1,6 +1,9 @@
 """The DeepSeek-V4.1 text backbone with its language-model head, and with its draft layers when they are asked for."""
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
@@ -16,6 +19,8 @@ from .drafting_deepseek_v41 import DeepseekV41CandidateGenerator, DraftReport
 from .modeling_deepseek_v41 import DeepseekV41PreTrainedModel, DeepseekV41TextModel
 from .safetensors_engram import EngramError
 
+_LOCATION = ("revision", "cache_dir", "subfolder", "local_files_only")
+
 logger = logging.get_logger(f"transformers.{__name__}")
 
 
@@ -25,6 +30,17 @@ class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausal
     # Draft layers are part of a checkpoint, and of the model when `config.draft` asks for them.
     _keys_to_ignore_on_load_unexpected = [r"^draft\."]  # noqa: RUF012
     _model_class = DeepseekV41TextModel
+    # What `from_pretrained` was told about where its files are, for the draft layers that are loaded later.
+    location: Mapping[str, Any] = MappingProxyType({})
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        if expected_keys is None:  # else it is an adapter
+            given = load_config.download_kwargs or {}
+            model.location = {name: given[name] for name in _LOCATION if given.get(name)}
+        return super(DeepseekV41TextForCausalLM, type(model))._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
+        )
 
     def __init__(self, config: DeepseekV41TextConfig):
         # Past DeepSeek-V4's constructor, which would build DeepSeek-V4's decoder.
@@ -65,9 +81,12 @@ class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausal
             raise EngramError(
                 "This model was not loaded from a folder; say where its draft layers are: load_drafts(folder)."
             )
+        if folder == self.name_or_path:
+            # Of the revision that this model is of, and with its code if that was trusted.
+            kwargs = {**self.location, "trust_remote_code": __name__.startswith("transformers_modules."), **kwargs}
         # As it is stored; this model's own config no longer says so where its weights were dequantized.
-        location = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
-        stored = AutoConfig.from_pretrained(folder, **location)
+        names = ("token", "trust_remote_code", *_LOCATION)
+        stored = AutoConfig.from_pretrained(folder, **{name: kwargs[name] for name in names if name in kwargs})
         if getattr(stored, "quantization_config", None) is not None:
             config.quantization_config = stored.quantization_config
         last = self.model.layers[-1]

@@ -26,7 +26,8 @@ from .modeling_deepseek_v41 import (
 )
 from .safetensors_engram import EngramError
 
-_FIELDS = (
+# Of the text model's config: what describes the draft layers.
+DRAFT_FIELDS = (
     "num_nextn_predict_layers",
     "dspark_block_size",
     "dspark_noise_token_id",
@@ -66,7 +67,7 @@ def draft_layers_config(config: DeepseekV41TextConfig) -> DeepseekV41TextConfig:
             "The config has no draft layers (`num_nextn_predict_layers`); generate without `use_mtp`, or open a checkpoint "
             "that has them."
         )
-    missing = [name for name in _FIELDS if getattr(config, name, None) is None]
+    missing = [name for name in DRAFT_FIELDS if getattr(config, name, None) is None]
     if missing:
         raise EngramError(f"The config has draft layers, but lacks `{missing[0]}`; take the one of the release.")
     targets, layers = config.dspark_target_layer_ids, config.num_hidden_layers

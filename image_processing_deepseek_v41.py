@@ -175,9 +175,10 @@ class DeepseekV41ImageProcessor(PilBackend):
         return load_image(image_url_or_urls)
 
     def process_image(self, image, **kwargs) -> "Image.Image":
-        """The image in RGB."""
+        """The image in RGB: itself, if it is so already."""
         try:
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise EngramError(f"{_name_of(image)} cannot be decoded: {error}.") from error
 
@@ -243,8 +244,7 @@ def fit(image: "Image.Image", plan: ImagePlan, max_wh_ratio: float | None) -> "I
 
 def as_bfloat16(pixels: torch.Tensor) -> torch.Tensor:
     """Bytes as numbers from -1 to 1, computed in float32 and rounded to bfloat16."""
-    values = (torch.arange(256, dtype=torch.float32) / 255 - 0.5) / 0.5
-    return values.to(torch.bfloat16)[pixels.int()]
+    return pixels.float().div_(255).sub_(0.5).div_(0.5).to(torch.bfloat16)
 
 
 def flatten_images(images) -> list:

@@ -166,7 +166,8 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         leave_tables_on_disk(model, load_config.device_map)
         model.base_model.prefetch_mounted()
-        info, *others = PreTrainedModel._load_pretrained_model(
+        # The backbone's own, which may refuse checkpoints too.
+        info, *others = model._extends[1]._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
         if expected_keys is None:  # else it is an adapter
@@ -470,6 +471,10 @@ class EngramModel(EngramPreTrainedModel):
         compaction = Compaction(is_text)
         valid = is_text
         if image_mask is not None:
+            if image_mask.shape != input_ids.shape:
+                raise EngramError(
+                    f"`image_mask` must have one entry per token, {list(input_ids.shape)}; got {list(image_mask.shape)}."
+                )
             no_image = ~image_mask.to(input_ids.device).bool()
             valid = no_image if is_text is None else is_text & no_image
         ids = self.hashing.compress(input_ids)

@@ -5,17 +5,22 @@ The classes derive from the text model's, so a checkpoint has one set of names: 
 Letters used for shapes: B rows, S tokens of this call, I images, N patches of all images, P pixels on a patch's side.
 """
 
+import re
+
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, Cache, LogitsProcessor, LogitsProcessorList, initialization
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList, initialization
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast
+from transformers.utils import logging
 
 from .causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
 from .configuration_vision_deepseek_v41 import known_copies
-from .modeling_deepseek_v41 import CACHE_OUTPUT, DeepseekV41TextModel
+from .modeling_deepseek_v41 import CACHE_OUTPUT, VISION_TENSOR, DeepseekV41TextModel
 from .safetensors_engram import EngramError
 from .vision_deepseek_v41 import DeepseekV41VisionModel
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class ForbidImageToken(LogitsProcessor):
@@ -29,12 +34,44 @@ class ForbidImageToken(LogitsProcessor):
         return scores.index_fill(1, torch.tensor([self.image_token_id], device=scores.device), float("-inf"))
 
 
-class DeepseekV41Model(DeepseekV41TextModel):
-    """The decoder with the vision tower in front of it."""
+class _ReadsImages:
+    """What the decoder and the model with its head have in common beside the text classes they derive from."""
 
     input_modalities = ("image", "text")
-    _keys_to_ignore_on_load_unexpected = None
     _no_split_modules = ["DeepseekV41DecoderLayer", "DeepseekV41VisionLayer"]  # noqa: RUF012
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        info, *others = super(_ReadsImages, type(model))._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
+        )
+        missing = sorted(name for name in info.missing_keys if re.search(VISION_TENSOR, name))
+        if missing and expected_keys is None:  # else it is an adapter
+            raise EngramError(
+                f"The checkpoint lacks {len(missing)} tensors of the vision tower, such as {missing[0]}, which would be random; "
+                "complete the folder, or open it as text, with AutoModelForCausalLM."
+            )
+        return info, *others
+
+
+class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
+    """The decoder with the vision tower in front of it.
+
+    `forward` takes, beside what [`DeepseekV41TextModel`] takes:
+
+    Args:
+        input_ids: `[B, S]`; every position of an image holds `config.image_token_id`.
+        inputs_embeds: `[B, S, hidden]` in place of ids, images already put in; then `image_mask` tells where.
+        pixel_values: floating `[N, 3, P, P]`, the images of the batch in the order of their positions.
+        image_grid_hws: integer `[I, 2]`, rows and columns of patches.
+        mm_encoder_outputs: `{"image": get_image_features(...)}` in place of pixels, so that a prompt can be fed in
+            pieces that cut an image: of each piece, the vectors of its image positions.
+
+    Raises:
+        ValueError: images and image positions do not match, or one of them is missing.
+    """
+
+    _keys_to_ignore_on_load_unexpected = None
 
     def __init__(self, config: DeepseekV41TextConfig):
         if config.vision_config is None:
@@ -86,49 +123,25 @@ class DeepseekV41Model(DeepseekV41TextModel):
         """Which positions belong to an image, delimiters included: bool, of the shape of `input_ids`."""
         return input_ids == self.config.image_token_id
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        image_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_grid_hws: torch.LongTensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
-    ) -> MoeModelOutputWithPast:
-        """Run the decoder; see [`DeepseekV41TextModel`] for what is not named here.
-
-        Args:
-            input_ids: `[B, S]`; every position of an image holds `config.image_token_id`.
-            inputs_embeds: `[B, S, hidden]` in place of ids, images already put in; then `image_mask` tells where.
-            pixel_values: floating `[N, 3, P, P]`, the images of the batch in the order of their positions.
-            image_grid_hws: integer `[I, 2]`, rows and columns of patches.
-            mm_encoder_outputs: `{"image": get_image_features(...)}` in place of pixels, so that a prompt can be fed in
-                pieces that cut an image: of each piece, the vectors of its image positions.
-
-        Raises:
-            ValueError: images and image positions do not match, or one of them is missing.
-        """
-        if input_ids is not None and inputs_embeds is None:
-            features = self._image_features(pixel_values, image_grid_hws, mm_encoder_outputs)
-            image_mask = self.get_image_mask(input_ids)
-            inputs_embeds, input_ids = self._merge(input_ids, image_mask, features), None
-        elif pixel_values is not None:
+    def _embed(
+        self, input_ids, inputs_embeds, image_mask, cache, **images
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if inputs_embeds is None:
+            features = self._image_features(**images)
+            image_mask = self._checked_image_mask(input_ids, image_mask)
+            return self._merge(input_ids, image_mask, features), image_mask
+        if images["pixel_values"] is not None:
             raise EngramError("Give `pixel_values` with `input_ids`; `inputs_embeds` must hold the images already.")
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            image_mask=image_mask,
-            **kwargs,
-        )
+        return inputs_embeds, image_mask
+
+    def _checked_image_mask(self, input_ids: torch.LongTensor, given: torch.Tensor | None) -> torch.Tensor:
+        image_mask = self.get_image_mask(input_ids)
+        if given is not None and not torch.equal(given.to(image_mask.device).bool(), image_mask):
+            raise EngramError(
+                f"`image_mask` {list(given.shape)} is not where `input_ids` {list(input_ids.shape)} hold the image id "
+                f"{self.config.image_token_id}; leave it out."
+            )
+        return image_mask
 
     def _image_features(self, pixel_values, image_grid_hws, mm_encoder_outputs) -> torch.Tensor | None:
         """Vectors `[positions of all images, hidden]`, or None."""
@@ -157,11 +170,9 @@ class DeepseekV41Model(DeepseekV41TextModel):
         return embeds.masked_scatter(image_mask.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
 
 
-class DeepseekV41ForConditionalGeneration(DeepseekV41TextForCausalLM):
+class DeepseekV41ForConditionalGeneration(_ReadsImages, DeepseekV41TextForCausalLM):
     """Text from text and images: [`DeepseekV41Model`] with the language-model head."""
 
-    input_modalities = ("image", "text")
-    _no_split_modules = DeepseekV41Model._no_split_modules
     _model_class = DeepseekV41Model
 
     def get_image_features(
@@ -188,7 +199,13 @@ class DeepseekV41ForConditionalGeneration(DeepseekV41TextForCausalLM):
         Labels that are the image id do not count: no position is taught to continue with an image.
         """
         if labels is not None:
-            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            images = labels == self.config.image_token_id
+            labels = labels.masked_fill(images, -100)
+            if kwargs.get("num_items_in_batch") is not None and bool(images.any()):
+                logger.warning_once(
+                    "The labels hold image positions, which teach nothing, but were counted among the tokens that the loss is "
+                    "the mean of, so it is too small; set them to -100 where the batch is made."
+                )
         if "past_key_values" in kwargs:
             kwargs[CACHE_OUTPUT] = kwargs.pop("past_key_values")
         return super().forward(

@@ -44,9 +44,10 @@ def eager_attention_forward(
 
 
 def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (channel j, channel j + D/2) of `[N, heads, D]` by float32 angles `[N, 1, D/2]`, in float32."""
+    """Rotate the pairs (channel j, channel j + D/2) of `[heads, N, D]` by float32 angles `[N, D/2]`, in float32."""
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
 class DeepseekV41VisionAttention(nn.Module):
@@ -66,15 +67,17 @@ class DeepseekV41VisionAttention(nn.Module):
         self, x: torch.Tensor, lengths: list[int], position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """`[N, hidden]` to `[N, hidden]`; `lengths` are the patches of each image."""
-        query, key, value = self.qkv_proj(x).view(len(x), 3, self.num_heads, self.head_dim).unbind(1)
-        query, key = (rotate_halves(states, *position_embeddings) for states in (query, key))
+        states = self.qkv_proj(x).view(len(x), 3, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
+        # Each head in one piece, because attention reads scattered rows slower.
+        query, key = (rotate_halves(part, *position_embeddings) for part in states[:2])
+        value = states[2].contiguous()
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         # The interface of transformers takes [batch, heads, patches, D]; an image is a batch of one.
-        images = zip(*(states.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for states in (query, key, value)), strict=True)  # fmt: skip
+        images = zip(*(part.unsqueeze(0).split(lengths, dim=2) for part in (query, key, value)), strict=True)
         outputs = [
-            attend(self, *states, None, scaling=self.scaling, dropout=0.0, is_causal=False)[0] for states in images
+            attend(self, *image, None, scaling=self.scaling, dropout=0.0, is_causal=False)[0] for image in images
         ]
         return self.out_proj(torch.cat(outputs, dim=1).reshape(len(x), -1))
 
@@ -233,7 +236,7 @@ class DeepseekV41VisionModel(DeepseekV41VisionPreTrainedModel):
     def _position_embeddings(
         self, grids: list[tuple[int, int]], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines `[N, 1, head_dim / 2]` in float32: a patch's row angles, then its column angles."""
+        """Cosines and sines `[N, head_dim / 2]` in float32: a patch's row angles, then its column angles."""
         pairs = self.config.hidden_size // self.config.num_attention_heads // 4  # of each axis
         # Of the images' exact places, so in float32 whatever the model's dtype.
         exponents = torch.arange(pairs, device=device, dtype=torch.float32) / pairs
@@ -244,7 +247,7 @@ class DeepseekV41VisionModel(DeepseekV41VisionPreTrainedModel):
                 torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
             )
             angles.append(torch.cat([axis.reshape(-1, 1) * frequencies for axis in axes], dim=-1))
-        angles = torch.cat(angles).unsqueeze(1)
+        angles = torch.cat(angles)
         return angles.cos(), angles.sin()
 
 

@@ -71,7 +71,7 @@ def write_checkpoint(folder: Path, *size: float) -> None:
 
     config = synthetic_config(*size)
     groups: dict[tuple[int, int], list] = {}
-    for binding in bind(DEEPSEEK_V41, config["text_config"]):
+    for binding in bind(DEEPSEEK_V41, config):
         for tensor in binding.upstream:
             count = int(np.prod(tensor.shape)) * ITEM_BYTES.get(tensor.dtype, 1)
             part = Computed(count, lambda dtype=tensor.dtype, count=count: random_bytes(dtype, count))

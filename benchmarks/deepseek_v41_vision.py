@@ -4,7 +4,8 @@
 
 The tower and the aligner, at the release's widths with a few layers, on one image of the largest size: beside torch's
 `scaled_dot_product_attention` and the matrix products of the same shapes alone. The image processor on a photograph of
-12 megapixels: beside Pillow's bicubic resize to the same size alone. Medians of several runs, one thread.
+12 megapixels: beside Pillow's bicubic resize to the same size alone. Medians of several runs of one
+thread, in processor time, which other work on the machine changes least.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from engram_hf.vision_deepseek_v41 import DeepseekV41VisionModel
 
 
 def seconds(*actions, runs: int) -> list[float]:
-    """The median time of each action, run in turns."""
+    """The median processor time of each action, run in turns."""
     times = [[] for _ in actions]
     for _ in range(runs):
         for action, taken in zip(actions, times, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             action()
-            taken.append(time.perf_counter() - start)
+            taken.append(time.process_time() - start)
     return [statistics.median(taken) for taken in times]
 
 

@@ -1,11 +1,17 @@
 """`engram inspect` and `engram card`: what a folder holds, from its config and file headers alone."""
 
 import argparse
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .folders import is_model, read_config, read_stored_tables, require_folder, weight_files
 from .output import columns, print_json, printable, size
+
+# Tensors of the layers of each part that a model may have beside its text, by our names and by those of the release.
+_VISION = re.compile(r"\bvision(?:_tower\.layers|\.blocks)\.(\d+)\.")
+_DRAFTS = re.compile(r"^(?:draft\.layers|mtp)\.(\d+)\.")
 
 
 def add_commands(commands: Any) -> None:
@@ -90,6 +96,7 @@ def _describe_model(folder: Path, in_tables: int) -> dict[str, Any]:
     stored = sum(path.stat().st_size for path in weight_files(folder))
     return {
         "backbone": f"{text.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size}",
+        "holds": _parts(text, _tensor_names(folder)),
         "memory_layers": list(config.engram_layer_ids),
         "ngrams": list(range(2, config.engram_max_ngram_size + 1)),
         "heads": config.engram_n_heads,
@@ -98,6 +105,28 @@ def _describe_model(folder: Path, in_tables: int) -> dict[str, Any]:
         "weight_bytes": stored,
         "table_share": round(in_tables / max(stored, in_tables), 4),
     }
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    from engram_hf.safetensors_engram import read_header
+
+    return {name for path in weight_files(folder) for name in read_header(path).tensors}
+
+
+def _parts(text: Any, names: Iterable[str]) -> list[str]:
+    """What a model with this backbone config reads or does, as far as the tensors `names` are there for it."""
+    vision = getattr(text, "vision_config", None)
+    expected = {
+        "images": (_VISION, getattr(vision, "num_hidden_layers", 0)),
+        "drafts": (_DRAFTS, getattr(text, "num_nextn_predict_layers", 0) or 0),
+    }
+    parts = ["text"]
+    for part, (pattern, layers) in expected.items():
+        found = {int(match[1]) for name in names if (match := pattern.search(name))} & set(range(layers))
+        if found:
+            missing = layers - len(found)
+            parts.append(f"{part} ({missing} of {layers} layers missing)" if missing else part)
+    return parts
 
 
 def _residencies() -> list[str]:

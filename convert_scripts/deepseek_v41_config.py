@@ -16,6 +16,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .. import auto_deepseek_v41
 from ..configuration_deepseek_v41 import DeepseekV41TextConfig
 from ..configuration_engram import VARIANTS, EngramConfig
+from ..configuration_vision_deepseek_v41 import DeepseekV41VisionConfig
+from ..draft_deepseek_v41 import DRAFT_FIELDS
 from ..hashing_engram import DEAD, NgramHasher
 from ..table_engram import SAFETENSORS_NAMES
 from ..table_format_engram import TableDescription, describe_table
@@ -83,6 +85,22 @@ def check_config(config: Mapping) -> None:
     missing = [name for name in ("num_hidden_layers", *_ENGRAM_FIELDS) if name not in config["text_config"]]
     if missing:
         raise ConversionError(f"text_config of config.json lacks {missing[0]!r}; is it a DeepSeek-V4.1 config?")
+    _refuse_unknown_fields(config)
+
+
+def _refuse_unknown_fields(config: Mapping) -> None:
+    """Tower and draft layers are built from these fields alone, so another one would be left out of the computation."""
+    vision = config.get("vision_config") or {}
+    known = {*DeepseekV41VisionConfig().to_dict(), *_VISION_FIELDS}
+    unknown = [f"vision_config.{name}" for name, value in vision.items() if name not in known and value is not None]
+    for name, value in config["text_config"].items():
+        if name.startswith("dspark_") and name not in DRAFT_FIELDS and value is not None:
+            unknown.append(f"text_config.{name}")
+    if unknown:
+        raise ConversionError(
+            f"config.json has {unknown[0]!r}, which this version does not know, so its tower or draft layers would be computed "
+            "without it; a newer version may know it."
+        )
 
 
 def first_layers(config: Mapping, count: int) -> dict:

@@ -5,13 +5,46 @@ Written from `spec/deepseek_v41.md` alone, apart from the converter, so that the
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.nn import functional
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def golden_fixtures(name: str, answers_file: str) -> tuple:
+    """Fixtures of one golden folder: the folder, its golden tensors, and its dequantized release tensors by name."""
+
+    @pytest.fixture(scope="session")
+    def folder(golden):
+        return golden / name
+
+    @pytest.fixture(scope="session")
+    def answers(folder):
+        return load_file(folder / answers_file)
+
+    @pytest.fixture(scope="session")
+    def release(folder):
+        return load_release(folder)
+
+    return folder, answers, release
+
+
+def copy_release(folder: Path, target: Path) -> Path:
+    """A copy of a golden folder that has the files of a release alone."""
+    return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("golden*", "README.md")))
+
+
+def inputs_of(answers: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tensor]:
+    """What the model is given in a golden case with images."""
+    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_hws")
+    return {name: answers[f"{case}.{name}"] for name in names if f"{case}.{name}" in answers}
+
 
 # Release name of one tensor of a layer -> ours. Experts are stacked apart.
 LAYER_NAMES = {

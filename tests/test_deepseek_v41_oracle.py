@@ -9,13 +9,12 @@ from deepseek_v41_models import CHUNKS, as_mask, in_chunks, padded, tokens, wors
 from deepseek_v41_reference import (
     InjectedMemory,
     dequantize,
-    load_release,
+    golden_fixtures,
     our_name,
     read_text_config,
     row_ids,
     text_state_dict,
 )
-from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from engram_hf import modeling_deepseek_v41 as modeling
@@ -26,19 +25,7 @@ from engram_hf.modeling_deepseek_v41 import round_fp8, round_mxfp4, round_nvfp4
 CASES = ("full", "padded", "long", "image")
 
 
-@pytest.fixture(scope="module")
-def folder(golden):
-    return golden / "deepseek_v41_tiny"
-
-
-@pytest.fixture(scope="module")
-def answers(folder):
-    return load_file(folder / "golden.safetensors")
-
-
-@pytest.fixture(scope="module")
-def release(folder):
-    return load_release(folder)
+folder, answers, release = golden_fixtures("deepseek_v41_tiny", "golden.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -505,6 +505,8 @@ def test_image_positions_have_no_memory_and_are_not_looked_through(mixtral):
     for gate in gates.values():
         assert (gate[:, 4:6] == 0).all() and (gate[:, :4] > 0).all() and (gate[:, 6:] > 0).all()
     assert differ(logits_of(mixtral, ids, image_mask=image), logits_of(mixtral, ids))
+    with pytest.raises(ValueError, match=r"one entry per token, \[1, 10\]; got \[1, 9\]"):
+        mixtral(ids, image_mask=image[:, :-1])
 
 
 def test_image_ids_do_not_matter_to_the_memory(mixtral):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from deepseek_v41_reference import copy_release
 from engram_cli.main import main as engram
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -60,6 +61,23 @@ def test_commands(tmp_path, monkeypatch, capsys, golden):
     for words, printed in commands("DeepSeek-V4.1") + commands("Command line"):
         assert run(words) == 0
         assert without_time(capsys.readouterr().out) == without_time(printed)
+
+
+@pytest.mark.skipif(
+    getattr(transformers.AutoImageProcessor, "is_dummy", False),
+    reason="AutoImageProcessor of this transformers needs torchvision",
+)
+def test_images_and_drafts(tmp_path, monkeypatch, capsys, golden):
+    folder = golden / "deepseek_v41_tiny_vl"
+    copy_release(folder, tmp_path / "tiny-vl")
+    shutil.copy(folder / "golden_vl.safetensors", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ((words, printed),) = commands("Images and drafts")
+    assert run(words) == 0
+    assert without_time(capsys.readouterr().out) == without_time(printed)
+    code, printed = blocks("Images and drafts")
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == printed
 
 
 def without_time(text: str) -> str:

@@ -48,6 +48,7 @@ def engram(capsys):
     """Run a command; what it printed. It has to end well."""
 
     def run(*arguments: object) -> str:
+        capsys.readouterr()
         assert main([str(argument) for argument in arguments]) == 0
         return capsys.readouterr().out
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_tools import EditableCheckpoint
+from deepseek_v41_reference import copy_release
 
 from engram_hf.convert_scripts import convert_deepseek_v41
 
@@ -12,9 +13,7 @@ from engram_hf.convert_scripts import convert_deepseek_v41
 @pytest.fixture(scope="session")
 def tiny(golden, tmp_path_factory) -> Path:
     """The miniature checkpoint alone, as a release folder."""
-    folder = tmp_path_factory.mktemp("upstream") / "tiny"
-    shutil.copytree(golden / "deepseek_v41_tiny", folder, ignore=shutil.ignore_patterns("golden.safetensors"))
-    return folder
+    return copy_release(golden / "deepseek_v41_tiny", tmp_path_factory.mktemp("upstream") / "tiny")
 
 
 @pytest.fixture(scope="session")

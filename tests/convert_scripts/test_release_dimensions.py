@@ -1,10 +1,14 @@
 """The table of names at the size of the release: nothing is allocated, and nothing is left over."""
 
+import importlib.util
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import engram_hf
 from engram_hf import EngramForConditionalGeneration
 from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
 from engram_hf.convert_scripts.deepseek_v41_config import HASHING, to_engram_config
@@ -105,9 +109,27 @@ def test_the_table_names_what_the_model_holds(release):
 def test_every_name_of_the_release_is_used_once(release):
     bindings = bind(DEEPSEEK_V41, release)
     names = [tensor.name for binding in bindings for tensor in binding.upstream]
-    assert len(names) == len(set(names))
+    assert len(names) == len(set(names)) == 96_085  # as many as the release's index has
+    sizes = {"BF16": 2, "F32": 4}
+    total = sum(
+        math.prod(tensor.shape) * sizes.get(tensor.dtype, 1) for binding in bindings for tensor in binding.upstream
+    )
+    # Its `total_size` is this, if the tower's norms (65 of 1024 channels, whose header was not read) are bfloat16.
+    assert total - 65 * 1024 * 2 == 510_286_023_000
     vision = [name for name in names if name.startswith(("vision.", "aligner.", "image_"))]
     assert len(vision) == 266
     drafts = {name for name in names if name.startswith("mtp.")}
     assert sum(".ffn.experts." in name for name in drafts) == 3 * 128 * 3 * 2
     assert {name.split(".")[1] for name in drafts if "markov_head" in name or ".norm." in name} == {"2"}
+
+
+def test_the_page_says_what_is_computed():
+    """`docs/deepseek-v41.md` has the lines that the benchmark prints."""
+    root = Path(engram_hf.__file__).parent
+    spec = importlib.util.spec_from_file_location(
+        "deepseek_v41_memory", root / "benchmarks" / "deepseek_v41_memory.py"
+    )
+    computed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(computed)
+    page = (root / "docs" / "deepseek-v41.md").read_text(encoding="utf-8")
+    assert "\n".join(computed.lines()) in page

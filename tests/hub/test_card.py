@@ -1,5 +1,6 @@
 """The generated card says what is true of the model, and never replaces what somebody wrote."""
 
+import json
 import re
 
 import pytest
@@ -9,6 +10,8 @@ from tiny_backbones import build, engram_config
 
 from engram_hf import EngramForCausalLM, EngramModel
 from engram_hf.card_engram import model_card, write_model_card
+from engram_hf.convert_scripts.deepseek_v41_config import to_engram_config
+from engram_hf.vision_deepseek_v41 import DeepseekV41VisionModel
 
 PLACEHOLDER = "This is the model card of a model. This model card has been automatically generated."
 
@@ -108,3 +111,17 @@ def test_another_card_is_left_alone(tmp_path, text):
     path.write_bytes(text.encode())
     write_model_card(path, engram_config("mixtral"), "me/model")
     assert path.read_bytes() == text.encode()
+
+
+def test_a_card_tells_of_images_and_drafts(golden):
+    config = to_engram_config(
+        json.loads((golden / "deepseek_v41_tiny_vl" / "config.json").read_text(encoding="utf-8")), "float32", True
+    )
+    card = model_card(config, "me/v41")
+    (images,) = re.findall(r"^\| Images \| (.*) \|$", card, re.MULTILINE)
+    (drafts,) = re.findall(r"^\| Drafts \| (.*) \|$", card, re.MULTILINE)
+    count = sum(p.numel() for p in DeepseekV41VisionModel(config.text_config.vision_config).parameters())
+    assert images.startswith(f"a tower of 3 layers, {count / 1000:.3g} k parameters") and "AutoProcessor" in images
+    assert drafts == "3 draft layers, 5 tokens a pass; `generate(..., use_mtp=True)`"
+    config.text_config.vision_config, config.text_config.num_nextn_predict_layers = None, 0
+    assert "| Images |" not in model_card(config) and "| Drafts |" not in model_card(config)

@@ -4,28 +4,15 @@ import json
 
 import pytest
 import torch
-from deepseek_v41_reference import load_release, text_state_dict
+from deepseek_v41_reference import copy_release, golden_fixtures, text_state_dict
 from reference_weights import model_name, tower_state_dict
-from safetensors.torch import load_file
 
 from engram_hf.configuration_deepseek_v41 import DeepseekV41TextConfig
+from engram_hf.convert_scripts import convert_deepseek_v41
 from engram_hf.multimodal_deepseek_v41 import DeepseekV41ForConditionalGeneration
 from engram_hf.vision_deepseek_v41 import DeepseekV41VisionModel
 
-
-@pytest.fixture(scope="session")
-def folder(golden):
-    return golden / "deepseek_v41_tiny_vl"
-
-
-@pytest.fixture(scope="session")
-def answers(folder):
-    return load_file(folder / "golden_vl.safetensors")
-
-
-@pytest.fixture(scope="session")
-def release(folder):
-    return load_release(folder)
+folder, answers, release = golden_fixtures("deepseek_v41_tiny_vl", "golden_vl.safetensors")
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +43,29 @@ def model(release, config):
     vision = {f"model.{model_name(name)}": tensor for name, tensor in release.items() if model_name(name)}
     model.load_state_dict({**text_state_dict(release, config), **vision}, strict=True)
     return model
+
+
+@pytest.fixture(scope="session")
+def upstream(folder, tmp_path_factory):
+    """The release's folder."""
+    return copy_release(folder, tmp_path_factory.mktemp("upstream") / "tiny")
+
+
+def converted_as(upstream, target, *options: str):
+    assert convert_deepseek_v41.main([str(upstream), str(target), *options]) == 0
+    return target
+
+
+@pytest.fixture(scope="session")
+def float32(upstream, tmp_path_factory):
+    """Its conversion with dequantized weights."""
+    return converted_as(upstream, tmp_path_factory.mktemp("float32") / "tiny", "--dtype", "float32")
+
+
+@pytest.fixture(scope="session")
+def kept(upstream, tmp_path_factory):
+    """Its conversion with quantized weights."""
+    return converted_as(upstream, tmp_path_factory.mktemp("kept") / "tiny")
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
 """The miniature with memory, images and drafts, as people open it: converted or as the release, through the Auto classes."""
 
 import json
-import shutil
 
 import pytest
 import torch
+from deepseek_v41_reference import inputs_of
 from PIL import Image
 from reference_weights import model_name
 from transformers import (
@@ -16,34 +16,12 @@ from transformers import (
 )
 
 from engram_hf import EngramForCausalLM, EngramForConditionalGeneration
-from engram_hf.convert_scripts import convert_deepseek_v41, export_deepseek_v41
+from engram_hf.convert_scripts import export_deepseek_v41
 
 needs_auto_image_processor = pytest.mark.skipif(
     getattr(AutoImageProcessor, "is_dummy", False), reason="AutoImageProcessor of this transformers needs torchvision"
 )
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
-
-
-@pytest.fixture(scope="module")
-def upstream(folder, tmp_path_factory):
-    target = tmp_path_factory.mktemp("upstream") / "tiny"
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("golden*", "README.md"))
-    return target
-
-
-def converted_as(upstream, target, *options: str):
-    assert convert_deepseek_v41.main([str(upstream), str(target), *options]) == 0
-    return target
-
-
-@pytest.fixture(scope="module")
-def float32(upstream, tmp_path_factory):
-    return converted_as(upstream, tmp_path_factory.mktemp("float32") / "tiny", "--dtype", "float32")
-
-
-@pytest.fixture(scope="module")
-def kept(upstream, tmp_path_factory):
-    return converted_as(upstream, tmp_path_factory.mktemp("kept") / "tiny")
 
 
 def load(folder, auto_class=AutoModelForImageTextToText, **options):
@@ -55,11 +33,6 @@ def load(folder, auto_class=AutoModelForImageTextToText, **options):
 @pytest.fixture(scope="module")
 def model(float32):
     return load(float32)
-
-
-def inputs_of(answers, case: str) -> dict[str, torch.Tensor]:
-    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_hws")
-    return {name: answers[f"{case}.{name}"] for name in names if f"{case}.{name}" in answers}
 
 
 # --- images
@@ -155,6 +128,12 @@ def test_one_folder_as_text(float32, answers):
         model(answers["two.input_ids"])
     row = answers["batch.input_ids"][2:, :19]
     torch.testing.assert_close(model(row).logits, answers["batch.logits"][2:, :19], atol=1e-4, rtol=0)
+
+
+def test_half_a_tower_beside_memory_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path, state_dict={k: v for k, v in model.state_dict().items() if "aligner" not in k})
+    with pytest.raises(ValueError, match="lacks 4 tensors of the vision tower"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
 
 
 # --- the processor

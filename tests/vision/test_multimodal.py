@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from deepseek_v41_reference import InjectedMemory
+from deepseek_v41_reference import InjectedMemory, inputs_of
 from reference_weights import model_name
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 from transformers.generation import utils as generation_utils
@@ -11,11 +11,6 @@ from engram_hf.causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from engram_hf.multimodal_deepseek_v41 import DeepseekV41ForConditionalGeneration
 
 IMAGE = 1277
-
-
-def inputs_of(answers, case: str) -> dict[str, torch.Tensor]:
-    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_hws")
-    return {name: answers[f"{case}.{name}"] for name in names if f"{case}.{name}" in answers}
 
 
 def remember(model, answers, release) -> InjectedMemory:
@@ -198,13 +193,6 @@ def test_attention_of_tower_and_text_are_chosen_apart(model, tmp_path):
     assert chosen.model.vision_tower.config._attn_implementation == "sdpa"
 
 
-def test_half_a_tower_is_told(model, tmp_path):
-    state = {name: tensor for name, tensor in model.state_dict().items() if "vision_tower.layers.1" not in name}
-    model.save_pretrained(tmp_path, state_dict=state)
-    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
-    assert len(info["missing_keys"]) == 8 and all("vision_tower.layers.1." in name for name in info["missing_keys"])
-
-
 # --- bad input
 
 
@@ -228,11 +216,26 @@ def test_images_and_positions_must_match(model, answers):
         model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
 
 
-def test_an_image_id_in_a_model_of_text(model, answers, tmp_path):
+def test_an_image_mask_must_be_that_of_the_ids(model, answers):
+    inputs = inputs_of(answers, "two")
+    mask = model.model.get_image_mask(inputs["input_ids"])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, image_mask=mask).logits, model(**inputs).logits)
+    for wrong in (mask[:, :-1], mask.roll(1), torch.zeros_like(mask)):
+        with pytest.raises(ValueError, match=r"`image_mask` .* leave it out"):
+            model(**inputs, image_mask=wrong)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(ValueError, match="one entry per token"):
+        model(inputs_embeds=embeds, image_mask=mask[:, :-1])
+
+
+def test_images_in_a_model_of_text(model, answers, tmp_path):
     model.save_pretrained(tmp_path)
-    text = AutoModelForCausalLM.from_pretrained(tmp_path)
+    text, inputs = AutoModelForCausalLM.from_pretrained(tmp_path), inputs_of(answers, "two")
     with pytest.raises(ValueError, match="AutoModelForImageTextToText"):
-        text(answers["two.input_ids"])
+        text(inputs["input_ids"])
+    with pytest.raises(ValueError, match=r"`pixel_values` were given .* AutoModelForImageTextToText"):
+        text(**inputs)
 
 
 def test_a_checkpoint_without_tower_has_no_images(model, config, tmp_path):
@@ -240,3 +243,14 @@ def test_a_checkpoint_without_tower_has_no_images(model, config, tmp_path):
     DeepseekV41TextForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no tower"):
         AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["vision_tower.layers.1.", "vision_tower.", "image_newline"])
+def test_a_checkpoint_without_all_of_its_tower_is_refused(model, tmp_path, part):
+    """transformers alone would fill it up with random numbers and say so in a table; as text it opens all the same."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if part not in name}
+    missing = len(model.state_dict()) - len(state)
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=rf"lacks {missing} tensors of the vision tower, such as model\.{part}"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is DeepseekV41TextForCausalLM

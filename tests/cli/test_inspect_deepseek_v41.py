@@ -1,0 +1,67 @@
+"""`engram inspect` on DeepSeek-V4.1: which of text, images and drafts a folder has."""
+
+import json
+import shutil
+
+import pytest
+from deepseek_v41_reference import copy_release
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from engram_hf.convert_scripts import convert_deepseek_v41
+
+
+@pytest.fixture(scope="module")
+def release(golden, tmp_path_factory):
+    return copy_release(golden / "deepseek_v41_tiny_vl", tmp_path_factory.mktemp("release") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def converted(release, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "tiny"
+    assert convert_deepseek_v41.main([str(release), str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["release", "converted"])
+def test_text_images_and_drafts(engram, request, kind):
+    folder = request.getfixturevalue(kind)
+    assert json.loads(engram("inspect", folder, "--json"))["holds"] == ["text", "images", "drafts"]
+    assert "holds           text, images, drafts" in engram("inspect", folder).splitlines()
+
+
+def without(folder, target, prefix: str):
+    """A copy of a folder whose tensors with this prefix are gone, from the index too."""
+    shutil.copytree(folder, target)
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    gone = {name for name in index["weight_map"] if name.startswith(prefix)}
+    for file in {index["weight_map"].pop(name) for name in gone}:
+        with safe_open(target / file, "pt") as shard:
+            left = {name: shard.get_tensor(name) for name in shard.keys() if name not in gone}  # noqa: SIM118
+        save_file(left, target / file, metadata={"format": "pt"})
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    return target
+
+
+@pytest.mark.parametrize(
+    "prefix, holds",
+    [
+        ("model.vision_tower.", ["text", "drafts"]),
+        ("draft.", ["text", "images"]),
+        ("model.vision_tower.layers.1.", ["text", "images (1 of 3 layers missing)", "drafts"]),
+        ("draft.layers.2.", ["text", "images", "drafts (1 of 3 layers missing)"]),
+    ],
+)
+def test_what_is_missing_is_not_told_of(engram, converted, tmp_path, prefix, holds):
+    folder = without(converted, tmp_path / "copy", prefix)
+    assert json.loads(engram("inspect", folder, "--json"))["holds"] == holds
+
+
+def test_drafts_that_have_nothing_to_read_are_none(engram, release, tmp_path):
+    """Of the first layers alone, draft layers are carried for the export, but cannot draft."""
+    assert convert_deepseek_v41.main([str(release), str(tmp_path / "first"), "--layers", "5"]) == 0
+    assert json.loads(engram("inspect", tmp_path / "first", "--json"))["holds"] == ["text", "images"]
+
+
+def test_another_backbone_is_text(engram, saved):
+    assert json.loads(engram("inspect", saved, "--json"))["holds"] == ["text"]
