@@ -1,13 +1,12 @@
 """What a `transformers.Trainer` user needs beyond the model: optimizer groups, and training only the rows that are read."""
 
 from .optimizer import engram_parameter_groups
-from .row_adapters import RowAdapter, add_row_adapters, merge_row_adapters, saved_rows, touched_rows
+from .row_scan import RowScan, scan_rows
+from .rows_peft import EngramRowsConfig
 
 __all__ = [
-    "RowAdapter",
-    "add_row_adapters",
+    "EngramRowsConfig",
+    "RowScan",
     "engram_parameter_groups",
-    "merge_row_adapters",
-    "saved_rows",
-    "touched_rows",
+    "scan_rows",
 ]
