@@ -1,12 +1,17 @@
-"""What a `transformers.Trainer` user needs beyond the model: optimizer groups, and training only the rows that are read."""
+"""What a `transformers.Trainer` user needs beyond the model: optimizer groups, adapters of rows, and facts in rows."""
 
+from .fact_report import FactReport
+from .facts import forget_facts, write_facts
 from .optimizer import engram_parameter_groups
 from .row_scan import RowScan, scan_rows
 from .rows_peft import EngramRowsConfig
 
 __all__ = [
     "EngramRowsConfig",
+    "FactReport",
     "RowScan",
     "engram_parameter_groups",
+    "forget_facts",
     "scan_rows",
+    "write_facts",
 ]

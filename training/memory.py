@@ -4,11 +4,12 @@ Shape letters: B batch, S positions, L Engram layers, T heads of all n-gram orde
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
+from ..hashing_engram import as_token_map
 from ..safetensors_engram import EngramError
 
 if TYPE_CHECKING:
@@ -69,6 +70,21 @@ def read_rows_of(engram: "EngramModel", batch: Mapping[str, torch.Tensor]) -> Re
     everywhere = torch.ones(memory.row_ids.shape[1:3], dtype=torch.bool)
     valid = everywhere if memory.valid is None else memory.valid.cpu().expand_as(everywhere)
     return ReadRows(memory.row_ids.cpu(), valid)
+
+
+def require_tokenizer_of(engram: "EngramModel", tokenizer: Any) -> None:
+    """Refuse a tokenizer whose compressed ids are not those that the model hashes.
+
+    Raises:
+        ValueError: says so. A tokenizer without compressed ids cannot be compared.
+    """
+    own, theirs = engram.hashing.token_map, getattr(tokenizer, "token_map", None)
+    if own is None or theirs is None:
+        return
+    token_map = as_token_map(theirs)
+    common = min(len(own), len(token_map))
+    if not torch.equal(own[:common].cpu(), token_map[:common]):
+        raise EngramError("This tokenizer's compressed ids are not those that the model hashes; pass the model's own tokenizer.")
 
 
 def check_layers(engram: "EngramModel", layers: Iterable[int] | None) -> list[int]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..safetensors_engram import EngramError
-from .memory import check_layers, check_orders, find_engram, heads_of_orders, read_rows_of, rows_of_orders
+from .memory import check_layers, check_orders, find_engram, heads_of_orders, read_rows_of, require_tokenizer_of, rows_of_orders
 
 if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
@@ -113,6 +113,7 @@ def scan_rows(
         ValueError: there are no tokens, no row is left, or layers or orders are not those of the model.
     """
     engram = find_engram(model)
+    require_tokenizer_of(engram, tokenizer)
     chosen_layers, chosen_orders = check_layers(engram, layers), check_orders(engram, orders)
     if type(min_count) is not int or min_count < 1:
         raise EngramError(f"min_count is {min_count!r}; it must be a whole number, at least 1.")
