@@ -188,12 +188,14 @@ class as_batches:  # noqa: N801 (used as a function; it is a class so that a pro
             if _is_batch(item):
                 yield item
                 continue
-            texts.append(self._token_ids(item))
+            ids = self._token_ids(item)
+            if ids.numel():
+                texts.append(ids)
             if len(texts) == _BATCH:
-                yield _pad(texts)
+                yield _as_batch(texts)
                 texts = []
         if texts:
-            yield _pad(texts)
+            yield _as_batch(texts)
 
     def _token_ids(self, item: Any) -> torch.Tensor:
         if isinstance(item, Mapping) and item.get("input_ids") is not None:
@@ -217,7 +219,7 @@ def _describe(item: Any) -> str:
     return f"a mapping with {sorted(item)}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
 
 
-def _pad(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _as_batch(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` `[B, S]`, padded on the right."""
     pad = torch.nn.utils.rnn.pad_sequence
     masks = [torch.ones_like(ids) for ids in rows]
