@@ -114,7 +114,9 @@ def parse_facts(facts: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Fact
         ValueError: there are none; one lacks a field or has a target without tokens; or two contradict each other.
     """
     if isinstance(facts, (str, bytes, Mapping)):
-        raise EngramError(f"The facts are one {type(facts).__name__}; pass a list of dictionaries with prompt and target.")
+        raise EngramError(
+            f"The facts are one {type(facts).__name__}; pass a list of dictionaries with prompt and target."
+        )
     parsed = [_parse(index, item, tokenizer) for index, item in enumerate(facts)]
     if not parsed:
         raise EngramError("There are no facts; pass at least one dictionary with prompt and target.")

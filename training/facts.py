@@ -29,7 +29,7 @@ from .fact_report import (
 from .fact_texts import Fact, WrittenFact, choose_positions, parse_facts, say_conflicts
 from .memory import check_layers, check_orders, find_engram, require_tokenizer_of
 from .row_adapters import RowDifferences, RowsLayer
-from .row_scan import as_batches, scan_rows
+from .row_scan import Batches, scan_rows
 from .rows_peft import NAME, EngramRowsConfig
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -87,7 +87,9 @@ def write_facts(
             "least 1, the rate positive, and the number of reads not negative."
         )
     if name in getattr(model, "peft_config", {}):
-        raise EngramError(f"The model has an adapter {name!r} already; choose another name, or delete_adapter({name!r}) first.")
+        raise EngramError(
+            f"The model has an adapter {name!r} already; choose another name, or delete_adapter({name!r}) first."
+        )
     parsed = parse_facts(facts, tokenizer)
     chosen_layers = tuple(check_layers(engram, layers))
     chosen_orders = tuple(check_orders(engram, [engram.hashing.max_ngram] if orders is None else orders))
@@ -95,7 +97,7 @@ def write_facts(
         WrittenFact(fact, positions, chosen_layers, chosen_orders)
         for fact, positions in zip(parsed, choose_positions(engram, parsed, chosen_orders), strict=True)
     ]
-    texts = None if protect is None else list(as_batches(protect, tokenizer))
+    texts = None if protect is None else list(Batches(protect, tokenizer))
     rows, notes = _rows_to_write(model, tokenizer, written, texts, max_protected_reads)
     notes += say_conflicts(engram, parsed, chosen_orders)
     config = EngramRowsConfig(
@@ -104,7 +106,8 @@ def write_facts(
     started = time.perf_counter()
     with _evaluating(model), _adapter(model, config, name) as peft_model:
         before = measure_facts(peft_model, parsed)
-        done = _train(peft_model, name, parsed, steps, learning_rate)
+        taught = [fact for fact, part in zip(parsed, rows, strict=True) if any(ids.numel() for ids in part.values())]
+        done = _train(peft_model, name, taught, steps, learning_rate)
         after = measure_facts(peft_model, parsed)
         seconds = time.perf_counter() - started
         notes += _say_shut_gates(peft_model, written, after)
@@ -127,8 +130,8 @@ def write_facts(
 def forget_facts(model: PeftModel, name: str, which: int | Iterable[int]) -> int:
     """Take single facts out of an adapter: rows that only they have are as they were, to the last bit.
 
-    Rows that other facts of the adapter have too stay; that is said in a warning. An adapter without facts left is
-    deleted. Save the adapter again afterwards.
+    Rows that other facts of the adapter have too stay; that is said in a warning. An adapter without facts left changes
+    nothing any more. Save the adapter again afterwards.
 
     Args:
         model: a `PeftModel` with the adapter.
@@ -150,10 +153,6 @@ def forget_facts(model: PeftModel, name: str, which: int | Iterable[int]) -> int
     gone = _union([fact.rows(engram) for index, fact in enumerate(facts) if index in indices])
     kept = _union([fact.rows(engram) for index, fact in enumerate(facts) if index not in indices])
     config = model.peft_config[name]
-    if len(indices) == len(facts):
-        removed = sum(described["rows"] for described in config.memory.values())
-        model.delete_adapter(name)
-        return removed
     removed, shared, rows = 0, 0, {}
     for layer, table in rows_layers(model, name).items():
         adapter = table.engram_rows_adapter[name]
@@ -163,12 +162,8 @@ def forget_facts(model: PeftModel, name: str, which: int | Iterable[int]) -> int
         adapter.keep(~is_gone | is_kept)
         removed, shared = removed + int((is_gone & ~is_kept).sum()), shared + int((is_gone & is_kept).sum())
         rows[layer] = adapter.rows.cpu()
-        if not rows[layer].numel():
-            del table.engram_rows_adapter[name], rows[layer], config.memory[str(layer)]
-        else:
-            config.memory[str(layer)]["rows"] = rows[layer].numel()
+        config.memory[str(layer)]["rows"] = rows[layer].numel()
     config.rows, config.facts = rows, [fact.to_dict() for index, fact in enumerate(facts) if index not in indices]
-    config.target_modules = [f"{layer}.engram.table" for layer in rows]
     if shared:
         logger.warning(
             f"{shared} rows of the facts {sorted(indices)} are those of other facts in {name!r} too, and stay written."
@@ -428,7 +423,9 @@ def _say_shut_gates(model: PeftModel, written: Sequence[WrittenFact], after: Seq
         gates = model.get_base_model().engram_gates(ids)
         widest = max(float(gates[layer][0, list(fact.positions)].max()) for layer in fact.layers)
         reason = f"; the gate opens {widest:.0%} at most there" if widest < _SHUT else ""
-        notes.append(f"Fact {index} is not recalled (rank {recall.rank:,}){reason}: more steps, layers or orders may help.")
+        notes.append(
+            f"Fact {index} is not recalled (rank {recall.rank:,}){reason}: more steps, layers or orders may help."
+        )
     return notes
 
 

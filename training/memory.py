@@ -84,7 +84,9 @@ def require_tokenizer_of(engram: "EngramModel", tokenizer: Any) -> None:
     token_map = as_token_map(theirs)
     common = min(len(own), len(token_map))
     if not torch.equal(own[:common].cpu(), token_map[:common]):
-        raise EngramError("This tokenizer's compressed ids are not those that the model hashes; pass the model's own tokenizer.")
+        raise EngramError(
+            "This tokenizer's compressed ids are not those that the model hashes; pass the model's own tokenizer."
+        )
 
 
 def check_layers(engram: "EngramModel", layers: Iterable[int] | None) -> list[int]:
@@ -112,7 +114,9 @@ def check_orders(engram: "EngramModel", orders: Iterable[int] | None) -> list[in
     known = list(range(2, engram.hashing.max_ngram + 1))
     chosen = known if orders is None else sorted(set(orders))
     if not chosen or not set(chosen) <= set(known):
-        raise EngramError(f"orders is {chosen}, but this model reads n-grams of the orders {known}; name some of these.")
+        raise EngramError(
+            f"orders is {chosen}, but this model reads n-grams of the orders {known}; name some of these."
+        )
     return chosen
 
 

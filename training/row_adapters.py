@@ -65,6 +65,9 @@ class RowDifferences(nn.Module):
         """Differences `[..., T, W]` of row ids `[..., T]`, and where there are any, bool `[..., T, 1]`."""
         if not torch.compiler.is_compiling():
             self.require_rows()
+        if not self.rows.numel():  # all of them were taken out again
+            adapted = torch.zeros_like(row_ids, dtype=torch.bool).unsqueeze(-1)
+            return self.delta.new_zeros((*row_ids.shape, self.delta.shape[1])), adapted
         place = torch.searchsorted(self.rows, row_ids).clamp_max(self.rows.numel() - 1)
         adapted = (self.rows[place] == row_ids).unsqueeze(-1)
         return F.embedding(place, self.delta) * adapted, adapted
@@ -92,6 +95,9 @@ def combine(parts: Iterable[tuple[RowDifferences, float]]) -> tuple[torch.Tensor
     rows = torch.unique(torch.cat([adapter.rows for adapter, _ in parts]))
     delta = torch.zeros(rows.numel(), parts[0][0].delta.shape[1], device=rows.device)
     for adapter, weight in parts:
+        if not self.rows.numel():  # all of them were taken out again
+            adapted = torch.zeros_like(row_ids, dtype=torch.bool).unsqueeze(-1)
+            return self.delta.new_zeros((*row_ids.shape, self.delta.shape[1])), adapted
         place = torch.searchsorted(rows, adapter.rows)
         delta[place] += weight * adapter.delta.detach().to(delta.dtype)
     return rows, delta
@@ -194,7 +200,9 @@ class RowsLayer(nn.Module, BaseTunerLayer):
         before = weight[rows]
         merged = (before + delta).to(weight.dtype)
         if safe_merge and not bool(merged.isfinite().all()):
-            raise EngramError(f"The adapters {names} would put rows that are not finite into the table; train them again.")
+            raise EngramError(
+                f"The adapters {names} would put rows that are not finite into the table; train them again."
+            )
         weight[rows] = merged
         self._before_merges.append((rows, before))
         self.merged_adapters = [*self.merged_adapters, *names]

@@ -9,7 +9,15 @@ from torch import nn
 from transformers.utils import logging
 
 from ..safetensors_engram import EngramError
-from .memory import check_layers, check_orders, find_engram, heads_of_orders, read_rows_of, require_tokenizer_of, rows_of_orders
+from .memory import (
+    check_layers,
+    check_orders,
+    find_engram,
+    heads_of_orders,
+    read_rows_of,
+    require_tokenizer_of,
+    rows_of_orders,
+)
 
 if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
@@ -117,7 +125,7 @@ def scan_rows(
     chosen_layers, chosen_orders = check_layers(engram, layers), check_orders(engram, orders)
     if type(min_count) is not int or min_count < 1:
         raise EngramError(f"min_count is {min_count!r}; it must be a whole number, at least 1.")
-    positions, counters = _count(engram, as_batches(data, tokenizer), chosen_layers, chosen_orders)
+    positions, counters = _count(engram, Batches(data, tokenizer), chosen_layers, chosen_orders)
     if positions == 0:
         raise EngramError("There are no tokens in the data to be scanned; pass texts or token ids.")
     scan = RowScan({}, {}, positions, [])
@@ -165,7 +173,7 @@ def _summary(
     return parts
 
 
-class as_batches:  # noqa: N801 (used as a function; it is a class so that a progress bar knows its length)
+class Batches:
     """Batches of token ids from whatever holds texts or tokens; see `data` of [`scan_rows`].
 
     Raises:

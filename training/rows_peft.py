@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftType
@@ -92,7 +92,7 @@ class EngramRowsModel(BaseTuner):
 
     prefix = "engram_rows_"
     tuner_layer_cls = RowsLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # a config names its tables itself
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter with the rows of several: the weighted sum of their differences.
@@ -114,7 +114,8 @@ class EngramRowsModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise EngramError(f"There is an adapter {adapter_name!r} already; choose another name.")
         sums = {layer: combine(parts) for layer, parts in self._parts(adapters, weights).items()}
-        config = EngramRowsConfig(rows={layer: rows for layer, (rows, _) in sums.items()})
+        facts = [fact for name in adapters for fact in self.peft_config[name].facts or []]
+        config = EngramRowsConfig(rows={layer: rows for layer, (rows, _) in sums.items()}, facts=facts or None)
         config.task_type = self.peft_config[adapters[0]].task_type
         config.base_model_name_or_path = self.peft_config[adapters[0]].base_model_name_or_path
         self.peft_config[adapter_name] = config
@@ -220,8 +221,8 @@ def require_same_memory(engram: "EngramModel", layer: str, described: dict[str, 
             f"adapter_config.json does not say which memory layer {layer!r} of this adapter is for; restore the file that "
             "save_pretrained wrote."
         )
-    if type(described["rows"]) is not int or described["rows"] < 1:
-        raise EngramError(f"adapter_config.json says {described['rows']!r} rows of layer {layer}; restore the file.")
+    if type(described["rows"]) is not int or not 0 <= described["rows"] <= memory_of_layer(engram, int(layer)).table.num_rows:
+        raise EngramError(f"adapter_config.json says {described['rows']!r} rows of layer {layer}, which no table has; restore it.")
     own = describe_memory(engram, int(layer), described["rows"])
     for name in ("width", *_OF_THE_HASH):
         if own[name] != described[name]:
