@@ -95,9 +95,6 @@ def combine(parts: Iterable[tuple[RowDifferences, float]]) -> tuple[torch.Tensor
     rows = torch.unique(torch.cat([adapter.rows for adapter, _ in parts]))
     delta = torch.zeros(rows.numel(), parts[0][0].delta.shape[1], device=rows.device)
     for adapter, weight in parts:
-        if not self.rows.numel():  # all of them were taken out again
-            adapted = torch.zeros_like(row_ids, dtype=torch.bool).unsqueeze(-1)
-            return self.delta.new_zeros((*row_ids.shape, self.delta.shape[1])), adapted
         place = torch.searchsorted(rows, adapter.rows)
         delta[place] += weight * adapter.delta.detach().to(delta.dtype)
     return rows, delta
