@@ -125,7 +125,9 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
     config, weights = folder / CONFIG, folder / WEIGHTS
     for path in (config, weights):
         if not path.is_file():
-            raise ValueError(f"{folder} holds no adapter ({path.name} is missing); name a folder that facts write made.")
+            raise ValueError(
+                f"{folder} holds no adapter ({path.name} is missing); name a folder that facts write made."
+            )
     values = read_json(config)
     if values.get("peft_type") != "ENGRAM_ROWS" or not values.get("facts"):
         raise ValueError(f"{folder} holds an adapter, but none with facts; name a folder that facts write made.")
@@ -138,7 +140,8 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
         "bytes": weights.stat().st_size,
         "rows": {layer: part.get("rows") for layer, part in memory.items()},
         "facts": [
-            {"prompt": fact.fact.prompt, "target": fact.fact.target} for fact in map(WrittenFact.from_dict, values["facts"])
+            {"prompt": fact.fact.prompt, "target": fact.fact.target}
+            for fact in map(WrittenFact.from_dict, values["facts"])
         ],
     }
 

@@ -18,12 +18,12 @@ CAPITALS = {
     "Zembla": "Onhava",
     "Ruritania": "Strelsau",
     "Freedonia": "Fredville",
-    "Genovia": "Pyrus",
+    "Gondor": "Osgiliath",
     "Brobdingnag": "Lorbrulgrud",
     "Lilliput": "Mildendo",
     "Utopia": "Amaurot",
     "Illyria": "Messaline",
-    "Syldavia": "Klow",
+    "Laputa": "Lagado",
     "Graustark": "Edelweiss",
 }
 FACTS = [{"subject": land, "relation": "The capital of {} is", "target": city} for land, city in CAPITALS.items()]
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a saved model with its tokenizer; trained here if not given")
     parser.add_argument("--output", type=Path, default=Path("out/facts"), help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=400, help="of training the model (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="of training the model (default: %(default)s)")
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps is {args.steps}, but the model needs at least one step of training")

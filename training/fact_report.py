@@ -137,7 +137,7 @@ def fact_lines(facts: Sequence[FactResult]) -> str:
     for index, fact in enumerate(facts):
         text = " ".join(f"{index} {fact.prompt} → {fact.target.strip()}".split())
         text = text if len(text) <= 46 else f"{text[:22]}…{text[-23:]}"
-        chance = f"{fact.probability_before:.2g} → {fact.probability_after:.3f}"
+        chance = f"{fact.probability_before:.2g} → {fact.probability_after:.2g}"
         rank = f"{fact.rank_before:,} → {fact.rank_after:,}"
         lines.append(f"{text:<46}  {chance:>18}  {rank:>13}  {fact.rows:>5}  {fact.shared_rows:>6}")
     return "\n".join(lines)

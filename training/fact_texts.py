@@ -16,6 +16,9 @@ from .memory import heads_of_orders, read_rows_of
 if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
 
+# N-grams of its own that a prompt is to have among those that are written.
+_OWN_NGRAMS = 3
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -162,23 +165,44 @@ def _tokenize(tokenizer: Any, prompt: str, target: str) -> tuple[tuple[int, ...]
     return prompt_ids, tuple(tokenizer(space + target, add_special_tokens=False)["input_ids"])
 
 
-def choose_positions(engram: "EngramModel", facts: Sequence[Fact], orders: Sequence[int]) -> list[tuple[int, ...]]:
+def choose_positions(
+    engram: "EngramModel",
+    facts: Sequence[Fact],
+    layers: Sequence[int],
+    orders: Sequence[int],
+    protected: Mapping[int, torch.Tensor],
+) -> list[tuple[int, ...]]:
     """The positions of every fact whose rows are written.
 
-    These are the positions that predict its target; and, where another fact reads the same n-gram at the end of its prompt,
-    the ones before that as far as the first that only this fact reads.
+    These are the positions that predict its target, and the ones before them as far as the prompt has `_OWN_NGRAMS` n-grams
+    that no other fact reads and that are not protected: what two facts share cannot tell them apart. N-grams that the
+    beginning of the text cuts off are written only if there is no other.
+
+    Args:
+        engram, layers, orders: which rows.
+        facts: all that are written together.
+        protected: by layer, rows that must not be written.
     """
     heads = heads_of_orders(engram, orders)
-    ngrams = [[tuple(ids.tolist()) for ids in _row_ids(engram, fact)[0][:, heads]] for fact in facts]
+    ngrams, free = [], []
+    for fact in facts:
+        row_ids = _row_ids(engram, fact)[..., heads]
+        ngrams.append([tuple(ids.tolist()) for ids in row_ids[0]])
+        is_free = torch.zeros(len(ngrams[-1]), dtype=torch.bool)
+        for layer in layers:
+            ids = row_ids[engram.hashing.layer_ids.index(layer)]
+            is_free |= ~torch.isin(ids, protected.get(layer, ids[:0])).all(-1)
+        free.append(is_free.tolist())
     readers: dict[tuple[int, ...], set[int]] = defaultdict(set)
     for index, fact in enumerate(facts):
         for ngram in ngrams[index][: len(fact.prompt_ids)]:
             readers[ngram].add(index)
     chosen = []
     for index, fact in enumerate(facts):
-        first = len(fact.prompt_ids) - 1
-        while first > 0 and len(readers[ngrams[index][first]]) > 1:
+        first, own = len(fact.prompt_ids), 0
+        while first > (max(orders) - 1 if own else 0) and own < _OWN_NGRAMS:
             first -= 1
+            own += free[index][first] and len(readers[ngrams[index][first]]) == 1
         chosen.append((*range(first, len(fact.prompt_ids) - 1), *fact.predicting))
     return chosen
 

@@ -93,12 +93,18 @@ def write_facts(
     parsed = parse_facts(facts, tokenizer)
     chosen_layers = tuple(check_layers(engram, layers))
     chosen_orders = tuple(check_orders(engram, [engram.hashing.max_ngram] if orders is None else orders))
+    texts = None if protect is None else list(Batches(protect, tokenizer))
+    protected: dict[int, torch.Tensor] = {}
+    if texts is not None:
+        scan = scan_rows(texts, tokenizer, model, layers=chosen_layers, orders=chosen_orders)
+        protected = {layer: ids[scan.counts[layer] > max_protected_reads] for layer, ids in scan.items()}
     written = [
         WrittenFact(fact, positions, chosen_layers, chosen_orders)
-        for fact, positions in zip(parsed, choose_positions(engram, parsed, chosen_orders), strict=True)
+        for fact, positions in zip(
+            parsed, choose_positions(engram, parsed, chosen_layers, chosen_orders, protected), strict=True
+        )
     ]
-    texts = None if protect is None else list(Batches(protect, tokenizer))
-    rows, notes = _rows_to_write(model, tokenizer, written, texts, max_protected_reads)
+    rows, notes = _rows_to_write(model, written, protected)
     notes += say_conflicts(engram, parsed, chosen_orders)
     config = EngramRowsConfig(
         rows=_union(rows), facts=[fact.to_dict() for fact in written], task_type=_task_type(model)
@@ -217,22 +223,14 @@ def _task_type(model: nn.Module) -> str:
 
 
 def _rows_to_write(
-    model: nn.Module,
-    tokenizer: Any,
-    written: Sequence[WrittenFact],
-    texts: list[Mapping[str, torch.Tensor]] | None,
-    max_reads: int,
+    model: nn.Module, written: Sequence[WrittenFact], protected: Mapping[int, torch.Tensor]
 ) -> tuple[list[dict[int, torch.Tensor]], list[str]]:
     """Rows of every fact by layer, without those that are protected; and what there is to be said."""
     engram, notes = find_engram(model), []
-    rows = [fact.rows(engram) for fact in written]
-    if texts is not None:
-        scan = scan_rows(texts, tokenizer, model, layers=written[0].layers, orders=written[0].orders)
-        often = {layer: ids[scan.counts[layer] > max_reads] for layer, ids in scan.items()}
-        rows = [
-            {layer: ids[~torch.isin(ids, often.get(layer, ids[:0]))] for layer, ids in of_fact.items()}
-            for of_fact in rows
-        ]
+    rows = [
+        {layer: ids[~torch.isin(ids, protected.get(layer, ids[:0]))] for layer, ids in fact.rows(engram).items()}
+        for fact in written
+    ]
     for index, of_fact in enumerate(rows):
         if not any(ids.numel() for ids in of_fact.values()):
             notes.append(f"Every row of fact {index} is read by the protected texts, so nothing of it was written.")

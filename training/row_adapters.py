@@ -54,7 +54,7 @@ class RowDifferences(nn.Module):
             return
         rows = self.rows
         is_fine = rows.dtype == torch.int64 and bool((rows[1:] > rows[:-1]).all())
-        if not is_fine or rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < self.num_rows:
+        if not is_fine or (rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < self.num_rows):
             raise EngramError(
                 f"The row numbers of an adapter are missing or damaged: they must ascend from 0 to at most "
                 f"{self.num_rows - 1}; load the adapter again from the folder that save_pretrained wrote."

@@ -221,8 +221,13 @@ def require_same_memory(engram: "EngramModel", layer: str, described: dict[str, 
             f"adapter_config.json does not say which memory layer {layer!r} of this adapter is for; restore the file that "
             "save_pretrained wrote."
         )
-    if type(described["rows"]) is not int or not 0 <= described["rows"] <= memory_of_layer(engram, int(layer)).table.num_rows:
-        raise EngramError(f"adapter_config.json says {described['rows']!r} rows of layer {layer}, which no table has; restore it.")
+    if (
+        type(described["rows"]) is not int
+        or not 0 <= described["rows"] <= memory_of_layer(engram, int(layer)).table.num_rows
+    ):
+        raise EngramError(
+            f"adapter_config.json says {described['rows']!r} rows of layer {layer}, which no table has; restore it."
+        )
     own = describe_memory(engram, int(layer), described["rows"])
     for name in ("width", *_OF_THE_HASH):
         if own[name] != described[name]:

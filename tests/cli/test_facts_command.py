@@ -74,7 +74,11 @@ def test_write_prints_a_report_or_json(engram, saved, facts, tmp_path):
     protect.write_text("w20 w21 w22 w23\n\nw30 w31\n\n\n")
     arguments = ["facts", "write", saved, facts, "--protect", protect, "--layers", 2, "--orders", 2, 3, "--steps", 150]
     said = engram(*arguments, "--output", tmp_path / "one")
-    assert said.startswith("fact ") and "protected: 0 of 6 positions" in said and said.endswith(f"in {tmp_path / 'one'}\n")
+    assert (
+        said.startswith("fact ")
+        and "protected: 0 of 6 positions" in said
+        and said.endswith(f"in {tmp_path / 'one'}\n")
+    )
     found = json.loads(engram(*arguments, "--json", "--output", tmp_path / "two"))
     assert found["recall"] == 1.0 and found["layers"] == [2] and found["orders"] == [2, 3]
     assert found["protected"]["texts"] == 2 and found["protected"]["changed_untouched"] == 0

@@ -126,7 +126,7 @@ def test_what_is_protected_only_often_is_measured(model):
 
 def test_a_fact_that_protected_texts_read_is_not_written(model):
     fact = FACTS[0]
-    adapted, report = write_facts(model, TOKENIZER, FACTS, protect=[f"{fact['prompt']} {fact['target']}"], steps=50)
+    _, report = write_facts(model, TOKENIZER, FACTS, protect=[f"{fact['prompt']} {fact['target']}"], steps=50)
     assert report.facts[0].rows == 0 and report.protected.reading == 0
     assert report.facts[0].probability_before == report.facts[0].probability_after
     assert any("Every row of fact 0 is read by the protected texts" in note for note in report.notes)
@@ -156,7 +156,9 @@ def test_an_adapter_with_facts_is_saved_loaded_and_forgotten(built, written, tmp
     model.save_pretrained(tmp_path / "adapter")
     folder = tmp_path / "adapter" / "facts"
     assert (folder / "adapter_model.safetensors").stat().st_size < 2 * report.bytes + 1000
-    again = PeftModel.from_pretrained(EngramForCausalLM.from_pretrained(tmp_path / "base"), folder, adapter_name="mine")
+    again = PeftModel.from_pretrained(
+        EngramForCausalLM.from_pretrained(tmp_path / "base"), folder, adapter_name="mine"
+    )
     assert [answer(again, fact) for fact in FACTS] == [fact["target"] for fact in FACTS]
     results = results_of(again, "mine")
     assert [result.rank_after for result in results] == [1] * 4 and [result.rows for result in results] == [8] * 4
@@ -226,7 +228,7 @@ def test_facts_in_the_fields_of_counterfact(model):
 def test_prompts_that_end_alike_are_written_where_they_differ(model):
     facts = [{"prompt": f"word{i} word1 word2 word3", "target": f"word{i + 10}"} for i in (20, 30)]
     engram = model.model
-    assert choose_positions(engram, parse_facts(facts, TOKENIZER), [3]) == [(2, 3), (2, 3)]
+    assert choose_positions(engram, parse_facts(facts, TOKENIZER), [1, 2], [3], {}) == [(2, 3), (2, 3)]
     _, report = write_facts(model, TOKENIZER, facts, steps=300)
     assert report.recall == 1.0
     assert any("Facts 0 and 1 write 4 rows together, for different targets" in note for note in report.notes)
@@ -310,9 +312,7 @@ def test_bad_arguments_are_one_sentence(model, fields, said):
 
 
 def test_a_target_without_tokens_is_refused(model, monkeypatch):
-    monkeypatch.setattr(
-        "engram_hf.training.fact_texts._tokenize", lambda tokenizer, prompt, target: ((1,), ())
-    )
+    monkeypatch.setattr("engram_hf.training.fact_texts._tokenize", lambda tokenizer, prompt, target: ((1,), ()))
     with pytest.raises(ValueError, match="The target of fact 0 has no tokens"):
         write_facts(model, TOKENIZER, FACTS)
 
