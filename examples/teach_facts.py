@@ -61,7 +61,7 @@ def run(folder: Path | None, output: Path, steps: int) -> None:
     model, report = write_facts(model, tokenizer, FACTS, protect=protect)
     print(report)
 
-    model.save_pretrained(output / "adapter", selected_adapters=["facts"])
+    model.save_pretrained(str(output / "adapter"), selected_adapters=["facts"])
     saved = output / "adapter" / "facts"
     size = sum(path.stat().st_size for path in saved.iterdir())
     print(f"\nsaved in {saved}: {size / 1000:.0f} kB")

@@ -65,8 +65,10 @@ def read_rows_of(engram: "EngramModel", batch: Mapping[str, torch.Tensor]) -> Re
             `image_mask`. Labels and anything else are ignored.
     """
     device = cast(torch.Tensor, engram.hashing.multipliers).device
-    beside = [None if batch.get(name) is None else batch[name].to(device) for name in _BESIDE_IDS]
-    memory = engram.prepare_memory(batch["input_ids"].to(device), *beside)
+    mask, positions, images, documents = (
+        None if batch.get(name) is None else batch[name].to(device) for name in _BESIDE_IDS
+    )
+    memory = engram.prepare_memory(batch["input_ids"].to(device), mask, positions, images, documents)
     everywhere = torch.ones(memory.row_ids.shape[1:3], dtype=torch.bool)
     valid = everywhere if memory.valid is None else memory.valid.cpu().expand_as(everywhere)
     return ReadRows(memory.row_ids.cpu(), valid)
@@ -78,7 +80,7 @@ def require_tokenizer_of(engram: "EngramModel", tokenizer: Any) -> None:
     Raises:
         ValueError: says so. A tokenizer without compressed ids cannot be compared.
     """
-    own, theirs = engram.hashing.token_map, getattr(tokenizer, "token_map", None)
+    own, theirs = cast(torch.Tensor | None, engram.hashing.token_map), getattr(tokenizer, "token_map", None)
     if own is None or theirs is None:
         return
     token_map = as_token_map(theirs)

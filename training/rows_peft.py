@@ -250,7 +250,7 @@ def _same_token_map(engram: "EngramModel", own: dict[str, Any], described: dict[
     if token_map is None or type(ids) is not int:
         return False
     covered = _Covered(described["token_map_sha256"], ids)
-    return covers_token_map(covered, token_map)  # type: ignore[arg-type]  # it reads these two attributes alone
+    return covers_token_map(covered, token_map)  # it reads these two attributes alone
 
 
 @dataclass
