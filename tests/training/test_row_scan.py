@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_backbones import LAYER_IDS, build, random_ids, tiny_tokenizer
 from torch.utils.data import DataLoader
@@ -75,8 +74,6 @@ def test_every_kind_of_data_gives_the_same_rows(text_model):
     expected = scan_rows(TEXTS, tokenizer, text_model)
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
     for data in [
-        Dataset.from_dict({"text": TEXTS}),
-        Dataset.from_dict({"input_ids": ids}),
         [{"input_ids": part} for part in ids],
         [{"input_ids": torch.tensor([part])} for part in ids],
         DataLoader([{"input_ids": torch.tensor(part)} for part in ids], batch_size=1),
@@ -85,6 +82,16 @@ def test_every_kind_of_data_gives_the_same_rows(text_model):
         found = scan_rows(data, tokenizer, text_model)
         assert same(found, expected) and same(found.counts, expected.counts)
     assert expected.positions == 10
+
+
+def test_datasets_are_read_by_their_columns(text_model):
+    datasets = pytest.importorskip("datasets")
+    tokenizer = tiny_tokenizer()
+    expected = scan_rows(TEXTS, tokenizer, text_model)
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    for columns in ({"text": TEXTS}, {"input_ids": ids}, {"input_ids": ids, "labels": ids}):
+        found = scan_rows(datasets.Dataset.from_dict(columns), tokenizer, text_model)
+        assert same(found, expected) and same(found.counts, expected.counts)
 
 
 def test_counts_orders_layers_and_exclusion(text_model):
