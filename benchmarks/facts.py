@@ -81,6 +81,7 @@ def main() -> None:
     print(f"{'untouched':28}{bench.row(bench.load(), None, 0.0)}")
     for title, way in {
         "rows": bench.rows,
+        "rows, texts protected": bench.protected_rows,
         f"LoRA of rank {options.rank}": bench.lora,
         "whole memory": bench.memory,
     }.items():
@@ -149,7 +150,7 @@ class Bench:
         else:
             model.add_adapter(name, config)
             model.set_adapter(name)
-        self.train(model, facts, lr=5e-3)
+        self.train(model, facts, lr=2e-3)
         return model, saved_size(model)
 
     def memory(self, facts) -> tuple[torch.nn.Module, int]:
