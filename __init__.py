@@ -11,7 +11,7 @@ from .modeling_engram import EngramForCausalLM, EngramForConditionalGeneration, 
 from .safetensors_engram import EngramError
 from .tokenization import EngramTokenizer
 from .tokenization.vocabulary_compression import set_refusal_class
-from .training import peft_defaults
+from .training import peft_defaults, rows_peft
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +30,7 @@ AutoModelForImageTextToText.register(EngramConfig, EngramForConditionalGeneratio
 AutoTokenizer.register(EngramConfig, fast_tokenizer_class=EngramTokenizer)
 direct_loading.register()
 peft_defaults.register()
+rows_peft.register()
 # What the code beside a model's weights does without: it comes from here while the package is installed.
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
 register_compression(EngramTokenizer.from_tokenizer)

@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 from transformers import MixtralConfig
 
 from engram_hf import EngramConfig, EngramForCausalLM
-from engram_hf.training import add_row_adapters, engram_parameter_groups, touched_rows
+from engram_hf.training import EngramRowsConfig, engram_parameter_groups, scan_rows
 
 VOCAB = 256  # bytes
 BATCH, LENGTH = 4, 256
@@ -32,10 +33,14 @@ def main() -> None:
     dense = measure(build(arguments.rows), batches[: arguments.steps])
     model = build(arguments.rows)
     start = time.perf_counter()
-    rows = touched_rows(model, batches)
+    rows = scan_rows(batches, None, model)
     collecting = time.perf_counter() - start
-    add_row_adapters(model, rows)
-    sparse = measure(model, batches[: arguments.steps])
+    memory = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tables = {id(part.table.weight) for part in model.model.memories().values()}
+    adapted = get_peft_model(model, EngramRowsConfig(rows=rows))
+    for parameter in memory:  # the rest of the memory is trained beside the rows, as with whole tables
+        parameter.requires_grad_(id(parameter) not in tables)
+    sparse = measure(adapted, batches[: arguments.steps])
 
     if abs(dense["loss"] - sparse["loss"]) > 1e-5:
         raise SystemExit(f"the first losses differ: {dense['loss']} and {sparse['loss']}")
@@ -81,7 +86,7 @@ def build(rows: int) -> EngramForCausalLM:
     return model
 
 
-def measure(model: EngramForCausalLM, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+def measure(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Sizes in bytes, and the median time of a step (the first, which allocates, is left out)."""
     optimizer = torch.optim.AdamW(engram_parameter_groups(model, lr=1e-3))
     seconds, losses = [], []

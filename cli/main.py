@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import checkpoints, inspection, lookup, quantization, tables, vocabulary
+from . import checkpoints, facts, inspection, lookup, quantization, tables, vocabulary
 from .output import printable
 
 EPILOG = """\
@@ -14,6 +14,7 @@ examples:
   engram lookup ./model "the capital of France"   which rows a text reads
   engram quantize ./model ./smaller --dtype int8  store its tables in one byte a number
   engram check ./model                            verify table files against the format
+  engram facts write ./model facts.jsonl --output ./facts   teach it facts, in an adapter of kilobytes
 
 exit status: 0 done, 1 bad input (one sentence on the error stream), 2 wrong usage.
 """
@@ -28,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (inspection, lookup, tables, quantization, vocabulary, checkpoints):
+    for group in (inspection, lookup, tables, quantization, vocabulary, checkpoints, facts):
         group.add_commands(commands)
     return parser
 

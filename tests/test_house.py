@@ -159,12 +159,13 @@ PUBLIC_NAMES = {
     ],
     "engram_hf.tokenization": ["CompressionSummary", "EngramTokenizer"],
     "engram_hf.training": [
-        "RowAdapter",
-        "add_row_adapters",
+        "EngramRowsConfig",
+        "FactReport",
+        "RowScan",
         "engram_parameter_groups",
-        "merge_row_adapters",
-        "saved_rows",
-        "touched_rows",
+        "forget_facts",
+        "scan_rows",
+        "write_facts",
     ],
 }
 # `python -m engram_hf.convert_scripts.NAME`: what a shell script of today may pass.

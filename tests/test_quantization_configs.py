@@ -22,7 +22,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from engram_hf import EngramConfig, EngramForCausalLM
 from engram_hf.convert_scripts import convert_deepseek_v41
-from engram_hf.training import add_row_adapters, saved_rows, touched_rows
+from engram_hf.training import EngramRowsConfig, scan_rows
 
 IDS = random_ids(2, 9)
 SIZE = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": 97}
@@ -205,14 +205,12 @@ def test_lora_on_quantized_layers_beside_a_mapped_table(saved, tmp_path, quantiz
 def test_rows_of_a_mapped_table_are_trained_beside_quantized_layers(saved, tmp_path):
     folder, options = saved[1] / "apart", {"engram_residency": "mapped"}
     model = EngramForCausalLM.from_pretrained(folder, **options, quantization_config=QUANTIZERS["nf4"]())
-    rows = touched_rows(model, [{"input_ids": IDS}])
-    add_row_adapters(model, rows)
-    adapted = get_peft_model(model, LoraConfig(target_modules=["engram.kv_proj"], modules_to_save=["row_adapter"]))
+    rows = scan_rows([{"input_ids": IDS}], None, model)
+    adapted = get_peft_model(model, EngramRowsConfig(rows=rows))
     losses = trained(adapted)
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     adapted.save_pretrained(tmp_path)
     again = EngramForCausalLM.from_pretrained(folder, **options, quantization_config=QUANTIZERS["nf4"]())
-    add_row_adapters(again, saved_rows(tmp_path))
     assert torch.equal(logits(PeftModel.from_pretrained(again, tmp_path).eval()), logits(adapted))
 
 

@@ -1,13 +1,17 @@
-"""What a `transformers.Trainer` user needs beyond the model: optimizer groups, and training only the rows that are read."""
+"""What a `transformers.Trainer` user needs beyond the model: optimizer groups, adapters of rows, and facts in rows."""
 
+from .fact_report import FactReport
+from .facts import forget_facts, write_facts
 from .optimizer import engram_parameter_groups
-from .row_adapters import RowAdapter, add_row_adapters, merge_row_adapters, saved_rows, touched_rows
+from .row_scan import RowScan, scan_rows
+from .rows_peft import EngramRowsConfig
 
 __all__ = [
-    "RowAdapter",
-    "add_row_adapters",
+    "EngramRowsConfig",
+    "FactReport",
+    "RowScan",
     "engram_parameter_groups",
-    "merge_row_adapters",
-    "saved_rows",
-    "touched_rows",
+    "forget_facts",
+    "scan_rows",
+    "write_facts",
 ]

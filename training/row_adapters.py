@@ -1,187 +1,168 @@
-"""Training only the table rows that a corpus reads, at the cost of those rows.
+"""Trainable differences for chosen rows of a table, and the layer that adds them to what the table gives.
 
-A dense gradient and Adam's two moments are each as large as a table, while a fine-tuning corpus reads a sliver of it.
-A row adapter is a trainable difference for chosen rows, on top of a frozen table:
-
-    rows = touched_rows(model, DataLoader(dataset, batch_size=8, collate_fn=collator))
-    add_row_adapters(model, rows)
-    model = get_peft_model(model, LoraConfig(target_modules=[...], modules_to_save=["row_adapter"]))
-
-Shape letters: R rows of a table, n of them adapted, W channels of a row, T heads a position reads.
+Shape letters: n adapted rows of a table, W channels of a row, T heads a position reads.
 """
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
 from ..safetensors_engram import EngramError
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-    from ..modeling_engram import EngramModel
-    from ..table_engram import EngramTable
-
-NAME = "row_adapter"
-_INDEX = f".engram.table.{NAME}.rows"
+    from ..table_engram import EngramTable, RowReader
 
 
-class RowAdapter(nn.Module):
+class RowDifferences(nn.Module):
     """Trainable differences of some rows of a table; every other row has none.
 
     Args:
-        rows: int64 `[n]`, the adapted rows, strictly ascending.
+        rows: int64 `[n]`, the adapted rows, strictly ascending; None until a checkpoint gives them.
+        count: n.
+        num_rows: rows of the table.
         width: W.
-        device, dtype: of `delta`; float32 by default, so that small updates of a low-precision table are not lost.
+        device: of the parameters.
 
     Attributes:
-        rows: buffer, saved with the weights: a difference means nothing without the row it belongs to.
-        delta: parameter `[n, W]`, zero at first, so that adding an adapter changes nothing.
+        rows: buffer, saved with the differences: these mean nothing without the rows they belong to.
+        delta: float32 parameter `[n, W]`, zero at first, so that adding an adapter changes nothing. It is float32
+            whatever the table is, so that small updates of a low-precision table are not lost.
     """
 
     rows: torch.Tensor
 
-    def __init__(self, rows: torch.Tensor, width: int, device=None, dtype: torch.dtype = torch.float32):
+    def __init__(self, rows: torch.Tensor | None, count: int, num_rows: int, width: int, device=None):
         super().__init__()
-        self.register_buffer("rows", rows.to(device))
-        self.delta = nn.Parameter(torch.zeros(rows.numel(), width, device=device, dtype=dtype))
+        self.num_rows = num_rows
+        # A number that no row has: an adapter whose rows were never loaded is refused, not taken for another.
+        self.register_buffer("rows", torch.full((count,), -1, device=device) if rows is None else rows.to(device))
+        self.delta = nn.Parameter(torch.zeros(count, width, device=device, dtype=torch.float32))
+        self._checked: torch.Tensor | None = None
+        self.register_load_state_dict_post_hook(_check_loaded_rows)
 
-    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """Differences `[..., T * W]` for row ids `[..., T]`, zero where a row is not adapted."""
-        position = torch.searchsorted(self.rows, row_ids).clamp_max(self.rows.numel() - 1)
-        adapted = self.rows[position] == row_ids
-        return (F.embedding(position, self.delta) * adapted.unsqueeze(-1)).flatten(-2)
+    def require_rows(self) -> None:
+        """Refuse row numbers that this table does not have, or that are not ascending, wherever they came from.
+
+        Raises:
+            ValueError: says so.
+        """
+        if self._checked is self.rows:  # moving and loading put another tensor in its place, or call the hook
+            return
+        rows = self.rows
+        is_fine = rows.dtype == torch.int64 and bool((rows[1:] > rows[:-1]).all())
+        if not is_fine or (rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < self.num_rows):
+            raise EngramError(
+                f"The row numbers of an adapter are missing or damaged: they must ascend from 0 to at most "
+                f"{self.num_rows - 1}; load the adapter again from the folder that save_pretrained wrote."
+            )
+        self._checked = rows
+
+    def forward(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Differences `[..., T, W]` of row ids `[..., T]`, and where there are any, bool `[..., T, 1]`."""
+        if not torch.compiler.is_compiling():
+            self.require_rows()
+        if not self.rows.numel():  # all of them were taken out again
+            adapted = torch.zeros_like(row_ids, dtype=torch.bool).unsqueeze(-1)
+            return self.delta.new_zeros((*row_ids.shape, self.delta.shape[1])), adapted
+        place = torch.searchsorted(self.rows, row_ids).clamp_max(self.rows.numel() - 1)
+        adapted = (self.rows[place] == row_ids).unsqueeze(-1)
+        return F.embedding(place, self.delta) * adapted, adapted
+
+    def keep(self, chosen: torch.Tensor) -> None:
+        """Keep only the rows where bool `chosen` `[n]` is True."""
+        chosen = chosen.to(self.rows.device)
+        self.delta = nn.Parameter(self.delta.detach()[chosen], requires_grad=self.delta.requires_grad)
+        self.rows = self.rows[chosen]
 
     def extra_repr(self) -> str:
         """Rows and channels, for `print(model)`."""
         return f"{self.delta.shape[0]}, {self.delta.shape[1]}"
 
 
-def touched_rows(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[int, torch.Tensor]:
-    """Rows that a corpus reads: a pure function of its token ids, so no layer of the backbone runs.
+def _check_loaded_rows(adapter: RowDifferences, _incompatible_keys: Any) -> None:
+    adapter._checked = None
+    if not adapter.rows.is_meta:
+        adapter.require_rows()
+
+
+def combine(parts: Iterable[tuple[RowDifferences, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `[n]`, ascending, and the weighted sum of their differences, float32 `[n, W]`."""
+    parts = list(parts)
+    rows = torch.unique(torch.cat([adapter.rows for adapter, _ in parts]))
+    delta = torch.zeros(rows.numel(), parts[0][0].delta.shape[1], device=rows.device)
+    for adapter, weight in parts:
+        place = torch.searchsorted(rows, adapter.rows)
+        delta[place] += weight * adapter.delta.detach().to(delta.dtype)
+    return rows, delta
+
+
+class RowsLayer(nn.Module, BaseTunerLayer):
+    """A table with row adapters: what the table gives, plus the differences of every active adapter.
+
+    Rows that no active adapter has stay as they are to the last bit. What was fetched ahead for the table is used as
+    without adapters. Everything else that is asked of a table is answered by the table.
 
     Args:
-        model: an Engram model, plain or wrapped.
-        batches: what a `DataLoader` yields: `input_ids` `[B, S]` and, where the model will get them, `attention_mask`,
-            `position_ids`, `seq_idx` and `image_mask`. Labels and anything else are ignored.
-
-    Returns:
-        By decoder layer, the distinct rows, int64, ascending.
+        base_layer: the `EngramTable`, of any dtype, resident or not.
+        device: where the rows arrive, and so the adapters live: a mapped table itself stays on the host.
     """
-    engram = _engram_model(model)
-    device = cast(torch.Tensor, engram.hashing.multipliers).device
-    # A byte a row is a small part of the table, and costs a batch no more when many rows have been seen before.
-    seen = {layer: torch.zeros(table.num_rows, dtype=torch.bool) for layer, table in _tables(engram).items()}
-    for batch in batches:
-        mask, positions, images, documents = (
-            None if batch.get(name) is None else batch[name].to(device)
-            for name in ("attention_mask", "position_ids", "image_mask", "seq_idx")
-        )
-        memory = engram.prepare_memory(batch["input_ids"].to(device), mask, positions, images, documents)
-        valid = memory.row_ids.new_ones((), dtype=torch.bool) if memory.valid is None else memory.valid
-        row_ids = memory.row_ids[:, valid.expand(memory.row_ids.shape[1:3])]
-        for read, layer_ids in zip(seen.values(), row_ids.cpu(), strict=True):
-            read[layer_ids.flatten()] = True
-    return {layer: read.nonzero().squeeze(-1) for layer, read in seen.items()}
 
+    adapter_layer_names = ("engram_rows_adapter",)
+    other_param_names = ()
 
-def saved_rows(folder: str | Path) -> dict[int, torch.Tensor]:
-    """Rows, by decoder layer, of the row adapters that PEFT saved in `folder`; to add them before loading it.
+    def __init__(self, base_layer: "EngramTable", device: torch.device):
+        super().__init__()
+        self.base_layer = base_layer
+        self.engram_rows_adapter = nn.ModuleDict()
+        self.device = device
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._before_merges: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-        add_row_adapters(model, saved_rows(folder))
-        model = PeftModel.from_pretrained(model, folder)
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
 
-    Raises:
-        ValueError: there are none.
-    """
-    path = Path(folder) / "adapter_model.safetensors"
-    rows = {}
-    if path.is_file():
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
-                if key.endswith(_INDEX):
-                    rows[int(key.removesuffix(_INDEX).rpartition(".")[2])] = file.get_tensor(key)
-    if not rows:
-        raise EngramError(
-            f"{path} holds no row adapters; name a folder that PeftModel.save_pretrained wrote with "
-            f'modules_to_save=["{NAME}"].'
-        )
-    return rows
+    def add_adapter(self, name: str, rows: torch.Tensor | None, count: int) -> None:
+        """Add differences, all zero, for `rows` (see [`RowDifferences`]) under the adapter's name."""
+        table = self.base_layer
+        self.engram_rows_adapter[name] = RowDifferences(rows, count, table.num_rows, table.width, self.device)
 
+    def forward(
+        self, row_ids: torch.Tensor, dtype: torch.dtype | None = None, source: "RowReader | None" = None
+    ) -> torch.Tensor:
+        """As of the table: rows of `row_ids` `[..., T]`, side by side, `[..., T * W]`."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        rows = self.base_layer(row_ids, dtype=dtype, source=source)
+        names = [] if self.disable_adapters else self._unmerged(self.active_adapters)
+        if not names:
+            return rows
+        difference, adapted = self.engram_rows_adapter[names[0]](row_ids)
+        for name in names[1:]:
+            more, where = self.engram_rows_adapter[name](row_ids)
+            difference, adapted = difference + more, adapted | where
+        apart = rows.unflatten(-1, (row_ids.shape[-1], -1))
+        return torch.where(adapted, (apart + difference).to(rows.dtype), apart).flatten(-2)
 
-def add_row_adapters(model: nn.Module, rows: Mapping[int, torch.Tensor]) -> None:
-    """Freeze the tables and give the named layers' tables a [`RowAdapter`]; the model's output stays exactly as it is.
+    def _unmerged(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self.engram_rows_adapter and name not in self.merged_adapters]
 
-    The adapter is the submodule `row_adapter` of its table, which is what PEFT's `modules_to_save` takes. Adapted
-    models are saved through PEFT, or after [`merge_row_adapters`]. Tables may be of any dtype, float8 included.
+    def require_mergeable(self) -> None:
+        """Refuse a table that cannot take differences exactly.
 
-    Args:
-        model: an Engram model.
-        rows: by decoder layer, the rows to train, int64 `[n]` (see [`touched_rows`]).
-
-    Raises:
-        ValueError: a layer has no memory or an adapter already, or rows are missing, repeated or not in its table.
-    """
-    engram = _engram_model(model)
-    tables = _tables(engram)
-    chosen = {layer: _checked_rows(layer, ids, tables) for layer, ids in rows.items()}
-    for table in tables.values():
-        table.requires_grad_(False)
-    for layer, ids in chosen.items():
-        table = tables[layer]
-        # Where the rows arrive: a mapped table itself stays on the host.
-        device = next(engram.memories()[layer].kv_proj.parameters()).device
-        table.add_module(NAME, RowAdapter(ids, table.width, device=device))
-        hook = table.register_forward_hook(_add_differences, with_kwargs=True)
-        table.row_adapter_hook = hook  # type: ignore[assignment]  # torch has modules hold tensors and modules only
-
-
-def _checked_rows(layer: int, rows: torch.Tensor, tables: Mapping[int, "EngramTable"]) -> torch.Tensor:
-    if layer not in tables:
-        raise EngramError(f"Layer {layer} has no Engram memory; the layers that have are {sorted(tables)}.")
-    if hasattr(tables[layer], NAME):
-        raise EngramError(f"The table of layer {layer} has a row adapter already; merge_row_adapters(model) first.")
-    distinct, num_rows = torch.unique(rows), tables[layer].num_rows
-    if rows.dtype != torch.int64 or rows.dim() != 1 or not 0 < distinct.numel() == rows.numel():
-        raise EngramError(
-            f"Rows of layer {layer} must be a non-empty int64 vector without repetitions, got "
-            f"{rows.dtype} {list(rows.shape)} with {distinct.numel()} distinct rows; take them from touched_rows."
-        )
-    if distinct[0] < 0 or distinct[-1] >= num_rows:
-        raise EngramError(
-            f"Rows {int(distinct[0])} to {int(distinct[-1])} were given for layer {layer}, whose table has rows 0 to "
-            f"{num_rows - 1}; take them from touched_rows of this very model."
-        )
-    return distinct
-
-
-def _add_differences(table: nn.Module, args: tuple, kwargs: dict, rows: torch.Tensor) -> torch.Tensor:
-    # Looked up at every call, because PEFT replaces the submodule by its own wrapper. A hook, because it survives
-    # what else wraps a table's forward (accelerate's device hooks, FSDP), and leaves its state-dict keys alone.
-    differences = getattr(table, NAME)(args[0] if args else kwargs["row_ids"])
-    return (rows + differences).to(rows.dtype)
-
-
-@torch.no_grad()
-def merge_row_adapters(model: nn.Module) -> None:
-    """Write every adapted row into its table and take the adapters off; float tables become trainable again.
-
-    Output stays what it was, to the bit where the model computes in the table's dtype.
-
-    Raises:
-        ValueError: there is no adapter, PEFT still holds one, or a table is quantized or not resident.
-    """
-    tables = [table for table in _tables(_engram_model(model)).values() if hasattr(table, NAME)]
-    if not tables:
-        raise EngramError("This model has no row adapters to merge.")
-    for table in tables:
-        if not isinstance(getattr(table, NAME), RowAdapter):
-            raise EngramError("PEFT still wraps the row adapters; call merge_and_unload() and merge what it returns.")
+        Raises:
+            ValueError: it is not resident, or quantized.
+        """
+        table = self.base_layer
         if not table.is_resident:
             raise EngramError(
                 "A table that stays in its file cannot take differences; keep the adapter, or load the model with "
@@ -192,23 +173,51 @@ def merge_row_adapters(model: nn.Module) -> None:
                 f"Rows of a {table.weight.dtype} table cannot take a difference without being rounded again; keep the "
                 "adapter, or merge it into a model whose table is bfloat16 or float32."
             )
-    for table in tables:
-        adapter = getattr(table, NAME)
-        merged = table.weight[adapter.rows] + adapter.delta
-        table.weight[adapter.rows] = merged.to(table.weight.dtype)
-        cast("RemovableHandle", table.row_adapter_hook).remove()
-        del table.row_adapter, table.row_adapter_hook
-        table.requires_grad_(True)
 
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the differences into the table, which then gives to the bit what this layer gave.
 
-def _engram_model(model: nn.Module) -> "EngramModel":
-    """The `EngramModel` inside of any wrapping, the installed class or one that came as remote code."""
-    found = next((module for module in model.modules() if hasattr(type(module), "prepare_memory")), None)
-    if found is None:
-        raise EngramError(f"{type(model).__name__} has no Engram memory; pass an EngramModel or EngramForCausalLM.")
-    return cast("EngramModel", found)
+        Args:
+            safe_merge: whether to refuse rows that are no finite numbers.
+            adapter_names: None for those that are active.
 
+        Raises:
+            ValueError: the table cannot take them, or they are not finite.
+        """
+        names = self._unmerged(self.active_adapters if adapter_names is None else adapter_names)
+        if not names:
+            return
+        self.require_mergeable()
+        parts = [self.engram_rows_adapter[name] for name in names]
+        for part in parts:
+            part.require_rows()
+        rows, delta = combine((part, 1.0) for part in parts)
+        weight = self.base_layer.weight.data
+        before = weight[rows]
+        merged = (before + delta).to(weight.dtype)
+        if safe_merge and not bool(merged.isfinite().all()):
+            raise EngramError(
+                f"The adapters {names} would put rows that are not finite into the table; train them again."
+            )
+        weight[rows] = merged
+        self._before_merges.append((rows, before))
+        self.merged_adapters = [*self.merged_adapters, *names]
 
-def _tables(engram: "EngramModel") -> dict[int, "EngramTable"]:
-    """The table of every layer with memory, in the order of `engram_layer_ids`."""
-    return {layer: memory.table for layer, memory in engram.memories().items()}
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give the table the rows back that it had, to the bit."""
+        weight = self.base_layer.weight.data
+        while self._before_merges:
+            rows, before = self._before_merges.pop()
+            weight[rows.to(weight.device)] = before.to(weight.device)
+        self.merged_adapters = []
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Differences of rows are no product of two small matrices."""
+        return False
+
+    # PEFT would give differences the dtype of the table, which may be float8 or int8.
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name in self.engram_rows_adapter and not self.engram_rows_adapter[adapter_name].delta.is_meta:
+            self.engram_rows_adapter[adapter_name].to(device or self.device)

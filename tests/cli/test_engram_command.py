@@ -26,7 +26,7 @@ from engram_hf.saving_engram import is_table_file
 from engram_hf.table_format_engram import file_description, read_tables, token_map_digest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["inspect", "card", "lookup", "check", "quantize", "compress", "convert", "export"]
+COMMANDS = ["inspect", "card", "lookup", "check", "quantize", "compress", "convert", "export", "facts"]
 SCRIPTS = [["convert", "deepseek-v4.1"], ["convert", "demo"], ["export", "deepseek-v4.1"]]
 
 

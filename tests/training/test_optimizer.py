@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_backbones import BACKBONES, LAYER_IDS, build
 
-from engram_hf.training import add_row_adapters, engram_parameter_groups
+from engram_hf.training import EngramRowsConfig, engram_parameter_groups
 
 
 def settings(model, **kwargs) -> dict[str, tuple[float, float]]:
@@ -40,9 +40,11 @@ def test_the_scale_of_the_tables_is_a_choice():
 
 
 def test_frozen_parameters_are_left_out_and_row_adapters_count_as_tables():
-    model = build("llama")
-    add_row_adapters(model, {LAYER_IDS[0]: torch.tensor([3, 5])})
-    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["row_adapter"]))
+    lora = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(lora.get_base_model(), EngramRowsConfig(rows={LAYER_IDS[0]: torch.tensor([3, 5])}), "rows_")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)  # older releases of PEFT freeze the first adapter when the second comes
     found = settings(model, lr=1e-3, weight_decay=0.1)
     assert len(found) == 2 * BACKBONES["llama"]().num_hidden_layers + 1
     tables = {key: value for key, value in found.items() if "lora_" not in key}

@@ -1,0 +1,278 @@
+"""Row adapters as a method of PEFT: `EngramRowsConfig` is to rows of memory what `LoraConfig` is to linear layers.
+
+    found = scan_rows(texts, tokenizer, model)
+    model = get_peft_model(model, EngramRowsConfig(rows=found))
+
+An adapter holds rows, their numbers and what the model's hash is made of: under another hash the same numbers are other
+n-grams, so another model refuses it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from torch import nn
+
+from ..safetensors_engram import EngramError
+from ..table_format_engram import covers_token_map, describe_table
+from .memory import find_engram, memory_of_layer
+from .row_adapters import RowsLayer, combine
+
+if TYPE_CHECKING:
+    from ..modeling_engram import EngramModel
+
+NAME = "ENGRAM_ROWS"
+# Of what a hash is made, beside the token map; as in a table file (docs/engram-table-format.md).
+_OF_THE_HASH = ("primes", "multipliers", "vocab_size", "pad_id")
+_LOADING = """
+## Loading
+
+This adapter holds rows of Engram memory. PEFT knows the method once `engram_hf` is imported:
+
+```python
+import engram_hf
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "this/adapter")
+```
+"""
+
+
+@dataclass
+class EngramRowsConfig(PeftConfig):
+    """Train differences for some rows of the memory's tables; everything else is frozen.
+
+    Args:
+        rows: by decoder layer, the rows to train, int64 `[n]` without repetitions: what [`scan_rows`] returns. They are
+            saved with the weights, not in `adapter_config.json`.
+        memory: by decoder layer, how many rows there are and what the hash is made of. It is filled in when the adapter
+            is added to a model, and compared when the adapter is loaded.
+        facts: what [`write_facts`] wrote, one dictionary each.
+        task_type: as in PEFT; a causal language model if not given.
+    """
+
+    rows: Mapping[int, torch.Tensor] | None = field(default=None, compare=False, repr=False)
+    memory: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: list[dict[str, Any]] | None = None
+    target_modules: list[str] | None = field(default=None, metadata={"help": "The tables of the layers with rows."})
+
+    def __post_init__(self) -> None:
+        self.peft_type = getattr(PeftType, NAME)
+        if self.task_type is None:
+            self.task_type = "CAUSAL_LM"
+        super().__post_init__()
+        layers = list(self.memory) if self.rows is None else [str(layer) for layer in self.rows]
+        self.target_modules = [f"{layer}.engram.table" for layer in layers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `adapter_config.json` holds: everything but the row numbers."""
+        rows, self.rows = self.rows, None
+        try:
+            return super().to_dict()
+        finally:
+            self.rows = rows
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """As in PEFT; the README beside it says what has to be imported before the adapter is loaded."""
+        super().save_pretrained(save_directory, **kwargs)
+        readme = Path(save_directory) / "README.md"
+        text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+        if _LOADING not in text:
+            readme.write_text(text + _LOADING, encoding="utf-8")
+
+
+class EngramRowsModel(BaseTuner):
+    """Puts row adapters around the tables of a model; made by PEFT, from an [`EngramRowsConfig`]."""
+
+    prefix = "engram_rows_"
+    tuner_layer_cls = RowsLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # a config names its tables itself
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter with the rows of several: the weighted sum of their differences.
+
+        Args:
+            adapters: names of adapters of this model.
+            weights: one for each.
+            adapter_name: of the new adapter, which is not made active.
+
+        Raises:
+            ValueError: a name is unknown or taken, or there is not one weight for each.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters or len(adapters) != len(weights):
+            raise EngramError(
+                f"Adapters {list(adapters)} with weights {list(weights)} cannot be added up: give one weight for each of "
+                f"{list(self.peft_config)}."
+            )
+        if adapter_name in self.peft_config:
+            raise EngramError(f"There is an adapter {adapter_name!r} already; choose another name.")
+        sums = {layer: combine(parts) for layer, parts in self._parts(adapters, weights).items()}
+        facts = [fact for name in adapters for fact in self.peft_config[name].facts or []]
+        config = EngramRowsConfig(rows={layer: rows for layer, (rows, _) in sums.items()}, facts=facts or None)
+        config.task_type = self.peft_config[adapters[0]].task_type
+        config.base_model_name_or_path = self.peft_config[adapters[0]].base_model_name_or_path
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        for layer, (_, delta) in sums.items():
+            self._layer(layer).engram_rows_adapter[adapter_name].delta.data.copy_(delta)
+
+    def _layer(self, layer: int) -> RowsLayer:
+        return memory_of_layer(find_engram(self.model), layer).table
+
+    def _parts(self, adapters: Sequence[str], weights: Sequence[float]) -> dict[int, list[tuple]]:
+        parts: dict[int, list[tuple]] = {}
+        for layer in find_engram(self.model).memories():
+            table = self._layer(layer)
+            held = getattr(table, "engram_rows_adapter", {})
+            found = [(held[name], weight) for name, weight in zip(adapters, weights, strict=True) if name in held]
+            if found:
+                parts[layer] = found
+        return parts
+
+    def _prepare_model(self, peft_config: EngramRowsConfig, model: nn.Module) -> None:
+        engram = find_engram(model)
+        if peft_config.rows is not None:
+            peft_config.rows = {layer: _checked_rows(engram, layer, ids) for layer, ids in peft_config.rows.items()}
+            peft_config.memory = {
+                str(layer): describe_memory(engram, layer, ids.numel()) for layer, ids in peft_config.rows.items()
+            }
+        if not peft_config.memory:
+            raise EngramError("EngramRowsConfig has no rows; take them from scan_rows(data, tokenizer, model).")
+        for layer, described in peft_config.memory.items():
+            require_same_memory(engram, layer, described)
+
+    def _create_and_replace(
+        self,
+        peft_config: EngramRowsConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        (layer,) = (layer for layer in peft_config.memory if f".{current_key}".endswith(f".{layer}.engram.table"))
+        if not isinstance(target, RowsLayer):
+            target = RowsLayer(target, next(parent.kv_proj.parameters()).device)
+            setattr(parent, target_name, target)
+        rows = None if peft_config.rows is None else peft_config.rows[int(layer)]
+        target.add_adapter(adapter_name, rows, peft_config.memory[layer]["rows"])
+        target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def _check_merge_allowed(self) -> None:
+        """All tables are asked before the first one changes."""
+        super()._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, RowsLayer):
+                module.require_mergeable()
+
+
+def _checked_rows(engram: "EngramModel", layer: int, rows: torch.Tensor) -> torch.Tensor:
+    """`rows` in ascending order."""
+    num_rows = memory_of_layer(engram, layer).table.num_rows
+    rows = torch.as_tensor(rows)
+    distinct = torch.unique(rows)
+    if rows.dtype != torch.int64 or rows.dim() != 1 or not 0 < distinct.numel() == rows.numel():
+        raise EngramError(
+            f"Rows of layer {layer} must be a non-empty int64 vector without repetitions, got "
+            f"{rows.dtype} {list(rows.shape)} with {distinct.numel()} distinct rows; take them from scan_rows."
+        )
+    if distinct[0] < 0 or distinct[-1] >= num_rows:
+        raise EngramError(
+            f"Rows {int(distinct[0])} to {int(distinct[-1])} were given for layer {layer}, whose table has rows 0 to "
+            f"{num_rows - 1}; take them from scan_rows of this very model."
+        )
+    return distinct
+
+
+def describe_memory(engram: "EngramModel", layer: int, rows: int) -> dict[str, Any]:
+    """What an adapter with so many rows of a layer says about the memory it is for, as JSON values."""
+    width = memory_of_layer(engram, layer).table.width
+    own = describe_table(engram.hashing, engram.hashing.layer_ids.index(layer), width=width, dtype="F32")
+    described = {name: getattr(own, name) for name in (*_OF_THE_HASH, "token_map_sha256", "token_map_ids")}
+    return {"rows": rows, "width": width, **described}
+
+
+def require_same_memory(engram: "EngramModel", layer: str, described: dict[str, Any]) -> None:
+    """Refuse an adapter whose row numbers mean other n-grams in this model.
+
+    Args:
+        engram: the model.
+        layer: number of a decoder layer, as JSON keys are.
+        described: what [`describe_memory`] said when the adapter was made.
+
+    Raises:
+        ValueError: names what differs, or says that the description is damaged.
+    """
+    names = {"rows", "width", *_OF_THE_HASH, "token_map_sha256", "token_map_ids"}
+    if not layer.isdecimal() or not isinstance(described, dict) or not names <= described.keys():
+        raise EngramError(
+            f"adapter_config.json does not say which memory layer {layer!r} of this adapter is for; restore the file that "
+            "save_pretrained wrote."
+        )
+    if (
+        type(described["rows"]) is not int
+        or not 0 <= described["rows"] <= memory_of_layer(engram, int(layer)).table.num_rows
+    ):
+        raise EngramError(
+            f"adapter_config.json says {described['rows']!r} rows of layer {layer}, which no table has; restore it."
+        )
+    own = describe_memory(engram, int(layer), described["rows"])
+    for name in ("width", *_OF_THE_HASH):
+        if own[name] != described[name]:
+            raise EngramError(
+                f"This row adapter is for a memory with the {name} {_short(described[name])} in layer {layer}, but this model "
+                f"has {_short(own[name])}: its row numbers would be other n-grams. Load it onto the model it was trained on."
+            )
+    if not _same_token_map(engram, own, described):
+        raise EngramError(
+            f"This row adapter was trained with another token map than this model has (layer {layer}): its row numbers "
+            "would be other n-grams. Use the tokenizer and the model it was trained with."
+        )
+
+
+def _same_token_map(engram: "EngramModel", own: dict[str, Any], described: dict[str, Any]) -> bool:
+    """Whether one token map begins with the other: tokens may have been added since."""
+    if own["token_map_sha256"] == described["token_map_sha256"]:
+        return True
+    token_map, ids = engram.hashing.token_map, described["token_map_ids"]
+    if token_map is None or type(ids) is not int:
+        return False
+    covered = _Covered(described["token_map_sha256"], ids)
+    return covers_token_map(covered, token_map)  # it reads these two attributes alone
+
+
+@dataclass
+class _Covered:
+    token_map_sha256: str | None
+    token_map_ids: int
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def register() -> None:
+    """Make the method known to PEFT, once a process."""
+    if NAME in PeftType.__members__:
+        return
+    # PEFT registers methods of others, but only under names that its closed enumeration has.
+    member = str.__new__(PeftType, NAME)
+    member._name_ = member._value_ = NAME
+    PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
+    PeftType._member_names_.append(NAME)
+    if not hasattr(PeftType, NAME):
+        type.__setattr__(PeftType, NAME, member)
+    register_peft_method(name=NAME.lower(), config_cls=EngramRowsConfig, model_cls=EngramRowsModel)
