@@ -183,7 +183,15 @@ def test_a_write_that_is_cut_off_leaves_the_old_adapter(saved, adapter, facts, d
     more.write_text("\n".join(json.dumps({"prompt": f"w{i} w9 w9", "target": f"w{i + 40}"}) for i in range(1, 30)))
     command = [sys.executable, "-m", "engram_cli", "facts", "write", str(saved), str(more)]
     command += ["--steps", "1000000", "--output", str(damaged)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=os.environ,
+        # What a shell starts in the background ignores interrupts, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     seen = ""
     while "Writing" not in seen:
         letter = process.stderr.read(1)
