@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,10 +17,26 @@ from engram_hf.convert_scripts import convert_deepseek_v41
 CASES = [("old files", "mapped"), ("old plain", "mapped"), ("old plain", "resident"), ("old files", "resident")]
 
 
-def interrupt_after(seconds: float) -> None:
-    """Have a real signal raise KeyboardInterrupt, as Ctrl-C does; 0 for not at all."""
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def interrupted(seconds: float, action: Callable[[], object]) -> bool:
+    """Whether a real signal after so many seconds raised KeyboardInterrupt in `action`, as Ctrl-C does, before it ended."""
+    ended = False
+
+    def interrupt(*_):
+        if not ended:  # else it came too late, and would interrupt the test
+            raise KeyboardInterrupt
+
+    try:
+        try:
+            signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            action()
+        finally:
+            ended = True
+    except KeyboardInterrupt:
+        return True
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +66,7 @@ def test_interrupted_at_random_moments(folders, answers, tmp_path, draw, rounds,
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folders[over], target)
         before = contents(target)
-        try:
-            interrupt_after(draw.uniform(1e-4, span))
-            model.save_pretrained(target)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            interrupt_after(0)
+        interrupted(draw.uniform(1e-4, span), lambda: model.save_pretrained(target))
         seen.append(named(target, answers))
         found = {name for name in contents(target) if name != ".engram-lock"}
         assert found == (set(before) if seen[-1] == "old" else expected)
@@ -90,8 +101,7 @@ def test_no_room(folders, answers, tmp_path, draw, rounds, over, residency):
 
 
 def load_and_save(folder, target, seconds):
-    interrupt_after(seconds)
-    load(folder, "mapped").save_pretrained(target)
+    interrupted(seconds, lambda: load(folder, "mapped").save_pretrained(target))
 
 
 def test_interrupted_from_loading_to_saving(folders, answers, tmp_path, draw, rounds):
@@ -113,15 +123,13 @@ def test_an_interrupted_conversion_goes_on(golden, tmp_path, draw, rounds):
     assert convert_deepseek_v41.main([str(source), str(tmp_path / "whole")]) == 0
     span, expected = time.perf_counter() - begin, contents(tmp_path / "whole")
     for index in range(rounds(6)):
-        target = tmp_path / "target"
-        try:
-            interrupt_after(draw.uniform(0.01, span))
-            code = convert_deepseek_v41.main([str(source), str(target)])
-        except KeyboardInterrupt:
-            code = 130
-        finally:
-            interrupt_after(0)
-        assert code in (0, 130), index
+        target, codes = tmp_path / "target", []
+        command = [str(source), str(target)]
+        interrupted(
+            draw.uniform(0.01, span),
+            lambda command=command, codes=codes: codes.append(convert_deepseek_v41.main(command)),
+        )
+        assert codes in ([], [0], [130]), index
         assert convert_deepseek_v41.main([str(source), str(target)]) == 0
         assert contents(target) == expected
         shutil.rmtree(target)
