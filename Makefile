@@ -12,7 +12,7 @@ OLDEST := 5.17.0
 quickstart: $(VENV)/.installed  ## train a small model with memory and its twin without, compare, save, reload
 	$(BIN)/python examples/quickstart.py
 
-test: check run-tests trials  ## style and types, then all tests on two processes, then trials of faults in short
+test: check run-tests  ## style and types, then all tests on two processes
 
 test-oldest:  ## all tests with the oldest versions that setup.py allows
 	$(MAKE) run-tests VENV=.venv-$(OLDEST) CONSTRAINTS=constraints/transformers-$(OLDEST).txt
@@ -26,7 +26,7 @@ test-upstream: $(VENV)/.installed-upstream  ## transformers' own common tests, w
 run-tests: $(VENV)/.installed
 	$(PYTEST) --ignore tests/faults $(PYTEST_ARGS)
 
-trials: $(VENV)/.installed  ## the trials of docs/reliability.md, in short
+trials: $(VENV)/.installed  ## the trials of docs/reliability.md, in short (a minute and a half)
 	$(PYTEST) tests/faults $(PYTEST_ARGS)
 
 # The trials of docs/reliability.md at length; `make trials` runs short ones. Each prints its seed, and what goes there.
