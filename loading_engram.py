@@ -197,7 +197,10 @@ class Checkpoint:
         single, index = find_weights(self._resolve, self.kwargs.get("variant"))
         weight_map = {} if index is None else read_weight_map(index)
         files = sorted({file for key, file in weight_map.items() if table_keys(layers).search(key)})
-        found = tables_in_checkpoint([path for path in (single, *map(self._resolve, files)) if path is not None])
+        paths = [path for path in (single, *map(self._resolve, files)) if path is not None]
+        config = self._resolve(CONFIG_NAME)
+        said = read_json(config, constants=True).get("engram_table_dtype") if config and paths else None
+        found = tables_in_checkpoint(paths, said if isinstance(said, str) else None)
         return {layer: table for layer, table in found.items() if layers is None or layer in layers}
 
 

@@ -10,9 +10,8 @@ from engram_hf import EngramConfig, EngramForCausalLM
 from engram_hf.hashing_engram import NgramHasher
 from engram_hf.loading_engram import FoundTables
 from engram_hf.saving_engram import manifest_entry, table_file_name, write_manifest
-from engram_hf.table_engram import quantize_rows
 from engram_hf.table_format_engram import describe_table, read_tables
-from engram_hf.table_writer_engram import TableWriter
+from engram_hf.table_writer_engram import TableWriter, quantize_rows
 
 WIDTH, HEADS, LAYER, VOCAB = 256, 8, 1, 1000
 

@@ -18,7 +18,8 @@ from tiny_tokenizer import make_tokenizer
 from engram_hf import EngramConfig, EngramForCausalLM
 from engram_hf.card_engram import model_card
 from engram_hf.convert_scripts.safetensors_files import read_checkpoint
-from engram_hf.table_engram import dequantize_rows, quantize_rows
+from engram_hf.table_engram import dequantize_rows
+from engram_hf.table_writer_engram import quantize_rows
 
 DTYPES = ["float8_e4m3fn", "int8"]
 
