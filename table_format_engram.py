@@ -122,7 +122,8 @@ def tensor_names(layer: int, dtype: str, kinds: Collection[str] | None = None) -
         "scale_2": "weight_scale_2",
     }
     ends = ends if ROW_FORMATS[dtype].has_global else {}
-    return {k: f"model.layers.{layer}.engram.table.{ends.get(k, k)}" for k in kinds or ROW_FORMATS[dtype].kinds}
+    found = [kind if kinds is None or kind in kinds else "scale_2" for kind in ROW_FORMATS[dtype].kinds]
+    return {kind: f"model.layers.{layer}.engram.table.{ends.get(kind, kind)}" for kind in found}
 
 
 def describe_table(

@@ -1,7 +1,6 @@
 """Writing new table files: row range by row range, and quantized."""
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -69,51 +68,56 @@ class TableWriter(FileWriter):
 
 
 class ResumableTableWriter(TableWriter):
-    """Writes one table file in place, so that whoever is killed can go on where the journal beside it says.
+    """Writes one table file in place, so that whoever is killed can go on with it.
 
     Args:
-        made_of: what the file depends on; a journal that names something else is not gone on with.
-
-    Attributes:
-        state: what [`save`] was last given; empty for a new file.
+        goes_on: whether what is there is kept.
     """
 
     def __init__(
-        self, path: str | os.PathLike, description: TableDescription, global_scale: torch.Tensor | None, made_of: str
+        self, path: str | os.PathLike, description: TableDescription, global_scale: torch.Tensor | None, goes_on: bool
     ):
         self.description, self.path, head = description, Path(path), table_head(description)
-        self.header, self._made_of = parse_head(self.path, head), made_of
-        self._journal = self.path.with_name(f"{self.path.name}.journal")
+        self.header = parse_head(self.path, head)
         with self._explained(), contextlib.ExitStack() as stack:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             stack.callback(os.close, self._file)
-            self.state = self._read_journal()
-            if not self.state:
+            if not goes_on:
                 os.ftruncate(self._file, 0)
                 reserve(self._file, self.header.size)
                 self.write_at(0, memoryview(head))
+                if global_scale is not None:
+                    self._write("global_scale", 0, global_scale.view(1))
             self._stack = stack.pop_all()
-        if global_scale is not None:
-            self._write("global_scale", 0, global_scale.view(1))
 
-    def _read_journal(self) -> dict[str, Any]:
-        if not self._journal.exists() or os.fstat(self._file).st_size != self.header.size:
-            return {}
+    def sync(self) -> None:
+        """Have all that was written survive a loss of power."""
+        with self._explained():
+            os.fsync(self._file)
+
+
+class Journal:
+    """How far a table file is, beside it.
+
+    Args:
+        path: of the journal; None to keep none.
+        made_of: what the table depends on; a journal that names something else is not gone on with.
+    """
+
+    def __init__(self, path: Path | None, made_of: list[str]):
+        self.path, self._made_of = path, made_of
+
+    def read(self) -> dict[str, Any]:
+        """What was last written; empty if there is nothing to go on with."""
         with contextlib.suppress(FileFormatError):
-            journal = read_json(self._journal)
+            journal = {} if self.path is None else read_json(self.path)
             return journal.get("state", {}) if journal.get("made_of") == self._made_of else {}
         return {}
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Have all that was written, and then `state`, survive a loss of power."""
-        with self._explained():
-            os.fsync(self._file)
-        write_json(self._journal, {"made_of": self._made_of, "state": state})
-
-    def __exit__(self, kind, error, trace) -> None:
-        super().__exit__(kind, error, trace)
-        if kind is None:
-            self._journal.unlink(missing_ok=True)
+    def write(self, state: dict[str, Any]) -> None:
+        """Note how far the file is."""
+        if self.path is not None:
+            write_json(self.path, {"made_of": self._made_of, "state": state})
 
 
 @dataclass
@@ -159,17 +163,18 @@ def quantize_table(
     description: TableDescription,
     table_dtype: str,
     advance: Callable[[int], object] = lambda count: None,
+    journal: Path | None = None,
     save_seconds: float = 10.0,
 ) -> QuantizationError:
     """Write a table of 8 bits or more to one file with rows of fewer bits, about a megabyte at a time.
-
-    Whoever is killed calls it again: it goes on where the journal beside the file says.
 
     Args:
         source: a [`~row_sources_engram.MappedRows`].
         description: of the table as it is.
         table_dtype: one of `QUANTIZED_FORMATS`; see [`quantize_rows`].
         advance: told after every step how many bytes of the source it has read. For `"nvfp4"`, the source is read twice.
+        journal: file that says how far the table is. A call with the same one goes on where another was killed; it is the
+            caller's to remove. None for a file that is written whole or not at all.
         save_seconds: how often the journal is written.
 
     Returns:
@@ -179,26 +184,40 @@ def quantize_table(
         ValueError: the table is of as few bits already, or cannot have this dtype, or holds NaN.
     """
     target, step = _quantized(description, table_dtype), max(1, _STEP_NUMBERS // description.width)
-    firsts = range(*description.rows, step)
+    stop, row_bytes = description.rows[1], source.stored.size // source.num_rows
+    made_of = Journal(journal, [target.to_json(), *sorted(digest.hex() for digest in source.digests.values())])
+    state = made_of.read() if Path(path).exists() else {}
 
     def read(first: int) -> torch.Tensor:
-        values, scale = source.read(first, min(first + step, description.rows[1]))
-        advance(values.nbytes + (0 if scale is None else scale.nbytes))
-        return dequantize_rows(values, scale)
+        rows = dequantize_rows(*source.read(first, min(first + step, stop)))
+        advance(len(rows) * row_bytes)
+        return rows
 
-    global_scale = _global_scale(map(read, firsts)) if "global_scale" in target.tensors else None
-    made_of = json.dumps([target.to_json(), sorted(digest.hex() for digest in source.digests.values())])
-    with ResumableTableWriter(path, target, global_scale, made_of) as writer:
-        error = QuantizationError(**writer.state.get("error", {}))
-        saved, done = time.monotonic(), writer.state.get("rows", description.rows[0])
-        advance((done - description.rows[0]) * (source.stored.size // source.num_rows))
-        for first in range(done, description.rows[1], step):
+    global_scale = None
+    if "global_scale" in target.tensors:
+        found = state.get("global_scale")
+        global_scale = (
+            _global_scale(map(read, range(*description.rows, step))) if found is None else torch.tensor([found])
+        )
+        advance(0 if found is None else source.num_rows * row_bytes)
+    known = {} if global_scale is None else {"global_scale": global_scale.item()}
+    error = QuantizationError(**state.get("error", {}))
+    done, saved = state.get("rows", description.rows[0]), time.monotonic()
+    advance((done - description.rows[0]) * row_bytes)
+    with (
+        TableWriter(path, target, global_scale)
+        if journal is None
+        else ResumableTableWriter(path, target, global_scale, bool(state))
+    ) as writer:
+        for first in range(done, stop, step):
             rows = read(first)
             values, scale = quantize_rows(rows, table_dtype, global_scale)
             writer.write(first, values, scale)
             error.add(rows, dequantize_rows(values, apply_global_scale(scale, global_scale), None, description.width))
-            if time.monotonic() - saved >= save_seconds:
-                writer.save({"rows": first + len(rows), "error": asdict(error)})
+            is_end = first + step >= stop
+            if journal is not None and (is_end or time.monotonic() - saved >= save_seconds):
+                writer.sync()
+                made_of.write({"rows": min(first + step, stop), "error": asdict(error), **known})
                 saved = time.monotonic()
     return error
 

@@ -5,7 +5,8 @@ from tiny_backbones import random_ids
 
 from engram_hf.table_writer_engram import TableWriter
 
-DTYPES = [None, "float8_e4m3fn", "int8", "int2", "nvfp4"]
+DTYPES = [None, "float8_e4m3fn", "nvfp4"]
+OTHER_DTYPES = ["int8", "int4", "int2"]
 IDS = random_ids(2, 9)
 
 

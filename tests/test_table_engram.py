@@ -3,6 +3,7 @@
 import pytest
 import torch
 from table_models import DTYPES as SOME_DTYPES
+from table_models import OTHER_DTYPES
 from torch.nn import functional as F
 
 from engram_hf.modeling_deepseek_v41 import round_fp8
@@ -10,7 +11,7 @@ from engram_hf.table_engram import EngramTable, apply_global_scale, dequantize_r
 from engram_hf.table_writer_engram import quantize_rows
 
 ROWS, WIDTH = 40, 64
-DTYPES = [*SOME_DTYPES, "int4"]
+DTYPES = [*SOME_DTYPES, *OTHER_DTYPES]
 
 
 def make_table(table_dtype: str | None, dtype: torch.dtype = torch.float32) -> tuple[EngramTable, torch.Tensor]:

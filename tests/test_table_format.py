@@ -310,35 +310,38 @@ def test_rows_of_eight_bits_become_rows_of_fewer(tmp_path, hasher, dtype, table_
         assert path.read_bytes()[span.offset : span.offset + span.size] == bits(tensor).numpy().tobytes()
 
 
-def test_a_quantization_that_was_cut_off_goes_on_where_it_stopped(tmp_path, hasher, monkeypatch):
+@pytest.mark.parametrize("dtype", ["int2", "nvfp4"])
+def test_a_quantization_that_was_cut_off_goes_on_where_it_stopped(tmp_path, hasher, monkeypatch, dtype):
     monkeypatch.setattr(table_writer_engram, "_STEP_NUMBERS", 7 * WIDTH)
     write_folder(tmp_path, hasher, "BF16")
     source = MappedRows(read_tables(tmp_path)[1])
     description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
-    expected = quantize_table(source, whole, description, "int2")
+    expected = quantize_table(source, whole, description, dtype)
     read: list[int] = []
 
     def advance(count: int) -> None:
         read.append(count)
-        if len(read) == 5:
+        # Four steps of the second reading, the first one told of what was done before: nothing.
+        if len(read) - (dtype == "nvfp4") * (1 + math.ceil(source.num_rows / 7)) == 5:
             raise KeyboardInterrupt
 
+    journal = tmp_path / "journal"
     with pytest.raises(KeyboardInterrupt):
-        quantize_table(source, cut, description, "int2", advance, save_seconds=0)
+        quantize_table(source, cut, description, dtype, advance, journal, save_seconds=0)
     read.clear()
     monkeypatch.setattr(MappedRows, "read", _counting(MappedRows.read, begun := []))
-    error = quantize_table(source, cut, description, "int2", read.append, save_seconds=0)
-    assert (error, cut.read_bytes()) == (expected, whole.read_bytes())
-    assert begun[0] == 21 and sum(read) == source.stored.size  # three steps were saved
-    assert {path.name for path in tmp_path.glob("cut*")} == {cut.name}
+    for first in ([3 * 7], []):  # what was done is not done again
+        error = quantize_table(source, cut, description, dtype, read.append, journal)
+        assert (error, cut.read_bytes()) == (expected, whole.read_bytes())
+        assert begun[:1] == first and sum(read) == source.stored.size * (2 if dtype == "nvfp4" else 1)
+        begun.clear(), read.clear()
 
-    # Another source, or another dtype: nothing is gone on with.
-    cut.with_name(f"{cut.name}.journal").write_text(
-        json.dumps({"made_of": "else", "state": {"rows": 21, "error": {}}})
-    )
-    begun.clear()
-    assert quantize_table(source, cut, description, "int2") == expected and begun[0] == 0
+    # Another source, another dtype, or a damaged journal: nothing is gone on with.
+    for text in (journal.read_text(), "{"):
+        journal.write_text(text.replace("multipliers", "others"))
+        assert quantize_table(source, cut, description, dtype, journal=journal) == expected and begun[0] == 0
+        begun.clear()
 
 
 def _counting(read, begun: list[int]):
