@@ -12,7 +12,7 @@ EPILOG = """\
 examples:
   engram inspect ./model                          what memory a model has, and where it would live
   engram lookup ./model "the capital of France"   which rows a text reads
-  engram quantize ./model ./smaller --dtype int8  store its tables in one byte a number
+  engram quantize ./model ./smaller --dtype int4 --measure held_out.txt  store its tables in four bits, and see what it costs
   engram check ./model                            verify table files against the format
   engram facts write ./model facts.jsonl --output ./facts   teach it facts, in an adapter of kilobytes
 
