@@ -192,7 +192,7 @@ class EngramTable(nn.Module):
             return values, None
         if self.weight.dtype == torch.uint8:
             values = torch.randint_like(values, 256).to(torch.uint8)
-            unit = std / _codes(self.width // values.shape[1], self.global_scale is not None).float().std().item()
+            unit = std / _codes(self.width // values.shape[1], self.global_scale is not None).std().item()
         else:
             steps = 32 if self.weight.dtype == torch.int8 else 1
             unit = 2.0 ** math.floor(math.log2(max(std, 1e-30) / steps))
@@ -317,31 +317,36 @@ def _decode_into(rows: torch.Tensor, values: torch.Tensor, scale: torch.Tensor |
     if scale is None:
         rows.copy_(values)
     elif values.dtype == torch.uint8 and rows.dtype == scale.dtype == torch.bfloat16:  # rounded once, so that is exact
-        torch.mul(_unpack(values, scale, rows.shape[-1]), scale, out=rows)
+        torch.mul(_unpack(values, scale, rows.shape[-1], torch.bfloat16), scale, out=rows)
     elif not _decode_float8_fast(rows, values, scale):
-        rows.copy_(dequantize_rows(values, scale, rows.dtype, rows.shape[-1]))
+        rows.copy_(dequantize_rows(values, scale, None, rows.shape[-1]))
 
 
-def _unpack(values: torch.Tensor, scale: torch.Tensor, width: int) -> torch.Tensor:
-    """What the codes in packed `values` mean, bfloat16 `[..., W]`; 4-bit floats come with scales of blocks, as float32."""
+def _unpack(values: torch.Tensor, scale: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """What the codes in packed `values` mean: `[..., W]`, bfloat16 or float32.
+
+    4-bit floats come with scales of blocks as float32, which integers never do.
+    """
     packed = width // values.shape[-1]
     build = _codes.__wrapped__ if torch.compiler.is_compiling() else _codes
-    codes = build(packed, scale.dtype == torch.float32, values.device).view(
-        torch.int32 if packed == 2 else torch.int64
-    )
+    codes = build(packed, scale.dtype == torch.float32, values.device, dtype if packed == 2 else torch.bfloat16)
     # One number of 32 or 64 bits a byte: to gather rows of two or four would take four times as long.
-    return codes.flatten().index_select(0, values.flatten().int()).view(torch.bfloat16).view(*values.shape[:-1], width)
+    together = codes.view(torch.int64 if codes.dtype == torch.float32 or packed == 4 else torch.int32).flatten()
+    found = together.index_select(0, values.flatten().int()).view(codes.dtype)
+    return found.view(*values.shape[:-1], width).to(dtype)
 
 
 @lru_cache
-def _codes(packed: int, is_float: bool, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The numbers that each of the 256 bytes holds, the one in the lowest bits first: bfloat16 `[256, packed]`."""
+def _codes(
+    packed: int, is_float: bool, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The numbers that each of the 256 bytes holds, the one in the lowest bits first: `[256, packed]`."""
     bits = 8 // packed
     parts = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(0, 8, bits, device=device) & (1 << bits) - 1
     if is_float:
         values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=device)
-        return values[parts].to(torch.bfloat16)
-    return (parts - ((1 << bits) - 1) / 2).to(torch.bfloat16)
+        return values[parts].to(dtype)
+    return (parts - ((1 << bits) - 1) / 2).to(dtype)
 
 
 def _decode_float8_fast(rows: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> bool:
@@ -381,9 +386,10 @@ def dequantize_rows(
         dtype: of the result; float32 if None. The product is rounded to float32, and then once to this dtype.
         width: W, of packed values.
     """
-    rows = _unpack(values, scale, width).float() if values.dtype == torch.uint8 else values.to(torch.float32)
-    if scale is not None:
-        rows = (rows.unflatten(-1, (scale.shape[-1], -1)) * scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
+    is_packed = values.dtype == torch.uint8
+    rows = _unpack(values, scale, width, torch.float32) if is_packed else values.to(torch.float32)
+    if scale is not None:  # in place: a table's rows are no floats yet, so these are a copy
+        rows.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.to(torch.float32).unsqueeze(-1))
     return rows if dtype is None else rows.to(dtype)
 
 

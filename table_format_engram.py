@@ -343,7 +343,7 @@ class TablePart:
     @property
     def row_spans(self) -> dict[str, TensorSpan]:
         """Those of `spans` that have something for every row."""
-        return {kind: span for kind, span in self.spans.items() if kind in ("weight", "scale")}
+        return {kind: self.spans[kind] for kind in ("weight", "scale") if kind in self.spans}
 
     @property
     def names(self) -> dict[str, str]:

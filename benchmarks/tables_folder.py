@@ -34,17 +34,7 @@ def make_model_folder(folder: Path, gigabytes: float, *, filled: bool, layers: i
         engram_table_dtype="float8_e4m3fn",
     )
     folder.mkdir(parents=True, exist_ok=True)
-    hasher = NgramHasher(
-        layer_ids=[LAYER],
-        max_ngram=4,
-        bucket_counts=config.bucket_counts,
-        heads=HEADS,
-        vocab_size=VOCAB,
-        compressed_vocab_size=None,
-        pad_token_id=config.engram_pad_token_id,
-    )
-    for name, constant in hasher.derive_constants().items():
-        getattr(hasher, name).copy_(constant)
+    hasher = make_hasher(config.bucket_counts, config.engram_pad_token_id)
     description = describe_table(hasher, 0, width=WIDTH, dtype="F8_E4M3")
     name = table_file_name(LAYER)
     with TableWriter(folder / name, description) as writer:
@@ -55,6 +45,26 @@ def make_model_folder(folder: Path, gigabytes: float, *, filled: bool, layers: i
         os.fsync(file.fileno())
     write_manifest(folder, {LAYER: manifest_entry([(name, description.rows, description.tensors)])})
     EngramForCausalLM(config, engram_tables=FoundTables(read_tables(folder), "mapped")).save_pretrained(folder)
+
+
+def make_hasher(buckets: int | list[int], pad: int = 0) -> NgramHasher:
+    """The hash of one layer's table.
+
+    Args:
+        buckets: as a model's config has them, or rows of the table, about.
+    """
+    hasher = NgramHasher(
+        layer_ids=[LAYER],
+        max_ngram=4,
+        bucket_counts=[buckets // (3 * HEADS)] * 3 if isinstance(buckets, int) else buckets,
+        heads=HEADS,
+        vocab_size=VOCAB,
+        compressed_vocab_size=None,
+        pad_token_id=pad,
+    )
+    for name, constant in hasher.derive_constants().items():
+        getattr(hasher, name).copy_(constant)
+    return hasher
 
 
 def drop_from_page_cache(path: Path) -> None:
