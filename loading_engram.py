@@ -25,6 +25,7 @@ from .row_sources_engram import MappedRows, PinnedRows
 from .safetensors_engram import EngramError, FileFormatError, TensorSpan, read_header, read_json, read_weight_map
 from .table_engram import EngramTable
 from .table_format_engram import (
+    KINDS,
     MANIFEST_NAME,
     StoredTable,
     TableFormatError,
@@ -156,7 +157,7 @@ class Checkpoint:
                     "elsewhere (a state_dict or a GGUF file); leave it out."
                 )
             return None
-        tables, manifest, own_files = self._read_tables(residency)
+        tables, manifest, own_files = self._read_tables()
         if not tables:
             # Without config.json, transformers raises its own error.
             if needs_files and self._has_config:
@@ -168,14 +169,17 @@ class Checkpoint:
             return None
         if residency == "auto":
             residency = choose_residency(sum(table.size for table in tables.values()), *_free_memory(self.kwargs))
-        if manifest is None and residency == "resident":
+        names = {name.rpartition(".")[2] for table in tables.values() for name in table.parts[0].names.values()}
+        if (
+            manifest is None and residency == "resident" and names <= set(KINDS.values())
+        ):  # as the model's own are called
             return None
         variant = self.kwargs.get("variant")
         digest = recorded_digests(manifest, WEIGHTS_MEMBER).get(variant or "") if own_files else None
         samples = recorded_digests(manifest, TABLES_MEMBER) if own_files else {}
         return FoundTables(tables, residency, lambda: find_weight_files(self._resolve, variant), digest, samples)
 
-    def _read_tables(self, residency: str) -> tuple[dict[int, StoredTable], Path | None, set[int]]:
+    def _read_tables(self) -> tuple[dict[int, StoredTable], Path | None, set[int]]:
         """The tables by layer, the manifest if there is one, and the layers that it alone names."""
         # A given config may be that of fewer layers than were saved.
         layers = getattr(self.kwargs.get("config"), "engram_layer_ids", None)
@@ -184,12 +188,10 @@ class Checkpoint:
             folder = manifest.parent
             tables = read_tables(folder, lambda name: self._resolve(name) or folder / name, layers)
         own_files = set(tables)
-        if manifest is not None or residency != "resident":
-            # They come first, as they do for transformers: an upload does not remove what an earlier one had in files of
-            # its own.
-            among_weights = self._tables_among_weights(layers)
-            own_files -= set(among_weights)
-            tables |= among_weights
+        # They come first, as they do for transformers: an upload does not remove what an earlier one had in files of its own.
+        among_weights = self._tables_among_weights(layers)
+        own_files -= set(among_weights)
+        tables |= among_weights
         return tables, manifest, own_files
 
     def _tables_among_weights(self, layers: Collection[int] | None) -> dict[int, StoredTable]:
@@ -311,8 +313,7 @@ class FoundTables:
         # transformers hands these on to the model that holds this one.
         patterns = {table_keys(model.memories()).pattern}
         model._keys_to_ignore_on_load_missing = patterns | set(model._keys_to_ignore_on_load_missing or ())
-        if self.residency != "resident":
-            model._keys_to_ignore_on_load_unexpected = patterns | set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = patterns | set(model._keys_to_ignore_on_load_unexpected or ())
 
     def verify(self, model) -> None:
         """Compare what the tables say about their hash with that of the loaded `EngramModel`.

@@ -168,7 +168,7 @@ class EngramTable(nn.Module):
 
         A few rows at a time, so that a table has no second copy, let alone one in float32.
         """
-        if not self.is_resident or getattr(self.weight, "_is_hf_initialized", False):
+        if not self.is_resident or all(getattr(some, "_is_hf_initialized", False) for some in self.parameters()):
             return
         for first in self._steps():
             stop = min(first + _INIT_ROWS, self.num_rows)

@@ -1038,3 +1038,91 @@ def test_a_thousand_mutated_manifests(tmp_path, hasher):
     assert refused > 500
     path.write_bytes(data)
     assert set(read_manifest(path)) == set(LAYERS)
+
+
+# --- four-bit floats of other libraries -------------------------------------------------------------------------------
+
+
+def nvfp4_tensors(rows: int = 6) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A table as compressed-tensors stores it, and its rows, computed code by code."""
+    draw = torch.Generator().manual_seed(3)
+    packed = torch.randint(0, 256, (rows, WIDTH // 2), dtype=torch.uint8, generator=draw)
+    scale = (torch.rand(rows, WIDTH // 16, generator=draw) * 300).to(torch.float8_e4m3fn)
+    global_scale = torch.tensor([1234.5])
+    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    expected = torch.empty(rows, WIDTH)
+    for row in range(rows):
+        for channel in range(WIDTH):
+            code = int(packed[row, channel // 2]) >> 4 * (channel % 2) & 15  # the first channel in the low bits
+            value = magnitudes[code & 7] * (-1 if code & 8 else 1)
+            expected[row, channel] = value * (scale[row, channel // 16].float() / global_scale[0])
+    return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": global_scale}, expected
+
+
+def modelopt(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same table as NVIDIA's ModelOpt spells it: its second scale multiplies."""
+    return {
+        "weight": tensors["weight_packed"],
+        "weight_scale": tensors["weight_scale"],
+        "weight_scale_2": tensors["weight_global_scale"].reciprocal().squeeze(),
+    }
+
+
+@pytest.mark.parametrize("spelling", [dict, modelopt])
+def test_four_bit_floats_of_other_libraries(tmp_path, spelling):
+    tensors, expected = nvfp4_tensors()
+    state = {f"model.layers.1.engram.table.{name}": tensor for name, tensor in spelling(tensors).items()}
+    save_file(state, tmp_path / "model.safetensors")
+    (table,) = tables_in_checkpoint([tmp_path / "model.safetensors"]).values()
+    assert (table.dtype, table.width, table.num_rows) == ("NVFP4", WIDTH, 6)
+    found = read_rows(MappedRows(table), torch.arange(6).unsqueeze(1))
+    # The second scale is turned round and back, and each time rounded.
+    torch.testing.assert_close(found, expected, rtol=0 if spelling is dict else 3e-7, atol=0)
+    assert torch.equal(read_rows(MappedRows(table), torch.arange(6).unsqueeze(1), torch.bfloat16), found.bfloat16())
+
+    # A manifest may point at these tensors as they are.
+    kinds = {"weight": 0, "scale": 1, "global_scale" if spelling is dict else "scale_2": 2}
+    names = {kind: list(state)[at] for kind, at in kinds.items()}
+    write_manifest(tmp_path, {1: manifest_entry([("model.safetensors", (0, 6), names)])})
+    assert torch.equal(read_rows(MappedRows(read_tables(tmp_path)[1]), torch.arange(6).unsqueeze(1)), found)
+    check_folder(tmp_path, rows=True)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_global_scale_that_is_no_positive_number(tmp_path, wrong):
+    tensors = {f"layers.1.engram.embed.{name}": tensor for name, tensor in nvfp4_tensors()[0].items()}
+    tensors["layers.1.engram.embed.weight_global_scale"][0] = wrong
+    save_file(tensors, tmp_path / "model.safetensors")
+    (table,) = tables_in_checkpoint([tmp_path / "model.safetensors"]).values()
+    with pytest.raises(ValueError, match=r"The global scale of layer 1 in .* expected one positive number"):
+        MappedRows(table)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_global_scale": None}, "NVFP4, which needs 1 global scale"),
+        ({"weight_global_scale": torch.ones(2)}, "NVFP4, which needs 1 global scale"),
+        ({"weight_scale": torch.ones(6, 1).to(torch.float8_e4m3fn)}, r"scales F8_E4M3 \[6, 2\]"),
+        ({"weight_scale": torch.ones(6, 1).bfloat16()}, "packed numbers, but nothing says of how many bits"),
+        ({"weight_packed": torch.zeros(6, 12, dtype=torch.uint8)}, "multiple of 16"),
+    ],
+)
+def test_four_bit_floats_that_do_not_fit_together(tmp_path, change, message):
+    tensors = {name: tensor for name, tensor in (nvfp4_tensors()[0] | change).items() if tensor is not None}
+    save_file(
+        {f"layers.1.engram.embed.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ValueError, match=message):
+        tables_in_checkpoint([tmp_path / "x.safetensors"])
+
+
+def test_the_config_says_of_how_many_bits_packed_numbers_are(tmp_path):
+    tensors = {"weight": torch.zeros(6, 16, dtype=torch.uint8), "scale": torch.ones(6, 1).bfloat16()}
+    save_file(
+        {f"layers.1.engram.table.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "x.safetensors"
+    )
+    for table_dtype, width, value in (("int4", 32, -7.5), ("int2", 64, -1.5)):
+        (table,) = tables_in_checkpoint([tmp_path / "x.safetensors"], table_dtype).values()
+        assert table.width == width
+        assert read_rows(MappedRows(table), torch.tensor([[2]])).unique().tolist() == [value]
