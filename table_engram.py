@@ -74,11 +74,6 @@ E4M3_MAX = 448.0
 # Rows a thread decodes at once: enough that threads seldom wait for each other, few enough for a large cache.
 _CHUNK_ROWS = 8192
 _INIT_ROWS = 65_536
-# The bits of a bfloat16 that a float8 shifted left by 4 fills, as a signed 16-bit integer: 0x87F0.
-_E4M3_BITS = -0x7810
-# From an E8M0 byte to the exponent of the scale times 2^120, which makes up for the two formats' biases, 7 and 127.
-_E8M0_TO_FACTOR = 120
-_LARGEST_FAST_SCALE = 0xFE - _E8M0_TO_FACTOR
 
 
 class RowReader(Protocol):
@@ -192,7 +187,7 @@ class EngramTable(nn.Module):
             return values, None
         if self.weight.dtype == torch.uint8:
             values = torch.randint_like(values, 256).to(torch.uint8)
-            unit = std / _codes(self.width // values.shape[1], self.global_scale is not None).std().item()
+            unit = std / _of_bytes(self.width // values.shape[1], self.global_scale is not None).std().item()
         else:
             steps = 32 if self.weight.dtype == torch.int8 else 1
             unit = 2.0 ** math.floor(math.log2(max(std, 1e-30) / steps))
@@ -316,63 +311,39 @@ def read_rows(source: RowReader, row_ids: torch.Tensor, dtype: torch.dtype | Non
 def _decode_into(rows: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None) -> None:
     if scale is None:
         rows.copy_(values)
-    elif values.dtype == torch.uint8 and rows.dtype == scale.dtype == torch.bfloat16:  # rounded once, so that is exact
-        torch.mul(_unpack(values, scale, rows.shape[-1], torch.bfloat16), scale, out=rows)
-    elif not _decode_float8_fast(rows, values, scale):
+    elif rows.dtype == torch.bfloat16 and scale.dtype in (torch.bfloat16, torch.float8_e8m0fnu):
+        # Exact in float32, so that it is rounded once.
+        blocks = rows.unflatten(-1, (scale.shape[-1], -1))
+        numbers = _numbers(values, scale, rows.shape[-1], torch.bfloat16).view_as(blocks)
+        torch.mul(numbers, scale.to(torch.bfloat16).unsqueeze(-1), out=blocks)
+    else:
         rows.copy_(dequantize_rows(values, scale, None, rows.shape[-1]))
 
 
-def _unpack(values: torch.Tensor, scale: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """What the codes in packed `values` mean: `[..., W]`, bfloat16 or float32.
+def _numbers(values: torch.Tensor, scale: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """What packed or float8 `values` mean without their scales: `[..., W]`, bfloat16 or float32.
 
     4-bit floats come with scales of blocks as float32, which integers never do.
     """
     packed = width // values.shape[-1]
-    build = _codes.__wrapped__ if torch.compiler.is_compiling() else _codes
-    codes = build(packed, scale.dtype == torch.float32, values.device, dtype if packed == 2 else torch.bfloat16)
-    # One number of 32 or 64 bits a byte: to gather rows of two or four would take four times as long.
-    together = codes.view(torch.int64 if codes.dtype == torch.float32 or packed == 4 else torch.int32).flatten()
-    found = together.index_select(0, values.flatten().int()).view(codes.dtype)
+    build = _of_bytes.__wrapped__ if torch.compiler.is_compiling() else _of_bytes
+    numbers = build(packed, scale.dtype == torch.float32, values.device, dtype if packed < 4 else torch.bfloat16)
+    # One look-up a byte, of all that it holds as one integer: to gather rows of a few numbers would take four times as long.
+    together = numbers.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[packed * numbers.itemsize]).flatten()
+    found = together.index_select(0, values.view(torch.uint8).flatten().int()).view(numbers.dtype)
     return found.view(*values.shape[:-1], width).to(dtype)
 
 
 @lru_cache
-def _codes(
-    packed: int, is_float: bool, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def _of_bytes(packed: int, is_float: bool, device: torch.device | str = "cpu", dtype=torch.float32) -> torch.Tensor:
     """The numbers that each of the 256 bytes holds, the one in the lowest bits first: `[256, packed]`."""
-    bits = 8 // packed
-    parts = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(0, 8, bits, device=device) & (1 << bits) - 1
+    codes, bits = torch.arange(256, device=device).unsqueeze(1), 8 // packed
+    if packed == 1:
+        return codes.to(torch.uint8).view(torch.float8_e4m3fn).to(dtype)
+    codes = codes >> torch.arange(0, 8, bits, device=device) & (1 << bits) - 1
     if is_float:
-        values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=device)
-        return values[parts].to(dtype)
-    return (parts - ((1 << bits) - 1) / 2).to(dtype)
-
-
-def _decode_float8_fast(rows: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Decode float8 values on the CPU, where torch converts them one by one: False if these have to go that way.
-
-    A float8 value shifted left by 4 bits is a bfloat16 with the value times 2^-120, subnormal ones included, so that one
-    multiplication by the scale times 2^120 yields the exact product. NaN, scales beyond 2^7 and a processor that is set
-    to flush subnormal numbers are left to the plain way.
-    """
-    if values.dtype != torch.float8_e4m3fn or rows.dtype not in (torch.bfloat16, torch.float32):
-        return False
-    raw, exponents = values.view(torch.int8), scale.view(torch.uint8)
-    has_nan = raw.amax() == 0x7F or values.view(torch.uint8).amax() == 0xFF
-    if has_nan or exponents.amax() > _LARGEST_FAST_SCALE or _flushes_subnormals():
-        return False
-    decoded = rows if rows.dtype == torch.bfloat16 else torch.empty_like(rows, dtype=torch.bfloat16)
-    decoded.view(torch.int16).copy_(raw).bitwise_left_shift_(4).bitwise_and_(_E4M3_BITS)
-    factors = exponents.to(torch.int16).add_(_E8M0_TO_FACTOR).bitwise_left_shift_(7).view(torch.bfloat16)
-    if decoded is not rows:
-        rows.copy_(decoded)
-    rows.unflatten(-1, (scale.shape[-1], -1)).mul_(factors.to(rows.dtype).unsqueeze(-1))
-    return True
-
-
-def _flushes_subnormals() -> bool:
-    return bool((torch.full((1,), 2.0**-130, device="cpu") * 1.0 == 0).item())
+        return torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=device)[codes].to(dtype)
+    return (codes - ((1 << bits) - 1) / 2).to(dtype)
 
 
 def dequantize_rows(
@@ -386,8 +357,11 @@ def dequantize_rows(
         dtype: of the result; float32 if None. The product is rounded to float32, and then once to this dtype.
         width: W, of packed values.
     """
-    is_packed = values.dtype == torch.uint8
-    rows = _unpack(values, scale, width, torch.float32) if is_packed else values.to(torch.float32)
+    width = width or values.shape[-1]
+    # On the CPU, torch converts float8 numbers one by one.
+    is_float8_here = values.dtype == torch.float8_e4m3fn and values.device.type == "cpu"
+    by_byte = scale is not None and (values.dtype == torch.uint8 or is_float8_here)
+    rows = _numbers(values, scale, width, torch.float32) if by_byte else values.to(torch.float32)
     if scale is not None:  # in place: a table's rows are no floats yet, so these are a copy
         rows.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.to(torch.float32).unsqueeze(-1))
     return rows if dtype is None else rows.to(dtype)

@@ -34,8 +34,10 @@ from trial_models import load, make_tokenizer, save_folders
 from engram_hf import EngramConfig, EngramTokenizer
 from engram_hf.convert_scripts.streaming import read_manifest
 from engram_hf.row_sources_engram import MappedRows
-from engram_hf.safetensors_engram import read_weight_map
-from engram_hf.table_format_engram import read_tables, require_same_hash
+from engram_hf.safetensors_engram import read_header, read_weight_map
+from engram_hf.saving_engram import manifest_entry, write_manifest
+from engram_hf.table_format_engram import file_description, read_tables, require_same_hash
+from engram_hf.table_writer_engram import quantize_table
 from engram_hf.tokenization.vocabulary_compression import read_token_map
 
 SECONDS = 10
@@ -120,18 +122,20 @@ class Kinds:
         home: an empty folder.
     """
 
-    NAMES = ("header", "manifest", "token map", "config", "index", "tokenizer", "conversion")
+    NAMES = ("header", "packed header", "manifest", "token map", "config", "index", "tokenizer", "conversion")
 
     def __init__(self, home: Path):
         folders = save_folders(home / "models")
         self.model_folder = folders["old files"]
         self.hasher = load(self.model_folder, "mapped").model.hashing
+        self._pack_tables()
         self.tokenizer = make_tokenizer()
         self.tables = {layer: self._meaning(table) for layer, table in read_tables(self.model_folder).items()}
         self.home = home
         self.kinds: dict[str, tuple[str, int, Callable[[Path, bytes], None]]] = {
             # name: the file, how many of its bytes are mutated (the rest are rows, which nothing describes), the reader
             "header": ("engram-layer-00001.safetensors", 4096, self.check_tables),
+            "packed header": ("engram-layer-00002.safetensors", 4096, self.check_tables),
             "manifest": ("engram_tables.json", 1 << 30, self.check_tables),
             "token map": ("engram_token_map.safetensors", 1 << 30, self.check_token_map),
             "config": ("config.json", 1 << 30, self.check_config),
@@ -142,6 +146,16 @@ class Kinds:
         self._write_others()
         self.originals = {kind: (self.model_folder / file).read_bytes() for kind, (file, _, _) in self.kinds.items()}
         self._folder: Path | None = None
+
+    def _pack_tables(self) -> None:
+        """Rows of two bits, of which the description alone says how many there are in a byte, and of 4-bit floats."""
+        entries, tables = {}, read_tables(self.model_folder)
+        for (layer, table), dtype in zip(tables.items(), ("int2", "nvfp4"), strict=True):
+            path = table.parts[0].file.path
+            quantize_table(MappedRows(table), path, file_description(table.parts[0].file), dtype)
+            described = file_description(read_header(path))
+            entries[layer] = manifest_entry([(path.name, described.rows, described.tensors)])
+        write_manifest(self.model_folder, entries)
 
     def _write_others(self) -> None:
         files = {f"layers.{index}.weight": f"model-0000{index}-of-00003.safetensors" for index in (1, 2, 3)}
@@ -185,8 +199,9 @@ class Kinds:
         """All that reading a table depends on, and its rows."""
         d = table.description
         said = (d.layer, d.num_rows, d.width, d.dtype, d.primes, d.offsets, d.multipliers, d.pad_id, d.vocab_size)
-        rows = MappedRows(table).read(0, table.num_rows)[0].contiguous().view(torch.uint8)
-        return (*said, rows.numpy().tobytes())
+        source = MappedRows(table)
+        rows = [rows for rows in (*source.read(0, table.num_rows), source.global_scale) if rows is not None]
+        return (*said, *(some.contiguous().view(torch.uint8).numpy().tobytes() for some in rows))
 
     def check_tables(self, path: Path, data: bytes) -> None:
         """A model's tables: their hash is the model's, and the rows are those that were written."""
