@@ -22,7 +22,7 @@ def start(code: str, *arguments: object, env: dict[str, str], cwd: Path, isolate
     """A Python process that runs `code`; `isolated` from its folder and its user's packages."""
     command = [sys.executable, *["-I"] * isolated, "-c", code, *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=env, cwd=cwd, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, env=env, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def finish(process: subprocess.Popen) -> Any:
