@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import json
 import os
 import pickle
@@ -181,33 +182,44 @@ def test_without_threads_rows_are_read_directly(saved_tables, monkeypatch, libra
 
 
 ENDING = """
-import atexit, json, sys, threading, torch
+import atexit, json, os, sys, threading, torch
 from engram_hf import EngramForCausalLM, prefetch_engram
-model = EngramForCausalLM.from_pretrained({folder!r}, engram_residency="mapped").eval()
-model.model.prefetcher.when = "always"
 ids = torch.tensor({ids})
-def answer():
-    print(json.dumps(model(ids).logits[0, -1].tolist()), flush=True)
-def after_the_main_thread():
-    threading.main_thread().join()
-    answer()
-if {warm}:
-    model(ids)
-if {how!r} == "atexit":
-    atexit.register(answer)
-else:
-    threading.Thread(target=after_the_main_thread).start()
+def end(how, warm):
+    model = EngramForCausalLM.from_pretrained({folder!r}, engram_residency="mapped").eval()
+    model.model.prefetcher.when = "always"
+    def answer():
+        print(json.dumps([how, warm, *model(ids).logits[0, -1].tolist()]), flush=True)
+    def after_the_main_thread():
+        threading.main_thread().join()
+        answer()
+    if warm:
+        model(ids)
+    if how == "atexit":
+        atexit.register(answer)
+    else:
+        threading.Thread(target=after_the_main_thread).start()
+for how in ("atexit", "thread"):
+    for warm in (False, True):
+        process = os.fork()
+        if not process:
+            end(how, warm)
+            sys.exit()  # as a process ends that was started anew: threads first, then what atexit was told
+        assert os.waitpid(process, 0)[1] == 0
 """
 
 
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("how", ["atexit", "thread"])
-def test_a_process_that_is_ending_gets_its_rows(tmp_path, how, warm):
+def test_a_process_that_is_ending_gets_its_rows(tmp_path):
     model = build("qwen3")
     model.save_pretrained(tmp_path / "saved")
-    code = ENDING.format(folder=str(tmp_path / "saved"), ids=IDS.tolist(), how=how, warm=warm)
-    found = child_processes.finish(child_processes.start(code, env=dict(os.environ), cwd=tmp_path))
-    torch.testing.assert_close(torch.tensor(found), logits(model)[0, -1])
+    code = ENDING.format(folder=str(tmp_path / "saved"), ids=IDS.tolist())
+    process = child_processes.start(code, env=dict(os.environ), cwd=tmp_path)
+    output, errors = process.communicate(timeout=child_processes.SECONDS)
+    assert process.returncode == 0, errors
+    found = [json.loads(line) for line in output.splitlines()]
+    assert [tuple(line[:2]) for line in found] == list(itertools.product(("atexit", "thread"), (False, True)))
+    for line in found:
+        torch.testing.assert_close(torch.tensor(line[2:]), logits(model)[0, -1])
 
 
 def test_no_thread_outlives_the_model(saved_tables):
