@@ -3,8 +3,10 @@
 import html.parser
 import json
 import re
+import runpy
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from engram_cli.main import main
@@ -175,3 +177,12 @@ def test_a_browser_draws_it(saved, run, tmp_path, scheme):
     width, colour = re.search(r"<title>(\d+),(.*?)</title>", done.stdout).groups()
     assert int(width) <= 500
     assert colour == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 24, 29)")
+
+
+def test_the_walkthrough_agrees_with_itself(monkeypatch, capsys):
+    """It computes everything twice, and stops where the model differs."""
+    examples = Path(__file__).parents[2] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    runpy.run_path(str(examples / "walkthrough.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "8 rows of 32 = 256 numbers" in printed and len(re.findall(r"= row [\d,]+$", printed, re.MULTILINE)) == 8
