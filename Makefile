@@ -7,7 +7,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=f
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 OLDEST := 5.17.0
 
-.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests trials faults fuzz kills soak style check clean
+.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests trials faults fuzz kills soak style check build clean
 
 quickstart: $(VENV)/.installed  ## train a small model with memory and its twin without, compare, save, reload
 	$(BIN)/python examples/quickstart.py
@@ -60,6 +60,10 @@ $(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS) $(wildcard constraint
 $(VENV)/.installed-upstream: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[upstream]"
 	touch $@
+
+build: $(VENV)/.installed  ## sdist and wheel, in dist/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --outdir dist .
 
 clean:
 	rm -rf $(VENV) .venv-* .upstream .mypy_packages .mypy_cache out
