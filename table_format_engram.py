@@ -115,13 +115,7 @@ def tensor_names(layer: int, dtype: str, kinds: Collection[str] | None = None) -
     Args:
         kinds: those that there are, instead of all that rows of `dtype` have.
     """
-    ends = {
-        "weight": "weight_packed",
-        "scale": "weight_scale",
-        "global_scale": "weight_global_scale",
-        "scale_2": "weight_scale_2",
-    }
-    ends = ends if ROW_FORMATS[dtype].has_global else {}
+    ends = {kind: name for name, kind in KINDS.items()} if ROW_FORMATS[dtype].has_global else {}
     found = [kind if kinds is None or kind in kinds else "scale_2" for kind in ROW_FORMATS[dtype].kinds]
     return {kind: f"model.layers.{layer}.engram.table.{ends.get(kind, kind)}" for kind in found}
 
