@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 
 from engram_hf import EngramForCausalLM, EngramTokenizer
+from engram_hf.analysis.evaluation import Off
 from engram_hf.convert_scripts.number_formats import FP4_ROWS, decode, encode
 from engram_hf.table_engram import apply_global_scale, dequantize_rows
 from engram_hf.table_writer_engram import quantize_rows
@@ -184,25 +185,21 @@ def seen_before(tokens: list[list[int]], held_out: torch.Tensor) -> torch.Tensor
 
 
 @torch.no_grad()
-def losses(model: EngramForCausalLM, held_out: torch.Tensor) -> torch.Tensor:
+def losses(model: EngramForCausalLM, held_out: torch.Tensor, **options) -> torch.Tensor:
     """Of each token but the first, `[n, S - 1]`, in nats."""
     found = []
     for some in held_out.split(16):
-        logits = model(input_ids=some, use_cache=False).logits[:, :-1].float()
+        logits = model(input_ids=some, use_cache=False, **options).logits[:, :-1].float()
         found.append(F.cross_entropy(logits.transpose(1, 2), some[:, 1:], reduction="none"))
     return torch.cat(found)
 
 
 def measurements(model: EngramForCausalLM, held_out: torch.Tensor, known: set[str]) -> Iterator[tuple[str, dict]]:
     """Per-token losses by format, `"float"` and `"memory off"` first, for formats that are not `known`."""
-    from engram_cli.measurement import memory_off
-
     todo = [name for name in FORMATS if name not in known]
     if not todo:
         return
-    with memory_off(model):
-        off = losses(model, held_out)
-    yield "memory off", {"loss": off}
+    yield "memory off", {"loss": losses(model, held_out, engram_edit=Off())}
     yield "float", {"loss": losses(model, held_out)}
     tables = [memory.table.weight for memory in model.model.memories().values()]
     rows = [table.detach().float().clone() for table in tables]

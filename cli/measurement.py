@@ -1,7 +1,5 @@
 """What quantized tables cost: the loss on a text before and after, beside that without memory."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -101,13 +99,14 @@ def compare(before: "EngramForCausalLM", after: "EngramForCausalLM", blocks: "to
     from torch.nn import functional as F
     from tqdm import tqdm
 
+    from engram_hf.analysis.evaluation import Off
+
     sums, positions = torch.zeros(4, dtype=torch.float64), 0
     for some in tqdm(blocks.split(_BATCH), desc="Measuring", disable=None):
         labels = some[:, 1:].flatten()
         with torch.no_grad():
             first, second = (_log_probabilities(model, some) for model in (before, after))
-            with memory_off(before):
-                without = _log_probabilities(before, some)
+            without = _log_probabilities(before, some, engram_edit=Off())
         losses = [F.nll_loss(predicted, labels, reduction="sum") for predicted in (first, second, without)]
         divergence = F.kl_div(second, first, reduction="sum", log_target=True)
         sums += torch.stack([*losses, divergence]).double()
@@ -115,21 +114,6 @@ def compare(before: "EngramForCausalLM", after: "EngramForCausalLM", blocks: "to
     return Loss(*(sums / positions).tolist(), positions)
 
 
-def _log_probabilities(model: "EngramForCausalLM", ids: "torch.Tensor") -> "torch.Tensor":
+def _log_probabilities(model: "EngramForCausalLM", ids: "torch.Tensor", **options: Any) -> "torch.Tensor":
     """Of each next token, float32 `[n * (S - 1), V]`."""
-    return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
-
-
-@contextlib.contextmanager
-def memory_off(model: "EngramForCausalLM") -> Iterator[None]:
-    """Within it, the model's memory adds nothing."""
-
-    def pass_by(module: Any, arguments: tuple[Any, ...], output: Any) -> Any:
-        return arguments[0]
-
-    handles = [memory.register_forward_hook(pass_by) for memory in model.model.memories().values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return model(input_ids=ids, use_cache=False, **options).logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
