@@ -183,20 +183,19 @@ class EngramTable(nn.Module):
         """Normal noise; in packed numbers, where every code is as likely as another, uniform."""
         values = torch.empty((count, self.weight.shape[1]), device=self.weight.device, dtype=self.row_dtype)
         values.normal_(std=std)
-        if self.table_dtype is None:
+        if self.scale is None:
             return values, None
         if self.weight.dtype == torch.uint8:
-            values = torch.randint_like(values, 256).to(torch.uint8)
+            values = torch.randint_like(values, 256)
             unit = std / _of_bytes(self.width // values.shape[1], self.global_scale is not None).std().item()
         else:
-            steps = 32 if self.weight.dtype == torch.int8 else 1
-            unit = 2.0 ** math.floor(math.log2(max(std, 1e-30) / steps))
-            values = values.div_(unit).round_() if steps > 1 else values.div_(unit)
-            values = values.clamp_(-127, 127).to(self.weight.dtype)
+            # A power of two, which every scale can be; of int8, some 16 steps are in a standard deviation.
+            unit = 2.0 ** math.floor(math.log2(max(std, 1e-30)) - 4 * (self.weight.dtype == torch.int8))
+            values = values.div_(unit).clamp_(-127, 127)
         if self.global_scale is not None:
             self.global_scale.fill_(1 / max(unit, 1e-30))
             unit = 1.0
-        return values, torch.full((count, self.scale.shape[1]), unit, device=values.device).to(self.scale.dtype)
+        return values.to(self.weight.dtype), torch.full_like(self.scale[:count], 1, dtype=torch.float32) * unit
 
     def forward(
         self, row_ids: torch.Tensor, dtype: torch.dtype | None = None, source: RowReader | None = None
