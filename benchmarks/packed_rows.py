@@ -7,6 +7,7 @@ bfloat16 table against `cp` of its file, both until the bytes are on the disk. F
 """
 
 import argparse
+import math
 import os
 import shutil
 import subprocess
@@ -54,6 +55,7 @@ def main() -> None:
         write_floats(floats, options.gigabytes)
         table = read_tables(floats)[LAYER]
         description = replace(table.description, tensors=table.parts[0].names)
+        processor: dict[str, float] = {}
         file, copied = table.parts[0].file.path, Path(home, "copy")
         sync(file)
 
@@ -65,7 +67,9 @@ def main() -> None:
             folder = Path(home, dtype)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
+            before = time.process_time()
             quantize_table(MappedRows(table), folder / file.name, description, dtype)
+            processor[dtype] = min(processor.get(dtype, math.inf), time.process_time() - before)
             sync(folder / file.name)
 
         actions = {"cp": copy} | {dtype: lambda dtype=dtype: quantize(dtype) for dtype in QUANTIZED_FORMATS}
@@ -74,7 +78,10 @@ def main() -> None:
             f"making rows of {WIDTH} channels from {table.size / 1e9:.2f} GB of bfloat16, {torch.get_num_threads()} threads"
         )
         for name, took in seconds.items():
-            print(f"  {name:14} {table.size / took / 1e9:6.3f} GB/s of bfloat16   {seconds['cp'] / took:5.2f}x cp's")
+            own = f"   {table.size / processor[name] / 1e9:6.3f} GB a processor second" if name in processor else ""
+            print(
+                f"  {name:14} {table.size / took / 1e9:6.3f} GB/s of bfloat16   {seconds['cp'] / took:5.2f}x cp's{own}"
+            )
 
         sources = {}
         print("bytes of a table file, against bits of its values and scales")
