@@ -121,7 +121,7 @@ class Checkpoint:
     def _settle_revision(self) -> None:
         self._resolve = resolver(self.name_or_path, self.kwargs)
         config = self._resolve(CONFIG_NAME)
-        self._has_config = config is not None
+        self._config = config
         if config is None:
             if self.kwargs.get("config") is None:
                 raise OSError(
@@ -160,7 +160,7 @@ class Checkpoint:
         tables, manifest, own_files = self._read_tables()
         if not tables:
             # Without config.json, transformers raises its own error.
-            if needs_files and self._has_config:
+            if needs_files and self._config is not None:
                 raise EngramError(
                     f"{self.name_or_path} has no {MANIFEST_NAME}, and no memory tables among its safetensors weights, so "
                     f"engram_residency={residency!r} is not possible; complete it, or name a folder that was saved by "
@@ -200,8 +200,7 @@ class Checkpoint:
         weight_map = {} if index is None else read_weight_map(index)
         files = sorted({file for key, file in weight_map.items() if table_keys(layers).search(key)})
         paths = [path for path in (single, *map(self._resolve, files)) if path is not None]
-        config = self._resolve(CONFIG_NAME)
-        said = read_json(config, constants=True).get("engram_table_dtype") if config and paths else None
+        said = read_json(self._config, constants=True).get("engram_table_dtype") if self._config and paths else None
         found = tables_in_checkpoint(paths, said if isinstance(said, str) else None)
         return {layer: table for layer, table in found.items() if layers is None or layer in layers}
 
