@@ -52,7 +52,7 @@ def run_show(options: argparse.Namespace) -> None:
     from engram_hf.analysis import draw, read_text, reading_page
 
     with _page_writer(options.output) as writer:
-        model, tokenizer = _load(options.model, options.residency), _tokenizer(options.model)
+        model, tokenizer = _load(options.model, options.residency), _load_tokenizer(options.model)
         reading = read_text(model, tokenizer, options.text)
         page = writer.path / Path(options.output).name
         page.write_text(reading_page(reading, options.model), encoding="utf-8")
@@ -68,7 +68,7 @@ def run_report(options: argparse.Namespace) -> None:
 
     texts = _read_corpus(options.corpus)
     with _page_writer(options.output) as writer:
-        model, tokenizer = _load(options.model, options.residency), _tokenizer(options.model)
+        model, tokenizer = _load(options.model, options.residency), _load_tokenizer(options.model)
         other = None if options.against is None else _load(options.against, None)
         windows = cut_windows(texts, tokenizer, length=options.length, limit=options.windows)
         report = Report(options.model, model, windows, other)
@@ -125,7 +125,7 @@ def _load(name: str, residency: str | None) -> "nn.Module":
     return model.eval()
 
 
-def _tokenizer(name: str) -> Any:
+def _load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     import engram_hf  # noqa: F401 (registers the architecture)
