@@ -5,11 +5,15 @@ from .facts import forget_facts, write_facts
 from .optimizer import engram_parameter_groups
 from .row_scan import RowScan, scan_rows
 from .rows_peft import EngramRowsConfig
+from .sparse_adam import SparseAdamW
+from .sparse_gradients import enable_sparse_gradients
 
 __all__ = [
     "EngramRowsConfig",
     "FactReport",
     "RowScan",
+    "SparseAdamW",
+    "enable_sparse_gradients",
     "engram_parameter_groups",
     "forget_facts",
     "scan_rows",
