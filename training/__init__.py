@@ -1,5 +1,6 @@
 """What a `transformers.Trainer` user needs beyond the model: optimizer groups, adapters of rows, and facts in rows."""
 
+from .callback import EngramTrainingCallback
 from .fact_report import FactReport
 from .facts import forget_facts, write_facts
 from .optimizer import engram_parameter_groups
@@ -10,6 +11,7 @@ from .sparse_gradients import enable_sparse_gradients
 
 __all__ = [
     "EngramRowsConfig",
+    "EngramTrainingCallback",
     "FactReport",
     "RowScan",
     "SparseAdamW",

@@ -137,4 +137,3 @@ def _refuse_dense_optimizers(optimizer: torch.optim.Optimizer, args: Any, kwargs
                     f"{type(optimizer).__name__} cannot take the sparse gradients of tables; use "
                     "engram_hf.training.SparseAdamW, or do not call enable_sparse_gradients."
                 )
-

@@ -171,7 +171,7 @@ def test_hooks_and_closures_are_those_of_any_optimizer():
 # --- the stock Trainer
 
 
-def trained(trainer, sparse, name="mixtral", **settings):
+def trained(trainer, sparse, name="llama", **settings):
     model = model_of(name, sparse=sparse)
     run = trainer(model, optimizers=(optimizer_of(model, sparse), None), **settings)
     run.train()
@@ -198,7 +198,7 @@ def test_the_first_step_in_the_trainer_is_that_of_dense_adamw(kind, trainer):
     for layer in LAYER_IDS:
         one, other = (table_of(run.model, layer) for run in (dense, sparse))
         assert ((one - other).abs() > 1e-4).float().mean() < 1e-3
-        assert not torch.equal(other, table_of(built("mixtral"), layer))
+        assert not torch.equal(other, table_of(built("llama"), layer))
 
 
 def test_the_trainer_learns_and_resumes_to_the_bit(trainer):
@@ -208,7 +208,7 @@ def test_the_trainer_learns_and_resumes_to_the_bit(trainer):
 
     whole = trained(trainer, True, save_strategy="steps", save_steps=3)
     assert losses(whole)[-1] < 0.8 * losses(whole)[0]
-    model = build("mixtral", seed=1)
+    model = build("llama", seed=1)
     enable_sparse_gradients(model)
     resumed = trainer(model, optimizers=(optimizer_of(model, True), None))
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
@@ -221,7 +221,7 @@ def test_a_compiled_model_has_the_same_gradients():
     backward(model, 1)
     expected = [parameter.grad.to_dense() for parameter in model.parameters()]
     model.zero_grad()
-    model.forward = torch.compile(model.forward, backend="aot_eager")
+    model.model.layers[LAYER_IDS[0]].compile(backend="aot_eager")  # a layer with memory alone, which takes seconds
     backward(model, 1)
     for parameter, other in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad.to_dense(), other, rtol=1e-4, atol=1e-6)
