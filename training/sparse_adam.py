@@ -205,12 +205,12 @@ class SparseAdamW(torch.optim.AdamW):
     def _require_gradients(self, tables: Iterable[nn.Parameter]) -> None:
         trained = [table for table in tables if table.requires_grad]
         others = (parameter for group in self.param_groups for parameter in group["params"])
-        if trained and all(table.grad is None for table in trained):
-            if any(other.grad is not None for other in others):
-                raise EngramError(
-                    "No table of this optimizer has a gradient, though other parameters have: it was built before the model "
-                    "was moved or wrapped, and its tables are not the model's any more; build it afterwards."
-                )
+        without = trained and all(table.grad is None for table in trained)
+        if without and any(other.grad is not None for other in others):
+            raise EngramError(
+                "No table of this optimizer has a gradient, though other parameters have: it was built before the model "
+                "was moved or wrapped, and its tables are not the model's any more; build it afterwards."
+            )
         for table in trained:
             if table.grad is not None and not table.grad.is_sparse:
                 raise EngramError(

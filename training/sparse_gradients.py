@@ -112,7 +112,7 @@ def _let_norms_take_sparse_gradients() -> None:
 
 def _sparse_vector_norm(
     tensor: torch.Tensor,
-    ord: float = 2,  # noqa: A002 - the name in torch
+    ord: float = 2,
     dim: Any = None,
     keepdim: bool = False,
     *,

@@ -8,6 +8,7 @@ from peft import get_peft_model
 from tiny_backbones import LAYER_IDS, build, built, random_ids
 from training_runs import losses
 
+from engram_hf import EngramForCausalLM
 from engram_hf.training import EngramRowsConfig, SparseAdamW, enable_sparse_gradients, engram_parameter_groups
 
 LEARNING_RATE = 1e-2
@@ -234,7 +235,7 @@ def test_a_compiled_model_has_the_same_gradients():
 def test_an_optimizer_that_cannot_take_sparse_gradients_is_refused():
     model = model_of(sparse=True)
     backward(model, 1)
-    with pytest.raises(ValueError, match="AdamW cannot take the sparse gradients of tables; use .*SparseAdamW"):
+    with pytest.raises(ValueError, match=r"AdamW cannot take the sparse gradients of tables; use .*SparseAdamW"):
         torch.optim.AdamW(model.parameters()).step()
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
 
@@ -284,16 +285,14 @@ def test_moments_of_another_table_are_refused():
 @pytest.mark.parametrize("table_dtype", ["float8_e4m3fn", "int8"])
 def test_a_quantized_table_is_refused(table_dtype):
     model = build("llama", engram_table_dtype=table_dtype, engram_head_dim=32)
-    with pytest.raises(ValueError, match="is quantized and cannot be trained as a whole.*EngramRowsConfig"):
+    with pytest.raises(ValueError, match=r"is quantized and cannot be trained as a whole.*EngramRowsConfig"):
         enable_sparse_gradients(model)
 
 
 def test_a_mapped_table_is_refused(tmp_path):
-    from engram_hf import EngramForCausalLM
-
     built("llama").save_pretrained(tmp_path)
     model = EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped")
-    with pytest.raises(ValueError, match="is in its file or in host memory and cannot be trained.*'resident'"):
+    with pytest.raises(ValueError, match=r"is in its file or in host memory and cannot be trained.*'resident'"):
         enable_sparse_gradients(model)
 
 
