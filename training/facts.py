@@ -352,7 +352,9 @@ def _train(model: PeftModel, name: str, facts: Sequence[Fact], steps: int, learn
             # Facts that are sure are left alone, and looked at from time to time, since others may write the same rows.
             unsure = [index for index, lead in leads.items() if lead < _SURE]
             looked_at = unsure if unsure and step % _LOOK_AT_ALL else list(leads)
-            leads.update(zip(looked_at, _accumulate(model, [facts[index] for index in looked_at], deltas), strict=True))
+            leads.update(
+                zip(looked_at, _accumulate(model, [facts[index] for index in looked_at], deltas), strict=True)
+            )
             bar.set_postfix({"recalled": f"{sum(lead > 0 for lead in leads.values())}/{len(facts)}"})
             if len(looked_at) == len(facts) and min(leads.values()) >= _SURE:
                 return step
@@ -362,10 +364,9 @@ def _train(model: PeftModel, name: str, facts: Sequence[Fact], steps: int, learn
         return steps
     finally:
         bar.close()
-        for delta in deltas:
-            delta.grad = None
-            # Saved in half the bytes; the report speaks of what is saved.
-            delta.data = delta.data.to(torch.bfloat16).to(delta.dtype)
+        for adapter in adapters.values():
+            adapter.delta.grad = None
+            adapter.round()  # half the bytes; the report speaks of what is saved
 
 
 def _accumulate(model: PeftModel, facts: Sequence[Fact], deltas: Sequence[nn.Parameter]) -> list[float]:

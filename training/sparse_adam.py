@@ -85,9 +85,10 @@ class _RowMoments:
 
     def update(self, slots: torch.Tensor, gradient: torch.Tensor, beta1: float, beta2: float) -> tuple:
         """Both moments `[n, W]` after a gradient `[n, W]`."""
-        average = self._exp_avg[slots].lerp_(gradient, 1 - beta1)
-        square = self._exp_avg_sq[slots].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        self._exp_avg[slots], self._exp_avg_sq[slots] = average, square
+        average = self._exp_avg.index_select(0, slots).lerp_(gradient, 1 - beta1)
+        square = self._exp_avg_sq.index_select(0, slots).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        self._exp_avg.index_copy_(0, slots, average)
+        self._exp_avg_sq.index_copy_(0, slots, square)
         return average, square
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -228,9 +229,9 @@ class SparseAdamW(torch.optim.AdamW):
         (beta1, beta2), lr, step = group["betas"], float(group["lr"]), float(state["step"])
         average, square = moments.update(moments.slots_of(rows), values, beta1, beta2)
         size = square.sqrt_().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-        updated = table[rows].float().mul_(1 - lr * group["weight_decay"])
+        updated = table.index_select(0, rows).float().mul_(1 - lr * group["weight_decay"])
         updated.addcdiv_(average, size, value=-lr / (1 - beta1**step))
-        table[rows] = updated.to(table.dtype)
+        table.index_copy_(0, rows, updated.to(table.dtype))
 
     def _moments_of(self, table: nn.Parameter) -> _RowMoments:
         if table not in self.state:

@@ -155,7 +155,7 @@ def test_an_adapter_with_facts_is_saved_loaded_and_forgotten(built, written, tmp
     built.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
     folder = tmp_path / "adapter" / "facts"
-    assert (folder / "adapter_model.safetensors").stat().st_size < 2 * report.bytes + 1000
+    assert (folder / "adapter_model.safetensors").stat().st_size < report.bytes + 1000
     again = PeftModel.from_pretrained(
         EngramForCausalLM.from_pretrained(tmp_path / "base"), folder, adapter_name="mine"
     )
