@@ -36,6 +36,15 @@ class TableWithSparseGradients(RuntimeSubclass):
 # Compilers trace the backward pass too, and know no sparse gradients; the rest of the model is compiled around this.
 @torch.compiler.disable
 def _embed_sparsely(table: TableWithSparseGradients, row_ids: torch.Tensor) -> torch.Tensor:
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise EngramError(
+            f"Sparse gradients of tables are for one process, but there are {torch.distributed.get_world_size()}: with several, "
+            "train row adapters (EngramRowsConfig), or whole tables without enable_sparse_gradients."
+        )
     try:
         return F.embedding(row_ids, table.weight, sparse=True)
     except IndexError:

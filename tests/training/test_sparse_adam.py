@@ -282,6 +282,15 @@ def test_moments_of_another_table_are_refused():
         torch.testing.assert_close(value, before["state"][key], rtol=0, atol=0)
 
 
+def test_several_processes_are_refused(monkeypatch):
+    """DDP itself fails with a message about storage of sparse tensors."""
+    model = model_of(sparse=True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="are for one process, but there are 2"):
+        backward(model, 1)
+
+
 @pytest.mark.parametrize("table_dtype", ["float8_e4m3fn", "int8"])
 def test_a_quantized_table_is_refused(table_dtype):
     model = build("llama", engram_table_dtype=table_dtype, engram_head_dim=32)
