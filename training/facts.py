@@ -36,7 +36,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 _BATCH = 32
 # Training ends when every token of every target leads every other token by so many nats.
-_SURE = 2.0
+_SURE = 1.0
 # Every so many steps, facts that are sure already are trained and measured with the others.
 _LOOK_AT_ALL = 10
 # Below this, a gate lets through next to nothing.
