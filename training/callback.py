@@ -22,7 +22,7 @@ class _LayerWatch:
         index: its position among the layers that have memory.
     """
 
-    def __init__(self, memory: nn.Module, index: int):
+    def __init__(self, memory: Any, index: int):
         self.memory, self.index = memory, index
         self.ever = torch.zeros(memory.table.num_rows, dtype=torch.bool)
         self.step_rows: list[torch.Tensor] = []
@@ -30,7 +30,8 @@ class _LayerWatch:
 
     def reset(self) -> None:
         """Begin anew after a log."""
-        self.gates, self.positions = 0.0, 0.0
+        self.gates: torch.Tensor | float = 0.0
+        self.positions: torch.Tensor | float = 0.0
         self.steps, self.rows, self.squares = 0, 0, 0.0
 
     @torch.compiler.disable
@@ -132,7 +133,7 @@ class EngramTrainingCallback(TrainerCallback):
         """Add to the log of training steps."""
         if logs is None or "loss" not in logs:
             return
-        found = {}
+        found: dict[str, float] = {}
         for layer, watch in self._watches.items():
             found |= {f"engram/layer_{layer}/{name}": value for name, value in watch.values().items()}
             watch.reset()

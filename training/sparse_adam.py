@@ -253,7 +253,7 @@ def _checked(state: dict[str, Any], table: nn.Parameter) -> dict[str, torch.Tens
     Raises:
         ValueError: says that they are not.
     """
-    tensors = [state.get(name) for name in ("rows", "exp_avg", "exp_avg_sq", "step")]
+    tensors: list[Any] = [state.get(name) for name in ("rows", "exp_avg", "exp_avg_sq", "step")]
     if all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         rows, average, square, _ = tensors
         shape = (rows.numel(), table.shape[1])

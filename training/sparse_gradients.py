@@ -27,10 +27,12 @@ _kernels: list[torch.library.Library] = []
 class TableWithSparseGradients(RuntimeSubclass):
     """Goes in front of a table's class: the gradient of its weight `[R, W]` has the rows that were read, and no others."""
 
+    weight: nn.Parameter
+
     def _embed(self, row_ids: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.weight.requires_grad:
             return _embed_sparsely(self, row_ids)
-        return super()._embed(row_ids)
+        return super()._embed(row_ids)  # type: ignore[misc]  # of the table's class
 
 
 # Compilers trace the backward pass too, and know no sparse gradients; the rest of the model is compiled around this.
