@@ -186,8 +186,11 @@ PUBLIC_NAMES = {
     "engram_hf.tokenization": ["CompressionSummary", "EngramTokenizer"],
     "engram_hf.training": [
         "EngramRowsConfig",
+        "EngramTrainingCallback",
         "FactReport",
         "RowScan",
+        "SparseAdamW",
+        "enable_sparse_gradients",
         "engram_parameter_groups",
         "forget_facts",
         "scan_rows",

@@ -1,15 +1,21 @@
 """What a `transformers.Trainer` user needs beyond the model: optimizer groups, adapters of rows, and facts in rows."""
 
+from .callback import EngramTrainingCallback
 from .fact_report import FactReport
 from .facts import forget_facts, write_facts
 from .optimizer import engram_parameter_groups
 from .row_scan import RowScan, scan_rows
 from .rows_peft import EngramRowsConfig
+from .sparse_adam import SparseAdamW
+from .sparse_gradients import enable_sparse_gradients
 
 __all__ = [
     "EngramRowsConfig",
+    "EngramTrainingCallback",
     "FactReport",
     "RowScan",
+    "SparseAdamW",
+    "enable_sparse_gradients",
     "engram_parameter_groups",
     "forget_facts",
     "scan_rows",

@@ -32,7 +32,7 @@ def engram_parameter_groups(
         table_lr_scale: learning rate of the tables, in units of `lr`.
 
     Raises:
-        ValueError: the model has nothing to train.
+        ValueError: the model has nothing to train, or the rows of a quantized table are to be.
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
@@ -41,6 +41,7 @@ def engram_parameter_groups(
         if not parameter.requires_grad:
             continue
         if _TABLE.search(name):
+            _require_trainable_dtype(name, parameter)
             tables.append(parameter)
         else:
             (decayed if _decays(name, parameter) else undecayed).append(parameter)
@@ -53,6 +54,14 @@ def engram_parameter_groups(
     if not groups:
         raise EngramError("Every parameter of this model is frozen; set requires_grad on what shall be trained first.")
     return groups
+
+
+def _require_trainable_dtype(name: str, parameter: nn.Parameter) -> None:
+    if parameter.dtype.itemsize < 2:
+        raise EngramError(
+            f"{name} is {parameter.dtype}, and quantized rows take no gradient: train differences of them (EngramRowsConfig), "
+            "or load a checkpoint whose tables are in floats."
+        )
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:

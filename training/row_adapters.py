@@ -42,6 +42,9 @@ class RowDifferences(nn.Module):
         self.register_buffer("rows", torch.full((count,), -1, device=device) if rows is None else rows.to(device))
         self.delta = nn.Parameter(torch.zeros(count, width, device=device, dtype=torch.float32))
         self._checked: torch.Tensor | None = None
+        self.is_rounded = False
+        self.register_state_dict_post_hook(_shorten)
+        self.register_load_state_dict_pre_hook(_lengthen)
         self.register_load_state_dict_post_hook(_check_loaded_rows)
 
     def require_rows(self) -> None:
@@ -68,9 +71,15 @@ class RowDifferences(nn.Module):
         if not self.rows.numel():  # all of them were taken out again
             adapted = torch.zeros_like(row_ids, dtype=torch.bool).unsqueeze(-1)
             return self.delta.new_zeros((*row_ids.shape, self.delta.shape[1])), adapted
-        place = torch.searchsorted(self.rows, row_ids).clamp_max(self.rows.numel() - 1)
+        place = torch.searchsorted(self.rows, row_ids.contiguous()).clamp_max(self.rows.numel() - 1)
         adapted = (self.rows[place] == row_ids).unsqueeze(-1)
         return F.embedding(place, self.delta) * adapted, adapted
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Round the differences to bfloat16, in which they are saved from now on, until they are trained again."""
+        self.delta.copy_(self.delta.to(torch.bfloat16))
+        self.is_rounded = True
 
     def keep(self, chosen: torch.Tensor) -> None:
         """Keep only the rows where bool `chosen` `[n]` is True."""
@@ -81,6 +90,21 @@ class RowDifferences(nn.Module):
     def extra_repr(self) -> str:
         """Rows and channels, for `print(model)`."""
         return f"{self.delta.shape[0]}, {self.delta.shape[1]}"
+
+
+def _shorten(adapter: RowDifferences, state: dict[str, torch.Tensor], prefix: str, _metadata: Any) -> None:
+    """Save rounded differences in half the bytes, as long as they are what `round` made of them."""
+    delta = state.get(prefix + "delta")
+    if adapter.is_rounded and delta is not None and torch.equal(delta.to(torch.bfloat16).to(delta.dtype), delta):
+        state[prefix + "delta"] = delta.to(torch.bfloat16)
+
+
+def _lengthen(adapter: RowDifferences, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Undo `_shorten`: what is loaded may replace the parameter, dtype and all."""
+    delta = state.get(prefix + "delta")
+    if delta is not None and delta.dtype == torch.bfloat16:
+        state[prefix + "delta"] = delta.to(torch.float32)
+        adapter.is_rounded = True
 
 
 def _check_loaded_rows(adapter: RowDifferences, _incompatible_keys: Any) -> None:

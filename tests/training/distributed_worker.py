@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from engram_hf import EngramForCausalLM
-from engram_hf.training import engram_parameter_groups
+from engram_hf.training import EngramRowsConfig, engram_parameter_groups, scan_rows
 
 LEARNING_RATE = 0.5
 
@@ -57,6 +58,12 @@ def accelerate_loop(model: EngramForCausalLM, rows: list[dict], folder: Path) ->
     accelerator.backward(output.loss)
     optimizer.step()
     return parameters(model) | {"logits": gathered(output.logits)}
+
+
+def row_adapters(model: EngramForCausalLM, rows: list[dict], folder: Path) -> dict[str, torch.Tensor]:
+    """The same loop, which trains row adapters alone."""
+    found = scan_rows([{"input_ids": torch.stack([row["input_ids"] for row in rows])}], None, model)
+    return accelerate_loop(get_peft_model(model, EngramRowsConfig(rows=found)), rows, folder)
 
 
 def trainer(model: EngramForCausalLM, rows: list[dict], folder: Path) -> dict[str, torch.Tensor]:
@@ -116,7 +123,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     stored = load_file(folder / "rows.safetensors")
     rows = [dict(zip(stored, values, strict=True)) for values in zip(*stored.values(), strict=True)]
-    for run in (accelerate_loop, trainer, fsdp2, tensor_parallel):
+    for run in (accelerate_loop, row_adapters, trainer, fsdp2, tensor_parallel):
         options = {"distributed_config": DistributedConfig(tp_plan="auto")} if run is tensor_parallel else {}
         tensors = run(EngramForCausalLM.from_pretrained(folder / "model", **options), rows, folder)
         if distributed.get_rank() == 0:

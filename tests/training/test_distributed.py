@@ -71,6 +71,15 @@ def test_two_processes_have_the_logits_gradients_and_step_of_one(results, run):
         assert not key.startswith("grad.") or expected.abs().max() > 0
 
 
+def test_row_adapters_have_the_gradients_and_step_of_one_process(results):
+    one, two = results["row_adapters", 1], results["row_adapters", 2]
+    gradients = [key for key in one if key.startswith("grad.")]
+    assert len(gradients) == len(LAYER_IDS) and all(key.endswith(".delta") for key in gradients)
+    for key, expected in one.items():
+        torch.testing.assert_close(two[key], expected, rtol=1e-5, atol=1e-6)
+    assert all(one[key].abs().max() > 0 for key in gradients)
+
+
 def test_the_trainer_has_the_weights_of_one_process(results):
     for key, expected in results["trainer", 1].items():
         torch.testing.assert_close(results["trainer", 2][key], expected, rtol=1e-5, atol=1e-6)

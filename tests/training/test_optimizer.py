@@ -57,6 +57,14 @@ def test_a_frozen_model_is_refused():
         engram_parameter_groups(build("llama").requires_grad_(False), lr=1e-3)
 
 
+def test_quantized_rows_are_refused():
+    """torch lets float8 parameters require gradients, which these never get."""
+    model = build("llama", engram_table_dtype="float8_e4m3fn", engram_head_dim=32)
+    model.model.memories()[LAYER_IDS[0]].table.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="quantized rows take no gradient: train differences of them"):
+        engram_parameter_groups(model, lr=1e-3)
+
+
 def test_trainer_keeps_the_ratio_while_the_rate_decays(trainer):
     model = build("llama")
     optimizer = torch.optim.AdamW(engram_parameter_groups(model, lr=1e-2, weight_decay=0.1))

@@ -1,0 +1,165 @@
+"""What a training step costs by the size of the tables: sparse gradients with `SparseAdamW`, against dense AdamW.
+
+    python benchmarks/sparse_training.py [--rows 600000 10000000 40000000] [--dense 600000] [--step-rows 10000000]
+
+1. A step (forward, backward, clipping, optimizer) of the memory of a small Qwen3, whose backbone is frozen, with so many rows
+   of 64 float32 channels in two layers. Each size has a process of its own, in which steps of that model alternate with
+   steps of one with small tables; times are in units of the latter, so that what else the machine does cancels out. Memory
+   is the peak of the process without the tables themselves.
+2. `step()` alone, with 8,192 rows of one table read, against `torch.optim.AdamW(fused=True)`.
+"""
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from transformers import Qwen3Config
+
+from engram_hf import EngramConfig, EngramForCausalLM
+from engram_hf.training import SparseAdamW, enable_sparse_gradients, engram_parameter_groups
+
+WIDTH, HEADS, VOCAB = 64, 8, 8192
+BATCH, LENGTH = 4, 256
+SMALL = 50_000
+TOUCHED = 8192
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="*", default=[600_000, 10_000_000, 40_000_000])
+    parser.add_argument(
+        "--dense", type=int, nargs="*", default=[600_000], help="sizes for dense AdamW, which needs 4 tables"
+    )
+    parser.add_argument(
+        "--step-rows", type=int, default=10_000_000, help="rows of the table for step() alone; 0 for none"
+    )
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one[0], int(options.one[1]), options.steps)))
+        return
+    print(
+        f"{'':8}{'rows':>12}{'tables GB':>11}{'step':>8}{'to first':>10}{'beyond GB':>11}{'to first':>10}", flush=True
+    )
+    for kind, sizes in (("sparse", options.rows), ("dense", options.dense)):
+        first = None
+        for rows in sizes:
+            found = in_a_process(kind, rows, options.steps)
+            first = first or found
+            print(
+                f"{kind:8}{rows:>12,}{found['tables'] / 1e9:>11.2f}{found['step']:>8.2f}{found['step'] / first['step']:>10.2f}"
+                f"{found['beyond'] / 1e9:>11.2f}{found['beyond'] / first['beyond']:>10.2f}",
+                flush=True,
+            )
+    if options.step_rows:
+        compare_steps(options.step_rows)
+
+
+def in_a_process(kind: str, rows: int, steps: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", kind, str(rows), "--steps", str(steps)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+def build(rows: int) -> EngramForCausalLM:
+    backbone = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    per_order = rows // 4  # two layers, two orders of n-grams
+    config = EngramConfig.for_backbone(
+        backbone,
+        layer_ids=[1, 2],
+        engram_vocab_size=per_order // HEADS,
+        engram_n_heads=HEADS,
+        engram_head_dim=WIDTH,
+    )
+    model = EngramForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".engram." in name)
+    with torch.no_grad():  # a value projection of zero gives rows no gradient
+        for memory in model.model.memories().values():
+            torch.nn.init.normal_(memory.kv_proj.weight, std=0.02)
+    return model.train()
+
+
+def measure(kind: str, rows: int, steps: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    run, reference = (Run(build(size), kind == "sparse") for size in (rows, SMALL))
+    ratios = []
+    for step in range(steps + 2):  # the first two allocate
+        ids = torch.randint(1, VOCAB, (BATCH, LENGTH))
+        times = [one.step(ids) for one in (run, reference)]
+        if step >= 2:
+            ratios.append(times[0] / times[1])
+    tables = sum(memory.table.weight.nbytes for memory in run.model.model.memories().values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"step": statistics.median(ratios), "beyond": peak - tables, "tables": tables}
+
+
+class Run:
+    """A model and its optimizer."""
+
+    def __init__(self, model: EngramForCausalLM, is_sparse: bool):
+        self.model = model
+        if is_sparse:
+            enable_sparse_gradients(model)
+        self.optimizer = (SparseAdamW if is_sparse else torch.optim.AdamW)(engram_parameter_groups(model, lr=1e-3))
+
+    def step(self, ids: torch.Tensor) -> float:
+        """Seconds of a training step."""
+        started = time.perf_counter()
+        self.model(ids, labels=ids, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started
+
+
+def compare_steps(rows: int, repeats: int = 7) -> None:
+    """Time and state of `step()`; the dense table first, and then it is given up."""
+    found = {}
+    ids = torch.randint(0, rows, (TOUCHED,))
+    for kind in ("dense", "sparse"):
+        weight = torch.nn.Parameter(torch.zeros(rows, WIDTH).fill_(0.02))
+        if kind == "dense":
+            optimizer = torch.optim.AdamW([weight], weight_decay=0.0, fused=True)
+            weight.grad = torch.zeros(rows, WIDTH).index_fill_(0, ids, 1e-3)
+        else:
+            weight.has_sparse_gradients = True
+            optimizer = SparseAdamW([weight], weight_decay=0.0)
+            unique = ids.unique()
+            values = torch.full((unique.numel(), WIDTH), 1e-3)
+            weight.grad = torch.sparse_coo_tensor(
+                unique[None], values, weight.shape, is_coalesced=True, check_invariants=False
+            )
+        seconds = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            optimizer.step()
+            seconds.append(time.perf_counter() - started)
+        state = optimizer.state_dict()["state"][0]
+        found[kind] = statistics.median(seconds), sum(tensor.nbytes for tensor in state.values())
+        del weight, optimizer, state
+        gc.collect()
+    (dense_time, dense_state), (sparse_time, sparse_state) = found["dense"], found["sparse"]
+    print(
+        f"step() of {rows:,} rows, {TOUCHED:,} of them read: {dense_time * 1e3:,.1f} ms dense, {sparse_time * 1e3:,.1f} ms "
+        f"sparse, {dense_time / sparse_time:,.0f} x; state {dense_state / 1e6:,.0f} MB and {sparse_state / 1e6:,.1f} MB, "
+        f"{dense_state / sparse_state:,.0f} x"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What the memory does while a `Trainer` trains: `EngramTrainingCallback`.
+
+Shape letters: R rows of a table, W channels of a row.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from .memory import find_engram
+from .sparse_adam import SparseAdamW
+
+
+class _LayerWatch:
+    """What one layer's memory did since the last log.
+
+    Args:
+        memory: the `EngramMemory`.
+        index: its position among the layers that have memory.
+    """
+
+    def __init__(self, memory: Any, index: int):
+        self.memory, self.index = memory, index
+        self.ever = torch.zeros(memory.table.num_rows, dtype=torch.bool)
+        self.step_rows: list[torch.Tensor] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew after a log."""
+        self.gates: torch.Tensor | float = 0.0
+        self.positions: torch.Tensor | float = 0.0
+        self.steps, self.rows, self.squares = 0, 0, 0.0
+
+    @torch.compiler.disable
+    def note_rows(self, memory: nn.Module, args: tuple) -> None:
+        """A pre-hook of the memory: the rows that valid positions read."""
+        if memory.training:
+            inputs = args[1]
+            row_ids = inputs.row_ids[self.index]
+            self.step_rows.append(row_ids.flatten() if inputs.valid is None else row_ids[inputs.valid].flatten())
+
+    @torch.compiler.disable
+    def note_gates(self, gate: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        """A hook of the gate, whose output is zero at positions without memory."""
+        if gate.training:
+            valid = args[1] if len(args) > 1 else None
+            count = output[..., 0].numel() if valid is None else valid.expand(output.shape[:2]).sum()
+            self.gates = self.gates + output.detach().mean(-1).sum()
+            self.positions = self.positions + count
+
+    def take_step_rows(self) -> torch.Tensor:
+        """The rows that were read since the last step, ascending."""
+        rows = torch.unique(torch.cat(self.step_rows)) if self.step_rows else torch.empty(0, dtype=torch.int64)
+        self.step_rows.clear()
+        return rows
+
+    def count_step(self, rows: torch.Tensor, update: float) -> None:
+        """Note the rows of a step and the norm of their update."""
+        self.ever[rows.cpu()] = True
+        self.steps, self.rows, self.squares = self.steps + 1, self.rows + rows.numel(), self.squares + update**2
+
+    def values(self) -> dict[str, float]:
+        """What is logged."""
+        touched, steps = int(self.ever.sum()), max(self.steps, 1)
+        return {
+            "gate": float(self.gates / max(float(self.positions), 1.0)),
+            "rows_per_step": self.rows / steps,
+            "rows_touched": touched,
+            "rows_never_touched": 1 - touched / self.ever.numel(),
+            "update_norm": (self.squares / steps) ** 0.5,
+        }
+
+
+class EngramTrainingCallback(TrainerCallback):
+    """Adds what the memory does to every log of a `Trainer`: to the progress bar's, and to whatever `report_to` names.
+
+        trainer.add_callback(EngramTrainingCallback(trainer))
+
+    For every layer with memory, a log gets under `engram/layer_N/`, over the steps since the last one:
+
+    - `gate`: how far the gate opened, 0 to 1, on average over the positions that have memory;
+    - `rows_per_step`: how many different rows of the table a step read, on average;
+    - `rows_touched`, `rows_never_touched`: how many were read so far, and the share of the table that was not. A resumed run
+      knows of earlier rows if the optimizer is [`SparseAdamW`], which has saved them; with others it begins at zero;
+    - `update_norm`: the norm of what a step changed in the rows that it read (or in row adapters), root mean square.
+
+    It counts what this process reads. It keeps one byte for each row of a table, and, during a step, a copy of the rows read.
+
+    Args:
+        trainer: the trainer to which it is added. It moves itself in front of the other callbacks, which would report a log
+            before it is complete.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self._watches: dict[int, _LayerWatch] = {}
+        self._hooks: list[Any] = []
+        self._before: list[tuple[_LayerWatch, torch.Tensor, Callable[[], torch.Tensor], torch.Tensor]] = []
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Begin to watch the memory of the model."""
+        callbacks = self.trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
+        self._stop()
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        for index, (layer, memory) in enumerate(find_engram(model).memories().items()):
+            watch = self._watches[layer] = _LayerWatch(memory, index)
+            self._hooks += [
+                memory.register_forward_pre_hook(watch.note_rows),
+                memory.gate.register_forward_hook(watch.note_gates),
+            ]
+            if isinstance(optimizer, SparseAdamW):
+                for _, table in memory.table.named_parameters():
+                    watch.ever[optimizer.rows_of(table).cpu()] = True
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Keep what the step is going to change."""
+        for watch in self._watches.values():
+            rows = watch.take_step_rows()
+            read = _reader(watch.memory.table, rows)
+            self._before.append((watch, rows, read, read()))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """Compare with what the step has changed."""
+        for watch, rows, read, before in self._before:
+            watch.count_step(rows, float((read() - before).norm()) if before.numel() else 0.0)
+        self._before.clear()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Add to the log of training steps."""
+        if logs is None or "loss" not in logs:
+            return
+        found: dict[str, float] = {}
+        for layer, watch in self._watches.items():
+            found |= {f"engram/layer_{layer}/{name}": value for name, value in watch.values().items()}
+            watch.reset()
+        logs.update(found)
+        state.log_history[-1].update(found)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Leave the model as it was."""
+        self._stop()
+
+    def _stop(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._watches.clear()
+        self._before.clear()
+
+
+def _reader(table: nn.Module, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What gives a float copy of all that a step may change of a table: trainable rows `[n, W]`, or row adapters."""
+    trained = [parameter for parameter in table.parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def read() -> torch.Tensor:
+        parts = [p[rows.to(p.device)] if p.shape[0] == table.num_rows else p for p in trained]
+        # A parameter with other rows is a row adapter, of which all may change.
+        return torch.cat([part.flatten().float() for part in parts]) if parts else torch.empty(0)
+
+    return read

@@ -1,0 +1,266 @@
+"""`SparseAdamW`: AdamW whose moments of a table are those of the rows that were ever read.
+
+Shape letters: R rows of a table, W channels of a row, n rows that a step read, K rows that were ever read.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..safetensors_engram import EngramError
+from .sparse_gradients import accept_sparse_gradients, has_sparse_gradients
+
+_GROWTH = 1.5
+
+
+class _RowSlots:
+    """Gives every row the next free slot when it is first seen.
+
+    The rows are kept in sorted runs, each at least twice as long as the next, so that a new row is moved a few times only,
+    however many rows there are.
+    """
+
+    def __init__(self, rows: torch.Tensor):
+        self.count = rows.numel()
+        ordered, slots = torch.sort(rows)
+        self._runs = [(ordered, slots)]
+
+    def find(self, rows: torch.Tensor) -> torch.Tensor:
+        """Slots `[n]` of `rows` `[n]`, -1 for those that were never seen."""
+        found = torch.full_like(rows, -1)
+        for ordered, slots in self._runs:
+            if ordered.numel():
+                place = torch.searchsorted(ordered, rows).clamp_max_(ordered.numel() - 1)
+                found = torch.where(ordered[place] == rows, slots[place], found)
+        return found
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Give slots to `rows` `[n]`, ascending, of which none was seen."""
+        slots = torch.arange(self.count, self.count + rows.numel(), device=rows.device)
+        self.count += rows.numel()
+        self._runs.append((rows, slots))
+        while len(self._runs) > 1 and self._runs[-2][0].numel() < 2 * self._runs[-1][0].numel():
+            (one, its_slots), (other, others_slots) = self._runs.pop(), self._runs.pop()
+            ordered, order = torch.sort(torch.cat([one, other]))
+            self._runs.append((ordered, torch.cat([its_slots, others_slots])[order]))
+
+
+class _RowMoments:
+    """Adam's moments of the rows of one table that were ever read, in float32, in the order in which they were first read.
+
+    Args:
+        rows: int64 `[K]`, without repetitions.
+        exp_avg, exp_avg_sq: `[K, W]`.
+    """
+
+    def __init__(self, rows: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor):
+        self._slots = _RowSlots(rows)
+        self._rows, self._exp_avg, self._exp_avg_sq = rows, exp_avg, exp_avg_sq
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Numbers `[K]`."""
+        return self._rows[: self._slots.count]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the moments are."""
+        return self._exp_avg.device
+
+    def slots_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Where the moments of `rows` `[n]`, ascending, are; those of new rows are zero."""
+        slots, first = self._slots.find(rows), self._slots.count
+        is_new = slots < 0
+        new = rows[is_new]
+        if new.numel():
+            self._slots.add(new)
+            self._grow(self._slots.count)
+            self._rows[first : self._slots.count] = new
+            slots[is_new] = torch.arange(first, self._slots.count, device=rows.device)
+        return slots
+
+    def update(self, slots: torch.Tensor, gradient: torch.Tensor, beta1: float, beta2: float) -> tuple:
+        """Both moments `[n, W]` after a gradient `[n, W]`."""
+        average = self._exp_avg.index_select(0, slots).lerp_(gradient, 1 - beta1)
+        square = self._exp_avg_sq.index_select(0, slots).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        self._exp_avg.index_copy_(0, slots, average)
+        self._exp_avg_sq.index_copy_(0, slots, square)
+        return average, square
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds: copies, since what they are cut out of may be larger."""
+        count = self._slots.count
+        return {
+            "rows": self._rows[:count].clone(),
+            "exp_avg": self._exp_avg[:count].clone(),
+            "exp_avg_sq": self._exp_avg_sq[:count].clone(),
+        }
+
+    def _grow(self, count: int) -> None:
+        held = self._rows.numel()
+        if count <= held:
+            return
+        extra = max(count, int(held * _GROWTH)) - held
+        width = self._exp_avg.shape[1]
+        self._rows = torch.cat([self._rows, self._rows.new_zeros(extra)])
+        self._exp_avg = torch.cat([self._exp_avg, self._exp_avg.new_zeros(extra, width)])
+        self._exp_avg_sq = torch.cat([self._exp_avg_sq, self._exp_avg_sq.new_zeros(extra, width)])
+
+
+@accept_sparse_gradients
+class SparseAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` for models with sparse gradients of tables (see [`enable_sparse_gradients`]).
+
+    A step reads and writes those rows of a table that have a gradient, and keeps moments, in float32, of rows that ever had
+    one. Where every row has a gradient in every step, this is AdamW. Elsewhere it is lazy, as `torch.optim.SparseAdam` is:
+    between two gradients of a row its moments do not decay, it does not move on, and weight decay does not act on it; the
+    correction of Adam's bias counts all steps. Every other parameter is updated by AdamW itself.
+
+    A checkpoint (`state_dict`) has the moments of rows that had a gradient, and their numbers.
+
+    Args:
+        params: parameters or groups, such as those of [`engram_parameter_groups`].
+        lr, betas, eps, weight_decay: as of `torch.optim.AdamW`.
+
+    Raises:
+        ValueError: no table among the parameters has sparse gradients; in `step`, no table has a gradient, or one was moved
+            after its moments were made; in `load_state_dict`, the moments are not those of these tables.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        if not self._tables():
+            raise EngramError(
+                "No table among these parameters has sparse gradients; call enable_sparse_gradients(model) before the "
+                "parameters are passed, or use torch.optim.AdamW."
+            )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As of any optimizer of torch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        tables = self._tables()
+        self._require_gradients(tables)
+        sparse = [(table, table.grad, group) for table, group in tables.items() if table.grad is not None]
+        for table, _, _ in sparse:
+            table.grad = None
+        try:
+            # AdamW's own step without its wrapper, which would call the hooks of this optimizer a second time.
+            inspect.unwrap(torch.optim.AdamW.step)(self)
+        finally:
+            for table, gradient, _ in sparse:
+                table.grad = gradient
+        for table, gradient, group in sparse:
+            self._step_rows(table, gradient, group)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer of torch; a table has `step`, `rows` `[K]`, `exp_avg` and `exp_avg_sq` `[K, W]`."""
+        packed = super().state_dict()
+        packed["state"] = {
+            number: {"step": state["step"], **state["moments"].tensors()} if "moments" in state else state
+            for number, state in packed["state"].items()
+        }
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of any optimizer of torch. Nothing is changed if the moments do not fit."""
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        moments = {}
+        for number, parameter in zip(saved, own, strict=False):  # torch says what is wrong with the numbers
+            state = state_dict["state"].get(number)
+            if state is not None and has_sparse_gradients(parameter):
+                moments[parameter] = _checked(state, parameter)
+        others = {number: state for number, state in state_dict["state"].items() if "rows" not in state}
+        # torch would cast the numbers of rows to the dtype of the table.
+        super().load_state_dict({**state_dict, "state": others})
+        for parameter, state in moments.items():
+            tensors = (state[name].to(parameter.device, copy=True) for name in ("rows", "exp_avg", "exp_avg_sq"))
+            self.state[parameter] = {"step": state["step"].clone(), "moments": _RowMoments(*tensors)}
+
+    def rows_of(self, table: nn.Parameter) -> torch.Tensor:
+        """The rows of a table that ever had a gradient, int64 `[K]`, in the order of their first."""
+        moments = self.state.get(table, {}).get("moments")
+        return torch.empty(0, dtype=torch.int64) if moments is None else moments.rows
+
+    def _tables(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """The tables, with the group that each is in."""
+        pairs = ((parameter, group) for group in self.param_groups for parameter in group["params"])
+        return {parameter: group for parameter, group in pairs if has_sparse_gradients(parameter)}
+
+    def _require_gradients(self, tables: Iterable[nn.Parameter]) -> None:
+        trained = [table for table in tables if table.requires_grad]
+        others = (parameter for group in self.param_groups for parameter in group["params"])
+        without = trained and all(table.grad is None for table in trained)
+        if without and any(other.grad is not None for other in others):
+            raise EngramError(
+                "No table of this optimizer has a gradient, though other parameters have: it was built before the model "
+                "was moved or wrapped, and its tables are not the model's any more; build it afterwards."
+            )
+        for table in trained:
+            if table.grad is not None and not table.grad.is_sparse:
+                raise EngramError(
+                    "A table has a dense gradient; call enable_sparse_gradients(model) again after the model was changed."
+                )
+
+    def _step_rows(self, table: nn.Parameter, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        gradient = gradient.coalesce()
+        rows, values = gradient.indices()[0], gradient.values().float()
+        moments = self._moments_of(table)
+        state = self.state[table]
+        state["step"] += 1
+        if not rows.numel():
+            return
+        (beta1, beta2), lr, step = group["betas"], float(group["lr"]), float(state["step"])
+        average, square = moments.update(moments.slots_of(rows), values, beta1, beta2)
+        size = square.sqrt_().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+        updated = table.index_select(0, rows).float().mul_(1 - lr * group["weight_decay"])
+        updated.addcdiv_(average, size, value=-lr / (1 - beta1**step))
+        table.index_copy_(0, rows, updated.to(table.dtype))
+
+    def _moments_of(self, table: nn.Parameter) -> _RowMoments:
+        if table not in self.state:
+            none = torch.empty((0, table.shape[1]), device=table.device, dtype=torch.float32)
+            moments = _RowMoments(none.new_empty(0, dtype=torch.int64), none, none.clone())
+            self.state[table] = {"step": torch.tensor(0.0, device="cpu"), "moments": moments}
+        moments = self.state[table]["moments"]
+        if moments.device != table.device:
+            raise EngramError(
+                f"A table is on {table.device} and its moments are on {moments.device}: the optimizer was built before the "
+                "model was moved; build it afterwards."
+            )
+        return moments
+
+
+def _checked(state: dict[str, Any], table: nn.Parameter) -> dict[str, torch.Tensor]:
+    """The saved moments of a table, if they are that.
+
+    Raises:
+        ValueError: says that they are not.
+    """
+    tensors: list[Any] = [state.get(name) for name in ("rows", "exp_avg", "exp_avg_sq", "step")]
+    if all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        rows, average, square, _ = tensors
+        shape = (rows.numel(), table.shape[1])
+        fits = rows.dtype == torch.int64 and rows.dim() == 1 and average.shape == square.shape == shape
+        if fits and rows.unique().numel() == rows.numel() and not ((rows < 0) | (rows >= table.shape[0])).any():
+            return state
+    raise EngramError(
+        f"The saved optimizer has no moments for rows of a table of {table.shape[0]} x {table.shape[1]}; it is of another "
+        "model or another optimizer. Start with a new SparseAdamW."
+    )
