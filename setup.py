@@ -31,6 +31,7 @@ setup(
         "engram_cli",
         "engram_hf",
         "engram_hf.convert_scripts",
+        "engram_hf.other_models",
         "engram_hf.tokenization",
         "engram_hf.training",
     ],

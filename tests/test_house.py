@@ -156,7 +156,9 @@ PUBLIC_NAMES = {
         "EngramForConditionalGeneration",
         "EngramModel",
         "EngramTokenizer",
+        "load_with_tables",
     ],
+    "engram_hf.other_models": ["load_with_tables"],
     "engram_hf.tokenization": ["CompressionSummary", "EngramTokenizer"],
     "engram_hf.training": [
         "EngramRowsConfig",
