@@ -50,6 +50,14 @@ KINDS = (
 )
 
 
+# This package's own, which `EngramForCausalLM` loads; here so that a list of a checkpoint's tables is complete.
+MEMORY = TableKind(
+    "Engram memory",
+    re.compile(r"(?:^|\.)layers\.\d+\.engram\.(?:table|embed)$"),
+    rows_per_token=lambda config: (config.get("engram_max_ngram_size", 3) - 1) * config.get("engram_n_heads", 8),
+)
+
+
 def kind_of(name: str) -> TableKind | None:
     """The kind of table that a module of this name is, or None."""
     return next((kind for kind in KINDS if kind.module.search(name)), None)

@@ -4,6 +4,7 @@ The model's own embedding class keeps doing what it does (scales, unpacking). On
 [`RowsById`], which answers lookups and refuses everything else.
 """
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -195,6 +196,14 @@ class EmbeddingOfRows(RuntimeSubclass):
         if requires_grad:
             raise _frozen(next(iter(self.readers.values())).name)
         return super().requires_grad_(requires_grad)
+
+    def __deepcopy__(self, memo: dict) -> "EmbeddingOfRows":
+        # PEFT copies a module by itself to train the copy, of which it would find no parameter and say nothing.
+        if not memo:
+            raise _frozen(next(iter(self.readers.values())).name)
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return made
 
     def _apply(self, fn, recurse=True):
         # The rows stay where they are, but are cast as the parameters would have been.

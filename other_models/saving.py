@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..loading_engram import find_weights, is_weights_file
@@ -54,10 +55,25 @@ def save_with_tables(
         # Another process saves, or an adapter alone is saved: no tables.
         save(folder, *args, variant=variant, is_main_process=is_main_process, **kwargs)
         return
+    _require_saveable(model)
     with replace_files(folder) as writer:
         save(writer.path, *args, variant=variant, **kwargs)
         index = _add_tables(model, writer.path, variant)
         writer.publish(lambda name: _IS_TABLES_FILE.fullmatch(name) is not None or is_weights_file(name, variant), last=index)
+
+
+def _require_saveable(model: PreTrainedModel) -> None:
+    """Refuse models that transformers itself cannot save so that they load again."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    is_announced = getattr(model.config, "quantization_config", None) is not None
+    is_quantized = any(reader.stored.dtype not in (torch.float32, torch.bfloat16, torch.float16) for reader in readers_of(model))
+    if is_quantized and not is_announced:
+        reason = "was dequantized while it was loaded, so its config does not say any more that its tables are quantized"
+    elif quantizer is not None and not callable(quantizer.is_serializable):
+        reason = f"is quantized by {type(quantizer).__name__}, which this version of transformers cannot save"
+    else:
+        return
+    raise EngramError(f"The model {reason}; copy the folder that it was loaded from ({model.name_or_path}) instead.")
 
 
 def readers_of(model: PreTrainedModel) -> Iterator[TableReader]:

@@ -72,3 +72,39 @@ def save(model: PreTrainedModel, folder: Path, **options) -> Path:
 def logits(model) -> torch.Tensor:
     """Of a model on `IDS`."""
     return model(IDS).logits
+
+
+def qwen4_exp_float8() -> PreTrainedModel:
+    """The tables in float8 with one scale each, as the release has them; all else in bfloat16."""
+    from transformers import FineGrainedFP8Config
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_embedding
+
+    model = qwen4_exp()
+    patterns = ["ple.ple_embedding.ngram_embedding"]
+    trained = {name: module.weight.detach() for name, module in model.named_modules() if name.endswith(patterns[0])}
+    replace_with_fp8_embedding(model, patterns)
+    for number, (name, weight) in enumerate(trained.items(), 1):
+        table = model.get_submodule(name)
+        table.weight = torch.nn.Parameter((weight * 64).to(torch.float8_e4m3fn), requires_grad=False)
+        table.weight_scale = torch.nn.Parameter(torch.tensor([number / 48], dtype=torch.float32), requires_grad=False)
+    model.config.quantization_config = FineGrainedFP8Config(modules_to_convert=patterns)
+    return model
+
+
+def gemma4_quantized(bits: int = 4) -> PreTrainedModel:
+    """Google's rows of `bits` bits with a float32 scale each."""
+    from transformers import GemmaQuantizationConfig
+    from transformers.integrations.gemma_quant import replace_with_quant_layers
+
+    model, kept = gemma4(), ["lm_head", "embed_tokens"]
+    config = GemmaQuantizationConfig(8, True, {"embed_tokens_per_layer": {"num_bits": bits}}, kept)
+    replace_with_quant_layers(model, config, ["lm_head", "model.embed_tokens"])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                parameter.copy_(torch.randint(0, 256, parameter.shape, generator=generator).to(parameter.dtype))
+            elif "scale" in name and parameter.ndim == 2:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.02)
+    model.config.quantization_config = config
+    return model
