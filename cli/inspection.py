@@ -159,4 +159,7 @@ def _for_people(value: Any) -> str:
 
 
 def _costs(costs: dict[str, int]) -> str:
-    return ", ".join(f"{size(count)} {name.replace('bytes_', '').replace('_bytes', '').replace('_', ' ')}" for name, count in costs.items())
+    return ", ".join(
+        f"{size(count)} {name.replace('bytes_', '').replace('_bytes', '').replace('_', ' ')}"
+        for name, count in costs.items()
+    )

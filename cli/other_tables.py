@@ -25,7 +25,9 @@ def describe_folder_of_others(folder: Path) -> dict[str, Any] | None:
 
     headers = [read_header(path) for path in weight_files(folder)]
     tensors = [
-        _Tensor(name, span.dtype, span.shape, header.path.name) for header in headers for name, span in header.tensors.items()
+        _Tensor(name, span.dtype, span.shape, header.path.name)
+        for header in headers
+        for name, span in header.tensors.items()
     ]
     config = read_json(folder / "config.json", constants=True) if is_model(folder) else {}
     return _describe({"folder": str(folder)}, config, tensors)
@@ -79,7 +81,10 @@ def _describe(place: dict[str, Any], config: Mapping[str, Any], tensors: Iterabl
         "residency": {
             "mapped": {"memory_bytes": 0, "read_bytes_per_token": sum(table["bytes_per_token"] for table in tables)},
             "pinned": {"locked_host_bytes": held},
-            "resident": {"memory_bytes": held, "peak_bytes": held * (2 if any(t["shards"] > 1 for t in tables) else 1)},
+            "resident": {
+                "memory_bytes": held,
+                "peak_bytes": held * (2 if any(t["shards"] > 1 for t in tables) else 1),
+            },
         },
         "tables": tables,
     }

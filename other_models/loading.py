@@ -76,7 +76,9 @@ def load_with_tables(
     if residency not in RESIDENCIES:
         raise EngramError(f"residency is {residency!r}; it must be one of {', '.join(map(repr, RESIDENCIES))}.")
     if residency == "pinned" and not torch.cuda.is_available():
-        raise EngramError("residency='pinned' keeps tables in page-locked memory for a GPU, but there is none; use 'mapped'.")
+        raise EngramError(
+            "residency='pinned' keeps tables in page-locked memory for a GPU, but there is none; use 'mapped'."
+        )
     for argument, reason in _REFUSED.items():
         if from_pretrained_arguments.get(argument) is not None:
             raise EngramError(f"{argument} cannot be given here: {reason}; leave it out, or use from_pretrained.")
@@ -89,7 +91,9 @@ def load_with_tables(
         plan.fill(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
     model_class, arguments = _class_and_arguments(auto_class, checkpoint)
-    return ModelWithTables.extending(model_class).from_pretrained(checkpoint.name_or_path, table_plan=plan, **arguments)
+    return ModelWithTables.extending(model_class).from_pretrained(
+        checkpoint.name_or_path, table_plan=plan, **arguments
+    )
 
 
 def _class_and_arguments(auto_class: type, checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], dict[str, Any]]:
@@ -210,8 +214,10 @@ class TablePlan:
         found = {}
         for name, module in modules.items():
             rows = _parameters_with_rows(module)
-            others = {key for key, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}
-            found[name] = names.table(name, rows, others - rows.keys())
+            small = [key for key, _ in module.named_parameters(recurse=False) if key not in rows]
+            found[name] = names.table(name, rows, [*small, *(key for key, _ in module.named_buffers(recurse=False))])
+            for leaf in small:
+                _require_small(own_names, names, name, leaf)
             if names is not own_names:
                 _require_same_dtype(found[name], own_names, name, names.where)
         stems = {names.stem_of(name) for name in modules}
@@ -270,6 +276,18 @@ def _weight(module: nn.Module) -> torch.Tensor | None:
     return dict(module.named_parameters(recurse=False)).get("weight")
 
 
+def _require_small(own: CheckpointNames, names: CheckpointNames, name: str, leaf: str) -> None:
+    """Refuse a checkpoint without a tensor that rows mean nothing without, or tables from elsewhere that have another."""
+    loaded, beside = own.small(name, leaf), names.small(name, leaf)
+    if loaded is None:
+        raise EngramError(f"{own.where} has no tensor {name}.{leaf}, without which its rows mean nothing; complete it.")
+    if beside is not None and beside != loaded:
+        raise EngramError(
+            f"The tables of {names.where} have another {leaf} of {name} than the checkpoint {own.where}; take the tables that belong to "
+            "the model."
+        )
+
+
 def _require_same_dtype(found: Mapping[str, StoredTensor], own: CheckpointNames, name: str, where: str) -> None:
     """Compare tables from elsewhere with those of the checkpoint itself, if it has any."""
     stem = own.stem_of(name)
@@ -324,5 +342,7 @@ class ModelWithTables(RuntimeSubclass):
             EngramError: `push_to_hub`, which would upload before the tables are there; call `model.push_to_hub`.
         """
         if push_to_hub:
-            raise EngramError("save_pretrained(push_to_hub=True) would leave the tables out; use model.push_to_hub(repo_id).")
+            raise EngramError(
+                "save_pretrained(push_to_hub=True) would leave the tables out; use model.push_to_hub(repo_id)."
+            )
         save_with_tables(self, super().save_pretrained, save_directory, *args, variant=variant, **kwargs)

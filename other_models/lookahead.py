@@ -33,9 +33,8 @@ class _ReadOnlyCache:
     def __init__(self, cache: Any):
         self._cache = cache
 
-    def get_conv_state(self, *args, **kwargs):
-        """As the cache."""
-        return self._cache.get_conv_state(*args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
 
     def update_conv_state(self, *args, **kwargs) -> None:
         """Nothing: the forward itself will do it."""

@@ -81,7 +81,9 @@ class TableReader:
     def _require_rows(self, ids: np.ndarray) -> None:
         if len(ids) and not 0 <= ids[0] <= ids[-1] < self.source.num_rows:
             wrong = int(ids[0] if ids[0] < 0 else ids[-1])
-            raise IndexError(f"{self.name} has no row {wrong}, only 0..{self.source.num_rows - 1}; check the token ids.")
+            raise IndexError(
+                f"{self.name} has no row {wrong}, only 0..{self.source.num_rows - 1}; check the token ids."
+            )
 
     def _read_sorted(self, ids: np.ndarray) -> torch.Tensor:
         """Rows of distinct sorted ids, as int8 `[n, bytes of a row]`."""
@@ -104,7 +106,19 @@ class TableReader:
 _METADATA = {
     getattr(torch.Tensor, name).__get__
     for name in (
-        *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "is_meta", "is_cpu"),
+        *(
+            "shape",
+            "dtype",
+            "device",
+            "ndim",
+            "layout",
+            "requires_grad",
+            "grad",
+            "grad_fn",
+            "is_leaf",
+            "is_meta",
+            "is_cpu",
+        ),
         *("is_cuda", "is_sparse", "is_quantized", "itemsize", "nbytes", "is_nested", "is_mps", "is_xpu"),
     )
 } | {
@@ -159,7 +173,9 @@ class RowsById(torch.Tensor):
 
 
 def _frozen(name: str) -> EngramError:
-    return EngramError(f"{name} is read from its files and has no gradient; load it with residency='resident' to train it.")
+    return EngramError(
+        f"{name} is read from its files and has no gradient; load it with residency='resident' to train it."
+    )
 
 
 def _lookup(func: Callable, args: tuple, kwargs: dict) -> tuple[RowsById | None, Any]:
@@ -173,7 +189,9 @@ def _lookup(func: Callable, args: tuple, kwargs: dict) -> tuple[RowsById | None,
         (table, _, ids), is_plain = args, True
     else:
         return None, None
-    is_ids = isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.dtype not in (torch.bool, torch.uint8)
+    is_ids = (
+        isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.dtype not in (torch.bool, torch.uint8)
+    )
     return (table, ids) if is_plain and is_ids and isinstance(table, RowsById) else (None, None)
 
 

@@ -19,7 +19,6 @@ from ..safetensors_engram import (
     header_bytes,
     link_or_copy,
     read_header,
-    read_json,
     read_weight_map,
     write_json,
 )
@@ -59,16 +58,22 @@ def save_with_tables(
     with replace_files(folder) as writer:
         save(writer.path, *args, variant=variant, **kwargs)
         index = _add_tables(model, writer.path, variant)
-        writer.publish(lambda name: _IS_TABLES_FILE.fullmatch(name) is not None or is_weights_file(name, variant), last=index)
+        writer.publish(
+            lambda name: _IS_TABLES_FILE.fullmatch(name) is not None or is_weights_file(name, variant), last=index
+        )
 
 
 def _require_saveable(model: PreTrainedModel) -> None:
     """Refuse models that transformers itself cannot save so that they load again."""
     quantizer = getattr(model, "hf_quantizer", None)
     is_announced = getattr(model.config, "quantization_config", None) is not None
-    is_quantized = any(reader.stored.dtype not in (torch.float32, torch.bfloat16, torch.float16) for reader in readers_of(model))
+    is_quantized = any(
+        reader.stored.dtype not in (torch.float32, torch.bfloat16, torch.float16) for reader in readers_of(model)
+    )
     if is_quantized and not is_announced:
-        reason = "was dequantized while it was loaded, so its config does not say any more that its tables are quantized"
+        reason = (
+            "was dequantized while it was loaded, so its config does not say any more that its tables are quantized"
+        )
     elif quantizer is not None and not callable(quantizer.is_serializable):
         reason = f"is quantized by {type(quantizer).__name__}, which this version of transformers cannot save"
     else:
@@ -114,7 +119,9 @@ def _weights_of(folder: Path, variant: str | None) -> tuple[dict[str, str], str]
     if index is not None:
         return read_weight_map(index), index.name
     if single is None:
-        raise EngramError(f"{folder} got no safetensors file, so that the tables cannot be put beside it; save without other formats.")
+        raise EngramError(
+            f"{folder} got no safetensors file, so that the tables cannot be put beside it; save without other formats."
+        )
     # An index is looked at only where there is no file of this name.
     ending = f"{variant}.safetensors" if variant else "safetensors"
     stem = f"model-00001-of-00001.{ending}" if not variant else f"model.{variant}-00001-of-00001.safetensors"
@@ -127,7 +134,9 @@ def _require_same_names(tensors: Mapping[str, Any], weights: Mapping[str, str]) 
     """Refuse tables under names that the saved model does not use, which would not be found again."""
     for name in tensors:
         if name in weights:
-            raise EngramError(f"The model has a parameter {name}, and a table of that name; save it with residency='resident'.")
+            raise EngramError(
+                f"The model has a parameter {name}, and a table of that name; save it with residency='resident'."
+            )
         parent = re.sub(r"(?:\.shard_\d+)?\.[^.]+$", "", name).rpartition(".")[0]
         if not any(key.startswith(f"{parent}.") for key in weights):
             raise EngramError(

@@ -23,6 +23,7 @@ from ..safetensors_engram import (
     read_header,
     read_json,
     read_weight_map,
+    reading,
 )
 from ..table_format_engram import StoredTable, TablePart
 from .kinds import TableKind, text_config
@@ -107,7 +108,9 @@ class CheckpointNames:
         self._headers: dict[str, FileHeader] = {}
 
     @classmethod
-    def of_checkpoint(cls, where: str, resolve: Callable[[str], Path | None], variant: str | None) -> "CheckpointNames":
+    def of_checkpoint(
+        cls, where: str, resolve: Callable[[str], Path | None], variant: str | None
+    ) -> "CheckpointNames":
         """Of the weights that transformers would load; none if there are no safetensors files."""
         single, index = find_weights(resolve, variant)
         if index is not None:
@@ -127,7 +130,9 @@ class CheckpointNames:
             headers[name] = read_header(path)
             for tensor in headers[name].tensors:
                 if files.setdefault(tensor, name) != name:
-                    raise FileFormatError(f"{where} has the tensor {tensor!r} in {files[tensor]} and in {name}; keep one.")
+                    raise FileFormatError(
+                        f"{where} has the tensor {tensor!r} in {files[tensor]} and in {name}; keep one."
+                    )
         found = cls(where, files, by_name.get)
         found._headers = headers
         return found
@@ -175,10 +180,14 @@ class CheckpointNames:
             return None
         best = sorted(ranked[max(ranked)])
         if len(best) > 1:
-            raise EngramError(f"The table {module} may be any of {', '.join(best)} in {self.where}; load the model that has both.")
+            raise EngramError(
+                f"The table {module} may be any of {', '.join(best)} in {self.where}; load the model that has both."
+            )
         return best[0]
 
-    def table(self, module: str, parameters: Mapping[str, torch.Tensor], others: Iterable[str]) -> "dict[str, StoredTensor]":
+    def table(
+        self, module: str, parameters: Mapping[str, torch.Tensor], others: Iterable[str]
+    ) -> "dict[str, StoredTensor]":
         """The tensors of a table by the names of its module's parameters.
 
         Args:
@@ -192,7 +201,9 @@ class CheckpointNames:
         """
         stem = self.stem_of(module)
         if stem is None:
-            raise FileFormatError(f"{self.where} has no tensors of the table {module}; name a checkpoint that has, or tables_from.")
+            raise FileFormatError(
+                f"{self.where} has no tensors of the table {module}; name a checkpoint that has, or tables_from."
+            )
         found: dict[str, dict[int | None, str]] = {}
         for name in self.files:
             match = _NAME.fullmatch(name)
@@ -206,8 +217,19 @@ class CheckpointNames:
                 f"config does not announce and that is not known here; load it with the stock from_pretrained."
             )
         return {
-            leaf: self._assemble(f"{stem}.{leaf}", found.get(leaf, {}), parameter) for leaf, parameter in parameters.items()
+            leaf: self._assemble(f"{stem}.{leaf}", found.get(leaf, {}), parameter)
+            for leaf, parameter in parameters.items()
         }
+
+    def small(self, module: str, leaf: str) -> bytes | None:
+        """The bytes of a small tensor beside a table, such as its one scale; None if there is none."""
+        name = f"{self.stem_of(module)}.{leaf}"
+        if name not in self.files:
+            return None
+        _, span = self.tensor(name)
+        with reading(span.path), span.path.open("rb") as file:
+            file.seek(span.offset)
+            return span.dtype.encode() + file.read(span.size)
 
     def _assemble(self, name: str, shards: dict[int | None, str], parameter: torch.Tensor) -> StoredTensor:
         if not shards:
@@ -217,7 +239,9 @@ class CheckpointNames:
             raise FileFormatError(f"{self.where} has {name} whole and in {len(numbers)} shards; take one of them out.")
         if numbers != list(range(len(numbers))):
             absent = min(set(range(numbers[-1])) - set(numbers))
-            raise FileFormatError(f"{self.where} has {len(numbers)} shards of {name}, but not shard_{absent}; complete it.")
+            raise FileFormatError(
+                f"{self.where} has {len(numbers)} shards of {name}, but not shard_{absent}; complete it."
+            )
         parts = tuple(self.tensor(shards[number]) for number in (numbers or [None]))
         self._require_fit(name, [span for _, span in parts], parameter)
         return StoredTensor(name, parts)
@@ -269,7 +293,9 @@ def unexpected_keys(stored: str, name: str) -> str:
     return rf"(?:^|\.){re.escape('.'.join(stem))}(?:\.shard_\d+)?\.{re.escape(leaf)}$"
 
 
-def open_tables_folder(name_or_path: str, options: Mapping[str, Any]) -> tuple[CheckpointNames, Callable[[str], Path | None]]:
+def open_tables_folder(
+    name_or_path: str, options: Mapping[str, Any]
+) -> tuple[CheckpointNames, Callable[[str], Path | None]]:
     """The tensors of a folder or Hub repository that has tables, perhaps without a model; and what finds its files.
 
     Args:
@@ -283,15 +309,21 @@ def open_tables_folder(name_or_path: str, options: Mapping[str, Any]) -> tuple[C
     if not names.files:
         folder = Path(name_or_path)
         if not folder.is_dir():
-            folder = Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors"], **_download_options(options)))
+            folder = Path(
+                snapshot_download(name_or_path, allow_patterns=["*.safetensors"], **_download_options(options))
+            )
         names = CheckpointNames.of_files(name_or_path, sorted(folder.glob("*.safetensors")))
     if not names.files:
-        raise FileFormatError(f"{name_or_path} has no safetensors files; name the folder or repository that has the tables.")
+        raise FileFormatError(
+            f"{name_or_path} has no safetensors files; name the folder or repository that has the tables."
+        )
     return names, resolve
 
 
 def _download_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("cache_dir", "token", "local_files_only") if options.get(name) is not None}
+    return {
+        name: options[name] for name in ("cache_dir", "token", "local_files_only") if options.get(name) is not None
+    }
 
 
 def require_same_ids(kind: TableKind | None, model: Mapping[str, Any], other: Path | None, where: str) -> None:

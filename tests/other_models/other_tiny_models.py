@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 QWEN = "model.layers.1.ple.ple_embedding.ngram_embedding"
@@ -65,6 +67,13 @@ def awake(config) -> PreTrainedModel:
 def save(model: PreTrainedModel, folder: Path, **options) -> Path:
     """Save a model as transformers does; returns the folder."""
     model.save_pretrained(folder, **options)
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        # Older versions save the one scale of a table as that of its first shard, which they do not find again.
+        whole = {name.replace("shard_0.weight_scale", "weight_scale"): tensor for name, tensor in tensors.items()}
+        if whole.keys() != tensors.keys():
+            save_file(whole, path, {"format": "pt"})
     return folder
 
 
@@ -96,9 +105,9 @@ def gemma4_quantized(bits: int = 4) -> PreTrainedModel:
     from transformers import GemmaQuantizationConfig
     from transformers.integrations.gemma_quant import replace_with_quant_layers
 
-    model, kept = gemma4(), ["lm_head", "embed_tokens"]
+    model, kept = gemma4(tie_word_embeddings=False), ["lm_head", "model.embed_tokens$"]
     config = GemmaQuantizationConfig(8, True, {"embed_tokens_per_layer": {"num_bits": bits}}, kept)
-    replace_with_quant_layers(model, config, ["lm_head", "model.embed_tokens"])
+    replace_with_quant_layers(model, config, kept)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

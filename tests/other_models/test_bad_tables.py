@@ -59,8 +59,12 @@ def test_pinned_memory_needs_a_gpu(folders):
 
 
 def test_a_model_without_a_known_table(tmp_path):
-    LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path)
-    with pytest.raises(EngramError, match=r"no table of a kind that is known; .* its embeddings are model\.embed_tokens"):
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(
+        EngramError, match=r"no table of a kind that is known; .*\(its embeddings are model\.embed_tokens\)"
+    ):
         load(tmp_path)
 
 
@@ -72,12 +76,18 @@ def without(*ends: str):
     ("change", "said"),
     [
         (without("shard_1.weight"), "has 3 shards of .*, but not shard_1"),
-        (without("1.ple.ple_embedding.ngram_embedding.shard_3.weight"), "have 1056 rows together, but the model has 1408"),
+        (
+            without("1.ple.ple_embedding.ngram_embedding.shard_3.weight"),
+            "have 1056 rows together, but the model has 1408",
+        ),
         (lambda t: t | {f"{QWEN}.weight": t[f"{QWEN}.shard_0.weight"].clone()}, "whole and in 4 shards"),
         (lambda t: t | {f"{QWEN}.shard_1.weight": torch.zeros(352, 5, dtype=torch.bfloat16)}, r"rows of \[4\]"),
         (lambda t: t | {f"{QWEN}.shard_1.weight": torch.zeros(352, 4)}, "all shards alike"),
         (lambda t: t | {f"{QWEN}.weight_scale": torch.ones(1)}, "stores .* with weight_scale, a quantization that"),
-        (lambda t: t | {f"{QWEN}.weight_packed": torch.ones(9, dtype=torch.uint8)}, "a quantization that the model's config does not"),
+        (
+            lambda t: t | {f"{QWEN}.weight_packed": torch.ones(9, dtype=torch.uint8)},
+            "a quantization that the model's config does not",
+        ),
         (without("layers.1.ple.ple_embedding.ngram_embedding." + "shard_0.weight"), "but not shard_0"),
     ],
 )
@@ -103,12 +113,22 @@ def test_rows_without_their_scales_or_in_another_form(changed):
             load(changed("gemma4 int4", change))
 
 
+def test_a_table_without_its_one_scale(changed, folders):
+    with pytest.raises(EngramError, match=r"has no tensor .*ngram_embedding\.weight_scale, without which"):
+        load(changed("qwen4_exp float8", without("weight_scale")))
+    other = changed("qwen4_exp float8", lambda t: {name: t[name] * 2 if "_scale" in name else t[name] for name in t})
+    with pytest.raises(EngramError, match="have another weight_scale"):
+        load(folders("qwen4_exp float8"), tables_from=str(other))
+
+
 def test_a_name_that_fits_two_tables(changed):
     def change(tensors):
         table = tensors.pop(f"{GEMMA}.weight")
         return tensors | {f"{part}.embed_tokens_per_layer.weight": table.clone() for part in ("draft", "text")}
 
-    with pytest.raises(EngramError, match=r"may be any of draft\.embed_tokens_per_layer, text\.embed_tokens_per_layer"):
+    with pytest.raises(
+        EngramError, match=r"may be any of draft\.embed_tokens_per_layer, text\.embed_tokens_per_layer"
+    ):
         load(changed("gemma4", change))
 
 
@@ -116,7 +136,7 @@ def test_a_file_that_the_index_names_is_missing(folders, tmp_path):
     tiny.qwen4_exp().save_pretrained(tmp_path, max_shard_size=20_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     (tmp_path / index["weight_map"][f"{QWEN}.shard_2.weight"]).unlink()
-    with pytest.raises(OSError):  # transformers looks for its files first
+    with pytest.raises(EngramError, match="lacks .*safetensors, which its index names; fetch the missing file"):
         load(tmp_path)
 
 

@@ -40,7 +40,9 @@ def mapped(folder):
 
 def test_logits_and_generation_are_the_stock_models(stock, mapped):
     assert type(mapped).__name__ == type(stock).__name__ and isinstance(mapped, type(stock))
-    assert tables_of(mapped) and not any(key.startswith(tuple(tables_of(mapped))) for key, _ in mapped.named_parameters() if "scale" not in key)
+    assert tables_of(mapped) and not any(
+        key.startswith(tuple(tables_of(mapped))) for key, _ in mapped.named_parameters() if "scale" not in key
+    )
     assert torch.equal(logits(mapped), logits(stock))
     for options in ({}, {"num_beams": 2}):
         assert torch.equal(*(m.generate(IDS, max_new_tokens=5, do_sample=False, **options) for m in (stock, mapped)))
@@ -190,19 +192,26 @@ def test_loading_options(folders, options):
 def test_a_pipeline(folders):
     models = [AutoModelForCausalLM.from_pretrained(folders("gemma3n")), load(folders("gemma3n"))]
     tokenizer = make_tokenizer()
-    texts = [pipeline("text-generation", model=m, tokenizer=tokenizer)("the", max_new_tokens=4, do_sample=False) for m in models]
+    texts = [
+        pipeline("text-generation", model=m, tokenizer=tokenizer)("the", max_new_tokens=4, do_sample=False)
+        for m in models
+    ]
     assert texts[0] == texts[1]
 
 
 def test_lora_on_the_rest_and_a_trainer(folders, tmp_path):
     """The trained numbers of an adapter are those on the stock model; checkpoints of the Trainer are complete."""
     trained = []
-    for number, model in enumerate((AutoModelForCausalLM.from_pretrained(folders("qwen4_exp")), load(folders("qwen4_exp")))):
+    for number, model in enumerate(
+        (AutoModelForCausalLM.from_pretrained(folders("qwen4_exp")), load(folders("qwen4_exp")))
+    ):
         torch.manual_seed(3)
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
         train(model, tmp_path / str(number))
         trained.append({key: value for key, value in model.named_parameters() if "lora_" in key})
-    assert trained[0].keys() == trained[1].keys() and any(value.any() for key, value in trained[0].items() if "lora_B" in key)
+    assert trained[0].keys() == trained[1].keys() and any(
+        value.any() for key, value in trained[0].items() if "lora_B" in key
+    )
     assert all(torch.equal(trained[0][key], trained[1][key]) for key in trained[0])
 
 
@@ -217,7 +226,14 @@ def test_a_trainer_with_the_table_frozen_saves_all_of_the_model(folders, tmp_pat
 def train(model, folder, **options) -> None:
     arguments = {"save_strategy": "no", **options}
     arguments = TrainingArguments(
-        str(folder), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True, **arguments
+        str(folder),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **arguments,
     )
     data = [{"input_ids": row, "labels": row} for row in IDS]
     Trainer(model, arguments, train_dataset=data).train()
@@ -227,8 +243,14 @@ def train(model, folder, **options) -> None:
 def test_asking_for_a_gradient_of_the_table_is_refused(folders):
     model = load(folders("gemma3n"))
     table = model.get_submodule(GEMMA)
-    for ask in (table.requires_grad_, table.weight.requires_grad_, lambda: setattr(table.weight, "requires_grad", True)):
-        with pytest.raises(EngramError, match=r"embed_tokens_per_layer.weight .* has no gradient; .*residency='resident'"):
+    for ask in (
+        table.requires_grad_,
+        table.weight.requires_grad_,
+        lambda: setattr(table.weight, "requires_grad", True),
+    ):
+        with pytest.raises(
+            EngramError, match=r"embed_tokens_per_layer.weight .* has no gradient; .*residency='resident'"
+        ):
             ask()
     with pytest.raises(EngramError, match="has no gradient"):
         get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens_per_layer"]))
@@ -239,7 +261,9 @@ def test_asking_for_a_gradient_of_the_table_is_refused(folders):
 def test_a_table_that_is_read_otherwise_than_by_ids_is_refused(folders):
     """Whoever multiplies with all of a table, copies or resizes it, is told at once."""
     table = load(folders("gemma3n")).get_submodule(GEMMA)
-    assert isinstance(table.weight, RowsById) and table.weight.shape == (200, 24) and table.weight.dtype == torch.bfloat16
+    assert (
+        isinstance(table.weight, RowsById) and table.weight.shape == (200, 24) and table.weight.dtype == torch.bfloat16
+    )
     assert torch.equal(table.weight[IDS], nn.functional.embedding(IDS, table.weight))
     for read in (
         lambda: nn.functional.linear(torch.ones(1, 24, dtype=torch.bfloat16), table.weight),
@@ -283,7 +307,9 @@ class LongCatNames(LlamaForCausalLM):
 
 @pytest.fixture(scope="module")
 def longcat(tmp_path_factory):
-    config = LlamaConfig(vocab_size=200, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=200, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
     folder = tmp_path_factory.mktemp("longcat")
     LongCatNames(config).save_pretrained(folder, max_shard_size=30_000)
     return folder

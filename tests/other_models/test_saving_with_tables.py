@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 
-import other_tiny_models as tiny
 import pytest
 import torch
 from other_tiny_models import QWEN, logits
+from peft import LoraConfig
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from engram_hf import EngramError, load_with_tables
@@ -47,25 +48,41 @@ def test_files_that_hold_nothing_else_are_linked(qwen, tmp_path):
     qwen.save_pretrained(tmp_path / "first")
     load(tmp_path / "first").save_pretrained(tmp_path / "second")
     (table,) = (tmp_path / "first").glob("model-tables-*")
-    assert os.path.samefile(table, tmp_path / "second" / table.name) or table.read_bytes() == (tmp_path / "second" / table.name).read_bytes()
+    assert (
+        os.path.samefile(table, tmp_path / "second" / table.name)
+        or table.read_bytes() == (tmp_path / "second" / table.name).read_bytes()
+    )
     with safe_open(table, "pt") as file:
         assert all(".shard_" in key for key in file.keys())
 
 
-def test_shards_in_many_files(tmp_path):
-    model = tiny.qwen4_exp(split_ngram_parts=3)
-    model.save_pretrained(tmp_path / "a", max_shard_size=4_000)
+def test_shards_in_many_files(folders, qwen, tmp_path):
+    """As in the release, each with other tensors beside."""
+    (tmp_path / "a").mkdir()
+    shutil.copy(folders("qwen4_exp") / "config.json", tmp_path / "a")
+    with safe_open(folders("qwen4_exp") / "model.safetensors", "pt") as file:
+        names = sorted(file.keys())
+        parts = {f"model-{part:05d}-of-00005.safetensors": names[part::5] for part in range(5)}
+        for path, some in parts.items():
+            save_file({name: file.get_tensor(name) for name in some}, tmp_path / "a" / path, {"format": "pt"})
+    weight_map = {name: path for path, some in parts.items() for name in some}
+    (tmp_path / "a" / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     mapped = load(tmp_path / "a")
     table = mapped.get_submodule(QWEN).readers["weight"].stored
-    assert len(table.parts) == 3 and len({header.path for header, _ in table.parts}) > 1
-    assert torch.equal(logits(mapped), logits(model))
+    assert len(table.parts) == len({header.path for header, _ in table.parts}) == 4
+    assert torch.equal(logits(mapped), logits(qwen))
     mapped.save_pretrained(tmp_path / "b", max_shard_size=20_000)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "b")), logits(model))
+    assert len(list((tmp_path / "b").glob("model-tables-*"))) == 5
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "b")), logits(qwen))
 
 
 def test_what_transformers_itself_cannot_save_is_refused(folders, tmp_path):
     """A model dequantized at loading forgets how its tables are stored; Google's quantizer does not save on some versions."""
-    with pytest.raises(EngramError, match="was dequantized while it was loaded.*copy the folder that it was loaded from"):
+    with pytest.raises(
+        EngramError, match="was dequantized while it was loaded.*copy the folder that it was loaded from"
+    ):
         load(folders("qwen4_exp float8")).save_pretrained(tmp_path)
     model = load(folders("gemma4 int4"))
     if not callable(model.hf_quantizer.is_serializable):
@@ -80,10 +97,11 @@ def test_an_upload_while_saving_is_refused(qwen, tmp_path):
 
 
 def test_an_adapter_of_transformers_is_saved_alone(folders, tmp_path):
-    from peft import LoraConfig
-
     model = load(folders("gemma3n"))
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    try:
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    except ValueError as error:  # transformers may ask for a later PEFT than there is
+        pytest.skip(str(error))
     model.save_pretrained(tmp_path)
     assert files_of(tmp_path) == {"adapter_model.safetensors"}
 
@@ -114,11 +132,11 @@ def interrupted(*args) -> None:
 
 def tables_apart(folder, target, rename=lambda name: name, change=lambda name, tensor: tensor, config=True):
     """A folder with the tables of a model alone."""
-    from safetensors.torch import save_file
-
     target.mkdir()
     with safe_open(folder / "model.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys() if "ngram_embedding" in name or "per_layer." in name}
+        tensors = {
+            name: file.get_tensor(name) for name in file.keys() if "ngram_embedding" in name or "per_layer." in name
+        }
     save_file({rename(name): change(name, tensor) for name, tensor in tensors.items()}, target / "tables.safetensors")
     if config:
         shutil.copy(folder / "config.json", target)
@@ -128,8 +146,6 @@ def tables_apart(folder, target, rename=lambda name: name, change=lambda name, t
 @pytest.fixture
 def without_tables(folders, tmp_path):
     """A model whose checkpoint lacks them."""
-    from safetensors.torch import save_file
-
     folder = folders("qwen4_exp")
     with safe_open(folder / "model.safetensors", "pt") as file:
         rest = {name: file.get_tensor(name) for name in file.keys() if "ngram_embedding" not in name}
@@ -153,7 +169,9 @@ def test_tables_from_another_folder(folders, qwen, without_tables, tmp_path, res
 def test_tables_of_another_shape_dtype_or_vocabulary_are_refused(folders, without_tables, tmp_path):
     folder = folders("qwen4_exp")
     changes = {
-        "have 1398 rows together, but the model has 1408": lambda name, tensor: tensor[:-10].clone() if "layers.1." in name and "shard_2" in name else tensor,
+        "have 1398 rows together, but the model has 1408": lambda name, tensor: (
+            tensor[:-10].clone() if "layers.1." in name and "shard_2" in name else tensor
+        ),
         "has rows of": lambda name, tensor: tensor[:, :-1].clone(),
         "is stored as F8_E4M3, but the model has": lambda name, tensor: tensor.to(torch.float8_e4m3fn),
     }
@@ -168,7 +186,10 @@ def test_tables_of_another_shape_dtype_or_vocabulary_are_refused(folders, withou
     for field, value in (("vocab_size", 300), ("seed", 7)):
         config = json.loads((apart / "config.json").read_text())
         (apart / "config.json").write_text(json.dumps(config | {field: value}))
-        with pytest.raises(EngramError, match=f"were made for {field} {value}, but the model has .*: the same id would read another row"):
+        with pytest.raises(
+            EngramError,
+            match=f"were made for {field} {value}, but the model has .*: the same id would read another row",
+        ):
             load(without_tables, tables_from=str(apart))
         (apart / "config.json").write_text(json.dumps(config))
     with pytest.raises(EngramError, match="has no safetensors files"):
