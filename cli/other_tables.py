@@ -39,18 +39,17 @@ def describe_repository(name: str) -> dict[str, Any]:
     Raises:
         ValueError: the Hub does not give it, or it has no table of a kind that is known.
     """
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, SafetensorsParsingError
+    from huggingface_hub import HfApi
 
     from engram_hf.safetensors_engram import read_json
 
     api = HfApi()
     try:
+        config = read_json(Path(api.hf_hub_download(name, "config.json")), constants=True)
         files = [file for file in api.list_repo_files(name) if file.endswith(".safetensors")]
         headers = {file: api.parse_safetensors_file_metadata(name, file) for file in files}
-        config = read_json(Path(hf_hub_download(name, "config.json")), constants=True)
-    except (OSError, HfHubHTTPError, SafetensorsParsingError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+    except Exception as error:  # what a connection that fails raises is up to the client's own HTTP library
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
             f"{name} is not a folder here, and the Hub does not give it ({reason}); `hf download {name} --local-dir FOLDER` "
             "fetches a model from the Hub."
