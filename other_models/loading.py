@@ -14,7 +14,7 @@ from ..row_sources_engram import MappedRows, PinnedRows
 from ..safetensors_engram import EngramError
 from .kinds import kind_of
 from .lookahead import Lookahead
-from .row_embedding import EmbeddingOfRows, TableReader, mount
+from .row_embedding import EmbeddingOfRows, TableReader, TableRows, mount
 from .saving import save_with_tables
 from .stored_tables import (
     CheckpointNames,
@@ -182,10 +182,8 @@ class TablePlan:
     def _find_modules(self, model: PreTrainedModel) -> dict[str, nn.Module]:
         modules = dict(model.named_modules())
         embeddings = [name for name, module in modules.items() if _is_embedding(module)]
-        if self.tables is None:
-            found = [name for name in embeddings if kind_of(name)]
-        else:
-            found = list(self.tables)
+        known = [name for name in embeddings if kind_of(name)]
+        found = known if self.tables is None else list(self.tables)
         if not found:
             raise EngramError(
                 f"{type(model).__name__} has no table of a kind that is known; name its modules by tables=[...] (its embeddings are "
@@ -237,7 +235,7 @@ class TablePlan:
             raise EngramError(
                 f"{name} was allocated before it could be left in its files (DeepSpeed ZeRO-3 does that); use from_pretrained."
             )
-        source = (PinnedRows if self.residency == "pinned" else MappedRows)(stored.as_bytes())
+        source = (PinnedRows if self.residency == "pinned" else TableRows)(stored.as_bytes())
         for recorded in self._digests:
             require_same_files(recorded, source.digests, str(self.checkpoint.name_or_path))
         planned = next((dtype for key, dtype in dtype_plan.items() if key in name), parameter.dtype)
@@ -280,7 +278,9 @@ def _require_small(own: CheckpointNames, names: CheckpointNames, name: str, leaf
     """Refuse a checkpoint without a tensor that rows mean nothing without, or tables from elsewhere that have another."""
     loaded, beside = own.small(name, leaf), names.small(name, leaf)
     if loaded is None:
-        raise EngramError(f"{own.where} has no tensor {name}.{leaf}, without which its rows mean nothing; complete it.")
+        raise EngramError(
+            f"{own.where} has no tensor {name}.{leaf}, without which its rows mean nothing; complete it."
+        )
     if beside is not None and beside != loaded:
         raise EngramError(
             f"The tables of {names.where} have another {leaf} of {name} than the checkpoint {own.where}; take the tables that belong to "

@@ -6,7 +6,8 @@ The model's own embedding class keeps doing what it does (scales, unpacking). On
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,65 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..cache_engram import RuntimeSubclass
+from ..loading_engram import free_host_memory
 from ..prefetch_engram import FetchedRows
 from ..row_sources_engram import MappedRows, PinnedRows
 from ..safetensors_engram import EngramError
 from .stored_tables import StoredTensor
+
+# As many rows as a token or two read: for so few, sorting and asking for pages take longer than reading.
+_FEW = 64
+
+
+class TableRows(MappedRows):
+    """Rows of a table in its files, of which a read touches few of hundreds of parts.
+
+    Args:
+        stored, digests: as for [`~row_sources_engram.MappedRows`].
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._starts = np.array([part.first for part in self.parts])
+        self._views = [part.weight.numpy() for part in self.parts]
+        self._is_larger_than_memory: bool | None = None
+
+    def request(self, row_ids: np.ndarray) -> None:
+        """As of any mapped table."""
+        (size,) = self.row_bytes
+        for index, here in self._reached(row_ids):
+            part = self.stored.parts[index]
+            self._maps[part.file.path].request(part.weight.offset + (row_ids[here] - part.first) * size, size)
+
+    def _reached(self, row_ids: np.ndarray) -> Iterator[tuple[int, slice]]:
+        """The parts that sorted `row_ids` lie in: the index of each, and which of the ids."""
+        bounds = np.searchsorted(row_ids, [*self._starts, self.num_rows])
+        for index in np.flatnonzero(bounds[1:] > bounds[:-1]).tolist():
+            yield index, slice(bounds[index], bounds[index + 1])
+
+    def gather(self, row_ids: np.ndarray) -> torch.Tensor:
+        """Rows of `row_ids` `[n]`, which are sorted if they are many, as bytes `[n, bytes of a row]`."""
+        self.require_unchanged()
+        rows = torch.empty((len(row_ids), *self.row_bytes), dtype=torch.uint8, device="cpu")
+        target = rows.numpy()
+        if self._waits_for_disk(len(row_ids)):
+            self.request(np.sort(row_ids))  # so that the disk reads them all at once, in the order of the file
+        if len(row_ids) <= _FEW:
+            parts = np.searchsorted(self._starts, row_ids, "right") - 1
+            for place, (part, row) in enumerate(
+                zip(parts.tolist(), (row_ids - self._starts[parts]).tolist(), strict=True)
+            ):
+                target[place] = self._views[part][row]
+            return rows
+        for index, here in self._reached(row_ids):
+            np.take(self._views[index], row_ids[here] - self._starts[index], 0, target[here], "clip")
+        return rows
+
+    def _waits_for_disk(self, count: int) -> bool:
+        """Whether asking for pages beforehand is worth its time: for many rows, and for a few if pages do not stay in memory."""
+        if count <= _FEW and self._is_larger_than_memory is None:
+            self._is_larger_than_memory = self.stored.size > free_host_memory()
+        return count > _FEW or (count > 1 and bool(self._is_larger_than_memory))
 
 
 class TableReader:
@@ -33,7 +89,6 @@ class TableReader:
 
     def __init__(self, name: str, stored: StoredTensor, source: MappedRows, casts: tuple[torch.dtype, ...]):
         self.name, self.stored, self.source, self.casts = name, stored, source, casts
-        self._starts = np.array([part.first for part in source.parts])
         self._ahead: dict[int, FetchedRows] = {}
 
     def __reduce__(self):
@@ -69,62 +124,45 @@ class TableReader:
         if isinstance(self.source, PinnedRows) and self.source.is_visible_from(flat.device):
             rows, _ = self.source.fetch(flat)
         else:
-            unique, places = np.unique(flat.cpu().numpy(), return_inverse=True)
-            self._require_rows(unique)
-            rows = self._read_sorted(unique).to(flat.device)
-            rows = rows.index_select(0, torch.from_numpy(places).to(flat.device))
+            rows = self._read_on_host(flat)
         rows = rows.view(self.stored.dtype).view(*ids.shape, *self.stored.row_shape)
         for dtype in self.casts:
             rows = rows.to(dtype)
         return rows
 
+    def _read_on_host(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of int64 `ids` `[n]` on their device, as int8 `[n, bytes of a row]`; each of them is read and moved once."""
+        ahead, wanted = self._ahead.pop(threading.get_ident(), None), ids.cpu().numpy()
+        if ahead is None and len(wanted) <= _FEW and isinstance(self.source, TableRows):
+            self._require_rows(wanted)
+            return self.source.gather(wanted).view(torch.int8).to(ids.device)
+        unique, places = np.unique(wanted, return_inverse=True)
+        self._require_rows(unique)
+        if ahead is not None and np.array_equal(ahead.row_ids, unique):
+            rows, _ = ahead.fetch(torch.from_numpy(unique))
+        elif isinstance(self.source, TableRows):
+            rows = self.source.gather(unique).view(torch.int8)
+        else:
+            rows, _ = self.source.fetch(torch.from_numpy(unique))
+        return rows.to(ids.device).index_select(0, torch.from_numpy(places).to(ids.device))
+
     def _require_rows(self, ids: np.ndarray) -> None:
-        if len(ids) and not 0 <= ids[0] <= ids[-1] < self.source.num_rows:
-            wrong = int(ids[0] if ids[0] < 0 else ids[-1])
+        if len(ids) and not 0 <= (first := ids.min()) <= (last := ids.max()) < self.source.num_rows:
             raise IndexError(
-                f"{self.name} has no row {wrong}, only 0..{self.source.num_rows - 1}; check the token ids."
+                f"{self.name} has no row {first if first < 0 else last}, only 0..{self.source.num_rows - 1}; check the token ids."
             )
 
-    def _read_sorted(self, ids: np.ndarray) -> torch.Tensor:
-        """Rows of distinct sorted ids, as int8 `[n, bytes of a row]`."""
-        ahead = self._ahead.pop(threading.get_ident(), None)
-        if ahead is not None and np.array_equal(ahead.row_ids, ids):
-            rows, _ = ahead.fetch(torch.from_numpy(ids))
-            return rows
-        self.source.require_unchanged()
-        if len(ids) > 1:
-            self.source.request(ids)  # so that the disk reads them all at once, in the order of the file
-        rows = torch.empty((len(ids), *self.source.row_bytes), dtype=torch.uint8, device="cpu")
-        # A table may have hundreds of parts, of which a token's ids lie in few.
-        bounds = np.searchsorted(ids, [*self._starts, self.source.num_rows])
-        for index in np.flatnonzero(bounds[1:] > bounds[:-1]):
-            here, part = slice(bounds[index], bounds[index + 1]), self.source.parts[index]
-            np.take(part.weight.numpy(), ids[here] - part.first, 0, rows.numpy()[here], "clip")
-        return rows.view(torch.int8)
 
-
+_ATTRIBUTES = (
+    "device dtype grad grad_fn is_cpu is_cuda is_leaf is_meta is_mps is_nested is_quantized is_sparse is_xpu itemsize layout nbytes "
+    "ndim requires_grad shape"
+)
+_METHODS = "__len__ dim element_size is_complex is_contiguous is_floating_point nelement numel size stride"
+# What may be asked of a table without its numbers.
 _METADATA = {
-    getattr(torch.Tensor, name).__get__
-    for name in (
-        *(
-            "shape",
-            "dtype",
-            "device",
-            "ndim",
-            "layout",
-            "requires_grad",
-            "grad",
-            "grad_fn",
-            "is_leaf",
-            "is_meta",
-            "is_cpu",
-        ),
-        *("is_cuda", "is_sparse", "is_quantized", "itemsize", "nbytes", "is_nested", "is_mps", "is_xpu"),
-    )
-} | {
-    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.element_size),
-    *(torch.Tensor.stride, torch.Tensor.is_floating_point, torch.Tensor.is_contiguous, torch.Tensor.__len__),
-    *(torch.is_floating_point, torch.numel, torch.Tensor.is_complex, torch.is_complex),
+    *(getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES.split()),
+    *(getattr(torch.Tensor, name) for name in _METHODS.split()),
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
 _GRADIENTS = {torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__}
 
@@ -198,7 +236,7 @@ def _lookup(func: Callable, args: tuple, kwargs: dict) -> tuple[RowsById | None,
 class EmbeddingOfRows(RuntimeSubclass):
     """Goes in front of the class of an embedding, whose parameters with a row for every id are [`RowsById`]."""
 
-    readers: dict[str, TableReader] = {}
+    readers: Mapping[str, TableReader] = MappingProxyType({})
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:

@@ -49,14 +49,22 @@ def test_rows_with_scales(folders, inspect):
 
 def test_for_people(folders, inspect):
     lines = inspect(folders("gemma3n")).splitlines()
-    assert "residency       mapped: 0 B memory, 48 B read per token; pinned: 9.6 kB locked host; resident: 9.6 kB memory, 9.6 kB peak" in lines
+    assert (
+        "residency       mapped: 0 B memory, 48 B read per token; pinned: 9.6 kB locked host; resident: 9.6 kB memory, 9.6 kB peak"
+        in lines
+    )
 
 
 def test_a_hub_id_costs_headers_alone(folders, inspect, tmp_path, monkeypatch):
     with HubServer(tmp_path) as hub:
         files = {path.name: hub.store(path.read_bytes()) for path in folders("qwen4_exp float8").iterdir()}
         hub.create("org/qwen").commit("main", "release", files)
-        for name, value in {"ENDPOINT": hub.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}", "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache")}.items():
+        for name, value in {
+            "ENDPOINT": hub.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+        }.items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         found = json.loads(inspect("org/qwen", "--json"))
         ranges = [request.range for request in hub.requests if request.path.endswith("model.safetensors")]
