@@ -69,7 +69,7 @@ def save(model: PreTrainedModel, folder: Path, **options) -> Path:
     model.save_pretrained(folder, **options)
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         # Older versions save the one scale of a table as that of its first shard, which they do not find again.
         whole = {name.replace("shard_0.weight_scale", "weight_scale"): tensor for name, tensor in tensors.items()}
         if whole.keys() != tensors.keys():

@@ -26,7 +26,7 @@ def changed(folders, tmp_path):
         folder = tmp_path / "changed"
         shutil.copytree(folders(name), folder, dirs_exist_ok=True)
         with safe_open(folder / "model.safetensors", "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
         save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
         return folder
 
@@ -136,7 +136,7 @@ def test_a_file_that_the_index_names_is_missing(folders, tmp_path):
     tiny.qwen4_exp().save_pretrained(tmp_path, max_shard_size=20_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     (tmp_path / index["weight_map"][f"{QWEN}.shard_2.weight"]).unlink()
-    with pytest.raises(EngramError, match="lacks .*safetensors, which its index names; fetch the missing file"):
+    with pytest.raises(EngramError, match=r"lacks .*safetensors, which its index names; fetch the missing file"):
         load(tmp_path)
 
 

@@ -10,7 +10,7 @@ from engram_cli.main import main
 import engram_hf
 
 sys.path.insert(0, str(Path(engram_hf.__file__).parent / "tests" / "hub"))
-from hub_server import HubServer  # noqa: E402 (another room's)
+from hub_server import HubServer
 
 
 @pytest.fixture

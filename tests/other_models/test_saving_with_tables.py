@@ -53,7 +53,7 @@ def test_files_that_hold_nothing_else_are_linked(qwen, tmp_path):
         or table.read_bytes() == (tmp_path / "second" / table.name).read_bytes()
     )
     with safe_open(table, "pt") as file:
-        assert all(".shard_" in key for key in file.keys())
+        assert all(".shard_" in key for key in list(file.keys()))
 
 
 def test_shards_in_many_files(folders, qwen, tmp_path):
@@ -81,12 +81,12 @@ def test_shards_in_many_files(folders, qwen, tmp_path):
 def test_what_transformers_itself_cannot_save_is_refused(folders, tmp_path):
     """A model dequantized at loading forgets how its tables are stored; Google's quantizer does not save on some versions."""
     with pytest.raises(
-        EngramError, match="was dequantized while it was loaded.*copy the folder that it was loaded from"
+        EngramError, match=r"was dequantized while it was loaded.*copy the folder that it was loaded from"
     ):
         load(folders("qwen4_exp float8")).save_pretrained(tmp_path)
     model = load(folders("gemma4 int4"))
     if not callable(model.hf_quantizer.is_serializable):
-        with pytest.raises(EngramError, match="GemmaQuantizer, which this version of transformers cannot save"):
+        with pytest.raises(EngramError, match=r"GemmaQuantizer, which this version of transformers cannot save"):
             model.save_pretrained(tmp_path)
         assert not list(tmp_path.iterdir())
 
@@ -135,7 +135,9 @@ def tables_apart(folder, target, rename=lambda name: name, change=lambda name, t
     target.mkdir()
     with safe_open(folder / "model.safetensors", "pt") as file:
         tensors = {
-            name: file.get_tensor(name) for name in file.keys() if "ngram_embedding" in name or "per_layer." in name
+            name: file.get_tensor(name)
+            for name in list(file.keys())
+            if "ngram_embedding" in name or "per_layer." in name
         }
     save_file({rename(name): change(name, tensor) for name, tensor in tensors.items()}, target / "tables.safetensors")
     if config:
@@ -148,7 +150,7 @@ def without_tables(folders, tmp_path):
     """A model whose checkpoint lacks them."""
     folder = folders("qwen4_exp")
     with safe_open(folder / "model.safetensors", "pt") as file:
-        rest = {name: file.get_tensor(name) for name in file.keys() if "ngram_embedding" not in name}
+        rest = {name: file.get_tensor(name) for name in list(file.keys()) if "ngram_embedding" not in name}
     (tmp_path / "rest").mkdir()
     save_file(rest, tmp_path / "rest" / "model.safetensors", {"format": "pt"})
     shutil.copy(folder / "config.json", tmp_path / "rest")
@@ -206,5 +208,5 @@ def test_tables_that_are_not_those_of_the_save_are_refused(qwen, folders, tmp_pa
     table.unlink()
     table.write_bytes(data)
     for options in ({}, {"tables_from": str(tmp_path / "saved")}):
-        with pytest.raises(EngramError, match="is not the file of tables that .* was saved with"):
+        with pytest.raises(EngramError, match=r"is not the file of tables that .* was saved with"):
             load(tmp_path / "saved" if not options else folders("qwen4_exp"), **options)
