@@ -72,7 +72,7 @@ def test_gradients_of_all_else_are_the_stock_models(stock, mapped):
         assert torch.equal(own[name], gradients[name]), name
 
 
-@pytest.mark.parametrize("way", ["dtype", "moved", "twice"])
+@pytest.mark.parametrize("way", ["dtype", "moved", pytest.param("twice", marks=pytest.mark.slow)])
 def test_other_dtypes_give_the_stock_models_rows(folders, way):
     for name in ("qwen4_exp float8",) if way == "twice" else ("gemma3n", "gemma4 int4"):
         folder = str(folders(name))

@@ -28,7 +28,7 @@ def qwen(folders):
     return load(folders("qwen4_exp"))
 
 
-@pytest.mark.parametrize("variant", [None, "half"])
+@pytest.mark.parametrize("variant", [None, pytest.param("half", marks=pytest.mark.slow)])
 def test_a_saved_model_is_complete(qwen, tmp_path, variant):
     qwen.save_pretrained(tmp_path, variant=variant)
     for once_more in (False, True):
