@@ -8,6 +8,7 @@ from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
 from .hashing_engram import register_compression
 from .modeling_engram import EngramForCausalLM, EngramForConditionalGeneration, EngramModel, EngramPreTrainedModel
+from .other_models import load_with_tables
 from .safetensors_engram import EngramError
 from .tokenization import EngramTokenizer
 from .tokenization.vocabulary_compression import set_refusal_class
@@ -21,6 +22,7 @@ __all__ = [
     "EngramForConditionalGeneration",
     "EngramModel",
     "EngramTokenizer",
+    "load_with_tables",
 ]
 
 AutoConfig.register(EngramConfig.model_type, EngramConfig)

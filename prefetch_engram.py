@@ -167,7 +167,7 @@ class Prefetcher:
     @torch.compiler.disable
     def start(self, row_ids: torch.Tensor) -> tuple[RowReader, ...] | None:
         """Begin to fetch the rows `row_ids` `[L, ...]`; None if the layers are to read them directly."""
-        if not all(isinstance(table.source, MappedRows) for table in self.tables) or not self._pays(row_ids.is_cuda):
+        if not all(isinstance(table.source, MappedRows) for table in self.tables) or not self.pays(row_ids.is_cuda):
             return None
         if self._process != os.getpid():
             self._begin()
@@ -175,7 +175,8 @@ class Prefetcher:
             return self._read_by_device(row_ids)
         return self._fetch(row_ids)
 
-    def _pays(self, is_cuda: bool) -> bool:
+    def pays(self, is_cuda: bool) -> bool:
+        """Whether rows are to be fetched ahead for a forward on a GPU, or on the CPU."""
         if self.when != "auto" or is_cuda:
             return self.when != "never"
         if self._is_larger_than_memory is None:

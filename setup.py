@@ -34,6 +34,7 @@ setup(
         "engram_hf",
         "engram_hf.analysis",
         "engram_hf.convert_scripts",
+        "engram_hf.other_models",
         "engram_hf.tokenization",
         "engram_hf.training",
     ],

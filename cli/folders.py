@@ -31,6 +31,15 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").exists()
 
 
+def has_memory(folder: Path) -> bool:
+    """Whether `folder` has tables of this package, or says that its model has some."""
+    from engram_hf.safetensors_engram import read_json
+    from engram_hf.table_format_engram import MANIFEST_NAME
+
+    says = is_model(folder) and "engram_layer_ids" in read_json(folder / "config.json", constants=True)
+    return says or (folder / MANIFEST_NAME).exists()
+
+
 def read_config(folder: Path) -> "EngramConfig":
     """The checked config of a model folder.
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .folders import is_model, read_config, read_stored_tables, require_folder, weight_files
+from .folders import has_memory, is_model, read_config, read_stored_tables, require_folder, weight_files
+from .other_tables import describe_folder_of_others, describe_repository
 from .output import columns, print_json, printable, size
 
 # Tensors of the layers of each part that a model may have beside its text, by our names and by those of the release.
@@ -19,10 +20,11 @@ def add_commands(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="what memory a model or a folder of tables holds",
-        description="Show layers, rows, bytes and dtypes of the memory in a folder, and where it would live when loaded. "
-        "Reads the config and file headers, no weights.",
+        description="Show layers, rows, bytes and dtypes of the memory in a folder, and where it would live when loaded; of a "
+        "model of another project, or a Hub id, its id-addressed tables and what each residency costs. Reads the config and "
+        "file headers, no weights.",
     )
-    inspect.add_argument("folder", help="a saved model, or a folder with engram_tables.json")
+    inspect.add_argument("folder", help="a saved model, a folder with engram_tables.json, or a Hub id")
     inspect.add_argument("--json", action="store_true", help="print one JSON document")
     inspect.set_defaults(run=run_inspect)
     card = commands.add_parser(
@@ -39,7 +41,7 @@ def add_commands(commands: Any) -> None:
 
 def run_inspect(options: argparse.Namespace) -> None:
     """Print what `options.folder` holds."""
-    found = describe_folder(require_folder(options.folder))
+    found = _find(options.folder)
     if options.json:
         print_json(found)
         return
@@ -48,6 +50,14 @@ def run_inspect(options: argparse.Namespace) -> None:
         print(f"{name.replace('_', ' '):<16}{_for_people(value)}")
     print()
     print(columns(list(tables[0]), [list(table.values()) for table in tables]))
+
+
+def _find(name: str) -> dict[str, Any]:
+    folder = Path(name)
+    if not folder.is_dir() and not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return describe_repository(name)
+    folder = require_folder(name)
+    return (None if has_memory(folder) else describe_folder_of_others(folder)) or describe_folder(folder)
 
 
 def run_card(options: argparse.Namespace) -> None:
@@ -137,6 +147,8 @@ def _residencies() -> list[str]:
 
 
 def _for_people(value: Any) -> str:
+    if isinstance(value, dict) and "auto" not in value:
+        return "; ".join(f"{name}: {_costs(costs)}" for name, costs in value.items())
     if isinstance(value, dict):
         return f"auto is {value['auto']}; can be {', '.join(value['options'])}"
     if isinstance(value, list):
@@ -144,3 +156,10 @@ def _for_people(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.1%}"
     return "none" if value is None else f"{value:,}" if isinstance(value, int) else printable(value)
+
+
+def _costs(costs: dict[str, int]) -> str:
+    return ", ".join(
+        f"{size(count)} {name.replace('bytes_', '').replace('_bytes', '').replace('_', ' ')}"
+        for name, count in costs.items()
+    )

@@ -36,3 +36,21 @@ def write_table(path, description, values: torch.Tensor, scale: torch.Tensor | N
     global_scale = torch.tensor([3.0]) if "global_scale" in description.tensors else None
     with TableWriter(path, description, global_scale) as writer:
         writer.write(description.rows[0], values, scale)
+
+
+class Driver:
+    """Stands in for a GPU's driver, which locks pages of host memory: it notes which."""
+
+    def __init__(self):
+        self.locked = {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.locked[address] = size
+        return 0
+
+    def cudaGetErrorString(self, error: int) -> str:
+        return "out of memory"
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]
+        return 0

@@ -157,7 +157,9 @@ PUBLIC_NAMES = {
         "EngramForConditionalGeneration",
         "EngramModel",
         "EngramTokenizer",
+        "load_with_tables",
     ],
+    "engram_hf.other_models": ["load_with_tables"],
     "engram_hf.analysis": [
         "AttentionFreed",
         "Edit",

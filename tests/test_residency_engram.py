@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from table_models import IDS, logits, put_logits, table_keys
+from table_models import IDS, Driver, logits, put_logits, table_keys
 from tiny_backbones import build
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -132,24 +132,6 @@ def test_pinned_memory_needs_a_gpu(saved_tables):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="there is none; use 'mapped'"):
             EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="pinned")
-
-
-class Driver:
-    """Stands in for a GPU's driver, which locks pages of host memory: it notes which."""
-
-    def __init__(self):
-        self.locked = {}
-
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        self.locked[address] = size
-        return 0
-
-    def cudaGetErrorString(self, error: int) -> str:
-        return "out of memory"
-
-    def cudaHostUnregister(self, address: int) -> int:
-        del self.locked[address]
-        return 0
 
 
 def test_a_driver_may_refuse_to_lock_pages(saved_tables, monkeypatch):

@@ -252,7 +252,8 @@ def test_check_finds_tables_of_another_hash(complaint, with_files, copy):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_sentence(complaint, tmp_path, command, said):
+def test_bad_input_is_one_sentence(complaint, tmp_path, monkeypatch, command, said):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or the client tries for a minute
     places = {name: tmp_path / name for name in ("empty", "plain", "file")}
     places["empty"].mkdir()
     places["file"].touch()
