@@ -7,7 +7,8 @@ from .card_engram import write_model_card
 from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
 from .hashing_engram import register_compression
-from .modeling_engram import EngramForCausalLM, EngramForConditionalGeneration, EngramModel, EngramPreTrainedModel
+from .modeling_engram import EngramForCausalLM, EngramModel, EngramPreTrainedModel
+from .multimodal_engram import EngramForConditionalGeneration
 from .safetensors_engram import EngramError
 from .tokenization import EngramTokenizer
 from .tokenization.vocabulary_compression import set_refusal_class
