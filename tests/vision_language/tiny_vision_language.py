@@ -143,9 +143,10 @@ def token_types(kind: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def prompt(kind: str, rows: int = 2, seed: int = 0, before: int = 4, after: int = 6) -> dict[str, torch.Tensor]:
-    """A batch in which every row is text, an image, and text."""
+    """A batch in which every row is text, an image between the tokens that announce and end it, and text."""
     generator = torch.Generator().manual_seed(seed)
     texts = torch.randint(3, 100, (rows, before + after), generator=generator)
+    texts[:, before - 1], texts[:, before] = START, END
     ids = torch.cat([texts[:, :before], torch.full((rows, IMAGE_LENGTH), IMAGE), texts[:, before:]], 1)
     return {
         "input_ids": ids,
