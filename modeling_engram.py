@@ -563,7 +563,9 @@ class EngramModel(EngramPreTrainedModel):
         history = None if cache is None else attach_history(cache, self.config)
         past_length = None if cache is None else cache.get_seq_length()
         memory = self.prepare_memory(**call, history=history, past_length=past_length)
-        memory = memory._replace(cache=cache, gates=inputs.pop("engram_gate_values", None))
+        memory = memory._replace(
+            cache=cache, gates=inputs.pop("engram_gate_values", None), edit=inputs.pop("engram_edit", None)
+        )
         if self.prefetcher is not None:
             memory = memory._replace(fetched=self.prefetcher.start(memory.row_ids))
         outputs = run_backbone(self, **inputs, engram_inputs=memory)

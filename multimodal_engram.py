@@ -28,7 +28,7 @@ class _Call(NamedTuple):
 
     reader: EngramConfig  # of the language model that is meant
     told: dict[str, torch.Tensor | None]  # arguments of `prepare_memory`
-    gates: dict[int, torch.Tensor] | None
+    options: dict[str, Any]  # keyword arguments of [`EngramModel`] that a backbone does not know
 
 
 # A context is a thread's own, so that models may be called side by side, and within each other.
@@ -52,7 +52,7 @@ class EngramLanguageModel(EngramModel):
                 f"input_ids {list(ids.shape)} do not fit: the backbone's language model is called with {list(embeds.shape[:2])} "
                 "positions, and each needs the id of its token; expand the ids of images, or use another backbone."
             )
-        inputs["engram_gate_values"] = call.gates
+        inputs.update(call.options)
         if call.told["sequence_ids"] is not None:
             inputs["seq_idx"] = call.told["sequence_ids"]
         return call.told
@@ -127,7 +127,8 @@ class EngramMultimodalModel(EngramPreTrainedModel):
             images = images | told["image_mask"].to(images.device).bool()
         inputs.pop("seq_idx", None)  # the language model gets it, and no other part
         told |= {"image_mask": images, "position_ids": _text_positions(told["position_ids"])}
-        return _Call(self.config.text_config, told, inputs.pop("engram_gate_values", None))
+        options = {name: inputs.pop(name) for name in ("engram_gate_values", "engram_edit") if name in inputs}
+        return _Call(self.config.text_config, told, options)
 
 
 def _placeholder_ids(config: EngramConfig | PreTrainedConfig) -> list[int]:

@@ -30,13 +30,18 @@ setup(
     packages=[
         "engram_cli",
         "engram_hf",
+        "engram_hf.analysis",
         "engram_hf.convert_scripts",
         "engram_hf.tokenization",
         "engram_hf.training",
     ],
     # The command line stands beside the package: `engram --help` must not wait for torch, which `engram_hf` imports.
     package_dir={"engram_hf": ".", "engram_cli": "cli"},
-    package_data={"engram_hf": ["py.typed"], "engram_hf.convert_scripts": ["*.jinja"]},
+    package_data={
+        "engram_hf": ["py.typed"],
+        "engram_hf.analysis": ["templates/*.jinja"],
+        "engram_hf.convert_scripts": ["*.jinja"],
+    },
     entry_points={"console_scripts": ["engram = engram_cli.main:main"]},
     install_requires=[
         "torch>=2.10",
@@ -49,6 +54,7 @@ setup(
         "tokenizers>=0.23.1",
     ],
     extras_require={
+        "analysis": ["jinja2>=3.1", "matplotlib>=3.8"],
         "examples": ["matplotlib>=3.8", "rich>=13"],
         "images": ["pillow>=11"],
         "test": [
