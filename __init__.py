@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from . import adding_engram as adding_engram
 from . import auto_deepseek_v41 as auto_deepseek_v41
 from .card_engram import write_model_card
 from .configuration_engram import EngramConfig

@@ -9,7 +9,8 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoModel, PreTrainedConfig
 
-from .configuration_engram import EngramConfig, count_parameters
+from .adding_engram import count_parameters
+from .configuration_engram import EngramConfig
 from .table_engram import EngramTable
 
 # How transformers' `create_and_tag_model_card` describes a repository that had no card.
@@ -116,7 +117,11 @@ def _facts(config: EngramConfig, base_model: str | None) -> dict[str, str]:
         "N-grams": f"{_orders(config)} tokens, {config.engram_n_heads} hash heads each",
         "Tables": f"{rows} rows of {config.engram_head_dim} {_table_dtype(config)}, {_amount(_table_bytes(config), _BYTE_PREFIXES)}B",
         "Vocabulary": vocabulary,
-        **({"Images": "read by the backbone; their positions have no memory"} if config.is_composite else _other_parts(text)),
+        **(
+            {"Images": "read by the backbone; their positions have no memory"}
+            if config.is_composite
+            else _other_parts(text)
+        ),
     }
 
 

@@ -7,18 +7,16 @@ import itertools
 import math
 import os
 import types
-from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import CONFIG_MAPPING
 
-from .hashing_engram import as_token_map, draw_primes, is_prime
+from .hashing_engram import as_token_map, draw_primes
 from .safetensors_engram import EngramError
 from .table_engram import QUANTIZED_FORMATS
 
@@ -122,6 +120,15 @@ _OF_EVERY_CONFIG = {
 }
 
 
+def needs_package(*_args, **_options):
+    """Stands for what a model folder's code leaves out, since running the model does not take it.
+
+    Raises:
+        ValueError: always.
+    """
+    raise EngramError("Adding memory to a backbone needs the package engram-hf: install it, and import engram_hf.")
+
+
 def _of_the_backbone(name: str) -> property:
     return property(lambda self: self.__getattr__(name), doc=f"`text_config.{name}`.")
 
@@ -219,6 +226,8 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     engram_table_dtype: str | None = None
     engram_format_version: int = FORMAT_VERSION
     backbone_config: dict | PreTrainedConfig | None = None
+    # Which `engram_vocab_size` gives tables of so many rows, or such a share of all parameters; the package engram_hf sets it.
+    find_buckets: ClassVar[Callable[..., int]] = staticmethod(needs_package)
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
@@ -462,7 +471,8 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
                 f"text_config is a {type(text_config).__name__}; give the backbone's config, for example "
                 "AutoConfig.from_pretrained(name)."
             )
-        whole, text_config = text_config, text_config.get_text_config(decoder=True)
+        whole = text_config.backbone if isinstance(text_config, EngramConfig) else text_config
+        text_config = whole.get_text_config(decoder=True)
         # Of older encoder-decoders, that is a copy without the encoder.
         is_composite = text_config is not whole and getattr(whole, "text_config", None) is text_config
         engram_fields |= {"backbone_config": whole} if is_composite else {"text_config": text_config}
@@ -471,13 +481,11 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         if tokenizer is not None:
             fields.setdefault("engram_compressed_vocab_size", _compressed_size(tokenizer, text_config))
         fields.setdefault("engram_pad_token_id", _first_id(tokenizer, text_config))
-        if rows is None and memory_fraction is None:
-            return cls(**fields)
-        # With any size first: every other field is checked before the size is searched for.
-        smallest = cls(**{**fields, "engram_vocab_size": 1})
-        if memory_fraction is not None:
-            rows = smallest._rows_for_fraction(memory_fraction)
-        return cls(**{**fields, "engram_vocab_size": smallest._buckets_for_rows(rows)})
+        if rows is not None or memory_fraction is not None:
+            # With any size first: every other field is checked before the size is searched for.
+            smallest = cls(**{**fields, "engram_vocab_size": 1})
+            fields["engram_vocab_size"] = cls.find_buckets(smallest, rows, memory_fraction)
+        return cls(**fields)
 
     def remote_code_map(self) -> dict[str, str]:
         """The `auto_map` of config.json: where a folder with remote code has the class for each Auto class."""
@@ -519,39 +527,6 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
             if os.path.isabs(name) or os.path.exists(name):
                 del config["_name_or_path"]
         return fields
-
-    def _rows_for_fraction(self, fraction: float) -> int:
-        """Rows of each table that make the memory `fraction` of all parameters."""
-        if not 0 < fraction < 1:
-            raise EngramError(f"memory_fraction is {fraction}; it must lie between 0 and 1, both excluded.")
-        memory = count_parameters(self.backbone) * fraction / (1 - fraction)
-        rows = round((memory / len(self.engram_layer_ids) - self.parameters_beside_table) / self.engram_head_dim)
-        if rows <= 0:
-            raise EngramError(
-                f"memory_fraction {fraction} is used up by the projections ({self.parameters_beside_table:,} parameters a "
-                "layer); raise it, or lower engram_head_dim or engram_n_heads."
-            )
-        return rows
-
-    def _buckets_for_rows(self, rows: int) -> int:
-        """The `engram_vocab_size` whose tables have nearest to `rows` rows each.
-
-        With one bucket count for every order, the layout takes just the first so many primes from it upwards.
-        """
-        layers = len(self.engram_layer_ids)
-        heads = layers * (self.engram_max_ngram_size - 1) * self.engram_n_heads
-
-        def total(first: int) -> int:
-            return sum(itertools.islice(filter(is_prime, itertools.count(first)), heads))
-
-        if rows * layers < total(1):
-            raise EngramError(
-                f"The tables would have {rows} rows each, but distinct primes for {heads} heads in {layers} layers sum to "
-                f"at least {total(1) // layers} a layer; raise rows (or memory_fraction), or lower engram_n_heads."
-            )
-        candidates = range(1, rows * layers // heads + 1)
-        above = bisect_left(candidates, rows * layers, key=total)
-        return min(candidates[max(above - 1, 0) : above + 1], key=lambda first: abs(total(first) - rows * layers))
 
     @property
     def parameters_beside_table(self) -> int:
@@ -630,19 +605,6 @@ def as_composite_config(config: dict | PreTrainedConfig, text_config: object = N
         )
     as_decoder_config(config.text_config)
     return config
-
-
-def count_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of the language model that `config` describes, with its vision tower if it has one, without allocating it.
-
-    Counted from the config, since loaded weights may be quantized or packed.
-    """
-    # Here, so that reading a config does not load the model code.
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    auto_class = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
-    with torch.device("meta"):
-        return auto_class.from_config(config).num_parameters()
 
 
 # As an attribute of the class, a default would hide the value that a composite backbone's config has elsewhere.

@@ -9,7 +9,6 @@ Shape letters: B batch, S positions, R positions that a look-back reaches, G res
 layers, T hash heads of all orders.
 """
 
-import copy
 import dataclasses
 import functools
 import inspect
@@ -35,7 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from .cache_engram import EngramHistory, RuntimeSubclass, attach_history, begin_cache, lookback_reach, nothing_before
-from .configuration_engram import FORMAT_VERSION, EngramConfig, remote_module
+from .configuration_engram import FORMAT_VERSION, EngramConfig, needs_package, remote_module
 from .hashing_engram import DEAD, Compaction, NgramHasher, as_token_map
 from .layer_engram import (
     EngramConv,
@@ -744,8 +743,10 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         ValueError: as [`EngramModel`].
     """
 
-    _host_class = AutoModelForCausalLM
+    host_class = AutoModelForCausalLM
     _reads_images = False
+    # What `from_backbone` does; the package engram_hf sets it.
+    add_memory: Callable[..., PreTrainedModel] = staticmethod(needs_package)
 
     def __new__(cls, config: EngramConfig | None = None, host: PreTrainedModel | None = None, engram_tables=None):
         if config is None:  # for pickle and torch's replicas, which fill in the state themselves
@@ -757,7 +758,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
                 "(AutoModelForImageTextToText), or a model of its language model alone."
             )
         if host is None:
-            host = cls._host_class.from_config(config.backbone, dtype=torch.get_default_dtype())
+            host = cls.host_class.from_config(config.backbone, dtype=torch.get_default_dtype())
         require_extensible(host)
         config.backbone = host.config  # from_config copies; there is to be one
         EngramModel(config, host.base_model, engram_tables)  # changes the host's base model in place
@@ -799,39 +800,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             ValueError: see [`EngramConfig.for_backbone`]; or the backbone is an encoder-decoder, has no layers, or is
                 quantized in a way that cannot leave the memory out.
         """
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
-        if isinstance(backbone, PreTrainedModel):
-            if kwargs:
-                raise EngramError(f"{sorted(kwargs)} only apply when the backbone is loaded by name.")
-            host = backbone
-        else:
-            host = cls._host_class.from_pretrained(backbone, **kwargs)
-        if any(parameter.is_meta for parameter in host.parameters()):
-            raise EngramError(
-                "Some of the backbone's weights are offloaded; add memory with all of them loaded, save the model, and "
-                "load that with a device_map."
-            )
-        config = EngramConfig.for_backbone(
-            host.config,
-            tokenizer,
-            layer_ids=layer_ids,
-            variant=variant,
-            rows=rows,
-            memory_fraction=memory_fraction,
-            **fields,
-        )
-        config.dtype = host.dtype
-        for module in host.modules():
-            module._is_hf_initialized = True  # its weights are trained ones
-        model = cls(config, host)
-        model.memory_model.hashing.to(host.device)
-        model.generation_config = host.generation_config
-        _leave_memory_unquantized(model)
-        for memory in model.memory_model.memories().values():
-            memory.zero_value_projection()
-        if tokenizer is not None and config.engram_compressed_vocab_size is not None:
-            model.set_token_map(tokenizer)
-        return model.train(host.training)
+        sizes = {"rows": rows, "memory_fraction": memory_fraction}
+        return cls.add_memory(cls, backbone, tokenizer, layer_ids=layer_ids, variant=variant, **sizes, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids, *args, attention_mask=None, inputs_embeds=None, image_mask=None, seq_idx=None, **kwargs
@@ -897,42 +867,6 @@ def _slice_to_step(mask: torch.Tensor, fill: torch.Tensor, cache: Cache | None, 
     start = 0 if cache is None else int(cache.get_seq_length())
     missing = max(start + length - mask.shape[1], 0)
     return torch.cat([mask, fill.expand(-1, missing)], dim=1)[:, start : start + length]
-
-
-def _leave_memory_unquantized(model: EngramForCausalLM) -> None:
-    """On a quantized host, list the unquantized modules as skipped: loading quantizes every layer that is not.
-
-    Raises:
-        ValueError: the host is quantized in a way that cannot leave anything out.
-    """
-    if getattr(model, "hf_quantizer", None) is None:
-        return
-    config = copy.deepcopy(model.hf_quantizer.quantization_config)
-    names = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
-    skipped = next((name for name in names if hasattr(config, name)), None)
-    if skipped is None:
-        raise EngramError(
-            f"A {type(config).__name__} cannot leave the memory out of what it quantizes; add memory to the backbone "
-            "before it is quantized."
-        )
-    setattr(config, skipped, _unquantized_modules(model))
-    model.hf_quantizer.quantization_config = model.config.quantization_config = config
-    vars(model.config.backbone).pop("quantization_config", None)  # of the backbone alone, and no longer true of it
-
-
-def _unquantized_modules(model: EngramForCausalLM) -> list[str]:
-    # Patterns, from the root of a model with head or without: not every quantizer takes the end of a name.
-    prefix = f"{model.base_model_prefix}."
-    names = [name for name, module in model.named_modules() if _is_unquantized(module)]
-    return [f"({prefix})?{name.removeprefix(prefix)}" if name.startswith(prefix) else name for name in names]
-
-
-def _is_unquantized(module: nn.Module) -> bool:
-    """Whether a linear layer, or one of stacked experts, has only matrices of ordinary floats."""
-    matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
-    is_candidate = isinstance(module, nn.Linear) or any(matrix.dim() > 2 for matrix in matrices)
-    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    return is_candidate and all(type(matrix) is nn.Parameter and matrix.dtype in floats for matrix in matrices)
 
 
 # Trainer looks here for whether labels are to be shifted when it smooths them.

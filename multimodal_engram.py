@@ -170,7 +170,7 @@ class EngramForConditionalGeneration(EngramForCausalLM):
         ValueError: as [`EngramForCausalLM`]; or the backbone reads text alone, or in a way that leaves no place for memory.
     """
 
-    _host_class = AutoModelForImageTextToText
+    host_class = AutoModelForImageTextToText
     _reads_images = True
 
     def __new__(cls, config: EngramConfig | None = None, host: PreTrainedModel | None = None, engram_tables=None):
@@ -188,4 +188,10 @@ EngramMultimodalModel.register_for_auto_class("AutoModel")
 EngramForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 # As remote code, this is where a model on such a backbone begins.
-__all__ = ["EngramConfig", "EngramForCausalLM", "EngramForConditionalGeneration", "EngramModel", "EngramMultimodalModel"]
+__all__ = [
+    "EngramConfig",
+    "EngramForCausalLM",
+    "EngramForConditionalGeneration",
+    "EngramModel",
+    "EngramMultimodalModel",
+]

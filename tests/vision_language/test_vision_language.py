@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_backbones import LAYER_IDS
-from tiny_vision_language import IMAGE, KINDS, bare_vl, build_vl, built_vl, prompt
+from tiny_vision_language import IMAGE, KINDS, bare_vl, built_vl, prompt
 
 from engram_hf import EngramForConditionalGeneration
 
