@@ -1,11 +1,13 @@
 """Packaging: the repository root *is* the package `engram_hf` (a Hub repository with remote code is flat)."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 class BuildWithoutSetup(build_py):
@@ -18,7 +20,7 @@ class BuildWithoutSetup(build_py):
 
 setup(
     name="engram-hf",
-    version="0.1.0",
+    version=VERSION,
     description="DeepSeek Engram memory for any Hugging Face language model",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

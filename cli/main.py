@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from . import checkpoints, facts, inspection, lookup, pictures, quantization, tables, vocabulary
 from .output import printable
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"engram-hf {version('engram-hf')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in (inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts):
         group.add_commands(commands)

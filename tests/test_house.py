@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -305,6 +306,13 @@ def test_versions_of_transformers_agree():
     assert f"OLDEST := {tested[0]}" in (ROOT / "Makefile").read_text()
     first, last = (version.rpartition(".")[0] for version in (tested[0], tested[-1]))
     assert f"transformers {first} to {last}" in (ROOT / "README.md").read_text()
+
+
+def test_one_version():
+    """`setup.py` takes it from the package; the others are written by hand."""
+    number = re.escape(engram_hf.__version__)
+    assert re.search(rf"^version: {number}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert re.search(rf"^## {number}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
 def test_types_are_shipped():

@@ -93,6 +93,7 @@ def test_moving_and_copying_leave_a_mapped_table_where_it_is(saved_tables):
     assert rows not in message
 
 
+@pytest.mark.slow
 def test_a_compiled_backbone(saved_tables):
     model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
     model.model.compile(backend="eager")
