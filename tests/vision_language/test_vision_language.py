@@ -1,11 +1,14 @@
 """What must hold on every backbone that reads images: all ways to feed a prompt with images give the same logits."""
 
 import copy
+import inspect
+import threading
 
 import pytest
 import torch
 from tiny_backbones import LAYER_IDS
 from tiny_vision_language import IMAGE, KINDS, bare_vl, built_vl, prompt
+from transformers import DynamicCache
 
 from engram_hf import EngramForConditionalGeneration
 
@@ -78,34 +81,54 @@ def test_the_text_of_a_prompt_is_heard(kind):
 
 
 @on_every_kind
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_with_a_cache_is_generation_without(kind, cache):
-    model, inputs = built_vl(kind), left_padded(prompt(kind))
-    static = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
-    cached = model.generate(**inputs, **GREEDY, **static)
-    assert torch.equal(cached, model.generate(**inputs, **GREEDY, use_cache=False))
-    assert not torch.equal(cached, silenced(model).generate(**inputs, **GREEDY))
-
-
-@on_every_kind
-def test_cached_logits_are_those_of_the_whole(kind):
-    model, inputs = built_vl(kind), left_padded(prompt(kind))
-    options = {"return_dict_in_generate": True, "output_logits": True}
-    output = model.generate(**inputs, **GREEDY, **options)
-    whole = model.generate(**inputs, **GREEDY, **options, use_cache=False)
-    torch.testing.assert_close(torch.stack(output.logits), torch.stack(whole.logits), **EXACT)
-
-
-@on_every_kind
-def test_left_padding_changes_nothing(kind):
+def test_a_cache_and_left_padding_change_nothing(kind):
     model, inputs = built_vl(kind), prompt(kind)
-    alone = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
-    padded = left_padded(inputs)
-    assert torch.equal(model.generate(**padded, **GREEDY)[:, padded["input_ids"].shape[1] :], alone)
+    padded, options = left_padded(inputs), {"return_dict_in_generate": True, "output_logits": True}
+    cached = model.generate(**padded, **GREEDY, **options)
+    for others, settings in ((padded, {"use_cache": False}), (inputs, {})):
+        output = model.generate(**others, **GREEDY, **options, **settings)
+        torch.testing.assert_close(torch.stack(output.logits), torch.stack(cached.logits), **EXACT)
+    assert not torch.equal(cached.sequences, silenced(model).generate(**padded, **GREEDY))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl"])
+def test_a_static_cache_changes_nothing(kind):
+    """It turns the mask of the prompt into masks of another shape, which do not tell what is padding."""
+    model, inputs = built_vl(kind), left_padded(prompt(kind))
+    static = model.generate(**inputs, **GREEDY, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, model.generate(**inputs, **GREEDY))
 
 
 @on_every_kind
 def test_beams_are_the_same_with_a_cache_and_without(kind):
     model, inputs = built_vl(kind), left_padded(prompt(kind))
-    beams = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
+    beams = {**GREEDY, "max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2}
     assert torch.equal(model.generate(**inputs, **beams), model.generate(**inputs, **beams, use_cache=False))
+
+
+def test_a_prompt_in_two_pieces_is_the_whole():
+    """The second piece goes on with the history that the first one left in the cache, through an image."""
+    model, inputs = built_vl("llava"), prompt("llava", rows=1)
+    cache = DynamicCache(config=model.config)
+    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    first = {key: value[:, :10] if key in ("input_ids", "attention_mask") else value for key, value in inputs.items()}
+    second = {"input_ids": inputs["input_ids"][:, 10:], "attention_mask": inputs["attention_mask"]}
+    pieces = [logits_of(model, {**piece, name: cache}) for piece in (first, second)]
+    torch.testing.assert_close(torch.cat(pieces, 1), logits_of(model, inputs, use_cache=False), **EXACT)
+
+
+def test_threads_do_not_hear_each_other():
+    model, inputs = built_vl("llava", "v4.1"), [prompt("llava", seed=seed) for seed in range(3)]
+    expected, found = [logits_of(model, one) for one in inputs], {}
+
+    def run(index: int) -> None:
+        for _ in range(3):
+            found[index] = logits_of(model, inputs[index])
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, logits in enumerate(expected):
+        torch.testing.assert_close(found[index], logits, **EXACT)
