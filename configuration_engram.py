@@ -75,6 +75,7 @@ def remote_module(model_type: str) -> str | None:
 # What the outer config says of itself. Every other attribute is the backbone's, and lives in `text_config` alone.
 _OWN = {
     "text_config",
+    "backbone",
     "backbone_config",
     "sub_configs",
     "architectures",

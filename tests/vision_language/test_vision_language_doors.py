@@ -58,15 +58,14 @@ def test_a_saved_model_is_the_same(kind, tmp_path):
     )
     assert not any(info.values())
     assert torch.equal(logits_of(loaded, inputs), expected)
-    loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "engram-layer-00001.safetensors").exists()
-    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "again", output_loading_info=True)
-    assert not any(info.values()) and torch.equal(logits_of(loaded, inputs), expected)
 
 
 def test_every_part_opens_by_itself(tmp_path):
     model, inputs = built_vl("qwen2_5_vl"), prompt("qwen2_5_vl")
-    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "mapped")
+    mapped = AutoModelForImageTextToText.from_pretrained(tmp_path / "mapped", engram_residency="mapped")
+    mapped.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole" / "engram-layer-00001.safetensors").exists()
     base = AutoModel.from_pretrained(tmp_path / "whole")
     with torch.no_grad():
         assert torch.equal(base(**inputs)[0], model.model(**inputs)[0])
@@ -156,7 +155,7 @@ def test_the_pipeline_and_remote_code_say_the_same(with_processor, picture, tmp_
     scope = {}
     exec(ASK, scope)
     model, expected = scope["ask"](str(with_processor), str(picture))
-    assert len(expected.split()) == 6 and type(model).__module__.startswith("engram_hf")
+    assert len(expected.split()) > 3 and type(model).__module__.startswith("engram_hf")
     code = f"""
 model, answer = ask({str(with_processor)!r}, {str(picture)!r}, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules.") and "engram_hf" not in sys.modules
@@ -180,7 +179,7 @@ def test_what_can_be_made_of_a_processor():
 # --- training
 
 
-@on_every_kind
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl"])
 def test_checkpointed_gradients_are_the_same(kind):
     model, inputs = copy.deepcopy(built_vl(kind)).train(), labelled(kind)
     expected = table_gradient(model, inputs)
@@ -211,8 +210,7 @@ def collate(items):
     return {name: (torch.cat if name in flat else torch.stack)([item[name] for item in items]) for name in items[0]}
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl"])
-def test_a_lora_and_the_rows_learn_in_trainer(kind, tmp_path):
+def test_a_lora_and_the_rows_learn_in_trainer(tmp_path, kind="qwen3_vl"):
     model, inputs = build_vl(kind), labelled(kind)
     before = model(**inputs).loss.item()
     tables = [name for name, _ in model.named_modules() if name.endswith(".engram.table")]
@@ -236,7 +234,10 @@ def test_a_config_is_read_and_set_as_the_backbones():
     backbone = config.backbone
     assert config.mm_tokens_per_image == 4 and config.vision_config is backbone.vision_config
     assert not hasattr(config, "hidden_size") and config.text_config.hidden_size == 32
-    config.mm_tokens_per_image, config.engram_added_tokens = 9, 1
+    config.backbone = copy.deepcopy(backbone)
+    assert not hasattr(backbone, "backbone") and config.backbone is not backbone
+    assert config.text_config.text_config is config.backbone.text_config
+    backbone, config.mm_tokens_per_image, config.engram_added_tokens = config.backbone, 9, 1
     assert backbone.mm_tokens_per_image == 9 and config.text_config.engram_added_tokens == 1
     config._attn_implementation = "eager"
     assert backbone.vision_config._attn_implementation == backbone.text_config._attn_implementation == "eager"
