@@ -343,7 +343,7 @@ class EngramModel(EngramPreTrainedModel):
 
     _cache_name: str = CACHE_NAMES[0]  # what the backbone's forward calls its cache
     # For backbones of several parts; multimodal_engram sets it.
-    composite_class: type[EngramPreTrainedModel] | None = None
+    composite_class: Callable[..., PreTrainedModel] = staticmethod(needs_package)
 
     def __new__(cls, config: EngramConfig | None = None, backbone: PreTrainedModel | None = None, engram_tables=None):
         if config is None:  # for pickle and torch's replicas, which fill in the state themselves

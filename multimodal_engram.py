@@ -40,7 +40,7 @@ class EngramLanguageModel(EngramModel):
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
-        return EngramModel._members.__func__(EngramModel, base)
+        return EngramModel._members(base)
 
     def _read_call(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
         call, embeds = _CALL.get(), inputs.get("inputs_embeds")
