@@ -140,24 +140,29 @@ def with_processor(tmp_path_factory):
 
 ASK = """
 import json
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
-def ask(folder, picture, **options):
+from transformers import AutoModelForImageTextToText, AutoProcessor
+def ask(folder, messages, **options):
     model = AutoModelForImageTextToText.from_pretrained(folder, **options)
     processor = AutoProcessor.from_pretrained(folder, **options)
-    ask = pipeline("image-text-to-text", model=model, processor=processor)
-    content = [{"type": "image", "url": picture}, {"type": "text", "text": "word1 Word2"}]
-    answer = ask(text=[{"role": "user", "content": content}], max_new_tokens=6, do_sample=False, return_full_text=False)
-    return model, answer[0]["generated_text"]
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return model, processor, processor.batch_decode(tokens, skip_special_tokens=True)[0]
 """
 
 
 def test_the_pipeline_and_remote_code_say_the_same(with_processor, picture, tmp_path):
     scope = {}
     exec(ASK, scope)
-    model, expected = scope["ask"](str(with_processor), str(picture))
+    content = [{"type": "image", "url": str(picture)}, {"type": "text", "text": "word1 Word2"}]
+    messages = [{"role": "user", "content": content}]
+    model, reader, expected = scope["ask"](str(with_processor), messages)
     assert len(expected.split()) > 3 and type(model).__module__.startswith("engram_hf")
+    said = pipeline("image-text-to-text", model=model, processor=reader)(
+        text=messages, max_new_tokens=6, return_full_text=False
+    )
+    assert said[0]["generated_text"].split() == expected.split()
     code = f"""
-model, answer = ask({str(with_processor)!r}, {str(picture)!r}, trust_remote_code=True)
+model, _, answer = ask({str(with_processor)!r}, {messages!r}, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules.") and "engram_hf" not in sys.modules
 model.save_pretrained({str(tmp_path / "again")!r})
 print(json.dumps(answer))
