@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 
 from engram_hf import EngramConfig, EngramError, EngramForCausalLM, EngramForConditionalGeneration, EngramTokenizer
