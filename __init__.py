@@ -2,8 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from . import adding_engram as adding_engram
 from . import auto_deepseek_v41 as auto_deepseek_v41
+from .adding_engram import add_memory, find_buckets
 from .card_engram import write_model_card
 from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
@@ -35,5 +35,7 @@ peft_defaults.register()
 rows_peft.register()
 # What the code beside a model's weights does without: it comes from here while the package is installed.
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
+EngramConfig.find_buckets = staticmethod(find_buckets)
+EngramForCausalLM.add_memory = staticmethod(add_memory)
 register_compression(EngramTokenizer.from_tokenizer)
 set_refusal_class(EngramError)

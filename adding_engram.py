@@ -159,7 +159,3 @@ def _is_unquantized(module: nn.Module) -> bool:
     is_candidate = isinstance(module, nn.Linear) or any(matrix.dim() > 2 for matrix in matrices)
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     return is_candidate and all(type(matrix) is nn.Parameter and matrix.dtype in floats for matrix in matrices)
-
-
-EngramConfig.find_buckets = staticmethod(find_buckets)
-EngramForCausalLM.add_memory = staticmethod(add_memory)
