@@ -3,11 +3,13 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from . import auto_deepseek_v41 as auto_deepseek_v41
+from .adding_engram import add_memory, find_buckets
 from .card_engram import write_model_card
 from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
 from .hashing_engram import register_compression
-from .modeling_engram import EngramForCausalLM, EngramForConditionalGeneration, EngramModel, EngramPreTrainedModel
+from .modeling_engram import EngramForCausalLM, EngramModel, EngramPreTrainedModel
+from .multimodal_engram import EngramForConditionalGeneration
 from .other_models import load_with_tables
 from .safetensors_engram import EngramError
 from .tokenization import EngramTokenizer
@@ -35,5 +37,7 @@ peft_defaults.register()
 rows_peft.register()
 # What the code beside a model's weights does without: it comes from here while the package is installed.
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
+EngramConfig.find_buckets = staticmethod(find_buckets)
+EngramForCausalLM.add_memory = staticmethod(add_memory)
 register_compression(EngramTokenizer.from_tokenizer)
 set_refusal_class(EngramError)

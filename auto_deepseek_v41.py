@@ -4,8 +4,9 @@ from .causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
 from .configuration_engram import EngramConfig, register_remote_backbone
 from .modeling_deepseek_v41 import DeepseekV41TextModel
-from .modeling_engram import EngramForCausalLM, EngramForConditionalGeneration, EngramModel
+from .modeling_engram import EngramForCausalLM, EngramModel
 from .multimodal_deepseek_v41 import DeepseekV41ForConditionalGeneration
+from .multimodal_engram import EngramForConditionalGeneration
 from .processing_deepseek_v41 import DeepseekV41Processor
 
 register_remote_backbone(DeepseekV41TextConfig.model_type, __name__.rpartition(".")[2])

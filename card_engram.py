@@ -9,7 +9,8 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoModel, PreTrainedConfig
 
-from .configuration_engram import EngramConfig, count_parameters
+from .adding_engram import count_parameters
+from .configuration_engram import EngramConfig
 from .table_engram import EngramTable
 
 # How transformers' `create_and_tag_model_card` describes a repository that had no card.
@@ -28,9 +29,10 @@ def model_card(config: EngramConfig, repo_id: str | None = None, **metadata: Any
         **metadata: fields of `huggingface_hub.ModelCardData`, such as `license`, `base_model` or `language`. `tags`
             are added to the card's own.
     """
-    model_type = config.text_config.model_type
+    model_type = config.backbone.model_type
     tags = list(dict.fromkeys(["engram", model_type, *(metadata.pop("tags", None) or ())]))
-    fields = {"library_name": "transformers", "pipeline_tag": "text-generation", **metadata}
+    task = "image-text-to-text" if config.is_composite else "text-generation"
+    fields = {"library_name": "transformers", "pipeline_tag": task, **metadata}
     data = ModelCardData(tags=tags, **fields)
     return f"---\n{data.to_yaml()}\n---\n\n{_body(config, repo_id or 'path/to/this/model', data)}"
 
@@ -51,7 +53,7 @@ def write_model_card(
     card = ModelCard.load(path, ignore_metadata_errors=True)
     if _PLACEHOLDER not in card.text:
         return
-    text = model_card(config, repo_id, tags=card.data.tags, **_provenance(config.text_config, token))
+    text = model_card(config, repo_id, tags=card.data.tags, **_provenance(config.backbone, token))
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
 
@@ -73,9 +75,10 @@ def _provenance(text_config: PreTrainedConfig, token: str | bool | None) -> dict
 def _body(config: EngramConfig, repo_id: str, data: ModelCardData) -> str:
     layers = f"layer{'s' if len(config.engram_layer_ids) > 1 else ''} {_enumerate(config.engram_layer_ids)}"
     facts = "\n".join(f"| {name} | {fact} |" for name, fact in _facts(config, data.base_model).items())
+    model, tokenizer = ("ImageTextToText", "Processor") if config.is_composite else ("CausalLM", "Tokenizer")
     return f"""# {repo_id.split("/")[-1]}
 
-A `{config.text_config.model_type}` language model with [Engram](https://arxiv.org/abs/2601.07372) memory in decoder {layers}:
+A `{config.backbone.model_type}` language model with [Engram](https://arxiv.org/abs/2601.07372) memory in decoder {layers}:
 rows of large tables, chosen by hashes of the last {_orders(config)} tokens, are added to what the model computes.
 
 | | |
@@ -85,10 +88,10 @@ rows of large tables, chosen by hashes of the last {_orders(config)} tokens, are
 ## Loading
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelFor{model}, Auto{tokenizer}
 
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True, device_map="auto")
+{tokenizer.lower()} = Auto{tokenizer}.from_pretrained("{repo_id}", trust_remote_code=True)
+model = AutoModelFor{model}.from_pretrained("{repo_id}", trust_remote_code=True, device_map="auto")
 ```
 
 The model's code lies beside its weights, which is what `trust_remote_code` allows to run. Memory is addressed by token ids:
@@ -102,19 +105,23 @@ use this repository's tokenizer, and pass `input_ids` even where you pass `input
 
 def _facts(config: EngramConfig, base_model: str | None) -> dict[str, str]:
     text = config.text_config
-    backbone, memory = count_parameters(text), _memory_parameters(config)
+    backbone, memory = count_parameters(config.backbone), _memory_parameters(config)
     source = f"[{base_model}](https://huggingface.co/{base_model}), " if base_model else ""
     rows = _enumerate([f"{count:,}" for count in config.engram_num_embeddings])
     compressed = config.engram_compressed_vocab_size
     vocabulary = "not compressed" if compressed is None else f"{text.vocab_size:,} ids, {compressed:,} for n-grams"
     return {
-        "Backbone": f"{source}`{text.model_type}`, {text.num_hidden_layers} layers, {_amount(backbone)} parameters",
+        "Backbone": f"{source}`{config.backbone.model_type}`, {text.num_hidden_layers} layers, {_amount(backbone)} parameters",
         "Memory": f"{_amount(memory)} parameters, {memory / (memory + backbone):.1%} of the model",
         "Memory layers": f"{_enumerate(config.engram_layer_ids)} (counted from 0)",
         "N-grams": f"{_orders(config)} tokens, {config.engram_n_heads} hash heads each",
         "Tables": f"{rows} rows of {config.engram_head_dim} {_table_dtype(config)}, {_amount(_table_bytes(config), _BYTE_PREFIXES)}B",
         "Vocabulary": vocabulary,
-        **_other_parts(text),
+        **(
+            {"Images": "read by the backbone; their positions have no memory"}
+            if config.is_composite
+            else _other_parts(text)
+        ),
     }
 
 

@@ -1,23 +1,22 @@
 """`EngramConfig`: a backbone's config plus the fields of its memory, under DeepSeek's names."""
 
+import copy
 import dataclasses
 import difflib
 import itertools
 import math
 import os
 import types
-from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import CONFIG_MAPPING
 
-from .hashing_engram import as_token_map, draw_primes, is_prime
+from .hashing_engram import as_token_map, draw_primes
 from .safetensors_engram import EngramError
 from .table_engram import QUANTIZED_FORMATS
 
@@ -58,7 +57,7 @@ _AUTO_CLASSES = {
     "AutoModel": ("modeling_engram", "EngramModel"),
     "AutoModelForCausalLM": ("modeling_engram", "EngramForCausalLM"),
 }
-_AUTO_CLASSES_WITH_IMAGES = {"AutoModelForImageTextToText": ("modeling_engram", "EngramForConditionalGeneration")}
+_AUTO_CLASSES_WITH_IMAGES = {"AutoModelForImageTextToText": ("multimodal_engram", "EngramForConditionalGeneration")}
 # For a backbone that transformers does not have: the module that brings it and these classes, by the backbone's model type.
 _ENTRY_MODULES: dict[str, str] = {}
 
@@ -76,6 +75,9 @@ def remote_module(model_type: str) -> str | None:
 # What the outer config says of itself. Every other attribute is the backbone's, and lives in `text_config` alone.
 _OWN = {
     "text_config",
+    "backbone",
+    "backbone_config",
+    "sub_configs",
     "architectures",
     "auto_map",
     "dtype",
@@ -119,6 +121,15 @@ _OF_EVERY_CONFIG = {
 }
 
 
+def needs_package(*_args, **_options):
+    """Stands for what a model folder's code leaves out, since running the model does not take it.
+
+    Raises:
+        ValueError: always.
+    """
+    raise EngramError("Adding memory to a backbone needs the package engram-hf: install it, and import engram_hf.")
+
+
 def _of_the_backbone(name: str) -> property:
     return property(lambda self: self.__getattr__(name), doc=f"`text_config.{name}`.")
 
@@ -150,7 +161,8 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
 
     Args:
         text_config (`PreTrainedConfig` or `dict`):
-            Config of the backbone: any registered decoder.
+            Config of the backbone: any registered decoder. Beside `backbone_config` it is not given, but follows: the
+            `EngramConfig` of the language model alone, which has the fields of the memory.
         engram_layer_ids (`list[int]`):
             0-based decoder layers that read memory, in the order the hash was laid out (it is not sorted).
         engram_max_ngram_size (`int`):
@@ -187,6 +199,9 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
             (docs/row-bits.md); None for rows in the model's dtype.
         engram_format_version (`int`):
             Version of these fields; a later one than this code knows is refused.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
+            Config of a backbone of several parts, such as Gemma 3's with its vision tower. Attributes that are not the
+            memory's are then read from and set on this one, except `text_config`.
     """
 
     model_type = "engram"
@@ -211,13 +226,22 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     engram_zero_gate_sign: int = 0
     engram_table_dtype: str | None = None
     engram_format_version: int = FORMAT_VERSION
+    backbone_config: dict | PreTrainedConfig | None = None
+    # Which `engram_vocab_size` gives tables of so many rows, or such a share of all parameters; the package engram_hf sets it.
+    find_buckets: ClassVar[Callable[..., int]] = staticmethod(needs_package)
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
         # Hidden from the base class, which would fill in defaults that the backbone has settled already.
-        backbone = as_decoder_config(vars(self).pop("text_config"))
+        text, whole = (vars(self).pop(name) for name in ("text_config", "backbone_config"))
+        backbone = as_decoder_config(text) if whole is None else as_composite_config(whole, text)
         super().__post_init__(**kwargs)
         asked = vars(self).pop(_UNSETTLED, {})
+        if whole is not None:
+            memory = {name: vars(self).pop(name) for name in list(vars(self)) if name.startswith("engram_")}
+            text = type(self)(text_config=backbone.text_config, dtype=self.dtype, **memory)
+            vars(self).update(backbone_config=backbone, sub_configs=backbone.sub_configs)
+            backbone = text
         self.text_config = backbone
         for name, value in asked.items():
             if name in _DEFAULTS:
@@ -238,19 +262,44 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         own = vars(self)
         if name in own.get(_UNSETTLED, ()):
             return own[_UNSETTLED][name]
-        if "text_config" in own and _is_of_the_backbone(name):
-            return getattr(own["text_config"], name)
+        if "text_config" in own and self._is_elsewhere(name):
+            return getattr(self._config_with(name), name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value) -> None:
         """Set a field of the memory here, and any other attribute on the backbone's config, whether it has it yet or not."""
-        backbone = vars(self).get("text_config")
-        if not _is_of_the_backbone(name):
+        if not self._is_elsewhere(name):
             super().__setattr__(name, value)
-        elif not isinstance(backbone, PreTrainedConfig):
+        elif not isinstance(vars(self).get("text_config"), PreTrainedConfig):
             vars(self).setdefault(_UNSETTLED, {})[name] = value
         else:
-            setattr(backbone, name, value)
+            setattr(self._config_with(name), name, value)
+
+    def _is_elsewhere(self, name: str) -> bool:
+        """Whether an attribute lives in another config: the backbone's, or that of a backbone's language model."""
+        if name.startswith("engram_"):
+            return self.is_composite
+        return name in _STORED_BY_PROPERTIES or not (name in _OWN or name.startswith("_"))
+
+    def _config_with(self, name: str) -> PreTrainedConfig:
+        return self.text_config if name.startswith("engram_") else self.backbone
+
+    @property
+    def is_composite(self) -> bool:
+        """Whether the backbone has other parts than its language model, such as a vision tower."""
+        return isinstance(vars(self).get("text_config"), EngramConfig)
+
+    @property
+    def backbone(self) -> PreTrainedConfig:
+        """The backbone's config, that of all its parts."""
+        return vars(self)["backbone_config" if self.is_composite else "text_config"]
+
+    @backbone.setter
+    def backbone(self, config: PreTrainedConfig) -> None:
+        if self.is_composite:
+            self.backbone_config, self.text_config.text_config = config, config.text_config
+        else:
+            self.text_config = config
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -400,7 +449,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         """Config for adding memory to a backbone.
 
         Args:
-            text_config: the backbone's config; of a composite model, its text part is taken.
+            text_config: the backbone's config. If that has a `text_config` itself, the memory is its language model's.
             tokenizer: an `EngramTokenizer`, another fast tokenizer or a token map, which gives the compressed
                 vocabulary's size and the pad id; None if the fields say so themselves, or for no compression.
             layer_ids: decoder layers that get a memory.
@@ -423,37 +472,47 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
                 f"text_config is a {type(text_config).__name__}; give the backbone's config, for example "
                 "AutoConfig.from_pretrained(name)."
             )
-        text_config = text_config.get_text_config(decoder=True)
+        whole = text_config.backbone if isinstance(text_config, EngramConfig) else text_config
+        text_config = whole.get_text_config(decoder=True)
+        # Of older encoder-decoders, that is a copy without the encoder.
+        is_composite = text_config is not whole and getattr(whole, "text_config", None) is text_config
+        engram_fields |= {"backbone_config": whole} if is_composite else {"text_config": text_config}
         fields = {**VARIANTS[variant], "engram_layer_ids": list(map(int, layer_ids)), **engram_fields}
         fields.setdefault("dtype", text_config.dtype)
         if tokenizer is not None:
             fields.setdefault("engram_compressed_vocab_size", _compressed_size(tokenizer, text_config))
         fields.setdefault("engram_pad_token_id", _first_id(tokenizer, text_config))
-        if rows is None and memory_fraction is None:
-            return cls(text_config=text_config, **fields)
-        # With any size first: every other field is checked before the size is searched for.
-        smallest = cls(text_config=text_config, **{**fields, "engram_vocab_size": 1})
-        if memory_fraction is not None:
-            rows = smallest._rows_for_fraction(memory_fraction)
-        return cls(text_config=text_config, **{**fields, "engram_vocab_size": smallest._buckets_for_rows(rows)})
+        if rows is not None or memory_fraction is not None:
+            # With any size first: every other field is checked before the size is searched for.
+            smallest = cls(**{**fields, "engram_vocab_size": 1})
+            fields["engram_vocab_size"] = cls.find_buckets(smallest, rows, memory_fraction)
+        return cls(**fields)
 
     def remote_code_map(self) -> dict[str, str]:
         """The `auto_map` of config.json: where a folder with remote code has the class for each Auto class."""
-        entry = remote_module(self.text_config.model_type)
-        reads_images = getattr(self.text_config, "vision_config", None) is not None
+        entry = self._remote_entry
+        reads_images = self.is_composite or getattr(self.text_config, "vision_config", None) is not None
         classes = _AUTO_CLASSES | (_AUTO_CLASSES_WITH_IMAGES if reads_images else {})
         return {auto: f"{entry or module}.{name}" for auto, (module, name) in classes.items()}
+
+    @property
+    def _remote_entry(self) -> str | None:
+        return "multimodal_engram" if self.is_composite else remote_module(self.text_config.model_type)
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers; remote code begins with the module that brings the backbone, if it needs one."""
         fields = super().to_dict()
+        if self.is_composite:
+            memory = {name: value for name, value in fields["text_config"].items() if name.startswith("engram_")}
+            fields = {**memory, **fields}
+            del fields["text_config"], fields["sub_configs"]  # which follow from the rest
         if "auto_map" in fields:
             fields["auto_map"]["AutoConfig"] = self.remote_code_map()["AutoConfig"]
         return fields
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """As in transformers, with the code of a backbone that transformers does not have."""
-        entry = remote_module(self.text_config.model_type)
+        entry = self._remote_entry
         if entry is not None and self._auto_class is not None:
             os.makedirs(save_directory, exist_ok=True)
             package = __name__.rpartition(".")[0]
@@ -463,43 +522,12 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """As in transformers, without the folder that the backbone came from: what is saved goes elsewhere."""
         fields = super().to_diff_dict()
-        name = fields["text_config"].get("_name_or_path", "")
-        if os.path.isabs(name) or os.path.exists(name):
-            del fields["text_config"]["_name_or_path"]
+        backbone = fields["backbone_config" if self.is_composite else "text_config"]
+        for config in (backbone, *(backbone[part] or {} for part in self.backbone.sub_configs if part in backbone)):
+            name = config.get("_name_or_path", "")
+            if os.path.isabs(name) or os.path.exists(name):
+                del config["_name_or_path"]
         return fields
-
-    def _rows_for_fraction(self, fraction: float) -> int:
-        """Rows of each table that make the memory `fraction` of all parameters."""
-        if not 0 < fraction < 1:
-            raise EngramError(f"memory_fraction is {fraction}; it must lie between 0 and 1, both excluded.")
-        memory = count_parameters(self.text_config) * fraction / (1 - fraction)
-        rows = round((memory / len(self.engram_layer_ids) - self.parameters_beside_table) / self.engram_head_dim)
-        if rows <= 0:
-            raise EngramError(
-                f"memory_fraction {fraction} is used up by the projections ({self.parameters_beside_table:,} parameters a "
-                "layer); raise it, or lower engram_head_dim or engram_n_heads."
-            )
-        return rows
-
-    def _buckets_for_rows(self, rows: int) -> int:
-        """The `engram_vocab_size` whose tables have nearest to `rows` rows each.
-
-        With one bucket count for every order, the layout takes just the first so many primes from it upwards.
-        """
-        layers = len(self.engram_layer_ids)
-        heads = layers * (self.engram_max_ngram_size - 1) * self.engram_n_heads
-
-        def total(first: int) -> int:
-            return sum(itertools.islice(filter(is_prime, itertools.count(first)), heads))
-
-        if rows * layers < total(1):
-            raise EngramError(
-                f"The tables would have {rows} rows each, but distinct primes for {heads} heads in {layers} layers sum to "
-                f"at least {total(1) // layers} a layer; raise rows (or memory_fraction), or lower engram_n_heads."
-            )
-        candidates = range(1, rows * layers // heads + 1)
-        above = bisect_left(candidates, rows * layers, key=total)
-        return min(candidates[max(above - 1, 0) : above + 1], key=lambda first: abs(total(first) - rows * layers))
 
     @property
     def parameters_beside_table(self) -> int:
@@ -512,8 +540,8 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
 
 
 def _first_id(tokenizer, text_config: PreTrainedConfig) -> int:
-    """The pad id, or the next best special id, of the tokenizer or else of the backbone."""
-    for source in (tokenizer, text_config):
+    """The pad id, or the next best special id, of the tokenizer (or a processor's) or else of the backbone."""
+    for source in (tokenizer, getattr(tokenizer, "tokenizer", None), text_config):
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
             value = getattr(source, name, None)
             value = value[0] if isinstance(value, list) and value else value
@@ -557,25 +585,32 @@ def as_decoder_config(text_config: dict | PreTrainedConfig | None) -> PreTrained
         if not hasattr(text_config, name):
             raise EngramError(
                 f"text_config ({text_config.model_type}) has no {name}; give the config of one decoder, which in a "
-                "composite model is config.get_text_config()."
+                "composite model is config.get_text_config(), or the whole as backbone_config."
             )
     return text_config
 
 
-def count_parameters(text_config: PreTrainedConfig) -> int:
-    """Parameters of the causal language model `text_config` describes, without allocating it.
+def as_composite_config(config: dict | PreTrainedConfig, text_config: object = None) -> PreTrainedConfig:
+    """The config of a backbone of several parts as an object.
 
-    Counted from the config, since loaded weights may be quantized or packed.
+    Raises:
+        ValueError: it is of no registered model type or has no `text_config`, or one is given beside it.
     """
-    from transformers import AutoModelForCausalLM  # here, so that reading a config does not load the model code
+    if isinstance(config, dict) and config.get("model_type") in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
+    if text_config is not None or not isinstance(getattr(config, "text_config", None), PreTrainedConfig):
+        raise EngramError(
+            "backbone_config is the config of a backbone whose language model is described by its own `text_config`, as "
+            "Gemma3Config, of a model type that this transformers knows; give a decoder's config as text_config, and one of "
+            "the two."
+        )
+    as_decoder_config(config.text_config)
+    return config
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(text_config).num_parameters()
 
-
-def _is_of_the_backbone(name: str) -> bool:
-    """Whether an attribute of the outer config is looked up in, and set on, the backbone's."""
-    return name in _STORED_BY_PROPERTIES or not (name in _OWN or name.startswith(("_", "engram_")))
-
+# As an attribute of the class, a default would hide the value that a composite backbone's config has elsewhere.
+for _field in dataclasses.fields(EngramConfig):
+    if _field.name.startswith("engram_"):
+        delattr(EngramConfig, _field.name)
 
 EngramConfig.register_for_auto_class()

@@ -229,11 +229,18 @@ def as_token_map(source) -> torch.Tensor:
 
     Args:
         source: an `EngramTokenizer`, another fast tokenizer (its vocabulary is compressed here, which needs
-            `engram_hf` installed), or the map itself as a tensor, array or list.
+            `engram_hf` installed), a processor with either, or the map itself as a tensor, array or list.
 
     Raises:
         ValueError: for a slow tokenizer, or a map that is not a surjection onto `0..C-1`.
     """
+    if not hasattr(source, "is_fast") and hasattr(source, "save_pretrained"):
+        if not hasattr(getattr(source, "tokenizer", None), "is_fast"):
+            raise EngramError(
+                f"A {type(source).__name__} has no tokenizer whose vocabulary can be compressed; pass the model's fast tokenizer, "
+                "or None to hash token ids as they are."
+            )
+        source = source.tokenizer
     if hasattr(source, "is_fast"):
         source = _token_map_of_tokenizer(source)
     token_map = torch.as_tensor(source, device="cpu")

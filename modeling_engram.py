@@ -9,7 +9,6 @@ Shape letters: B batch, S positions, R positions that a look-back reaches, G res
 layers, T hash heads of all orders.
 """
 
-import copy
 import dataclasses
 import functools
 import inspect
@@ -25,7 +24,6 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
@@ -36,7 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from .cache_engram import EngramHistory, RuntimeSubclass, attach_history, begin_cache, lookback_reach, nothing_before
-from .configuration_engram import FORMAT_VERSION, EngramConfig, remote_module
+from .configuration_engram import FORMAT_VERSION, EngramConfig, needs_package, remote_module
 from .hashing_engram import DEAD, Compaction, NgramHasher, as_token_map
 from .layer_engram import (
     EngramConv,
@@ -95,6 +93,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     # Called as `write_model_card(path, config, repo_id, token)` when a model is pushed; the package engram_hf sets it, and a
     # model that was loaded as remote code has the card that transformers writes.
     write_model_card: Callable[..., None] | None = None
+    _takes_image_mask: bool = False
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
@@ -108,12 +107,26 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
             "config_class": EngramConfig,
         }
 
+    @property
+    def memory_model(self) -> "EngramModel":
+        """The model whose layers have the memory: this one, its base model, or the language model in that."""
+        base = self.base_model
+        return base if base is self else base.memory_model
+
     def _become(self, config: EngramConfig) -> None:
         """Have transformers take note of the extended class, as it does of every class when it is first built."""
         built = dict(vars(self))
         PreTrainedModel.__init__(self, config)
         vars(self).update(built)
         self.config, self.name_or_path = config, config.name_or_path
+
+    def _take_over(self, part: "EngramPreTrainedModel", prefix: str) -> None:
+        """Treat what is named as this model's `part`, the submodule `prefix`, treats it."""
+        for name in ("_no_split_modules", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
+            known = (getattr(one, name) or () for one in (type(self), self, part))
+            setattr(self, name, set().union(*known))
+        beside = {f"{prefix}.{name}" for name in part._keys_to_ignore_on_save or () if name.endswith(_TOKEN_MAP_KEY)}
+        self._keys_to_ignore_on_save = {*(self._keys_to_ignore_on_save or ()), *beside}
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -153,19 +166,19 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
             kwargs = {**kwargs, "engram_tables": tables}
         model, info = super().from_pretrained(checkpoint.name_or_path, *args, output_loading_info=True, **kwargs)
         model.config.engram_format_version = FORMAT_VERSION
-        model.base_model.settle_memory()
+        model.memory_model.settle_memory()
         if tables is not None:
-            tables.verify(model.base_model)
+            tables.verify(model.memory_model)
         return (model, info) if output_loading_info else model
 
     # Only here is the key mapping of all submodels known.
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        model.base_model.hashing.stored_dtype = stored_dtype_of_hash(state_dict, checkpoint_files)
+        model.memory_model.hashing.stored_dtype = stored_dtype_of_hash(state_dict, checkpoint_files)
         mapping = [*(load_config.weight_mapping or ()), *renamings_of_version(model.config.engram_format_version)]
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         leave_tables_on_disk(model, load_config.device_map)
-        model.base_model.prefetch_mounted()
+        model.memory_model.prefetch_mounted()
         # The backbone's own, which may refuse checkpoints too.
         info, *others = model._extends[1]._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
@@ -224,7 +237,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         Raises:
             ValueError: the map has another size than the model was built for, or renumbers ids.
         """
-        self.base_model.replace_token_map(as_token_map(tokenizer))
+        self.memory_model.replace_token_map(as_token_map(tokenizer))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """As in transformers; the token map grows too, each new token with a compressed id of its own.
@@ -235,15 +248,16 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         Raises:
             ValueError: the vocabulary would become smaller than what the hash was drawn for.
         """
-        old_size = self.config.vocab_size
-        smallest = max(self.base_model.hashing.hash_vocab_size, self.config.engram_pad_token_id + 1)
+        config = self.memory_model.config
+        old_size = config.vocab_size
+        smallest = max(self.memory_model.hashing.hash_vocab_size, config.engram_pad_token_id + 1)
         if new_num_tokens is not None and new_num_tokens < min(smallest, old_size):
             raise EngramError(
                 f"new_num_tokens is {new_num_tokens}, but this model's memory hashes {smallest} ids; its vocabulary "
                 "cannot become smaller than that."
             )
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self.base_model.resize_token_map(old_size, self.config.vocab_size)
+        self.memory_model.resize_token_map(old_size, config.vocab_size)
         return embeddings
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
@@ -265,7 +279,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         with replace_files(save_directory) as writer:
             token = _SAVE.set((writer, kwargs.get("variant")))
             try:
-                save_tables(self.base_model, writer.path)
+                save_tables(self.memory_model, writer.path)
                 super().save_pretrained(writer.path, is_main_process=is_main_process, **kwargs)
                 self._complete_save()
             finally:
@@ -274,7 +288,30 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     def _complete_save(self) -> None:
         """Put what was saved in place, if this process saves and has not done that."""
         if _SAVE.get() is not None:
-            complete_save(self.base_model, *_SAVE.get())
+            complete_save(self.memory_model, *_SAVE.get())
+
+    def _read_call(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+        """What `prepare_memory` is told of a call; what remains in `inputs` is the backbone's."""
+        input_ids = inputs.get("input_ids")
+        if input_ids is None:
+            raise EngramError(
+                "Engram looks memory up by token id, so input_ids is needed (got None); pass it together with "
+                "inputs_embeds if the embeddings are your own."
+            )
+        image_mask, padding_mask = inputs.pop("image_mask", None), inputs.pop("padding_mask", None)
+        if image_mask is None and hasattr(self, "get_image_mask"):
+            image_mask = self.get_image_mask(input_ids)
+        if self._takes_image_mask:
+            inputs["image_mask"] = image_mask
+        if inputs.get("inputs_embeds") is not None:
+            inputs["input_ids"] = None
+        return {
+            "input_ids": input_ids,
+            "attention_mask": inputs.get("attention_mask") if padding_mask is None else padding_mask,
+            "position_ids": inputs.get("position_ids"),
+            "image_mask": image_mask,
+            "sequence_ids": inputs.get("seq_idx"),
+        }
 
     def _saves_adapter(self) -> bool:
         # Of a model with adapters that transformers added, it saves those alone.
@@ -296,7 +333,7 @@ class EngramModel(EngramPreTrainedModel):
     `forward` takes the same arguments.
 
     Args:
-        config: names the backbone in `text_config`.
+        config: names the backbone in `text_config`, or in `backbone_config`.
         backbone: an instance to use instead of a new one; it is changed in place.
         engram_tables: tables that were found beside the weights; None to have them among the weights.
 
@@ -305,12 +342,15 @@ class EngramModel(EngramPreTrainedModel):
     """
 
     _cache_name: str = CACHE_NAMES[0]  # what the backbone's forward calls its cache
-    _takes_image_mask: bool = False
+    # For backbones of several parts; multimodal_engram sets it.
+    composite_class: Callable[..., PreTrainedModel] = staticmethod(needs_package)
 
     def __new__(cls, config: EngramConfig | None = None, backbone: PreTrainedModel | None = None, engram_tables=None):
         if config is None:  # for pickle and torch's replicas, which fill in the state themselves
             return super().__new__(cls)
         config.validate_engram()  # fields of the backbone may have changed since the config was made
+        if config.is_composite:
+            return EngramModel.composite_class(config, backbone, engram_tables)
         if backbone is None:
             # In the dtype that the caller builds this model in, as a backbone that is built by itself.
             backbone = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
@@ -356,7 +396,7 @@ class EngramModel(EngramPreTrainedModel):
         parameters = inspect.signature(base.forward).parameters
         return {
             **super()._members(base),
-            "forward": _forward_with_memory(base.forward, tuple(parameters)[1:]),
+            "forward": forward_with_memory(base.forward),
             "_cache_name": next(name for name in CACHE_NAMES if name in parameters),
             "_takes_image_mask": "image_mask" in parameters,
         }
@@ -517,36 +557,16 @@ class EngramModel(EngramPreTrainedModel):
 
     def _run_with_memory(self, run_backbone: Callable, inputs: dict[str, Any]):
         """The backbone's outputs for the keyword arguments `inputs`, with memory."""
-        input_ids = inputs.get("input_ids")
-        if input_ids is None:
-            raise EngramError(
-                "Engram looks memory up by token id, so input_ids is needed (got None); pass it together with "
-                "inputs_embeds if the embeddings are your own."
-            )
+        call = self._read_call(inputs)
         cache = self._settle_cache(inputs)
         history = None if cache is None else attach_history(cache, self.config)
-        image_mask, padding_mask = inputs.pop("image_mask", None), inputs.pop("padding_mask", None)
-        if image_mask is None and hasattr(self, "get_image_mask"):
-            image_mask = self.get_image_mask(input_ids)
-        mask = inputs.get("attention_mask") if padding_mask is None else padding_mask
-        memory = self.prepare_memory(
-            input_ids,
-            mask,
-            inputs.get("position_ids"),
-            image_mask,
-            inputs.get("seq_idx"),
-            history,
-            None if cache is None else cache.get_seq_length(),
-        )
+        past_length = None if cache is None else cache.get_seq_length()
+        memory = self.prepare_memory(**call, history=history, past_length=past_length)
         memory = memory._replace(
             cache=cache, gates=inputs.pop("engram_gate_values", None), edit=inputs.pop("engram_edit", None)
         )
         if self.prefetcher is not None:
             memory = memory._replace(fetched=self.prefetcher.start(memory.row_ids))
-        if self._takes_image_mask:
-            inputs["image_mask"] = image_mask
-        if inputs.get("inputs_embeds") is not None:
-            inputs["input_ids"] = None
         outputs = run_backbone(self, **inputs, engram_inputs=memory)
         self._require_reached(memory)
         self._require_history_kept(cache, outputs, inputs["use_cache"])
@@ -624,17 +644,23 @@ class _TakeTokenMap(_AddTokenMap):
             self.model.replace_token_map(as_token_map(token_map[token_map >= 0]))
 
 
-def _forward_with_memory(forward: Callable, parameters: tuple[str, ...]) -> Callable:
+def forward_with_memory(forward: Callable) -> Callable:
     """The backbone's `forward`, with memory: of the same arguments, by position and by name."""
+    parameters = tuple(inspect.signature(forward).parameters)[1:]
 
     @functools.wraps(forward)
-    def forward_with_memory(self: EngramModel, *args, **kwargs):
+    def with_memory(self: EngramModel, *args, **kwargs):
         given = dict(zip(parameters, args, strict=False))
         if len(args) > len(given) or given.keys() & kwargs.keys():
             return forward(self, *args, **kwargs)  # which refuses them
+        if kwargs.get("pixel_values") is not None and not {"pixel_values", "image_mask"} & set(parameters):
+            raise EngramError(
+                f"{type(self)._extends[1].__name__} reads text alone, but was given pixel_values; leave the images out, or use "
+                "EngramForConditionalGeneration on a backbone that reads images."
+            )
         return self._run_with_memory(forward, {**given, **kwargs})
 
-    return forward_with_memory
+    return with_memory
 
 
 def _mask_of_call(
@@ -717,16 +743,24 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         ValueError: as [`EngramModel`].
     """
 
-    _host_class = AutoModelForCausalLM
+    host_class = AutoModelForCausalLM
+    _reads_images = False
+    # What `from_backbone` does; the package engram_hf sets it.
+    add_memory: Callable[..., PreTrainedModel] = staticmethod(needs_package)
 
     def __new__(cls, config: EngramConfig | None = None, host: PreTrainedModel | None = None, engram_tables=None):
         if config is None:  # for pickle and torch's replicas, which fill in the state themselves
             return super().__new__(cls)
         config.validate_engram()
+        if config.is_composite and not cls._reads_images:
+            raise EngramError(
+                f"The backbone is a {config.backbone.model_type}, which reads more than text; use EngramForConditionalGeneration "
+                "(AutoModelForImageTextToText), or a model of its language model alone."
+            )
         if host is None:
-            host = cls._host_class.from_config(config.text_config, dtype=torch.get_default_dtype())
+            host = cls.host_class.from_config(config.backbone, dtype=torch.get_default_dtype())
         require_extensible(host)
-        config.text_config = host.config  # from_config copies; there is to be one
+        config.backbone = host.config  # from_config copies; there is to be one
         EngramModel(config, host.base_model, engram_tables)  # changes the host's base model in place
         extend(host, cls if cls._extends is None else cls._extends[0])
         return host
@@ -739,12 +773,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     ):
         # The host has been initialized as what it is, and its base model has memory.
         self._become(config)
-        base, prefix = self.base_model, self.base_model_prefix
-        for name in ("_no_split_modules", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
-            known = (getattr(part, name) or () for part in (type(self), self, base))
-            setattr(self, name, set().union(*known))
-        beside = {f"{prefix}.{name}" for name in base._keys_to_ignore_on_save or () if name.endswith(_TOKEN_MAP_KEY)}
-        self._keys_to_ignore_on_save = {*(self._keys_to_ignore_on_save or ()), *beside}
+        self._take_over(self.base_model, self.base_model_prefix)
         self.init_weights()
 
     @classmethod
@@ -771,39 +800,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             ValueError: see [`EngramConfig.for_backbone`]; or the backbone is an encoder-decoder, has no layers, or is
                 quantized in a way that cannot leave the memory out.
         """
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
-        if isinstance(backbone, PreTrainedModel):
-            if kwargs:
-                raise EngramError(f"{sorted(kwargs)} only apply when the backbone is loaded by name.")
-            host = backbone
-        else:
-            host = cls._host_class.from_pretrained(backbone, **kwargs)
-        if any(parameter.is_meta for parameter in host.parameters()):
-            raise EngramError(
-                "Some of the backbone's weights are offloaded; add memory with all of them loaded, save the model, and "
-                "load that with a device_map."
-            )
-        config = EngramConfig.for_backbone(
-            host.config,
-            tokenizer,
-            layer_ids=layer_ids,
-            variant=variant,
-            rows=rows,
-            memory_fraction=memory_fraction,
-            **fields,
-        )
-        config.dtype = host.dtype
-        for module in host.modules():
-            module._is_hf_initialized = True  # its weights are trained ones
-        model = cls(config, host)
-        model.model.hashing.to(host.device)
-        model.generation_config = host.generation_config
-        _leave_memory_unquantized(model)
-        for memory in model.model.memories().values():
-            memory.zero_value_projection()
-        if tokenizer is not None and config.engram_compressed_vocab_size is not None:
-            model.set_token_map(tokenizer)
-        return model.train(host.training)
+        sizes = {"rows": rows, "memory_fraction": memory_fraction}
+        return cls.add_memory(cls, backbone, tokenizer, layer_ids=layer_ids, variant=variant, **sizes, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids, *args, attention_mask=None, inputs_embeds=None, image_mask=None, seq_idx=None, **kwargs
@@ -831,7 +829,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = _cache_in(model_kwargs)
         if isinstance(cache, Cache):
-            history = attach_history(cache, self.config)
+            history = attach_history(cache, self.memory_model.config)
             if generation_config.is_assistant:
                 history.activate_past_recording()
 
@@ -859,15 +857,6 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         return {layer_id: gates[index] for index, layer_id in enumerate(self.config.engram_layer_ids)}
 
 
-class EngramForConditionalGeneration(EngramForCausalLM):
-    """A model of text and images with memory, on a backbone that reads images; positions of images have no memory.
-
-    Of the same checkpoint, [`EngramForCausalLM`] is the model of text. The arguments are the same.
-    """
-
-    _host_class = AutoModelForImageTextToText
-
-
 def _cache_in(arguments: dict[str, Any]) -> Cache | None:
     """The cache among keyword arguments, under whichever name."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
@@ -880,45 +869,8 @@ def _slice_to_step(mask: torch.Tensor, fill: torch.Tensor, cache: Cache | None, 
     return torch.cat([mask, fill.expand(-1, missing)], dim=1)[:, start : start + length]
 
 
-def _leave_memory_unquantized(model: EngramForCausalLM) -> None:
-    """On a quantized host, list the unquantized modules as skipped: loading quantizes every layer that is not.
-
-    Raises:
-        ValueError: the host is quantized in a way that cannot leave anything out.
-    """
-    if getattr(model, "hf_quantizer", None) is None:
-        return
-    config = copy.deepcopy(model.hf_quantizer.quantization_config)
-    names = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
-    skipped = next((name for name in names if hasattr(config, name)), None)
-    if skipped is None:
-        raise EngramError(
-            f"A {type(config).__name__} cannot leave the memory out of what it quantizes; add memory to the backbone "
-            "before it is quantized."
-        )
-    setattr(config, skipped, _unquantized_modules(model))
-    model.hf_quantizer.quantization_config = model.config.quantization_config = config
-    vars(model.config.text_config).pop("quantization_config", None)  # of the backbone alone, and no longer true of it
-
-
-def _unquantized_modules(model: EngramForCausalLM) -> list[str]:
-    # Patterns, from the root of a model with head or without: not every quantizer takes the end of a name.
-    prefix = f"{model.base_model_prefix}."
-    names = [name for name, module in model.named_modules() if _is_unquantized(module)]
-    return [f"({prefix})?{name.removeprefix(prefix)}" if name.startswith(prefix) else name for name in names]
-
-
-def _is_unquantized(module: nn.Module) -> bool:
-    """Whether a linear layer, or one of stacked experts, has only matrices of ordinary floats."""
-    matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
-    is_candidate = isinstance(module, nn.Linear) or any(matrix.dim() > 2 for matrix in matrices)
-    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    return is_candidate and all(type(matrix) is nn.Parameter and matrix.dtype in floats for matrix in matrices)
-
-
 # Trainer looks here for whether labels are to be shifted when it smooths them.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(EngramConfig.model_type, EngramForCausalLM.__name__)
 
 EngramModel.register_for_auto_class("AutoModel")
 EngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-EngramForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

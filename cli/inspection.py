@@ -105,12 +105,12 @@ def _describe_model(folder: Path, in_tables: int) -> dict[str, Any]:
     text = config.text_config
     stored = sum(path.stat().st_size for path in weight_files(folder))
     return {
-        "backbone": f"{text.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size}",
+        "backbone": f"{config.backbone.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size}",
         "holds": _parts(text, _tensor_names(folder)),
         "memory_layers": list(config.engram_layer_ids),
         "ngrams": list(range(2, config.engram_max_ngram_size + 1)),
         "heads": config.engram_n_heads,
-        "token_ids": config.vocab_size,
+        "token_ids": text.vocab_size,
         "compressed_ids": config.engram_compressed_vocab_size,
         "weight_bytes": stored,
         "table_share": round(in_tables / max(stored, in_tables), 4),

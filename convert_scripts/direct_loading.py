@@ -33,7 +33,8 @@ from ..configuration_engram import EngramConfig
 from ..draft_deepseek_v41 import DeepseekV41DraftModel
 from ..image_processing_deepseek_v41 import DeepseekV41ImageProcessor
 from ..loading_engram import Checkpoint
-from ..modeling_engram import EngramForCausalLM, EngramForConditionalGeneration
+from ..modeling_engram import EngramForCausalLM
+from ..multimodal_engram import EngramForConditionalGeneration
 from ..tokenization import EngramTokenizer
 from ..tokenization.tokenization_engram import LOCATION_ARGUMENTS
 from .deepseek_v41 import DEEPSEEK_V41

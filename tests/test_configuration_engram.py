@@ -235,9 +235,11 @@ def test_without_a_tokenizer_nothing_is_compressed():
     assert EngramConfig.for_backbone(bare, layer_ids=[1]).engram_pad_token_id == 0
 
 
-def test_a_composite_model_gives_its_text_part():
+def test_the_memory_of_a_composite_model_is_its_text_parts():
     gemma = Gemma3Config(text_config={"num_hidden_layers": 4})
-    assert EngramConfig.for_backbone(gemma, layer_ids=[3]).text_config.model_type == "gemma3_text"
+    config = EngramConfig.for_backbone(gemma, layer_ids=[3])
+    assert config.backbone is gemma and config.text_config.text_config is gemma.text_config
+    assert EngramConfig.for_backbone(gemma.text_config, layer_ids=[3]).text_config.model_type == "gemma3_text"
 
 
 @pytest.mark.parametrize(

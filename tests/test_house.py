@@ -30,7 +30,9 @@ FAMILIES = [
         "cache_engram",
         "layer_engram",
         "modeling_engram",
-        # What follows stays at home: none of the files above imports it.
+        # What follows stays at home: none of the files above imports it; the first is carried where a backbone reads images.
+        "multimodal_engram",
+        "adding_engram",
         "table_writer_engram",
         "table_check_engram",
         "card_engram",

@@ -13,7 +13,7 @@ _get_model_config = BaseTuner.get_model_config
 def _get_backbone_config(model: nn.Module) -> dict[str, Any]:
     """The config that PEFT reads for `model`: of a model with memory, its backbone's."""
     config = getattr(model, "config", None)
-    return config.text_config.to_dict() if isinstance(config, EngramConfig) else _get_model_config(model)
+    return config.backbone.to_dict() if isinstance(config, EngramConfig) else _get_model_config(model)
 
 
 def register() -> None:

@@ -1,0 +1,161 @@
+"""Adding memory to a backbone: how large tables become, what is loaded, and what a quantizer is then to leave alone.
+
+A saved model runs without this, so its folder does not carry it; the package engram_hf hands it to the classes.
+"""
+
+import copy
+import itertools
+import os
+from bisect import bisect_left
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from .configuration_engram import EngramConfig
+from .hashing_engram import is_prime
+from .layer_engram import require_extensible
+from .modeling_engram import EngramForCausalLM
+from .safetensors_engram import EngramError
+
+
+def count_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the language model that `config` describes, with its vision tower if it has one, without allocating it.
+
+    Counted from the config, since loaded weights may be quantized or packed.
+    """
+    auto_class = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
+    with torch.device("meta"):
+        return auto_class.from_config(config).num_parameters()
+
+
+def find_buckets(config: EngramConfig, rows: int | None, memory_fraction: float | None) -> int:
+    """The `engram_vocab_size` that gives tables of about `rows` rows, or the memory its share of all parameters.
+
+    Args:
+        config: of the model, with any `engram_vocab_size`.
+        rows, memory_fraction: see [`EngramConfig.for_backbone`]; one of them.
+
+    Raises:
+        ValueError: there are no such tables.
+    """
+    return _buckets_for_rows(config, _rows_for_fraction(config, memory_fraction) if rows is None else rows)
+
+
+def _rows_for_fraction(config: EngramConfig, fraction: float) -> int:
+    """Rows of each table that make the memory `fraction` of all parameters."""
+    if not 0 < fraction < 1:
+        raise EngramError(f"memory_fraction is {fraction}; it must lie between 0 and 1, both excluded.")
+    memory = count_parameters(config.backbone) * fraction / (1 - fraction)
+    rows = round((memory / len(config.engram_layer_ids) - config.parameters_beside_table) / config.engram_head_dim)
+    if rows <= 0:
+        raise EngramError(
+            f"memory_fraction {fraction} is used up by the projections ({config.parameters_beside_table:,} parameters a "
+            "layer); raise it, or lower engram_head_dim or engram_n_heads."
+        )
+    return rows
+
+
+def _buckets_for_rows(config: EngramConfig, rows: int) -> int:
+    """The `engram_vocab_size` whose tables have nearest to `rows` rows each.
+
+    With one bucket count for every order, the layout takes just the first so many primes from it upwards.
+    """
+    layers = len(config.engram_layer_ids)
+    heads = layers * (config.engram_max_ngram_size - 1) * config.engram_n_heads
+
+    def total(first: int) -> int:
+        return sum(itertools.islice(filter(is_prime, itertools.count(first)), heads))
+
+    if rows * layers < total(1):
+        raise EngramError(
+            f"The tables would have {rows} rows each, but distinct primes for {heads} heads in {layers} layers sum to "
+            f"at least {total(1) // layers} a layer; raise rows (or memory_fraction), or lower engram_n_heads."
+        )
+    candidates = range(1, rows * layers // heads + 1)
+    above = bisect_left(candidates, rows * layers, key=total)
+    return min(candidates[max(above - 1, 0) : above + 1], key=lambda first: abs(total(first) - rows * layers))
+
+
+def add_memory(
+    model_class: type[EngramForCausalLM],
+    backbone: str | os.PathLike | PreTrainedModel,
+    tokenizer=None,
+    *,
+    layer_ids: list[int],
+    variant: str = "paper",
+    rows: int | None = None,
+    memory_fraction: float | None = None,
+    **kwargs,
+) -> EngramForCausalLM:
+    """See [`EngramForCausalLM.from_backbone`]."""
+    fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
+    if isinstance(backbone, PreTrainedModel):
+        if kwargs:
+            raise EngramError(f"{sorted(kwargs)} only apply when the backbone is loaded by name.")
+        host = backbone
+    else:
+        host = model_class.host_class.from_pretrained(backbone, **kwargs)
+    require_extensible(host)
+    if any(parameter.is_meta for parameter in host.parameters()):
+        raise EngramError(
+            "Some of the backbone's weights are offloaded; add memory with all of them loaded, save the model, and "
+            "load that with a device_map."
+        )
+    config = EngramConfig.for_backbone(
+        host.config,
+        tokenizer,
+        layer_ids=layer_ids,
+        variant=variant,
+        rows=rows,
+        memory_fraction=memory_fraction,
+        **fields,
+    )
+    config.dtype = host.dtype
+    for module in host.modules():
+        module._is_hf_initialized = True  # its weights are trained ones
+    model = model_class(config, host)
+    model.memory_model.hashing.to(host.device)
+    model.generation_config = host.generation_config
+    _leave_memory_unquantized(model)
+    for memory in model.memory_model.memories().values():
+        memory.zero_value_projection()
+    if tokenizer is not None and config.engram_compressed_vocab_size is not None:
+        model.set_token_map(tokenizer)
+    return model.train(host.training)
+
+
+def _leave_memory_unquantized(model: PreTrainedModel) -> None:
+    """On a quantized host, list the unquantized modules as skipped: loading quantizes every layer that is not.
+
+    Raises:
+        ValueError: the host is quantized in a way that cannot leave anything out.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return
+    config = copy.deepcopy(model.hf_quantizer.quantization_config)
+    names = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
+    skipped = next((name for name in names if hasattr(config, name)), None)
+    if skipped is None:
+        raise EngramError(
+            f"A {type(config).__name__} cannot leave the memory out of what it quantizes; add memory to the backbone "
+            "before it is quantized."
+        )
+    setattr(config, skipped, _unquantized_modules(model))
+    model.hf_quantizer.quantization_config = model.config.quantization_config = config
+    vars(model.config.backbone).pop("quantization_config", None)  # of the backbone alone, and no longer true of it
+
+
+def _unquantized_modules(model: PreTrainedModel) -> list[str]:
+    # Patterns, from the root of a model with head or without: not every quantizer takes the end of a name.
+    prefix = f"{model.base_model_prefix}."
+    names = [name for name, module in model.named_modules() if _is_unquantized(module)]
+    return [f"({prefix})?{name.removeprefix(prefix)}" if name.startswith(prefix) else name for name in names]
+
+
+def _is_unquantized(module: nn.Module) -> bool:
+    """Whether a linear layer, or one of stacked experts, has only matrices of ordinary floats."""
+    matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
+    is_candidate = isinstance(module, nn.Linear) or any(matrix.dim() > 2 for matrix in matrices)
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return is_candidate and all(type(matrix) is nn.Parameter and matrix.dtype in floats for matrix in matrices)

@@ -1,0 +1,197 @@
+"""Engram memory for backbones that read images: the language model in them has it, all other parts stay as they are.
+
+Such a backbone puts the vectors of images into the embeddings of its text, and calls its language model with those alone.
+Memory is looked up by token id, so the outer model notes the ids of a call for the language model to find.
+
+Shape letters: B batch, S positions.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from .configuration_engram import EngramConfig
+from .layer_engram import extend, require_extensible
+from .loading_engram import FoundTables
+from .modeling_engram import EngramForCausalLM, EngramModel, EngramPreTrainedModel, forward_with_memory
+from .safetensors_engram import EngramError
+
+# Fields of a backbone's config that name the token ids in whose places vectors of images, videos or sounds are put.
+_PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id", "image_token_index", "video_token_index")
+
+
+class _Call(NamedTuple):
+    """What the outer model was called with, for as long as it runs."""
+
+    reader: EngramConfig  # of the language model that is meant
+    told: dict[str, torch.Tensor | None]  # arguments of `prepare_memory`
+    options: dict[str, Any]  # keyword arguments of [`EngramModel`] that a backbone does not know
+
+
+# A context is a thread's own, so that models may be called side by side, and within each other.
+_CALL: ContextVar[_Call | None] = ContextVar("the call of a model that reads images", default=None)
+
+
+class EngramLanguageModel(EngramModel):
+    """The language model in a backbone that reads images; by itself it is an [`EngramModel`], and is saved as one."""
+
+    @classmethod
+    def _members(cls, base: type) -> dict[str, Any]:
+        return EngramModel._members(base)
+
+    def _read_call(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+        call, embeds = _CALL.get(), inputs.get("inputs_embeds")
+        if call is None or call.reader is not self.config or embeds is None:
+            return super()._read_call(inputs)
+        ids = call.told["input_ids"]
+        if ids.shape != embeds.shape[:2]:
+            raise EngramError(
+                f"input_ids {list(ids.shape)} do not fit: the backbone's language model is called with {list(embeds.shape[:2])} "
+                "positions, and each needs the id of its token; expand the ids of images, or use another backbone."
+            )
+        inputs.update(call.options)
+        if call.told["sequence_ids"] is not None:
+            inputs["seq_idx"] = call.told["sequence_ids"]
+        return call.told
+
+
+class EngramMultimodalModel(EngramPreTrainedModel):
+    """A backbone that reads images and text, whose language model has memory, without a language-model head.
+
+    Positions that hold no text, such as those of images, have no memory, and none is looked back through.
+
+    Args:
+        config: names the backbone in `backbone_config`.
+        backbone: an instance to use instead of a new one; it is changed in place.
+        engram_tables: as in [`EngramModel`].
+
+    Raises:
+        ValueError: as [`EngramModel`]; or the backbone has no language model of the kind that memory can be added to.
+    """
+
+    def __new__(cls, config: EngramConfig | None = None, backbone: PreTrainedModel | None = None, engram_tables=None):
+        if config is None:  # for pickle and torch's replicas, which fill in the state themselves
+            return super().__new__(cls)
+        config.validate_engram()
+        if backbone is None:
+            backbone = AutoModel.from_config(config.backbone, dtype=torch.get_default_dtype())
+        require_extensible(backbone)
+        config.backbone = backbone.config  # from_config copies; there is to be one
+        EngramLanguageModel(config.text_config, _language_model(backbone), engram_tables)
+        extend(backbone, cls if cls._extends is None else cls._extends[0])
+        return backbone
+
+    def __init__(
+        self,
+        config: EngramConfig,
+        backbone: PreTrainedModel | None = None,
+        engram_tables: FoundTables | None = None,
+    ):
+        # The backbone has been initialized as what it is, and its language model has memory.
+        self._become(config)
+        part = self.memory_model
+        self._take_over(part, next(name for name, module in self.named_modules() if module is part))
+        self.init_weights()
+
+    @classmethod
+    def _members(cls, base: type) -> dict[str, Any]:
+        return {**super()._members(base), "forward": forward_with_memory(base.forward)}
+
+    @property
+    def memory_model(self) -> EngramModel:
+        """The language model."""
+        return self.get_decoder()
+
+    def get_image_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Which positions hold the vectors of images, videos or sounds, by their ids: bool, of the shape of `input_ids`."""
+        found = torch.zeros_like(input_ids, dtype=torch.bool)
+        for placeholder in _placeholder_ids(self.config):
+            found = found | (input_ids == placeholder)
+        return found
+
+    def _run_with_memory(self, run_backbone: Callable, inputs: dict[str, Any]):
+        """The backbone's outputs for the keyword arguments `inputs`, with memory."""
+        token = _CALL.set(self._note_call(inputs))
+        try:
+            return run_backbone(self, **inputs)
+        finally:
+            _CALL.reset(token)
+
+    def _note_call(self, inputs: dict[str, Any]) -> _Call:
+        told = self._read_call(inputs)
+        images = self.get_image_mask(told["input_ids"])
+        if told["image_mask"] is not None:  # of embeddings that are the caller's own
+            images = images | told["image_mask"].to(images.device).bool()
+        inputs.pop("seq_idx", None)  # the language model gets it, and no other part
+        told |= {"image_mask": images, "position_ids": _text_positions(told["position_ids"])}
+        options = {name: inputs.pop(name) for name in ("engram_gate_values", "engram_edit") if name in inputs}
+        return _Call(self.config.text_config, told, options)
+
+
+def _placeholder_ids(config: EngramConfig | PreTrainedConfig) -> list[int]:
+    return sorted({getattr(config, name, None) for name in _PLACEHOLDERS} - {None})
+
+
+def _text_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """Position ids `[B, S]` that tell documents apart, if there are any.
+
+    Of the three axes of an image's place none goes on by one. In `generate`, they follow that of the text.
+    """
+    if position_ids is None or position_ids.dim() == 2:
+        return position_ids
+    return position_ids[0] if position_ids.shape[0] == 4 else None
+
+
+def _language_model(backbone: PreTrainedModel) -> PreTrainedModel:
+    decoder, config = backbone.get_decoder(), backbone.config
+    if type(backbone).can_generate() or getattr(decoder, "config", None) is not config.text_config:
+        raise EngramError(
+            f"A {type(backbone).__name__} keeps no language model of its own beside the other parts, so there is nothing to add "
+            "memory to; use a backbone built as Gemma3ForConditionalGeneration or LlavaForConditionalGeneration is."
+        )
+    if not _placeholder_ids(config):
+        raise EngramError(
+            f"The config of a {type(backbone).__name__} names no token id that stands for images ({', '.join(_PLACEHOLDERS)}), so "
+            "memory cannot tell them from text."
+        )
+    return decoder
+
+
+class EngramForConditionalGeneration(EngramForCausalLM):
+    """A model of text and images with memory, on a backbone that reads images; positions of images have no memory.
+
+    Of the same checkpoint of DeepSeek-V4.1, [`EngramForCausalLM`] is the model of text. The arguments are the same, but for
+    the Auto class that loads a backbone, which is `AutoModelForImageTextToText`; instead of a tokenizer, a processor does.
+
+    Raises:
+        ValueError: as [`EngramForCausalLM`]; or the backbone reads text alone, or in a way that leaves no place for memory.
+    """
+
+    host_class = AutoModelForImageTextToText
+    _reads_images = True
+
+    def __new__(cls, config: EngramConfig | None = None, host: PreTrainedModel | None = None, engram_tables=None):
+        if config is not None and "AutoModelForImageTextToText" not in config.remote_code_map():
+            raise EngramError(
+                f"The backbone is a {config.text_config.model_type}, which reads text alone; use EngramForCausalLM "
+                "(AutoModelForCausalLM), or give the config of a backbone that reads images."
+            )
+        return super().__new__(cls, config, host, engram_tables)
+
+
+EngramModel.composite_class = EngramMultimodalModel
+
+EngramMultimodalModel.register_for_auto_class("AutoModel")
+EngramForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+# As remote code, this is where a model on such a backbone begins.
+__all__ = [
+    "EngramConfig",
+    "EngramForCausalLM",
+    "EngramForConditionalGeneration",
+    "EngramModel",
+    "EngramMultimodalModel",
+]
