@@ -382,8 +382,14 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
 
     @property
     def engram_streams(self) -> int:
-        """Residual streams of the backbone: 1, or the hyper-connections' `hc_mult`."""
-        return getattr(self.text_config, "hc_mult", None) or 1
+        """Residual streams of the backbone: 1, or as many as its hyper-connections or alternating updates have."""
+        counts = (getattr(self.text_config, name, None) for name in ("hc_mult", "hc_count", "altup_num_inputs"))
+        return next(filter(None, counts), 1)
+
+    @property
+    def engram_streams_first(self) -> bool:
+        """Whether the backbone keeps its streams in front of the batch, `[G, B, S, D]`."""
+        return getattr(self.text_config, "altup_num_inputs", None) is not None
 
     @classmethod
     def for_backbone(

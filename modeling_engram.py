@@ -39,12 +39,16 @@ from .cache_engram import EngramHistory, RuntimeSubclass, attach_history, begin_
 from .configuration_engram import FORMAT_VERSION, EngramConfig, remote_module
 from .hashing_engram import DEAD, Compaction, NgramHasher, as_token_map
 from .layer_engram import (
+    CARRIER,
+    Carrier,
     EngramConv,
     EngramInputs,
     EngramMemory,
     EngramRMSNorm,
     add_memory_to_layer,
+    decoder_layers,
     extend,
+    name_base_model,
     require_extensible,
 )
 from .loading_engram import (
@@ -334,13 +338,13 @@ class EngramModel(EngramPreTrainedModel):
         self.hashing = NgramHasher.from_config(config)
         # Use the embedding's dtype; layers may be partly float32 or quantized.
         dtype = self.get_input_embeddings().weight.dtype
+        layers = decoder_layers(self, config.num_hidden_layers)
         for index, layer_id in enumerate(config.engram_layer_ids):
-            add_memory_to_layer(self.layers[layer_id], config, index, dtype)
-        self._no_split_modules = {
-            *(self._no_split_modules or ()),
-            *(type(self.layers[layer_id]).__name__ for layer_id in config.engram_layer_ids),
-        }
-        self._reaches_layers = False  # whether what forward hands to the backbone is known to arrive
+            add_memory_to_layer(layers[layer_id], config, index, dtype)
+        names = {type(layers[layer_id]).__name__ for layer_id in config.engram_layer_ids}
+        self._no_split_modules = {*(self._no_split_modules or ()), *names}
+        # Whether the backbone hands what it does not know on to its layers; None before the first forward.
+        self._hands_on: bool | None = None
         if engram_tables is not None:
             engram_tables.mount(self)
         self.prefetcher: Prefetcher | None = None
@@ -369,7 +373,8 @@ class EngramModel(EngramPreTrainedModel):
 
     def memories(self) -> dict[int, EngramMemory]:
         """The memory of every listed decoder layer, by layer."""
-        return {layer_id: self.layers[layer_id].engram for layer_id in self.config.engram_layer_ids}
+        found = {module.index: module for module in self.modules() if isinstance(module, EngramMemory)}
+        return {layer_id: found[index] for index, layer_id in enumerate(self.config.engram_layer_ids)}
 
     def settle_memory(self) -> None:
         """Check and fix what loading has filled in: the hash is exact, and quantized rows take no gradient."""
@@ -493,7 +498,7 @@ class EngramModel(EngramPreTrainedModel):
             past = nothing_before(ids, lookback_reach(self.config))
         row_ids, documents = self._hash(ids, documents, past, compaction)
         # Known to reach the layers, or compiled: what they note would be guarded, and compiled again whenever it changes.
-        readers = None if self._reaches_layers or torch.compiler.is_compiling() else set()
+        readers = None if self._hands_on is not None or torch.compiler.is_compiling() else set()
         return EngramInputs(row_ids, compaction, valid, documents, history, readers=readers)
 
     def _hash(
@@ -545,11 +550,26 @@ class EngramModel(EngramPreTrainedModel):
             inputs["image_mask"] = image_mask
         if inputs.get("inputs_embeds") is not None:
             inputs["input_ids"] = None
-        outputs = run_backbone(self, **inputs, engram_inputs=memory)
-        self._require_reached(memory)
+        outputs = self._run_to_layers(run_backbone, inputs, memory)
         self._require_history_kept(cache, outputs, inputs["use_cache"])
         if history is not None:
             history.commit()
+        return outputs
+
+    def _run_to_layers(self, run_backbone: Callable, inputs: dict[str, Any], memory: EngramInputs):
+        """Run the backbone with `memory` as a keyword that it hands on; where that is not known to arrive, by context."""
+        if self._hands_on or (self._hands_on is None and torch.compiler.is_compiling()):
+            return run_backbone(self, **inputs, engram_inputs=memory)
+        keyword = {} if self._hands_on is False else {"engram_inputs": memory}
+        carrier = Carrier(memory)
+        token = CARRIER.set(carrier)
+        try:
+            outputs = run_backbone(self, **inputs, **keyword)
+        finally:
+            CARRIER.reset(token)
+        self._require_reached(memory)
+        if memory.readers:
+            self._hands_on = not carrier.was_needed
         return outputs
 
     def _settle_cache(self, inputs: dict[str, Any]) -> Cache | None:
@@ -572,11 +592,10 @@ class EngramModel(EngramPreTrainedModel):
         return cache
 
     def _require_reached(self, memory: EngramInputs) -> None:
-        self._reaches_layers |= bool(memory.readers)
         # With `assistant_early_exit`, the layers that run may all come before the first memory.
         if memory.readers == set() and min(self.config.engram_layer_ids) < self.config.num_hidden_layers:
             raise EngramError(
-                f"{self._extends[1].__name__} ran without memory: it does not hand keyword arguments on to its layers, so Engram "
+                f"{self._extends[1].__name__} ran without memory: it does not call the layers that have one, so Engram "
                 "cannot reach them; use another backbone."
             )
 
@@ -677,17 +696,16 @@ def _documents(
 
 
 def _decoder_layers(backbone: PreTrainedModel, config: EngramConfig) -> nn.ModuleList:
-    layers = getattr(backbone, "layers", None)
-    expected = config.text_config.num_hidden_layers
     if not set(CACHE_NAMES) & set(inspect.signature(backbone.forward).parameters) or not _counts_positions(config):
         raise EngramError(
             f"{type(backbone).__name__} keeps no transformers Cache that counts positions, where the memory's history lives; "
             "use a backbone with attention layers and such a cache."
         )
-    if not isinstance(layers, nn.ModuleList) or len(layers) < expected:
+    layers = decoder_layers(backbone, config.num_hidden_layers)
+    if max(config.engram_layer_ids) >= len(layers):
         raise EngramError(
-            f"{type(backbone).__name__} has no `layers` with its {expected} decoder layers, so there is nothing to add "
-            "memory to; use a decoder whose model keeps them in a ModuleList `layers`, as Mixtral or Llama do."
+            f"engram_layer_ids {config.engram_layer_ids} must lie in 0..{len(layers) - 1}, the {len(layers)} decoder layers of "
+            f"{type(backbone).__name__} (0-based)."
         )
     return layers
 
@@ -725,6 +743,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             host = cls._host_class.from_config(config.text_config, dtype=torch.get_default_dtype())
         require_extensible(host)
         config.text_config = host.config  # from_config copies; there is to be one
+        name_base_model(host)
         EngramModel(config, host.base_model, engram_tables)  # changes the host's base model in place
         extend(host, cls if cls._extends is None else cls._extends[0])
         return host
@@ -794,10 +813,10 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         for module in host.modules():
             module._is_hf_initialized = True  # its weights are trained ones
         model = cls(config, host)
-        model.model.hashing.to(host.device)
+        model.base_model.hashing.to(host.device)
         model.generation_config = host.generation_config
         _leave_memory_unquantized(model)
-        for memory in model.model.memories().values():
+        for memory in model.base_model.memories().values():
             memory.zero_value_projection()
         if tokenizer is not None and config.engram_compressed_vocab_size is not None:
             model.set_token_map(tokenizer)
