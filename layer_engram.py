@@ -4,10 +4,11 @@ Shape letters: B batch, S positions, G residual streams (1 without hyper-connect
 T hash heads of all n-gram orders, W channels of a table row, K taps of the convolution.
 """
 
+import contextlib
 import inspect
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -49,8 +50,21 @@ class Carrier:
         self.inputs, self.was_needed = inputs, False
 
 
-# The innermost forward that runs, of this thread.
+# Of the innermost forward that runs in this thread.
 CARRIER: ContextVar[Carrier | None] = ContextVar("what layers with memory read", default=None)
+BESIDE: ContextVar[dict[str, Any] | None] = ContextVar(
+    "arguments for the base model that its head does not know", default=None
+)
+
+
+@contextlib.contextmanager
+def within(variable: ContextVar, value: object) -> Iterator[None]:
+    """Have `variable` be `value` for the statements inside."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 class EngramRMSNorm(nn.Module):
@@ -339,8 +353,8 @@ def extend(module: nn.Module, front: type[RuntimeSubclass]) -> None:
         module._old_forward = types.MethodType(type(module).forward, module)
 
 
-def decoder_layers(model: PreTrainedModel, expected: int) -> nn.ModuleList:
-    """The list of decoder layers that a text model walks, by whatever name.
+def decoder_layers(model: PreTrainedModel, expected: int) -> tuple[str, nn.ModuleList]:
+    """The name, and the list, of the decoder layers that a text model walks.
 
     Args:
         expected: how many the config names; there may be more (for drafts), or fewer that hold several sublayers.
@@ -349,17 +363,23 @@ def decoder_layers(model: PreTrainedModel, expected: int) -> nn.ModuleList:
         ValueError: there is none, or several could be meant.
     """
     lists = _outermost_lists(model)
-    whole = {name: found for name, found in lists.items() if all(isinstance(layer, GradientCheckpointingLayer) for layer in found)}
+    whole = {
+        name: found
+        for name, found in lists.items()
+        if all(isinstance(layer, GradientCheckpointingLayer) for layer in found)
+    }
     candidates = whole or {name: found for name, found in lists.items() if len(found) >= expected}
     if len(candidates) > 1:
         candidates = {name: found for name, found in candidates.items() if len(found) >= expected}
+    if len(candidates) > 1:  # a list of the model's own goes before those of its parts
+        candidates = {name: found for name, found in candidates.items() if "." not in name}
     if len(candidates) != 1:
         found = f"several lists of modules ({', '.join(sorted(lists))})" if lists else "none"
         raise EngramError(
             f"{type(model).__name__} has to have one list of its {expected} decoder layers, which are what gets a memory, and has "
             f"{found}; use a decoder that keeps its layers in one ModuleList."
         )
-    return next(iter(candidates.values()))
+    return next(iter(candidates.items()))
 
 
 def _outermost_lists(module: nn.Module, prefix: str = "") -> dict[str, nn.ModuleList]:

@@ -39,6 +39,7 @@ from .cache_engram import EngramHistory, RuntimeSubclass, attach_history, begin_
 from .configuration_engram import FORMAT_VERSION, EngramConfig, remote_module
 from .hashing_engram import DEAD, Compaction, NgramHasher, as_token_map
 from .layer_engram import (
+    BESIDE,
     CARRIER,
     Carrier,
     EngramConv,
@@ -50,6 +51,7 @@ from .layer_engram import (
     extend,
     name_base_model,
     require_extensible,
+    within,
 )
 from .loading_engram import (
     Checkpoint,
@@ -338,13 +340,19 @@ class EngramModel(EngramPreTrainedModel):
         self.hashing = NgramHasher.from_config(config)
         # Use the embedding's dtype; layers may be partly float32 or quantized.
         dtype = self.get_input_embeddings().weight.dtype
-        layers = decoder_layers(self, config.num_hidden_layers)
+        path, layers = decoder_layers(self, config.num_hidden_layers)
         for index, layer_id in enumerate(config.engram_layer_ids):
             add_memory_to_layer(layers[layer_id], config, index, dtype)
         names = {type(layers[layer_id]).__name__ for layer_id in config.engram_layer_ids}
         self._no_split_modules = {*(self._no_split_modules or ()), *names}
         # Whether the backbone hands what it does not know on to its layers; None before the first forward.
         self._hands_on: bool | None = None
+        # A head may call a decoder inside of its base model, past the base model's own forward.
+        inner = self.get_submodule(path.rpartition(".")[0])
+        self._runs_inside = inner is not self and isinstance(inner, PreTrainedModel)
+        if self._runs_inside:
+            extend(inner, DecoderWithMemory)
+            inner.engram_models = (self,)  # in a tuple, so that it is no submodule
         if engram_tables is not None:
             engram_tables.mount(self)
         self.prefetcher: Prefetcher | None = None
@@ -522,6 +530,7 @@ class EngramModel(EngramPreTrainedModel):
 
     def _run_with_memory(self, run_backbone: Callable, inputs: dict[str, Any]):
         """The backbone's outputs for the keyword arguments `inputs`, with memory."""
+        inputs |= BESIDE.get() or {}
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise EngramError(
@@ -562,11 +571,8 @@ class EngramModel(EngramPreTrainedModel):
             return run_backbone(self, **inputs, engram_inputs=memory)
         keyword = {} if self._hands_on is False else {"engram_inputs": memory}
         carrier = Carrier(memory)
-        token = CARRIER.set(carrier)
-        try:
+        with within(CARRIER, carrier), within(BESIDE, None):
             outputs = run_backbone(self, **inputs, **keyword)
-        finally:
-            CARRIER.reset(token)
         self._require_reached(memory)
         if memory.readers:
             self._hands_on = not carrier.was_needed
@@ -647,11 +653,45 @@ def _forward_with_memory(forward: Callable, parameters: tuple[str, ...]) -> Call
     @functools.wraps(forward)
     def forward_with_memory(self: EngramModel, *args, **kwargs):
         given = dict(zip(parameters, args, strict=False))
-        if len(args) > len(given) or given.keys() & kwargs.keys():
-            return forward(self, *args, **kwargs)  # which refuses them
+        if self._runs_inside or len(args) > len(given) or given.keys() & kwargs.keys():
+            return forward(self, *args, **kwargs)  # which runs the decoder with memory, or refuses them
         return self._run_with_memory(forward, {**given, **kwargs})
 
     return forward_with_memory
+
+
+class DecoderWithMemory(RuntimeSubclass):
+    """The decoder inside of a base model (`OPTModel.decoder`), which runs with the memory of that base model."""
+
+    _runs_inside = False
+
+    @classmethod
+    def _members(cls, base: type) -> dict[str, Any]:
+        parameters = tuple(inspect.signature(base.forward).parameters)[1:]
+        return {**super()._members(base), "forward": _forward_with_memory(base.forward, parameters)}
+
+    def _run_with_memory(self, run_decoder: Callable, inputs: dict[str, Any]):
+        (model,) = self.engram_models
+        return model._run_with_memory(lambda _, **arguments: run_decoder(self, **arguments), inputs)
+
+
+def _forward_of_head(forward: Callable) -> Callable:
+    """The `forward` of a model with a head, which need not hand on what it does not know: that arrives beside it."""
+    names = {"engram_gate_values", "image_mask", "padding_mask", "seq_idx"} - set(
+        inspect.signature(forward).parameters
+    )
+
+    @functools.wraps(forward)
+    def forward_of_head(self: EngramForCausalLM, *args, **kwargs):
+        beside = (
+            {name: kwargs.pop(name) for name in names & kwargs.keys()} if not torch.compiler.is_compiling() else {}
+        )
+        if not beside:
+            return forward(self, *args, **kwargs)
+        with within(BESIDE, beside):
+            return forward(self, *args, **kwargs)
+
+    return forward_of_head
 
 
 def _mask_of_call(
@@ -701,7 +741,7 @@ def _decoder_layers(backbone: PreTrainedModel, config: EngramConfig) -> nn.Modul
             f"{type(backbone).__name__} keeps no transformers Cache that counts positions, where the memory's history lives; "
             "use a backbone with attention layers and such a cache."
         )
-    layers = decoder_layers(backbone, config.num_hidden_layers)
+    _, layers = decoder_layers(backbone, config.num_hidden_layers)
     if max(config.engram_layer_ids) >= len(layers):
         raise EngramError(
             f"engram_layer_ids {config.engram_layer_ids} must lie in 0..{len(layers) - 1}, the {len(layers)} decoder layers of "
@@ -821,6 +861,10 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         if tokenizer is not None and config.engram_compressed_vocab_size is not None:
             model.set_token_map(tokenizer)
         return model.train(host.training)
+
+    @classmethod
+    def _members(cls, base: type) -> dict[str, Any]:
+        return {**super()._members(base), "forward": _forward_of_head(base.forward)}
 
     def prepare_inputs_for_generation(
         self, input_ids, *args, attention_mask=None, inputs_embeds=None, image_mask=None, seq_idx=None, **kwargs
