@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from . import auto_deepseek_v41 as auto_deepseek_v41
+from .backbone_engram import require_backbone, require_decoder
 from .card_engram import write_model_card
 from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
@@ -33,5 +34,7 @@ peft_defaults.register()
 rows_peft.register()
 # What the code beside a model's weights does without: it comes from here while the package is installed.
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
+EngramPreTrainedModel.require_backbone = staticmethod(require_backbone)
+EngramPreTrainedModel.require_decoder = staticmethod(require_decoder)
 register_compression(EngramTokenizer.from_tokenizer)
 set_refusal_class(EngramError)

@@ -26,7 +26,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    DynamicCache,
     GenerationMixin,
     PreTrainedModel,
 )
@@ -101,6 +100,9 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     # Called as `write_model_card(path, config, repo_id, token)` when a model is pushed; the package engram_hf sets it, and a
     # model that was loaded as remote code has the card that transformers writes.
     write_model_card: Callable[..., None] | None = None
+    # The package sets these too: what refuses models that can carry no memory. A saved one has passed.
+    require_backbone: Callable[..., None] = staticmethod(lambda backbone, options=None: None)
+    require_decoder: Callable[..., None] = staticmethod(lambda model, config: None)
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
@@ -321,7 +323,13 @@ class EngramModel(EngramPreTrainedModel):
             # In the dtype that the caller builds this model in, as a backbone that is built by itself.
             backbone = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         require_extensible(backbone)
-        layers = _decoder_layers(backbone, config)
+        cls.require_decoder(backbone, config)
+        _, layers = decoder_layers(backbone, config.num_hidden_layers)
+        if max(config.engram_layer_ids) >= len(layers):
+            raise EngramError(
+                f"engram_layer_ids {config.engram_layer_ids} must lie in 0..{len(layers) - 1}, the {len(layers)} decoder "
+                f"layers of {type(backbone).__name__} (0-based)."
+            )
         for layer_id in config.engram_layer_ids:
             require_extensible(layers[layer_id])  # all of them before the first one is changed
         extend(backbone, cls if cls._extends is None else cls._extends[0])
@@ -735,29 +743,6 @@ def _documents(
     return index - positions.to(input_ids.device)
 
 
-def _decoder_layers(backbone: PreTrainedModel, config: EngramConfig) -> nn.ModuleList:
-    if not set(CACHE_NAMES) & set(inspect.signature(backbone.forward).parameters) or not _counts_positions(config):
-        raise EngramError(
-            f"{type(backbone).__name__} keeps no transformers Cache that counts positions, where the memory's history lives; "
-            "use a backbone with attention layers and such a cache."
-        )
-    _, layers = decoder_layers(backbone, config.num_hidden_layers)
-    if max(config.engram_layer_ids) >= len(layers):
-        raise EngramError(
-            f"engram_layer_ids {config.engram_layer_ids} must lie in 0..{len(layers) - 1}, the {len(layers)} decoder layers of "
-            f"{type(backbone).__name__} (0-based)."
-        )
-    return layers
-
-
-def _counts_positions(config: EngramConfig) -> bool:
-    """Whether the backbone's cache knows how many positions it holds; that of recurrent layers alone does not."""
-    try:
-        return DynamicCache(config=config.text_config).get_seq_length() == 0
-    except ValueError:
-        return False
-
-
 class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     """A causal language model with memory, on any backbone.
 
@@ -782,6 +767,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         if host is None:
             host = cls._host_class.from_config(config.text_config, dtype=torch.get_default_dtype())
         require_extensible(host)
+        cls.require_backbone(host)
         config.text_config = host.config  # from_config copies; there is to be one
         name_base_model(host)
         EngramModel(config, host.base_model, engram_tables)  # changes the host's base model in place
@@ -829,12 +815,14 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
                 quantized in a way that cannot leave the memory out.
         """
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
+        cls.require_backbone(backbone, kwargs)
         if isinstance(backbone, PreTrainedModel):
             if kwargs:
                 raise EngramError(f"{sorted(kwargs)} only apply when the backbone is loaded by name.")
             host = backbone
         else:
             host = cls._host_class.from_pretrained(backbone, **kwargs)
+            cls.require_backbone(host)
         if any(parameter.is_meta for parameter in host.parameters()):
             raise EngramError(
                 "Some of the backbone's weights are offloaded; add memory with all of them loaded, save the model, and "

@@ -30,6 +30,7 @@ FAMILIES = [
         "layer_engram",
         "modeling_engram",
         # What follows stays at home: none of the files above imports it.
+        "backbone_engram",
         "table_writer_engram",
         "table_check_engram",
         "card_engram",

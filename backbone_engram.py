@@ -1,0 +1,144 @@
+"""What can carry memory: every other kind of model is refused in one sentence that says what it is."""
+
+import inspect
+import os
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.models.auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.utils import ModelOutput
+
+from .configuration_engram import EngramConfig
+from .modeling_engram import CACHE_NAMES
+from .safetensors_engram import EngramError
+
+_ADAPTER = "is an adapter, or has one; merge it (merge_and_unload) and add memory to the model that comes out"
+_CLASSIFIER = "is a classifier or reward model: it scores a text and predicts no token; give a causal language model"
+_DIFFUSION = "is a diffusion model: it does not read a text token after token; give a causal language model"
+_ENCODER = "is an encoder: each token sees those that come after it; give a causal language model"
+_ENCODER_DECODER = "is an encoder-decoder, or the decoder of one; give a decoder-only causal language model"
+# What the names of classes with heads that predict no token contain.
+_CLASSIFIERS = ("Classification", "Reward", "QuestionAnswering", "MultipleChoice")
+# Arguments of `from_pretrained` that say where a config is.
+_LOCATION = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+
+
+def require_backbone(backbone: object, options: Mapping[str, Any] | None = None) -> None:
+    """Refuse what is not a language model that reads token ids and predicts the next one.
+
+    Args:
+        backbone: a model, or the folder or Hub id of one.
+        options: of `from_pretrained`, if it is to be loaded.
+
+    Raises:
+        ValueError: says what it is.
+    """
+    if isinstance(backbone, (str, os.PathLike)):
+        name, faults = os.fspath(backbone), _faults_of_stored(os.fspath(backbone), options or {})
+    else:
+        name = type(backbone).__name__
+        faults = _faults_of_model(backbone) if isinstance(backbone, PreTrainedModel) else _faults_of_others(backbone)
+    _refuse_first(name, faults)
+
+
+def require_decoder(model: PreTrainedModel, config: EngramConfig) -> None:
+    """Refuse a model without head that is no decoder, or has no cache that the memory's history can live in.
+
+    Raises:
+        ValueError: says what it is.
+    """
+    _refuse_first(type(model).__name__, _faults_of_decoder(model, config))
+
+
+def _refuse_first(name: str, faults: Iterator[str]) -> None:
+    fault = next(faults, None)
+    if fault is not None:
+        raise EngramError(f"{name} {fault}.")
+
+
+def _faults_of_stored(name: str, options: Mapping[str, Any]) -> Iterator[str]:
+    files = set(os.listdir(name)) if os.path.isdir(name) else {"config.json"}
+    if "model_index.json" in files:
+        yield _DIFFUSION
+    if "config.json" not in files:
+        if "adapter_config.json" in files:
+            yield _ADAPTER
+        return  # transformers says what is missing
+    fields, _ = PreTrainedConfig.get_config_dict(name, **{key: options[key] for key in _LOCATION if key in options})
+    yield from _faults_of_kind(fields.get("model_type"), fields)
+
+
+def _faults_of_kind(model_type: str | None, fields: Mapping[str, Any]) -> Iterator[str]:
+    kind = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+    if fields.get("is_encoder_decoder", getattr(kind, "is_encoder_decoder", False)):
+        yield _ENCODER_DECODER
+    if any(part in name for name in fields.get("architectures") or () for part in _CLASSIFIERS):
+        yield _CLASSIFIER
+    generating = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
+    if kind is not None and model_type not in generating and "auto_map" not in fields:
+        yield f"is of the kind {model_type!r}, of which transformers has no causal language model; give one that generates text"
+
+
+def _faults_of_others(backbone: object) -> Iterator[str]:
+    if hasattr(backbone, "peft_config"):
+        yield _ADAPTER
+    if type(backbone).__module__.partition(".")[0] == "diffusers":
+        yield _DIFFUSION
+    yield "is no model of transformers; give a causal language model, or the folder or name of one"
+
+
+def _faults_of_model(model: PreTrainedModel) -> Iterator[str]:
+    name, config = type(model).__name__, model.config
+    if getattr(model, "_hf_peft_config_loaded", False):
+        yield _ADAPTER
+    if config.is_encoder_decoder or type(config).is_encoder_decoder is True:
+        yield _ENCODER_DECODER
+    if "Diffusion" in name:
+        yield _DIFFUSION
+    if any(part in title for title in (name, *(config.architectures or ())) for part in _CLASSIFIERS):
+        yield _CLASSIFIER
+    if model.main_input_name != "input_ids" or hasattr(config, "audio_channels"):
+        yield "reads no token ids of a text but sound or other signals; memory is looked up by token id, so give a language model"
+    if getattr(config, "is_decoder", True) is False:
+        yield f"{_ENCODER} (this one can be told to be one: is_decoder=True in its config)"
+    if not model.can_generate():
+        yield "generates no text: it is an encoder, or a decoder without its language-model head; give a causal language model"
+
+
+def _faults_of_decoder(model: PreTrainedModel, config: EngramConfig) -> Iterator[str]:
+    signature = inspect.signature(model.forward)
+    names = [name for name in CACHE_NAMES if name in signature.parameters]
+    if getattr(config.text_config, "is_decoder", True) is False:
+        yield _ENCODER
+    if not names or not _counts_positions(config):
+        yield (
+            "keeps no transformers Cache that counts positions, where the memory's history lives; use a backbone with attention "
+            "layers and such a cache"
+        )
+    own = _subclasses(signature.parameters[names[0]].annotation, Cache) - {Cache, DynamicCache}
+    if own and not any(issubclass(DynamicCache, kind) for kind in own):
+        yield f"takes a {own.pop().__name__} of its own and no other cache, and the memory's history has no place there"
+    outputs = _subclasses(signature.return_annotation, ModelOutput)
+    if outputs and not any(set(CACHE_NAMES) & set(kind.__dataclass_fields__) for kind in outputs):
+        yield "keeps what it has read in itself, not in the cache, so that beams and crops would part it from the memory's history"
+
+
+def _subclasses(annotation: object, base: type) -> set[type]:
+    """The subclasses of `base` among the types of an annotation such as `A | B | None`."""
+    kinds = typing.get_args(annotation) or (annotation,)
+    return {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, base)}
+
+
+def _counts_positions(config: EngramConfig) -> bool:
+    """Whether the backbone's cache knows how many positions it holds; that of recurrent layers alone does not."""
+    try:
+        return DynamicCache(config=config.text_config).get_seq_length() == 0
+    except ValueError:
+        return False
