@@ -76,7 +76,7 @@ def _faults_of_stored(name: str, options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _faults_of_kind(model_type: str | None, fields: Mapping[str, Any]) -> Iterator[str]:
-    kind = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+    kind = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401 (its `get` finds nothing)
     if fields.get("is_encoder_decoder", getattr(kind, "is_encoder_decoder", False)):
         yield _ENCODER_DECODER
     if any(part in name for name in fields.get("architectures") or () for part in _CLASSIFIERS):
