@@ -12,6 +12,7 @@ from transformers.models.auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.utils import ModelOutput
 
@@ -106,7 +107,7 @@ def _faults_of_model(model: PreTrainedModel) -> Iterator[str]:
         yield _CLASSIFIER
     if model.main_input_name != "input_ids" or hasattr(config, "audio_channels"):
         yield "reads no token ids of a text but sound or other signals; memory is looked up by token id, so give a language model"
-    if getattr(config, "is_decoder", True) is False:
+    if _is_encoder(config):
         yield f"{_ENCODER} (this one can be told to be one: is_decoder=True in its config)"
     if not model.can_generate():
         yield "generates no text: it is an encoder, or a decoder without its language-model head; give a causal language model"
@@ -115,7 +116,7 @@ def _faults_of_model(model: PreTrainedModel) -> Iterator[str]:
 def _faults_of_decoder(model: PreTrainedModel, config: EngramConfig) -> Iterator[str]:
     signature = inspect.signature(model.forward)
     names = [name for name in CACHE_NAMES if name in signature.parameters]
-    if getattr(config.text_config, "is_decoder", True) is False:
+    if _is_encoder(config.text_config):
         yield _ENCODER
     if not names or not _counts_positions(config):
         yield (
@@ -125,9 +126,21 @@ def _faults_of_decoder(model: PreTrainedModel, config: EngramConfig) -> Iterator
     own = _subclasses(signature.parameters[names[0]].annotation, Cache) - {Cache, DynamicCache}
     if own and not any(issubclass(DynamicCache, kind) for kind in own):
         yield f"takes a {own.pop().__name__} of its own and no other cache, and the memory's history has no place there"
-    outputs = _subclasses(signature.return_annotation, ModelOutput)
+    if getattr(config.text_config, "prompt_length", 0):
+        yield "puts tokens of its own in front of a text, which have no ids, so that rows and positions would not agree"
+    # BERT and its like say nothing reliable of what they return.
+    outputs = (
+        _subclasses(signature.return_annotation, ModelOutput)
+        if not hasattr(config.text_config, "is_decoder")
+        else None
+    )
     if outputs and not any(set(CACHE_NAMES) & set(kind.__dataclass_fields__) for kind in outputs):
-        yield "keeps what it has read in itself, not in the cache, so that beams and crops would part it from the memory's history"
+        yield "does not return the cache that it takes: what it has read is somewhere else, where the memory's history cannot follow"
+
+
+def _is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a config that could be a decoder's is not; GPT-NeoX has the field too, and always is one."""
+    return getattr(config, "is_decoder", True) is False and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def _subclasses(annotation: object, base: type) -> set[type]:

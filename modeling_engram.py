@@ -678,6 +678,9 @@ class DecoderWithMemory(RuntimeSubclass):
         parameters = tuple(inspect.signature(base.forward).parameters)[1:]
         return {**super()._members(base), "forward": _forward_with_memory(base.forward, parameters)}
 
+    def _init_weights(self, module: nn.Module) -> None:
+        self.engram_models[0]._init_weights(module)
+
     def _run_with_memory(self, run_decoder: Callable, inputs: dict[str, Any]):
         (model,) = self.engram_models
         return model._run_with_memory(lambda _, **arguments: run_decoder(self, **arguments), inputs)

@@ -249,14 +249,70 @@ OWN: dict[str, dict[str, Any]] = {
         "n_heads": 4,
         "n_layers": 4,
         "max_seq_len": 256,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": None},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
         **IDS,
     },
+    "dots3_note_text": {
+        **_HEADS,
+        **_LATENT,
+        **_EXPERTS,
+        "shared_experts_intermediate_size": 32,
+        "head_dim": 24,
+        "index_topk": 65,
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+        "sliding_window": 32,
+        "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+        **{f"swa_{name}": size for name, size in _LATENT.items()},
+        "swa_num_attention_heads": 4,
+        "swa_head_dim": 24,
+    },
+    "zaya": {
+        **_HEADS,
+        "head_dim": 16,
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
+        "router_hidden_size": 16,
+    },
+    "zamba": {
+        **_HEADS,
+        "num_key_value_heads": 4,
+        "attention_hidden_size": 128,
+        "mamba_dt_rank": 8,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "use_mamba_kernels": False,
+    },
+    "zamba2": {
+        **_HEADS,
+        "num_key_value_heads": 4,
+        "mamba_d_state": 16,
+        "adapter_rank": 8,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "use_mamba_kernels": False,
+    },
+    "cohere_compass_text": {**_HEADS, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "mamba2": {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "num_heads": 8,
+        "n_groups": 1,
+        "state_size": 16,
+        **IDS,
+    },
+    "xlnet": {"d_model": 64, "n_layer": 4, "n_head": 4, "d_inner": 96, **IDS},
     "xmod": {**_BERT, "languages": ["en_XX"], "default_language": "en_XX"},
     "git": {
         **_HEADS,
-        "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 32},
+        "vision_config": {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "image_size": 32,
+        },
     },
 }
 OWN |= dict.fromkeys(
@@ -281,9 +337,22 @@ OWN |= dict.fromkeys(
 )
 # Kinds that are not built, and the reason.
 UNFIT = {
-    "blt": "is a byte model of four models in one config, which cannot be shrunk together",
-    "mllama": "reads images through cross-attention: a kind of EngramForConditionalGeneration",
+    "blt": "is a model of bytes made of four models, which cannot be shrunk together",
+    "emu3": "is listed with the config of text and images, and its class takes that of text alone, which is not listed",
+    "gemma4_assistant": "drafts for a Gemma 4 out of what that model computes, and does not run by itself",
+    "gemma4_unified_assistant": "drafts for a Gemma 4 out of what that model computes, and does not run by itself",
+    "mllama": "reads images through cross-attention: a backbone of EngramForConditionalGeneration, if any",
+    "musicgen": "reads and writes codes of sound, several at each position",
+    "musicgen_melody": "reads and writes codes of sound, several at each position",
+    "phi4_multimodal": "reads images and sound with parts of one config, which cannot be shrunk together",
+    "reformer": "keeps no transformers Cache, and hashes positions in chunks of its own",
 }
+
+
+def config_of(kind: str) -> PreTrainedConfig:
+    """The first guess at a small config of a kind."""
+    config_class, fields = next(_guesses(kind))
+    return config_class(**fields)
 
 
 def kinds() -> list[str]:

@@ -126,7 +126,7 @@ def faults(
         if allowed is not None and allowed < 1e-2 and (error := measure(model, ids)) > max(EXACT, 2 * allowed):
             yield f"{name} is off by {error:.0e}, and by {allowed:.0e} without memory"
     for beams in (1, 2):
-        if not bare[f"generation with {beams}"] and generation_differs(model, ids, beams):
+        if bare.get(f"generation with {beams}") is False and generation_differs(model, ids, beams):
             yield f"generation with {beams} beams differs with and without cache"
     gates = model.engram_gates(ids)
     if not all(gate.shape[:2] == ids.shape and (gate > 0).all() for gate in gates.values()):
@@ -170,8 +170,8 @@ def _faults_of_saving(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[str
             yield "the model without head gives other states"
 
 
-def check(kind: str) -> tuple[str, str]:
-    """What is true of a kind, and why."""
+def check(kind: str, quick: bool = False) -> tuple[str, str]:
+    """What is true of a kind, and why; `quick` leaves beams out."""
     ids = torch.randint(4, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
     try:
         host, before = build(kind, ids)
@@ -180,7 +180,10 @@ def check(kind: str) -> tuple[str, str]:
     bare = {
         "cached decoding": error_of(cached_error, host, ids),
         "left padding": error_of(padded_error, host, ids),
-        **{f"generation with {beams}": error_of(generation_differs, host, ids, beams) for beams in (1, 2)},
+        **{
+            f"generation with {beams}": error_of(generation_differs, host, ids, beams)
+            for beams in ((1,) if quick else (1, 2))
+        },
     }
     model = None
     try:
