@@ -538,7 +538,8 @@ class EngramModel(EngramPreTrainedModel):
 
     def _run_with_memory(self, run_backbone: Callable, inputs: dict[str, Any]):
         """The backbone's outputs for the keyword arguments `inputs`, with memory."""
-        inputs |= BESIDE.get() or {}
+        if self._asks_context:
+            inputs |= BESIDE.get() or {}
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise EngramError(
@@ -573,9 +574,14 @@ class EngramModel(EngramPreTrainedModel):
             history.commit()
         return outputs
 
+    @property
+    def _asks_context(self) -> bool:
+        """Whether to look beside the arguments: a compiler cannot trace that, and it is for backbones that hand nothing on."""
+        return self._hands_on is False or not torch.compiler.is_compiling()
+
     def _run_to_layers(self, run_backbone: Callable, inputs: dict[str, Any], memory: EngramInputs):
         """Run the backbone with `memory` as a keyword that it hands on; where that is not known to arrive, by context."""
-        if self._hands_on or (self._hands_on is None and torch.compiler.is_compiling()):
+        if self._hands_on or not self._asks_context:
             return run_backbone(self, **inputs, engram_inputs=memory)
         keyword = {} if self._hands_on is False else {"engram_inputs": memory}
         carrier = Carrier(memory)
@@ -688,18 +694,18 @@ class DecoderWithMemory(RuntimeSubclass):
 
 def _forward_of_head(forward: Callable) -> Callable:
     """The `forward` of a model with a head, which need not hand on what it does not know: that arrives beside it."""
-    names = {"engram_gate_values", "image_mask", "padding_mask", "seq_idx"} - set(
-        inspect.signature(forward).parameters
-    )
+    known = inspect.signature(forward).parameters
+    unknown = {"engram_gate_values", "image_mask", "padding_mask", "seq_idx"} - set(known)
+    new_name, old_name = sorted(CACHE_NAMES, key=lambda name: name not in known)
 
     @functools.wraps(forward)
     def forward_of_head(self: EngramForCausalLM, *args, **kwargs):
-        beside = (
-            {name: kwargs.pop(name) for name in names & kwargs.keys()} if not torch.compiler.is_compiling() else {}
-        )
-        if not beside:
+        if old_name in kwargs and new_name not in kwargs:
+            kwargs[new_name] = kwargs.pop(old_name)
+        names = unknown & kwargs.keys()
+        if not names or not self.base_model._asks_context:
             return forward(self, *args, **kwargs)
-        with within(BESIDE, beside):
+        with within(BESIDE, {name: kwargs.pop(name) for name in names}):
             return forward(self, *args, **kwargs)
 
     return forward_of_head

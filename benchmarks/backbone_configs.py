@@ -217,6 +217,7 @@ OWN: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 32,
         "layer_types": ["mamba", "attention"] * 2,
     },
+    "falcon_h1": {**_HEADS, **_MAMBA, "head_dim": 16, "mamba_d_ssm": 128, "mamba_chunk_size": 16},
     "jamba": {
         **_HEADS,
         "num_experts": 4,
@@ -401,6 +402,7 @@ def _shrunk(text: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     types = _layer_types(text)
     yield from (small | types, small | types | full_heads, without_widths | types, without_widths | types | full_heads)
     yield from (small, small | full_heads, without_widths, without_widths | full_heads, small | types | one_head)
+    yield small | types | {"head_dim": 16, "num_key_value_heads": 2}
     yield {name: size for name, size in small.items() if name != "num_hidden_layers"}
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/backbones.py                     # all kinds (minutes); prints a line for each, and counts
     python benchmarks/backbones.py gpt2 mixtral        # these
-    python benchmarks/backbones.py --write             # all, and note what came out for docs/backbones.md
-    python benchmarks/backbones.py --page              # write docs/backbones.md from what was noted
+    python benchmarks/backbones.py --write             # all, and write docs/backbones.md from what came out
+    python benchmarks/backbones.py --page              # write that page again, from what was noted before
 
 Asked of each kind: logits are exactly the bare model's at first; a memory with weights changes them; cached decoding, left
 padding and generation (greedy, and with beams) agree with the plain forward, where they do for the bare model; its gates
@@ -308,8 +308,10 @@ def main() -> int:
     counts = collections.Counter(state for state, _ in results.values())
     print(f"transformers {transformers.__version__}: {dict(counts)} in {time.monotonic() - started:.0f} s")
     if arguments.write:
-        noted[transformers.__version__] = {**noted.get(transformers.__version__, {}), **results}
+        known = noted.get(transformers.__version__, {}) if arguments.kinds else {}
+        noted[transformers.__version__] = {**known, **results}
         NOTED.write_text(json.dumps(noted, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        PAGE.write_text(page(noted), encoding="utf-8")
     return 1 if counts["broken"] or counts["refused-late"] else 0
 
 
