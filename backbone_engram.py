@@ -1,20 +1,21 @@
 """What can carry memory: every other kind of model is refused in one sentence that says what it is."""
 
+import dataclasses
 import inspect
 import os
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
-from transformers.utils import ModelOutput
 
 from .configuration_engram import EngramConfig
 from .modeling_engram import CACHE_NAMES
@@ -25,6 +26,15 @@ _CLASSIFIER = "is a classifier or reward model: it scores a text and predicts no
 _DIFFUSION = "is a diffusion model: it does not read a text token after token; give a causal language model"
 _ENCODER = "is an encoder: each token sees those that come after it; give a causal language model"
 _ENCODER_DECODER = "is an encoder-decoder, or the decoder of one; give a decoder-only causal language model"
+_HEADLESS = (
+    "generates no text: it is an encoder, or a decoder without its language-model head; give a causal language model"
+)
+_NO_CACHE = (
+    "keeps no transformers Cache that counts positions, where the memory's history lives; use a backbone with attention layers "
+    "and such a cache"
+)
+_NO_TOKENS = "reads no token ids of a text but sound or other signals, and memory is looked up by token id; give a language model"
+_UNRETURNED = "does not return the cache that it takes: what it has read is somewhere else, where the memory's history cannot follow"
 # What the names of classes with heads that predict no token contain.
 _CLASSIFIERS = ("Classification", "Reward", "QuestionAnswering", "MultipleChoice")
 # Arguments of `from_pretrained` that say where a config is.
@@ -55,7 +65,7 @@ def require_decoder(model: PreTrainedModel, config: EngramConfig) -> None:
     Raises:
         ValueError: says what it is.
     """
-    _refuse_first(type(model).__name__, _faults_of_decoder(model, config))
+    _refuse_first(type(model).__name__, _faults_of_decoder(model, config.text_config))
 
 
 def _refuse_first(name: str, faults: Iterator[str]) -> None:
@@ -73,17 +83,14 @@ def _faults_of_stored(name: str, options: Mapping[str, Any]) -> Iterator[str]:
             yield _ADAPTER
         return  # transformers says what is missing
     fields, _ = PreTrainedConfig.get_config_dict(name, **{key: options[key] for key in _LOCATION if key in options})
-    yield from _faults_of_kind(fields.get("model_type"), fields)
-
-
-def _faults_of_kind(model_type: str | None, fields: Mapping[str, Any]) -> Iterator[str]:
+    model_type = fields.get("model_type")
     kind = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401 (its `get` finds nothing)
     if fields.get("is_encoder_decoder", getattr(kind, "is_encoder_decoder", False)):
         yield _ENCODER_DECODER
-    if any(part in name for name in fields.get("architectures") or () for part in _CLASSIFIERS):
+    if _names_classifier(fields.get("architectures")):
         yield _CLASSIFIER
-    generating = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
-    if kind is not None and model_type not in generating and "auto_map" not in fields:
+    generates = kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if kind is not None and not generates and "auto_map" not in fields:
         yield f"is of the kind {model_type!r}, of which transformers has no causal language model; give one that generates text"
 
 
@@ -103,55 +110,52 @@ def _faults_of_model(model: PreTrainedModel) -> Iterator[str]:
         yield _ENCODER_DECODER
     if "Diffusion" in name:
         yield _DIFFUSION
-    if any(part in title for title in (name, *(config.architectures or ())) for part in _CLASSIFIERS):
+    if _names_classifier((name, *(config.architectures or ()))):
         yield _CLASSIFIER
     if model.main_input_name != "input_ids" or hasattr(config, "audio_channels"):
-        yield "reads no token ids of a text but sound or other signals; memory is looked up by token id, so give a language model"
+        yield _NO_TOKENS
     if _is_encoder(config):
-        yield f"{_ENCODER} (this one can be told to be one: is_decoder=True in its config)"
+        yield f"{_ENCODER} (this kind is one if its config says is_decoder=True)"
     if not model.can_generate():
-        yield "generates no text: it is an encoder, or a decoder without its language-model head; give a causal language model"
+        yield _HEADLESS
 
 
-def _faults_of_decoder(model: PreTrainedModel, config: EngramConfig) -> Iterator[str]:
+def _faults_of_decoder(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[str]:
     signature = inspect.signature(model.forward)
-    names = [name for name in CACHE_NAMES if name in signature.parameters]
-    if _is_encoder(config.text_config):
+    name = next((name for name in CACHE_NAMES if name in signature.parameters), None)
+    if _is_encoder(config):
         yield _ENCODER
-    if not names or not _counts_positions(config):
-        yield (
-            "keeps no transformers Cache that counts positions, where the memory's history lives; use a backbone with attention "
-            "layers and such a cache"
-        )
-    own = _subclasses(signature.parameters[names[0]].annotation, Cache) - {Cache, DynamicCache}
-    if own and not any(issubclass(DynamicCache, kind) for kind in own):
-        yield f"takes a {own.pop().__name__} of its own and no other cache, and the memory's history has no place there"
-    if getattr(config.text_config, "prompt_length", 0):
+    if name is None or not _counts_positions(config):
+        yield _NO_CACHE
+    taken = [kind for kind in _types_in(signature.parameters[name].annotation) if issubclass(kind, Cache)]
+    if taken and not any(issubclass(DynamicCache, kind) for kind in taken):
+        yield f"takes a {taken[0].__name__} of its own and no other cache, and the memory's history has no place there"
+    if getattr(config, "prompt_length", 0):
         yield "puts tokens of its own in front of a text, which have no ids, so that rows and positions would not agree"
-    # BERT and its like say nothing reliable of what they return.
-    outputs = (
-        _subclasses(signature.return_annotation, ModelOutput)
-        if not hasattr(config.text_config, "is_decoder")
-        else None
-    )
-    if outputs and not any(set(CACHE_NAMES) & set(kind.__dataclass_fields__) for kind in outputs):
-        yield "does not return the cache that it takes: what it has read is somewhere else, where the memory's history cannot follow"
+    outputs = [kind for kind in _types_in(signature.return_annotation) if dataclasses.is_dataclass(kind)]
+    names = {field.name for kind in outputs for field in dataclasses.fields(kind)}
+    # BERT and its like do not say all that they return.
+    if outputs and not names & set(CACHE_NAMES) and not hasattr(config, "is_decoder"):
+        yield _UNRETURNED
+
+
+def _names_classifier(classes: typing.Iterable[str] | None) -> bool:
+    return any(part in name for name in classes or () for part in _CLASSIFIERS)
 
 
 def _is_encoder(config: PreTrainedConfig) -> bool:
     """Whether a config that could be a decoder's is not; GPT-NeoX has the field too, and always is one."""
-    return getattr(config, "is_decoder", True) is False and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return getattr(config, "is_decoder", True) is False and type(config) in MODEL_FOR_MASKED_LM_MAPPING
 
 
-def _subclasses(annotation: object, base: type) -> set[type]:
-    """The subclasses of `base` among the types of an annotation such as `A | B | None`."""
-    kinds = typing.get_args(annotation) or (annotation,)
-    return {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, base)}
+def _types_in(annotation: object) -> list[type]:
+    """The types of an annotation such as `A | B | None`."""
+    return [kind for kind in typing.get_args(annotation) or (annotation,) if isinstance(kind, type)]
 
 
-def _counts_positions(config: EngramConfig) -> bool:
+def _counts_positions(config: PreTrainedConfig) -> bool:
     """Whether the backbone's cache knows how many positions it holds; that of recurrent layers alone does not."""
     try:
-        return DynamicCache(config=config.text_config).get_seq_length() == 0
+        return DynamicCache(config=config).get_seq_length() == 0
     except ValueError:
         return False

@@ -293,7 +293,29 @@ OWN: dict[str, dict[str, Any]] = {
         "layers_block_type": ["mamba", "hybrid"] * 2,
         "use_mamba_kernels": False,
     },
-    "cohere_compass_text": {**_HEADS, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "cohere_compass_text": {
+        **_HEADS,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "kimi_linear": {
+        **_HEADS,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "head_dim": 16,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_token": 2,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+    },
     "mamba2": {
         "hidden_size": 64,
         "num_hidden_layers": 4,
