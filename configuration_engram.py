@@ -469,6 +469,9 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """As in transformers, without the folder that the backbone came from: what is saved goes elsewhere."""
         fields = super().to_diff_dict()
+        # Parts of the backbone's config as it saves them itself: they need not take all that is written of a whole one.
+        alone = self.text_config.to_diff_dict()
+        fields["text_config"] |= {name: alone[name] for name in self.text_config.sub_configs if name in alone}
         name = fields["text_config"].get("_name_or_path", "")
         if os.path.isabs(name) or os.path.exists(name):
             del fields["text_config"]["_name_or_path"]
