@@ -116,7 +116,7 @@ def test_threads_read_their_own_rows(bloom):
 def test_checkpointed_layers_read_their_rows_again(bloom, reentrant):
     model = copy.deepcopy(bloom)
     plain = backbones.table_gradients(model, IDS)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    backbones.checkpoint_layers(model, reentrant)
     # Another text runs before backward does: what is replayed is this one's.
     torch.manual_seed(0)
     model.train().zero_grad()
