@@ -135,13 +135,10 @@ def test_a_layer_that_is_replayed_from_outside_is_refused_not_run_without_memory
 
 @torch.no_grad()
 def test_a_compiled_model_reads_its_rows():
-    """Both with a graph that breaks at each layer, and once it is known that it has to."""
+    """With a graph that breaks at each layer, once a forward has told that it has to."""
     sizes = {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 120}
     config = EngramConfig.for_backbone(transformers.BloomConfig(**sizes), **{**MEMORY, "layer_ids": [0]})
     model = EngramForCausalLM(config).eval()
-    with pytest.raises(ValueError, match="ran outside of its model's forward"):
-        torch.compile(model, backend="eager")(IDS, use_cache=False)
-    torch.compiler.reset()
     expected = logits(model)
     assert torch.equal(torch.compile(model, backend="eager")(IDS, use_cache=False).logits, expected)
 
