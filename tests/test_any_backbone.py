@@ -373,7 +373,6 @@ def test_the_constructor_refuses_too():
 
 def test_layers_that_hold_two_are_counted_once():
     config = CONFIG_MAPPING["longcat_flash"](**backbone_configs.OWN["longcat_flash"])
-    assert config.num_hidden_layers == 8
     with pytest.raises(
         ValueError, match=r"engram_layer_ids \[4\] must lie in 0\.\.3, the 4 decoder layers of LongcatFlashModel"
     ):
