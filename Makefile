@@ -8,7 +8,7 @@ PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 OLDEST := 5.17.0
 TESTS ?= not slow
 
-.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests trials faults fuzz kills soak style check build clean
+.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests backbones trials faults fuzz kills soak style check build clean
 
 quickstart: $(VENV)/.installed  ## train a small model with memory and its twin without, compare, save, reload
 	$(BIN)/python examples/quickstart.py
@@ -23,6 +23,11 @@ test-matrix:  ## all tests, slow ones too, with every tested version of transfor
 
 test-upstream: $(VENV)/.installed-upstream  ## transformers' own common tests, with memory beside the bare backbone
 	$(BIN)/python tests/upstream
+
+backbones: $(VENV)/.installed  ## memory on every causal language model of the newest and the oldest transformers; writes docs/backbones.md (half an hour)
+	$(MAKE) $(VENV)-$(OLDEST)/.installed VENV=$(VENV)-$(OLDEST) CONSTRAINTS=constraints/transformers-$(OLDEST).txt
+	failed=0; for python in $(BIN) $(VENV)-$(OLDEST)/bin; do \
+		$(ONE_THREAD) HF_HUB_OFFLINE=1 $$python/python benchmarks/backbones.py --write || failed=1; done; exit $$failed
 
 run-tests: $(VENV)/.installed
 	$(PYTEST) -m "$(TESTS)" $(PYTEST_ARGS)

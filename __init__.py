@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from . import auto_deepseek_v41 as auto_deepseek_v41
 from .adding_engram import add_memory, find_buckets
+from .backbone_engram import require_backbone, require_decoder
 from .card_engram import write_model_card
 from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
@@ -39,5 +40,7 @@ rows_peft.register()
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
 EngramConfig.find_buckets = staticmethod(find_buckets)
 EngramForCausalLM.add_memory = staticmethod(add_memory)
+EngramPreTrainedModel.require_backbone = staticmethod(require_backbone)
+EngramPreTrainedModel.require_decoder = staticmethod(require_decoder)
 register_compression(EngramTokenizer.from_tokenizer)
 set_refusal_class(EngramError)

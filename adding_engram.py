@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+from .backbone_engram import require_backbone
 from .configuration_engram import EngramConfig
 from .hashing_engram import is_prime
 from .layer_engram import require_extensible
@@ -90,12 +91,14 @@ def add_memory(
 ) -> EngramForCausalLM:
     """See [`EngramForCausalLM.from_backbone`]."""
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
+    require_backbone(backbone, kwargs)
     if isinstance(backbone, PreTrainedModel):
         if kwargs:
             raise EngramError(f"{sorted(kwargs)} only apply when the backbone is loaded by name.")
         host = backbone
     else:
         host = model_class.host_class.from_pretrained(backbone, **kwargs)
+        require_backbone(host)
     require_extensible(host)
     if any(parameter.is_meta for parameter in host.parameters()):
         raise EngramError(

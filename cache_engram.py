@@ -35,7 +35,7 @@ class EngramHistory:
     Attributes:
         ids, documents: int64 `[B, R]`, compressed ids and document numbers of the last text; None before the first call.
         counts: int64 `[B, 1]`, tokens of text so far.
-        conv_inputs: by Engram layer, `[B, R + spare, G, D]`.
+        conv_inputs: by Engram layer and pass, `[B, R + spare, G, D]`.
         is_numbered: whether the documents are numbered by the caller, not told from positions.
     """
 
@@ -52,14 +52,14 @@ class EngramHistory:
         self.documents: torch.Tensor | None = None
         self.counts: torch.Tensor | None = None
         self.is_numbered = False
-        self.conv_inputs: dict[int, torch.Tensor] = {}
+        self.conv_inputs: dict[tuple[int, int], torch.Tensor] = {}
         self._log: tuple[torch.Tensor, torch.Tensor] | None = None  # ids and documents [B, past], for `crop`
         self.discard()
 
     def discard(self) -> None:
         """Forget what was staged and not committed."""
         self._staged: tuple | None = None
-        self._staged_conv: dict[int, torch.Tensor] = {}
+        self._staged_conv: dict[tuple[int, int], torch.Tensor] = {}
 
     def require_batch(self, batch: int) -> None:
         """Refuse a call that brings another number of sequences than the cache holds.
@@ -88,13 +88,17 @@ class EngramHistory:
         self._staged = (ids, documents, compaction, self.is_numbered or is_numbered)
 
     def stage_conv(self, layer: int, inputs: torch.Tensor, compaction: Compaction) -> torch.Tensor:
-        """Note convolution inputs `[B, S, G, D]` of an Engram layer; returns the `[B, R, G, D]` before them."""
-        kept = self.conv_inputs.get(layer)
+        """Note convolution inputs `[B, S, G, D]` of an Engram layer; returns the `[B, R, G, D]` before them.
+
+        A layer that runs more than once in a forward has inputs of its own for every pass.
+        """
+        key = (layer, sum(layer == staged for staged, _ in self._staged_conv))
+        kept = self.conv_inputs.get(key)
         if kept is None:
             kept = inputs.new_zeros((inputs.shape[0], self.reach, *inputs.shape[2:]))
         kept = kept.to(inputs.device)
         joined = compaction.join(kept, inputs)
-        self._staged_conv[layer] = joined if self.record_past else self._trimmed(joined)
+        self._staged_conv[key] = joined if self.record_past else self._trimmed(joined)
         return _last(kept, self.reach)
 
     def _trimmed(self, states: torch.Tensor) -> torch.Tensor:

@@ -431,8 +431,14 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
 
     @property
     def engram_streams(self) -> int:
-        """Residual streams of the backbone: 1, or the hyper-connections' `hc_mult`."""
-        return getattr(self.text_config, "hc_mult", None) or 1
+        """Residual streams of the backbone: 1, or as many as its hyper-connections or alternating updates have."""
+        counts = (getattr(self.text_config, name, None) for name in ("hc_mult", "hc_count", "altup_num_inputs"))
+        return next(filter(None, counts), 1)
+
+    @property
+    def engram_streams_first(self) -> bool:
+        """Whether the backbone keeps its streams in front of the batch, `[G, B, S, D]`."""
+        return getattr(self.text_config, "altup_num_inputs", None) is not None
 
     @classmethod
     def for_backbone(
@@ -522,7 +528,12 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """As in transformers, without the folder that the backbone came from: what is saved goes elsewhere."""
         fields = super().to_diff_dict()
-        backbone = fields["backbone_config" if self.is_composite else "text_config"]
+        backbone, alone = (
+            fields["backbone_config" if self.is_composite else "text_config"],
+            self.backbone.to_diff_dict(),
+        )
+        # Parts of the backbone's config as it saves them itself: they need not take all that is written of a whole one.
+        backbone |= {name: alone[name] for name in self.backbone.sub_configs if name in alone}
         for config in (backbone, *(backbone[part] or {} for part in self.backbone.sub_configs if part in backbone)):
             name = config.get("_name_or_path", "")
             if os.path.isabs(name) or os.path.exists(name):

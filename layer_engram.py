@@ -4,14 +4,18 @@ Shape letters: B batch, S positions, G residual streams (1 without hyper-connect
 T hash heads of all n-gram orders, W channels of a table row, K taps of the convolution.
 """
 
+import contextlib
+import inspect
 import math
 import types
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import GradientCheckpointingLayer, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .cache_engram import EngramHistory, RuntimeSubclass
@@ -38,6 +42,30 @@ class EngramInputs(NamedTuple):
     fetched: tuple[RowReader, ...] | None = None  # rows of every layer that are being read already
     gates: dict[int, torch.Tensor] | None = None  # filled with each memory's gates [B, S, G]; None if nobody asks
     edit: Callable | None = None  # of (memory, rows, inputs): the rows to use instead, or None for no memory here
+
+
+class Carrier:
+    """Brings the inputs of one forward to layers whose backbone hands no keyword on, and notes if any needed that."""
+
+    def __init__(self, inputs: EngramInputs):
+        self.inputs, self.was_needed = inputs, False
+
+
+# Of the innermost forward that runs in this thread.
+CARRIER: ContextVar[Carrier | None] = ContextVar("what layers with memory read", default=None)
+BESIDE: ContextVar[dict[str, Any] | None] = ContextVar(
+    "arguments for the base model that its head does not know", default=None
+)
+
+
+@contextlib.contextmanager
+def within(variable: ContextVar, value: object) -> Iterator[None]:
+    """Have `variable` be `value` for the statements inside."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 class EngramRMSNorm(nn.Module):
@@ -144,6 +172,7 @@ class EngramMemory(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.index = index
         self.streams, self.hidden_size = config.engram_streams, config.text_config.hidden_size
+        self.streams_first = config.engram_streams_first
         self.table = EngramTable(
             config.engram_num_embeddings[index], config.engram_head_dim, config.engram_table_dtype, **factory
         )
@@ -160,17 +189,24 @@ class EngramMemory(nn.Module):
             self.conv_norm = EngramRMSNorm(self.streams, self.hidden_size, config.engram_conv_norm_eps, **factory)
 
     def forward(self, hidden_states: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
-        """The streams with memory added, in the shape and dtype of `hidden_states` (`[B, S, D]` or `[B, S, G, D]`)."""
+        """The streams with memory added, in the shape and dtype of `hidden_states`.
+
+        That is `[B, S, D]`, `[B, S, G, D]`, `[B, S, G * D]` or, where the config says so, `[G, B, S, D]`.
+        """
         if inputs.readers is not None:
             inputs.readers.add(self.index)
         ahead = {} if inputs.fetched is None else {"source": inputs.fetched[self.index]}
         rows = self.table(inputs.row_ids[self.index], dtype=hidden_states.dtype, **ahead)
         rows = rows if inputs.edit is None else inputs.edit(self, rows, inputs)
-        return hidden_states if rows is None else self.fuse(hidden_states, rows, inputs)
+        if rows is None:
+            return hidden_states
+        if self.streams_first:
+            return self.fuse(hidden_states.movedim(0, 2), rows, inputs).movedim(2, 0)
+        return self.fuse(hidden_states, rows, inputs)
 
     def fuse(self, hidden_states: torch.Tensor, rows: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
         """As `forward`, with the gathered rows `[B, S, T * W]` given."""
-        streams = hidden_states if hidden_states.dim() == 4 else hidden_states.unsqueeze(-2)
+        streams = hidden_states.reshape(*hidden_states.shape[:2], self.streams, self.hidden_size)
         # Offloaded weights would be transferred once per block.
         is_offloaded = getattr(getattr(self.kv_proj, "_hf_hook", None), "offload", False)
         dot, value = self._compare(streams, rows) if is_offloaded else _in_blocks(self._compare, streams, rows)
@@ -183,7 +219,7 @@ class EngramMemory(nn.Module):
             update = _update(gate, value)
             update = update + F.silu(self._convolve(self.conv_norm(update), inputs))
             streams = streams + update.to(streams.dtype)
-        return streams.view_as(hidden_states)
+        return streams.reshape(hidden_states.shape)
 
     @torch.no_grad()
     def zero_value_projection(self) -> None:
@@ -244,17 +280,35 @@ def _in_blocks(compute: Callable[..., tuple[torch.Tensor, ...]], *states: torch.
 class LayerWithMemory(RuntimeSubclass):
     """Runs a decoder layer's submodule `engram` in front of the layer's own forward."""
 
-    def forward(self, hidden_states, *args, engram_inputs: EngramInputs | None = None, **kwargs):
-        """The layer's own arguments, plus `engram_inputs`; without those the layer runs without memory."""
-        if engram_inputs is not None:
-            _require_same_cache(kwargs, engram_inputs)
-            hidden_states = self.engram(hidden_states, engram_inputs)
-        return super().forward(hidden_states, *args, **kwargs)
+    _states_name = "hidden_states"  # the layer's first argument
+
+    @classmethod
+    def _members(cls, base: type) -> dict[str, Any]:
+        return {**super()._members(base), "_states_name": list(inspect.signature(base.forward).parameters)[1]}
+
+    def __call__(self, *args, **kwargs):
+        """As of any module; the memory's inputs become an argument here, so that a replay in backward has them too."""
+        if kwargs.get("engram_inputs") is None:
+            carrier = CARRIER.get()
+            if carrier is None:
+                raise EngramError(
+                    f"A {type(self).__name__} ran outside of its model's forward, where nothing tells which rows its memory reads; "
+                    "call the model, and of one that is to be compiled or checkpointed from outside, once before that."
+                )
+            carrier.was_needed = True
+            kwargs["engram_inputs"] = carrier.inputs
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args, engram_inputs: EngramInputs, **kwargs):
+        """The layer's own arguments, plus `engram_inputs`."""
+        _require_same_cache((*args, *kwargs.values()), engram_inputs)
+        states, args = (args[0], args[1:]) if args else (kwargs.pop(self._states_name), args)
+        return super().forward(self.engram(states, engram_inputs), *args, **kwargs)
 
 
-def _require_same_cache(kwargs: dict, inputs: EngramInputs) -> None:
+def _require_same_cache(arguments: tuple, inputs: EngramInputs) -> None:
     """Refuse to run where the layer puts its keys into another cache than the one that holds the memory's history."""
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    cache = next((argument for argument in arguments if isinstance(argument, Cache)), None)
     if inputs.cache is not None and cache is not None and cache is not inputs.cache:
         raise EngramError(
             f"The backbone uses a {type(cache).__name__} of its own, not the cache that holds the memory's history; pass it a "
@@ -300,3 +354,50 @@ def extend(module: nn.Module, front: type[RuntimeSubclass]) -> None:
     # A hook of accelerate (`device_map`) keeps the forward it wraps on the instance, which would go past the memory.
     if "_old_forward" in vars(module):
         module._old_forward = types.MethodType(type(module).forward, module)
+
+
+def decoder_layers(model: PreTrainedModel, expected: int) -> tuple[str, nn.ModuleList]:
+    """The name, and the list, of the decoder layers that a text model walks.
+
+    Args:
+        expected: how many the config names; there may be more (for drafts), or fewer that hold several sublayers.
+
+    Raises:
+        ValueError: there is none, or several could be meant.
+    """
+    lists = _outermost_lists(model)
+    whole = {
+        name: found
+        for name, found in lists.items()
+        if all(isinstance(layer, GradientCheckpointingLayer) for layer in found)
+    }
+    candidates = whole or {name: found for name, found in lists.items() if len(found) >= expected}
+    if len(candidates) > 1:
+        candidates = {name: found for name, found in candidates.items() if len(found) >= expected}
+    if len(candidates) > 1:  # a list of the model's own goes before those of its parts
+        candidates = {name: found for name, found in candidates.items() if "." not in name}
+    if len(candidates) != 1:
+        found = f"several lists of modules ({', '.join(sorted(lists))})" if lists else "none"
+        raise EngramError(
+            f"{type(model).__name__} has to have one list of its {expected} decoder layers, which are what gets a memory, and has "
+            f"{found}; use a decoder that keeps its layers in one ModuleList."
+        )
+    return next(iter(candidates.items()))
+
+
+def _outermost_lists(module: nn.Module, prefix: str = "") -> dict[str, nn.ModuleList]:
+    """Lists of modules that are not inside of other such lists, by name; empty ones left out."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            found |= {prefix + name: child} if len(child) else {}
+        else:
+            found |= _outermost_lists(child, f"{prefix}{name}.")
+    return found
+
+
+def name_base_model(host: PreTrainedModel) -> None:
+    """Have `base_model` of a model with a head be its decoder, where the class names an attribute that it does not have."""
+    inner = [name for name, child in host.named_children() if isinstance(child, PreTrainedModel)]
+    if host.base_model is host and len(inner) == 1:
+        host.base_model_prefix = inner[0]

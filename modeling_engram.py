@@ -24,7 +24,6 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    DynamicCache,
     GenerationMixin,
     PreTrainedModel,
 )
@@ -37,13 +36,19 @@ from .cache_engram import EngramHistory, RuntimeSubclass, attach_history, begin_
 from .configuration_engram import FORMAT_VERSION, EngramConfig, needs_package, remote_module
 from .hashing_engram import DEAD, Compaction, NgramHasher, as_token_map
 from .layer_engram import (
+    BESIDE,
+    CARRIER,
+    Carrier,
     EngramConv,
     EngramInputs,
     EngramMemory,
     EngramRMSNorm,
     add_memory_to_layer,
+    decoder_layers,
     extend,
+    name_base_model,
     require_extensible,
+    within,
 )
 from .loading_engram import (
     Checkpoint,
@@ -94,6 +99,10 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     # model that was loaded as remote code has the card that transformers writes.
     write_model_card: Callable[..., None] | None = None
     _takes_image_mask: bool = False
+    _runs_inside: bool = False
+    # The package sets these too: what refuses models that can carry no memory. A saved one has passed.
+    require_backbone: Callable[..., None] = staticmethod(lambda backbone, options=None: None)
+    require_decoder: Callable[..., None] = staticmethod(lambda model, config: None)
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
@@ -355,7 +364,13 @@ class EngramModel(EngramPreTrainedModel):
             # In the dtype that the caller builds this model in, as a backbone that is built by itself.
             backbone = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         require_extensible(backbone)
-        layers = _decoder_layers(backbone, config)
+        cls.require_decoder(backbone, config)
+        _, layers = decoder_layers(backbone, config.num_hidden_layers)
+        if max(config.engram_layer_ids) >= len(layers):
+            raise EngramError(
+                f"engram_layer_ids {config.engram_layer_ids} must lie in 0..{len(layers) - 1}, the {len(layers)} decoder "
+                f"layers of {type(backbone).__name__} (0-based)."
+            )
         for layer_id in config.engram_layer_ids:
             require_extensible(layers[layer_id])  # all of them before the first one is changed
         extend(backbone, cls if cls._extends is None else cls._extends[0])
@@ -374,13 +389,19 @@ class EngramModel(EngramPreTrainedModel):
         self.hashing = NgramHasher.from_config(config)
         # Use the embedding's dtype; layers may be partly float32 or quantized.
         dtype = self.get_input_embeddings().weight.dtype
+        path, layers = decoder_layers(self, config.num_hidden_layers)
         for index, layer_id in enumerate(config.engram_layer_ids):
-            add_memory_to_layer(self.layers[layer_id], config, index, dtype)
-        self._no_split_modules = {
-            *(self._no_split_modules or ()),
-            *(type(self.layers[layer_id]).__name__ for layer_id in config.engram_layer_ids),
-        }
-        self._reaches_layers = False  # whether what forward hands to the backbone is known to arrive
+            add_memory_to_layer(layers[layer_id], config, index, dtype)
+        names = {type(layers[layer_id]).__name__ for layer_id in config.engram_layer_ids}
+        self._no_split_modules = {*(self._no_split_modules or ()), *names}
+        # Whether the backbone hands what it does not know on to its layers; None before the first forward.
+        self._hands_on: bool | None = None
+        # A head may call a decoder inside of its base model, past the base model's own forward.
+        inner = self.get_submodule(path.rpartition(".")[0])
+        self._runs_inside = inner is not self and isinstance(inner, PreTrainedModel)
+        if self._runs_inside:
+            extend(inner, DecoderWithMemory)
+            inner.engram_models = (self,)  # in a tuple, so that it is no submodule
         if engram_tables is not None:
             engram_tables.mount(self)
         self.prefetcher: Prefetcher | None = None
@@ -409,7 +430,8 @@ class EngramModel(EngramPreTrainedModel):
 
     def memories(self) -> dict[int, EngramMemory]:
         """The memory of every listed decoder layer, by layer."""
-        return {layer_id: self.layers[layer_id].engram for layer_id in self.config.engram_layer_ids}
+        found = {module.index: module for module in self.modules() if isinstance(module, EngramMemory)}
+        return {layer_id: found[index] for index, layer_id in enumerate(self.config.engram_layer_ids)}
 
     def settle_memory(self) -> None:
         """Check and fix what loading has filled in: the hash is exact, and quantized rows take no gradient."""
@@ -533,7 +555,7 @@ class EngramModel(EngramPreTrainedModel):
             past = nothing_before(ids, lookback_reach(self.config))
         row_ids, documents = self._hash(ids, documents, past, compaction)
         # Known to reach the layers, or compiled: what they note would be guarded, and compiled again whenever it changes.
-        readers = None if self._reaches_layers or torch.compiler.is_compiling() else set()
+        readers = None if self._hands_on is not None or torch.compiler.is_compiling() else set()
         return EngramInputs(row_ids, compaction, valid, documents, history, readers=readers)
 
     def _hash(
@@ -557,6 +579,8 @@ class EngramModel(EngramPreTrainedModel):
 
     def _run_with_memory(self, run_backbone: Callable, inputs: dict[str, Any]):
         """The backbone's outputs for the keyword arguments `inputs`, with memory."""
+        if self._asks_context:
+            inputs |= BESIDE.get() or {}
         call = self._read_call(inputs)
         cache = self._settle_cache(inputs)
         history = None if cache is None else attach_history(cache, self.config)
@@ -567,11 +591,28 @@ class EngramModel(EngramPreTrainedModel):
         )
         if self.prefetcher is not None:
             memory = memory._replace(fetched=self.prefetcher.start(memory.row_ids))
-        outputs = run_backbone(self, **inputs, engram_inputs=memory)
-        self._require_reached(memory)
+        outputs = self._run_to_layers(run_backbone, inputs, memory)
         self._require_history_kept(cache, outputs, inputs["use_cache"])
         if history is not None:
             history.commit()
+        return outputs
+
+    @property
+    def _asks_context(self) -> bool:
+        """Whether to look beside the arguments: a compiler cannot trace that, and it is for backbones that hand nothing on."""
+        return self._hands_on is False or not torch.compiler.is_compiling()
+
+    def _run_to_layers(self, run_backbone: Callable, inputs: dict[str, Any], memory: EngramInputs):
+        """Run the backbone with `memory` as a keyword that it hands on; where that is not known to arrive, by context."""
+        if self._hands_on or not self._asks_context:
+            return run_backbone(self, **inputs, engram_inputs=memory)
+        keyword = {} if self._hands_on is False else {"engram_inputs": memory}
+        carrier = Carrier(memory)
+        with within(CARRIER, carrier), within(BESIDE, None):
+            outputs = run_backbone(self, **inputs, **keyword)
+        self._require_reached(memory)
+        if memory.readers:
+            self._hands_on = not carrier.was_needed
         return outputs
 
     def _settle_cache(self, inputs: dict[str, Any]) -> Cache | None:
@@ -594,11 +635,10 @@ class EngramModel(EngramPreTrainedModel):
         return cache
 
     def _require_reached(self, memory: EngramInputs) -> None:
-        self._reaches_layers |= bool(memory.readers)
         # With `assistant_early_exit`, the layers that run may all come before the first memory.
         if memory.readers == set() and min(self.config.engram_layer_ids) < self.config.num_hidden_layers:
             raise EngramError(
-                f"{self._extends[1].__name__} ran without memory: it does not hand keyword arguments on to its layers, so Engram "
+                f"{self._extends[1].__name__} ran without memory: it does not call the layers that have one, so Engram "
                 "cannot reach them; use another backbone."
             )
 
@@ -651,8 +691,8 @@ def forward_with_memory(forward: Callable) -> Callable:
     @functools.wraps(forward)
     def with_memory(self: EngramModel, *args, **kwargs):
         given = dict(zip(parameters, args, strict=False))
-        if len(args) > len(given) or given.keys() & kwargs.keys():
-            return forward(self, *args, **kwargs)  # which refuses them
+        if self._runs_inside or len(args) > len(given) or given.keys() & kwargs.keys():
+            return forward(self, *args, **kwargs)  # which runs the decoder with memory, or refuses them
         if kwargs.get("pixel_values") is not None and not {"pixel_values", "image_mask"} & set(parameters):
             raise EngramError(
                 f"{type(self)._extends[1].__name__} reads text alone, but was given pixel_values; leave the images out, or use "
@@ -661,6 +701,42 @@ def forward_with_memory(forward: Callable) -> Callable:
         return self._run_with_memory(forward, {**given, **kwargs})
 
     return with_memory
+
+
+class DecoderWithMemory(RuntimeSubclass):
+    """The decoder inside of a base model (`OPTModel.decoder`), which runs with the memory of that base model."""
+
+    _runs_inside = False
+
+    @classmethod
+    def _members(cls, base: type) -> dict[str, Any]:
+        return {**super()._members(base), "forward": forward_with_memory(base.forward)}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        self.engram_models[0]._init_weights(module)
+
+    def _run_with_memory(self, run_decoder: Callable, inputs: dict[str, Any]):
+        (model,) = self.engram_models
+        return model._run_with_memory(lambda _, **arguments: run_decoder(self, **arguments), inputs)
+
+
+def _forward_of_head(forward: Callable) -> Callable:
+    """The `forward` of a model with a head, which need not hand on what it does not know: that arrives beside it."""
+    known = inspect.signature(forward).parameters
+    unknown = {"engram_edit", "engram_gate_values", "image_mask", "padding_mask", "seq_idx"} - set(known)
+    new_name, old_name = sorted(CACHE_NAMES, key=lambda name: name not in known)
+
+    @functools.wraps(forward)
+    def forward_of_head(self: EngramForCausalLM, *args, **kwargs):
+        if old_name in kwargs and new_name not in kwargs:
+            kwargs[new_name] = kwargs.pop(old_name)
+        names = unknown & kwargs.keys()
+        if not names or not self.memory_model._asks_context:
+            return forward(self, *args, **kwargs)
+        with within(BESIDE, {name: kwargs.pop(name) for name in names}):
+            return forward(self, *args, **kwargs)
+
+    return forward_of_head
 
 
 def _mask_of_call(
@@ -704,30 +780,6 @@ def _documents(
     return index - positions.to(input_ids.device)
 
 
-def _decoder_layers(backbone: PreTrainedModel, config: EngramConfig) -> nn.ModuleList:
-    layers = getattr(backbone, "layers", None)
-    expected = config.text_config.num_hidden_layers
-    if not set(CACHE_NAMES) & set(inspect.signature(backbone.forward).parameters) or not _counts_positions(config):
-        raise EngramError(
-            f"{type(backbone).__name__} keeps no transformers Cache that counts positions, where the memory's history lives; "
-            "use a backbone with attention layers and such a cache."
-        )
-    if not isinstance(layers, nn.ModuleList) or len(layers) < expected:
-        raise EngramError(
-            f"{type(backbone).__name__} has no `layers` with its {expected} decoder layers, so there is nothing to add "
-            "memory to; use a decoder whose model keeps them in a ModuleList `layers`, as Mixtral or Llama do."
-        )
-    return layers
-
-
-def _counts_positions(config: EngramConfig) -> bool:
-    """Whether the backbone's cache knows how many positions it holds; that of recurrent layers alone does not."""
-    try:
-        return DynamicCache(config=config.text_config).get_seq_length() == 0
-    except ValueError:
-        return False
-
-
 class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     """A causal language model with memory, on any backbone.
 
@@ -760,7 +812,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         if host is None:
             host = cls.host_class.from_config(config.backbone, dtype=torch.get_default_dtype())
         require_extensible(host)
+        cls.require_backbone(host)
         config.backbone = host.config  # from_config copies; there is to be one
+        name_base_model(host)
         EngramModel(config, host.base_model, engram_tables)  # changes the host's base model in place
         extend(host, cls if cls._extends is None else cls._extends[0])
         return host
@@ -802,6 +856,10 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         """
         sizes = {"rows": rows, "memory_fraction": memory_fraction}
         return cls.add_memory(cls, backbone, tokenizer, layer_ids=layer_ids, variant=variant, **sizes, **kwargs)
+
+    @classmethod
+    def _members(cls, base: type) -> dict[str, Any]:
+        return {**super()._members(base), "forward": _forward_of_head(base.forward)}
 
     def prepare_inputs_for_generation(
         self, input_ids, *args, attention_mask=None, inputs_embeds=None, image_mask=None, seq_idx=None, **kwargs

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from .configuration_engram import EngramConfig
-from .layer_engram import extend, require_extensible
+from .layer_engram import BESIDE, extend, require_extensible, within
 from .loading_engram import FoundTables
 from .modeling_engram import EngramForCausalLM, EngramModel, EngramPreTrainedModel, forward_with_memory
 from .safetensors_engram import EngramError
@@ -114,11 +114,10 @@ class EngramMultimodalModel(EngramPreTrainedModel):
 
     def _run_with_memory(self, run_backbone: Callable, inputs: dict[str, Any]):
         """The backbone's outputs for the keyword arguments `inputs`, with memory."""
-        token = _CALL.set(self._note_call(inputs))
-        try:
+        if self.memory_model._asks_context:
+            inputs |= BESIDE.get() or {}
+        with within(_CALL, self._note_call(inputs)), within(BESIDE, None):
             return run_backbone(self, **inputs)
-        finally:
-            _CALL.reset(token)
 
     def _note_call(self, inputs: dict[str, Any]) -> _Call:
         told = self._read_call(inputs)

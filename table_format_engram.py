@@ -645,7 +645,7 @@ def table_keys(layers: Collection[int] | None = None) -> re.Pattern[str]:
         layers: of these only.
     """
     numbers = "[0-9]{1,9}" if layers is None else "|".join(map(str, layers))
-    return re.compile(rf"\blayers\.({numbers})\.engram\.(?:table|embed)\.({'|'.join(KINDS)})$")
+    return re.compile(rf"\b\w+\.({numbers})\.engram\.(?:table|embed)\.({'|'.join(KINDS)})$")
 
 
 def tables_in_checkpoint(files: Sequence[str | os.PathLike], table_dtype: str | None = None) -> dict[int, StoredTable]:

@@ -175,7 +175,7 @@ def test_gradcheck(variant, history):
         layer = None
         if history:
             layer = EngramHistory(owner=(), reach=reach)
-            layer.conv_inputs[memory.index] = past
+            layer.conv_inputs[memory.index, 0] = past
         inputs = make_inputs(
             valid=alive,
             sequence_ids=sequence_ids,
@@ -433,10 +433,12 @@ def test_a_layer_with_memory_is_still_of_its_class(decoder_layer, config):
     assert isinstance(decoder_layer, MixtralDecoderLayer)
     plain = MixtralDecoderLayer(BACKBONES["mixtral"](), layer_idx=1).eval()
     plain.load_state_dict({k: v for k, v in decoder_layer.state_dict().items() if not k.startswith("engram.")})
-    assert torch.equal(
-        run_layer(decoder_layer, config, with_memory=False), run_layer(plain, config, with_memory=False)
-    )
-    assert not torch.equal(run_layer(decoder_layer, config), run_layer(plain, config, with_memory=False))
+    expected = run_layer(plain, config, with_memory=False)
+    assert not torch.equal(run_layer(decoder_layer, config), expected)
+    decoder_layer.engram.zero_value_projection()
+    assert torch.equal(run_layer(decoder_layer, config), expected)
+    with pytest.raises(ValueError, match="EngramMixtralDecoderLayer ran outside of its model's forward"):
+        run_layer(decoder_layer, config, with_memory=False)
     other = MixtralDecoderLayer(BACKBONES["mixtral"](), layer_idx=2)
     add_memory_to_layer(other, config, index=1)
     assert type(other) is type(decoder_layer)
