@@ -78,7 +78,7 @@ class StoredTensor:
         return StoredTable(
             _layer_of(self.name),
             tuple(
-                TablePart(stop - span.shape[0], stop, header, _bytes_of(span))
+                TablePart(stop - span.shape[0], stop, header, "I8", {"weight": _bytes_of(span)})
                 for stop, (header, span) in zip(stops, self.parts, strict=True)
             ),
         )
