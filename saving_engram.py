@@ -357,20 +357,20 @@ def _put_in_place(path: Path, name: Path) -> None:
 
 
 def require_settled(folder: str | os.PathLike) -> None:
-    """Refuse a folder in which the files of two models may be mixed, since a save was killed while it put them in place.
+    """Refuse a folder in which the files of two saves may be mixed, since one was killed while it put them in place.
 
     Args:
-        folder: of a model; anything else (such as the name of a Hub repository) is let through.
+        folder: of a model or an adapter; anything else (such as the name of a Hub repository) is let through.
 
     Raises:
-        EngramError: says where the new model is.
+        EngramError: says where the new files are.
     """
     deadline = time.monotonic() + LOAD_WAITS
     while left := sorted(Path(folder).glob(f"{_EXCHANGE}*")) if os.path.isdir(folder) else []:
         if time.monotonic() >= deadline:
             raise EngramError(
-                f"A save to {folder} was killed while its files were put in place, so that files of two models may be mixed "
-                f"there; the saved model is whole in {left[-1] / _FILES}: load it from there, and save it to {folder} again."
+                f"A save to {folder} was killed while its files were put in place, so that files of two saves may be mixed "
+                f"there; what was saved is whole in {left[-1] / _FILES}: load it from there, and save it to {folder} again."
             )
         time.sleep(_POLL_SECONDS)
 
