@@ -21,16 +21,20 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+from engram_cli.main import main as engram
 from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
 from transformers import LlamaConfig, PreTrainedConfig
-from trial_models import load, make_tokenizer, save_folders
+from trial_models import load, make_tokenizer, save_folders, write_facts
 
+import engram_hf
 from engram_hf import EngramConfig, EngramTokenizer
 from engram_hf.convert_scripts.streaming import read_manifest
 from engram_hf.row_sources_engram import MappedRows
@@ -120,26 +124,49 @@ class Kinds:
         home: an empty folder.
     """
 
-    NAMES = ("header", "manifest", "token map", "config", "index", "tokenizer", "conversion")
+    NAMES = (
+        "header",
+        "quantized header",
+        "manifest",
+        "token map",
+        "config",
+        "index",
+        "tokenizer",
+        "conversion",
+        "adapter config",
+        "adapter weights",
+    )
 
     def __init__(self, home: Path):
         folders = save_folders(home / "models")
         self.model_folder = folders["old files"]
-        self.hasher = load(self.model_folder, "mapped").model.hashing
+        self.model = load(self.model_folder, "mapped")
+        self.hasher = self.model.model.hashing
         self.tokenizer = make_tokenizer()
-        self.tables = {layer: self._meaning(table) for layer, table in read_tables(self.model_folder).items()}
+        engram(["quantize", str(self.model_folder), str(self.model_folder / "quantized"), "--dtype", "int8"])
+        self.tables = {
+            name: {layer: self._meaning(table) for layer, table in read_tables(self.model_folder / name).items()}
+            for name in ("", "quantized")
+        }
         self.home = home
         self.kinds: dict[str, tuple[str, int, Callable[[Path, bytes], None]]] = {
             # name: the file, how many of its bytes are mutated (the rest are rows, which nothing describes), the reader
             "header": ("engram-layer-00001.safetensors", 4096, self.check_tables),
+            "quantized header": ("quantized/engram-layer-00001.safetensors", 4096, self.check_tables),
             "manifest": ("engram_tables.json", 1 << 30, self.check_tables),
             "token map": ("engram_token_map.safetensors", 1 << 30, self.check_token_map),
             "config": ("config.json", 1 << 30, self.check_config),
             "index": ("model.safetensors.index.json", 1 << 30, self.check_index),
             "tokenizer": ("tokenizer.json", 1 << 30, self.check_tokenizer),
             "conversion": ("conversion_manifest.json", 1 << 30, self.check_conversion),
+            "adapter config": ("adapter/adapter_config.json", 1 << 30, self.check_adapter),
         }
         self._write_others()
+        self.adapter = self._meaning_of_adapter(self.model_folder / "adapter")
+        weights = self.model_folder / "adapter" / "adapter_model.safetensors"
+        # The differences lie behind all else, and nothing describes them.
+        described = weights.stat().st_size - sum(data.nbytes for name, data in self.adapter.items() if "delta" in name)
+        self.kinds["adapter weights"] = ("adapter/adapter_model.safetensors", described, self.check_adapter)
         self.originals = {kind: (self.model_folder / file).read_bytes() for kind, (file, _, _) in self.kinds.items()}
         self._folder: Path | None = None
 
@@ -150,6 +177,7 @@ class Kinds:
         records = {name: {"size": 32, "crc32": "0badf00d"} for name in files.values()}
         manifest = {"format_version": 1, "fingerprint": "ab" * 32, "options": {"dtype": "keep"}, "files": records}
         (self.model_folder / "conversion_manifest.json").write_text(json.dumps(manifest, indent=2))
+        write_facts(self.model_folder, self.model_folder / "adapter", "w5")
 
     def make(self, kind: str, draw: random.Random) -> bytes:
         """A mutated file."""
@@ -185,8 +213,8 @@ class Kinds:
         """All that reading a table depends on, and its rows."""
         d = table.description
         said = (d.layer, d.num_rows, d.width, d.dtype, d.primes, d.offsets, d.multipliers, d.pad_id, d.vocab_size)
-        rows = MappedRows(table).read(0, table.num_rows)[0].contiguous().view(torch.uint8)
-        return (*said, rows.numpy().tobytes())
+        read = [part for part in MappedRows(table).read(0, table.num_rows) if part is not None]
+        return (*said, *(part.contiguous().view(torch.uint8).numpy().tobytes() for part in read))
 
     def check_tables(self, path: Path, data: bytes) -> None:
         """A model's tables: their hash is the model's, and the rows are those that were written."""
@@ -194,8 +222,35 @@ class Kinds:
             if table.description is None:
                 raise ValueError("without a description, only a model's own word says what is in it")
             require_same_hash(table.description, self.hasher, index)
-            if self._meaning(table) != self.tables.get(layer):
+            if self._meaning(table) != self.tables["quantized" if path.parent.name == "quantized" else ""].get(layer):
                 raise Wrong(f"The table of layer {layer} was read as another one.")
+
+    def _meaning_of_adapter(self, folder: Path) -> dict[str, torch.Tensor]:
+        """The rows of an adapter, and their differences, once it is on a model."""
+        try:
+            state = PeftModel.from_pretrained(self.model, str(folder)).state_dict()
+            return {name: value.clone() for name, value in state.items() if "engram_rows_adapter" in name}
+        finally:
+            for memory in self.model.model.memories().values():  # also when it was refused half loaded
+                memory.table = getattr(memory.table, "base_layer", memory.table)
+
+    def check_adapter(self, path: Path, data: bytes) -> None:
+        """The rows and differences are those that were written; `engram facts list` ends with a sentence."""
+        if engram(["facts", "list", str(path.parent)]) not in (0, 1):
+            raise Wrong("The list of facts did not end well.")
+        try:
+            found = self._meaning_of_adapter(path.parent)
+        except REFUSALS:
+            raise
+        except Exception as error:
+            if _passes_through_our_code(error):
+                raise
+            raise ValueError(f"by PEFT: {type(error).__name__} {error}") from error
+        same = found.keys() == self.adapter.keys() and all(
+            torch.equal(value, self.adapter[name]) for name, value in found.items()
+        )
+        if not same:
+            raise Wrong("Other rows or differences were loaded.")
 
     def check_token_map(self, path: Path, data: bytes) -> None:
         """Its digests leave no other map."""
@@ -256,6 +311,13 @@ def _error_of_transformers(path: Path) -> type[Exception] | None:
     except Exception as error:
         return type(error)
     return None
+
+
+def _passes_through_our_code(error: Exception) -> bool:
+    """Whether an error was raised below a function of the package; else another library refused the file by itself."""
+    package = Path(engram_hf.__file__).resolve().parent
+    files = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
+    return any(file.is_relative_to(package) and not file.is_relative_to(package / "tests") for file in files)
 
 
 def try_files(kinds: Kinds, seed: int, numbers: range, only: str | None) -> tuple[Counter, list[str]]:

@@ -1,11 +1,15 @@
 """The models that trials of faults work on, and how one tells which of them a folder holds."""
 
+import contextlib
+import io
+import json
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for the scripts of this folder, which pytest does not start
+from engram_cli.main import main as engram
 from tiny_backbones import engram_config, random_ids, randomize  # noqa: F401
 from tiny_tokenizer import make_tokenizer
 
@@ -36,6 +40,15 @@ def save_folders(home: Path) -> dict[str, Path]:
             make_tokenizer().save_pretrained(folder)
         found |= {f"{name} plain": plain, f"{name} files": files}
     return found
+
+
+def write_facts(model: Path, target: Path, word: str) -> int:
+    """Write two facts about a word with `engram facts write`; its exit code. Other words give adapters of equal size."""
+    path = target.parent / f"facts about {word}.jsonl"
+    facts = [{"prompt": f"{word} w2 w3", "target": "w9"}, {"prompt": f"w1 {word} w4", "target": "w7 w8"}]
+    path.write_text("\n".join(map(json.dumps, facts)))
+    with contextlib.redirect_stdout(io.StringIO()):
+        return engram(["facts", "write", str(model), str(path), "--output", str(target), "--steps", "20"])
 
 
 def load(folder: Path, residency: str = "resident") -> EngramForCausalLM:
