@@ -96,7 +96,7 @@ class RowDifferences(nn.Module):
         if not self.rows.numel():  # all of them were taken out again
             adapted = torch.zeros_like(row_ids, dtype=torch.bool).unsqueeze(-1)
             return self.delta.new_zeros((*row_ids.shape, self.delta.shape[1])), adapted
-        place = torch.searchsorted(self.rows, row_ids).clamp_max(self.rows.numel() - 1)
+        place = torch.searchsorted(self.rows, row_ids.contiguous()).clamp_max(self.rows.numel() - 1)
         adapted = (self.rows[place] == row_ids).unsqueeze(-1)
         return F.embedding(place, self.delta) * adapted, adapted
 

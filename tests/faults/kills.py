@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from engram_cli.main import main as engram
 from trial_models import answer, contents, load, save_folders, write_facts
 
@@ -155,6 +156,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 32))
     given = parser.parse_args()
     torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
     failed = False
     with tempfile.TemporaryDirectory() as home:
         found = trials(Path(home))
