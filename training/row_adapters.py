@@ -56,7 +56,9 @@ class RowDifferences(nn.Module):
         self.num_rows, self.digest, self._awaits_checkpoint = num_rows, digest, rows is None
         # A number that no row has: an adapter whose rows were never loaded is refused, not taken for another.
         self.register_buffer("rows", torch.full((count,), -1, device=device) if rows is None else rows.to(device))
-        delta = torch.full((count, width), 0.0 if rows is not None else float("nan"), device=device, dtype=torch.float32)
+        delta = torch.full(
+            (count, width), 0.0 if rows is not None else float("nan"), device=device, dtype=torch.float32
+        )
         self.delta = nn.Parameter(delta)
         self._checked: torch.Tensor | None = None
         self.register_load_state_dict_post_hook(_check_loaded_rows)
@@ -163,9 +165,7 @@ class RowsLayer(nn.Module, BaseTunerLayer):
     def add_adapter(self, name: str, rows: torch.Tensor | None, count: int, digest: str | None = None) -> None:
         """Add differences for `rows` (see [`RowDifferences`]) under the adapter's name."""
         table = self.base_layer
-        self.engram_rows_adapter[name] = RowDifferences(
-            rows, count, table.num_rows, table.width, self.device, digest
-        )
+        self.engram_rows_adapter[name] = RowDifferences(rows, count, table.num_rows, table.width, self.device, digest)
 
     def forward(
         self, row_ids: torch.Tensor, dtype: torch.dtype | None = None, source: "RowReader | None" = None

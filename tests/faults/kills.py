@@ -133,7 +133,9 @@ def trials(home: Path) -> dict[str, tuple]:
             EngramRowsConfig.from_pretrained(target)
         except ValueError as error:
             return "was killed while its files were put in place" in str(error)
-        return {name: data for name, data in contents(target).items() if not is_hidden_file(name.split("/")[0])} in known
+        return {
+            name: data for name, data in contents(target).items() if not is_hidden_file(name.split("/")[0])
+        } in known
 
     return {
         "convert": (lambda t: convert_deepseek_v41.main([str(source), str(t)]), nothing, lambda target: True),
