@@ -464,7 +464,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         """As in transformers, without the folder that the backbone came from: what is saved goes elsewhere."""
         fields = super().to_diff_dict()
         name = fields["text_config"].get("_name_or_path", "")
-        if os.path.isabs(name) or os.path.exists(name):
+        if not isinstance(name, str) or os.path.isabs(name) or os.path.exists(name):
             del fields["text_config"]["_name_or_path"]
         return fields
 
@@ -543,7 +543,7 @@ def as_decoder_config(text_config: dict | PreTrainedConfig | None) -> PreTrained
     if isinstance(text_config, dict):
         fields = dict(text_config)
         model_type = fields.pop("model_type", None)
-        if model_type not in CONFIG_MAPPING:
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise EngramError(
                 f"text_config has model_type {model_type!r}, which this transformers does not know; name a registered "
                 "decoder, or register it with AutoConfig.register first."

@@ -157,7 +157,8 @@ class FolderClaim:
         if lock_file(file.fileno()) is False or not still_names(self.path, file.fileno()):
             file.close()
             return None
-        file.write(json.dumps(_this_process()).encode())
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
         self._file = file
         return None
 
@@ -167,11 +168,6 @@ def _unwritable(folder: Path, error: OSError) -> OSError:
     if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
         return error
     return OSError(error.errno, f"{folder} cannot be written ({error.strerror}); choose a folder that is writable")
-
-
-def _this_process() -> dict:
-    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
 
 
 def _describe(holder: dict) -> str:
@@ -217,10 +213,8 @@ def _has_ended(holder: dict) -> bool:
         return False  # (on Windows, asking for a process would end it)
     try:
         os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 
@@ -383,11 +377,6 @@ def table_file_name(layer: int, part: int = 0, parts: int = 1) -> str:
     return f"engram-layer-{layer:05d}{f'-{part:05d}-of-{parts:05d}' if parts > 1 else ''}.safetensors"
 
 
-def table_file_names(stored: StoredTable) -> list[str]:
-    """What the files of a table's parts are called in a model folder."""
-    return [table_file_name(stored.layer, index, len(stored.parts)) for index in range(len(stored.parts))]
-
-
 def is_table_file(name: str) -> bool:
     """Whether a file of a model folder is named as `save_tables` names its files."""
     return name == MANIFEST_NAME or re.fullmatch(r"engram-layer-[0-9-]+(-of-\d+)?\.safetensors", name) is not None
@@ -431,11 +420,6 @@ def manifest_entry(
     return entry
 
 
-def can_be_linked(stored: StoredTable, files: dict[Path, int], folder: Path) -> bool:
-    """Whether `pass_on` has nothing to copy."""
-    return stored.has_own_files and all(can_link(source, path, folder) for path, source in files.items())
-
-
 def pass_on(
     stored: StoredTable,
     files: dict[Path, int],
@@ -453,7 +437,7 @@ def pass_on(
         description: of the table, for files that are written.
         symbolic: as in [`link_or_copy`].
     """
-    names = table_file_names(stored)
+    names = [table_file_name(stored.layer, index, len(stored.parts)) for index in range(len(stored.parts))]
     sources = [files[part.file.path] for part in stored.parts]
     ranges = [(part.first, part.stop) for part in stored.parts]
     if stored.has_own_files:
@@ -546,7 +530,8 @@ def record_digests(folder: Path, variant: str | None = None, others: dict[str, s
     """
     manifest = folder / MANIFEST_NAME
     tables = _samples_by_name(map(MappedRows, read_tables(folder).values()))
-    weights = weights_digest(find_weight_files(lambda name: _existing(folder / name), variant))
+    written = {path.name: path for path in folder.iterdir()}
+    weights = weights_digest(find_weight_files(written.get, variant))
     samples = {name: digest.hex() for name, digest in sorted(tables.items())}
     digests = {WEIGHTS_MEMBER: {**(others or {}), variant or "": weights}, TABLES_MEMBER: samples}
     write_json(manifest, read_json(manifest) | digests)
@@ -556,10 +541,6 @@ def record_digests(folder: Path, variant: str | None = None, others: dict[str, s
 def _samples_by_name(tables: Iterable[MappedRows]) -> dict[str, bytes]:
     """What tells the files of tables from all others."""
     return {path.name: digest for rows in tables for path, digest in rows.digests.items()}
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.exists() else None
 
 
 def _digests_of_other_variants(writer: FolderWriter, manifest: Path) -> dict[str, str]:
@@ -586,6 +567,6 @@ def _nearest(source: MappedRows, folder: Path) -> MappedRows:
 
 
 def _takes_no_space(source: MappedRows, folder: Path) -> bool:
-    if _BY_REFERENCE.get():
-        return source.stored.has_own_files
-    return can_be_linked(source.stored, source.files, folder)
+    """Whether `pass_on` has nothing to copy."""
+    can_refer = _BY_REFERENCE.get() or all(can_link(file, path, folder) for path, file in source.files.items())
+    return source.stored.has_own_files and can_refer
