@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from trial_models import adapt, answer, contents, load, write_facts
 
 from engram_hf.convert_scripts import convert_deepseek_v41
@@ -142,8 +143,8 @@ def test_an_adapter_that_peft_was_saving(folders, tmp_path, draw, rounds):
         interrupted(draw.uniform(1e-4, span), lambda target=target: adapters[1].save_pretrained(target))
         try:
             found = answer(adapt(load(folders["old plain"]), target))
-        except Exception as error:  # of safetensors, for a file that is cut off, or
-            assert "SafetensorError" in type(error).__name__ or "belong to two adapters" in str(error)
+        except (ValueError, SafetensorError):  # a file that is cut off, or rows of which the config does not know
+            pass
         else:
             assert any(torch.equal(found, one) for one in answers)
     shutil.copy(folders["old facts"] / "adapter_config.json", tmp_path / "whole")
