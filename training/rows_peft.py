@@ -52,7 +52,8 @@ class EngramRowsConfig(PeftConfig):
     Args:
         rows: by decoder layer, the rows to train, int64 `[n]` without repetitions: what [`scan_rows`] returns. They are
             saved with the weights, not in `adapter_config.json`.
-        memory: by decoder layer, how many rows there are, their digest, and what the hash is made of. It is filled in when the adapter
+        memory: by decoder layer, how many rows there are, their digest, which layers
+            have rows, and what the hash is made of. It is filled in when the adapter
             is added to a model, and compared when the adapter is loaded.
         facts: what [`write_facts`] wrote, one dictionary each.
         task_type: as in PEFT; a causal language model if not given.
@@ -158,14 +159,24 @@ class EngramRowsModel(BaseTuner):
         engram = find_engram(model)
         if peft_config.rows is not None:
             peft_config.rows = {layer: _checked_rows(engram, layer, ids) for layer, ids in peft_config.rows.items()}
+            layers = sorted(peft_config.rows)
             peft_config.memory = {
-                str(layer): describe_memory(engram, layer, ids.numel()) | {"rows_sha256": rows_digest(ids)}
+                str(layer): describe_memory(engram, layer, ids.numel())
+                | {"rows_sha256": rows_digest(ids), "layers": layers}
                 for layer, ids in peft_config.rows.items()
             }
         if not peft_config.memory:
             raise EngramError("EngramRowsConfig has no rows; take them from scan_rows(data, tokenizer, model).")
         for layer, described in peft_config.memory.items():
             require_same_memory(engram, layer, described)
+        layers = sorted(map(int, peft_config.memory))
+        for described in peft_config.memory.values():
+            # PEFT leaves out what it has no place for without a word.
+            if described.get("layers", layers) != layers:
+                raise EngramError(
+                    f"adapter_config.json describes rows of the layers {layers}, but this adapter has rows of the layers "
+                    f"{described['layers']}; restore the file that save_pretrained wrote."
+                )
 
     def _create_and_replace(
         self,
