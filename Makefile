@@ -6,28 +6,29 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 OLDEST := 5.17.0
+TESTS ?= not slow
 
-.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests trials faults fuzz kills soak style check clean
+.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests trials faults fuzz kills soak style check build clean
 
 quickstart: $(VENV)/.installed  ## train a small model with memory and its twin without, compare, save, reload
 	$(BIN)/python examples/quickstart.py
 
-test: check run-tests  ## style and types, then all tests on two processes
+test: check run-tests  ## style and types, then all but the slow tests on two processes
 
-test-oldest:  ## all tests with the oldest versions that setup.py allows
+test-oldest:  ## tests with the oldest versions that setup.py allows
 	$(MAKE) run-tests VENV=.venv-$(OLDEST) CONSTRAINTS=constraints/transformers-$(OLDEST).txt
 
-test-matrix:  ## all tests with every tested version of transformers, each in an environment of its own; prints a table
+test-matrix:  ## all tests, slow ones too, with every tested version of transformers, each in an environment of its own; prints a table
 	$(PYTHON) tests/version_matrix.py
 
 test-upstream: $(VENV)/.installed-upstream  ## transformers' own common tests, with memory beside the bare backbone
 	$(BIN)/python tests/upstream
 
 run-tests: $(VENV)/.installed
-	$(PYTEST) --ignore tests/faults $(PYTEST_ARGS)
+	$(PYTEST) -m "$(TESTS)" $(PYTEST_ARGS)
 
-trials: $(VENV)/.installed  ## the trials of docs/reliability.md, in short (a minute and a half)
-	$(PYTEST) tests/faults $(PYTEST_ARGS)
+trials: $(VENV)/.installed  ## the slow tests: trials of docs/reliability.md in short, compilation, whole scripts (minutes)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 # The trials of docs/reliability.md at length; `make trials` runs short ones. Each prints its seed, and what goes there.
 faults: $(VENV)/.installed  ## the trials of tests/faults, with a hundred times as many rounds (hours)
@@ -60,6 +61,10 @@ $(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS) $(wildcard constraint
 $(VENV)/.installed-upstream: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[upstream]"
 	touch $@
+
+build: $(VENV)/.installed  ## sdist and wheel, in dist/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --outdir dist .
 
 clean:
 	rm -rf $(VENV) .venv-* .upstream .mypy_packages .mypy_cache out

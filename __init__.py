@@ -13,7 +13,7 @@ from .tokenization import EngramTokenizer
 from .tokenization.vocabulary_compression import set_refusal_class
 from .training import peft_defaults, rows_peft
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "EngramConfig",
     "EngramError",

@@ -37,6 +37,7 @@ class EngramInputs(NamedTuple):
     readers: set[int] | None = None  # memories that read these inputs, noted as they do; None if nobody asks
     fetched: tuple[RowReader, ...] | None = None  # rows of every layer that are being read already
     gates: dict[int, torch.Tensor] | None = None  # filled with each memory's gates [B, S, G]; None if nobody asks
+    edit: Callable | None = None  # of (memory, rows, inputs): the rows to use instead, or None for no memory here
 
 
 class EngramRMSNorm(nn.Module):
@@ -164,7 +165,8 @@ class EngramMemory(nn.Module):
             inputs.readers.add(self.index)
         ahead = {} if inputs.fetched is None else {"source": inputs.fetched[self.index]}
         rows = self.table(inputs.row_ids[self.index], dtype=hidden_states.dtype, **ahead)
-        return self.fuse(hidden_states, rows, inputs)
+        rows = rows if inputs.edit is None else inputs.edit(self, rows, inputs)
+        return hidden_states if rows is None else self.fuse(hidden_states, rows, inputs)
 
     def fuse(self, hidden_states: torch.Tensor, rows: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
         """As `forward`, with the gathered rows `[B, S, T * W]` given."""
@@ -267,7 +269,6 @@ def add_memory_to_layer(layer: nn.Module, config: EngramConfig, index: int, dtyp
         layer: changed in place; from now on of a class that extends its own.
         config, index: as of [`EngramMemory`].
         dtype: of the memory's parameters; None for torch's default.
-
 
     Raises:
         ValueError: see [`require_extensible`].

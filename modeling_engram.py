@@ -540,7 +540,9 @@ class EngramModel(EngramPreTrainedModel):
             history,
             None if cache is None else cache.get_seq_length(),
         )
-        memory = memory._replace(cache=cache, gates=inputs.pop("engram_gate_values", None))
+        memory = memory._replace(
+            cache=cache, gates=inputs.pop("engram_gate_values", None), edit=inputs.pop("engram_edit", None)
+        )
         if self.prefetcher is not None:
             memory = memory._replace(fetched=self.prefetcher.start(memory.row_ids))
         if self._takes_image_mask:

@@ -1,11 +1,13 @@
 """Packaging: the repository root *is* the package `engram_hf` (a Hub repository with remote code is flat)."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 class BuildWithoutSetup(build_py):
@@ -18,7 +20,7 @@ class BuildWithoutSetup(build_py):
 
 setup(
     name="engram-hf",
-    version="0.1.0",
+    version=VERSION,
     description="DeepSeek Engram memory for any Hugging Face language model",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -30,13 +32,18 @@ setup(
     packages=[
         "engram_cli",
         "engram_hf",
+        "engram_hf.analysis",
         "engram_hf.convert_scripts",
         "engram_hf.tokenization",
         "engram_hf.training",
     ],
     # The command line stands beside the package: `engram --help` must not wait for torch, which `engram_hf` imports.
     package_dir={"engram_hf": ".", "engram_cli": "cli"},
-    package_data={"engram_hf": ["py.typed"], "engram_hf.convert_scripts": ["*.jinja"]},
+    package_data={
+        "engram_hf": ["py.typed"],
+        "engram_hf.analysis": ["templates/*.jinja"],
+        "engram_hf.convert_scripts": ["*.jinja"],
+    },
     entry_points={"console_scripts": ["engram = engram_cli.main:main"]},
     install_requires=[
         "torch>=2.10",
@@ -49,6 +56,7 @@ setup(
         "tokenizers>=0.23.1",
     ],
     extras_require={
+        "analysis": ["jinja2>=3.1", "matplotlib>=3.8"],
         "examples": ["matplotlib>=3.8", "rich>=13"],
         "images": ["pillow>=11"],
         "test": [

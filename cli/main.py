@@ -4,14 +4,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
-from . import checkpoints, facts, inspection, lookup, quantization, tables, vocabulary
+from . import checkpoints, facts, inspection, lookup, pictures, quantization, tables, vocabulary
 from .output import printable
 
 EPILOG = """\
 examples:
   engram inspect ./model                          what memory a model has, and where it would live
   engram lookup ./model "the capital of France"   which rows a text reads
+  engram show ./model "the capital of France"     a page: which tokens open the gates, and what memory changes
   engram quantize ./model ./smaller --dtype int8  store its tables in one byte a number
   engram check ./model                            verify table files against the format
   engram facts write ./model facts.jsonl --output ./facts   teach it facts, in an adapter of kilobytes
@@ -28,8 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"engram-hf {version('engram-hf')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (inspection, lookup, tables, quantization, vocabulary, checkpoints, facts):
+    for group in (inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts):
         group.add_commands(commands)
     return parser
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import auto_deepseek_v41
@@ -62,6 +63,14 @@ _VISION_FIELDS = (
 )
 
 
+# What a config.json may say besides; fields that have one meaning alone here.
+_TOP_FIELDS = (
+    *("text_config", "vision_config", "image_token_id", "quantization_config", "auto_map", "torch_dtype"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+)
+_TEXT_FIELDS = ("rope_scaling", "torch_dtype")
+_FIXED = {"topk_method": "noaux_tc", "tie_word_embeddings": False}
+
 # Of DeepSeek-V4.1's config: the ratios go on with those of draft layers; sources are named by their layer.
 _RATIOS = "compress_ratios"
 _SOURCES, _LAST_SOURCE = ("kv_source_layer_ids", "index_source_layer_ids"), "candidate_source_layer_id"
@@ -89,18 +98,27 @@ def check_config(config: Mapping) -> None:
 
 
 def _refuse_unknown_fields(config: Mapping) -> None:
-    """Tower and draft layers are built from these fields alone, so another one would be left out of the computation."""
-    vision = config.get("vision_config") or {}
-    known = {*DeepseekV41VisionConfig().to_dict(), *_VISION_FIELDS}
-    unknown = [f"vision_config.{name}" for name, value in vision.items() if name not in known and value is not None]
-    for name, value in config["text_config"].items():
-        if name.startswith("dspark_") and name not in DRAFT_FIELDS and value is not None:
-            unknown.append(f"text_config.{name}")
-    if unknown:
-        raise ConversionError(
-            f"config.json has {unknown[0]!r}, which this version does not know, so its tower or draft layers would be computed "
-            "without it; a newer version may know it."
-        )
+    """What a field means that nothing here reads would be left out of the computation, without an error."""
+    text, vision = config["text_config"], config.get("vision_config") or {}
+    for fields in (config, text):
+        for name, expected in _FIXED.items():
+            if fields.get(name, expected) != expected:
+                raise ConversionError(
+                    f"config.json has {name} = {fields[name]!r}, the release's is {expected!r}; another rule is not known here."
+                )
+    parts = (
+        ("", config, {*PreTrainedConfig().to_dict(), *_TOP_FIELDS, *_FIXED}),
+        ("text_config.", text, {*DeepseekV41TextConfig().to_dict(), *_TEXT_FIELDS, *DRAFT_FIELDS, *_FIXED}),
+        ("vision_config.", vision, {*DeepseekV41VisionConfig().to_dict(), *_VISION_FIELDS}),
+    )
+    for part, fields, known in parts:
+        for name, value in fields.items():
+            # `EngramConfig` refuses fields of the memory itself.
+            if name not in known and value is not None and not (part == "text_config." and name.startswith("engram_")):
+                raise ConversionError(
+                    f"config.json has {part + name!r}, which this version does not know, so the model would be computed without "
+                    "it; a newer version may know it, and if you know that it changes nothing, take it out of config.json."
+                )
 
 
 def first_layers(config: Mapping, count: int) -> dict:

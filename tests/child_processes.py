@@ -1,6 +1,7 @@
 """Python processes that stand for other machines."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,17 @@ def start(code: str, *arguments: object, env: dict[str, str], cwd: Path, isolate
     """A Python process that runs `code`; `isolated` from its folder and its user's packages."""
     command = [sys.executable, *["-I"] * isolated, "-c", code, *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=env, cwd=cwd, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, env=env, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def forks_of_a_server() -> multiprocessing.context.BaseContext:
+    """Processes that fork from one without threads, which has imported the package: they start within milliseconds.
+
+    A process has one such server, so all tests that want one ask here.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["engram_hf.convert_scripts.convert_deepseek_v41"])
+    return context
 
 
 def finish(process: subprocess.Popen) -> Any:

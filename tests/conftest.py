@@ -1,5 +1,7 @@
 """What every test room shares: the golden data, and uninitialized memory that cannot pass for zeros."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,20 @@ def saved_tables(request, tmp_path_factory):
     model.save_pretrained(plain)
     EngramForCausalLM.from_pretrained(plain, engram_residency="mapped").save_pretrained(mapped)
     return model, plain, mapped
+
+
+@pytest.fixture
+def library_log() -> Iterator[list[str]]:
+    """What transformers' logger is told, each message once.
+
+    Its records reach pytest's `caplog` only where the logger propagates, which transformers makes depend on `CI`.
+    """
+    messages: list[str] = []
+    logger, handler = logging.getLogger("transformers"), logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

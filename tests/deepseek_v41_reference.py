@@ -13,6 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional
+from transformers import AutoImageProcessor
+
+HAS_AUTO_IMAGE_PROCESSOR = not getattr(AutoImageProcessor, "is_dummy", False)
+needs_auto_image_processor = pytest.mark.skipif(
+    not HAS_AUTO_IMAGE_PROCESSOR, reason="AutoImageProcessor of this transformers needs torchvision"
+)
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -157,6 +158,31 @@ PUBLIC_NAMES = {
         "EngramModel",
         "EngramTokenizer",
     ],
+    "engram_hf.analysis": [
+        "AttentionFreed",
+        "Edit",
+        "EffectiveDepth",
+        "Estimate",
+        "Gates",
+        "LayerSimilarity",
+        "MemoryWorth",
+        "Off",
+        "Reading",
+        "Report",
+        "RowTraffic",
+        "Windows",
+        "compare_layers",
+        "cut_windows",
+        "draw",
+        "draw_depths",
+        "measure_attention",
+        "measure_depth",
+        "measure_gates",
+        "measure_traffic",
+        "measure_worth",
+        "read_text",
+        "reading_page",
+    ],
     "engram_hf.tokenization": ["CompressionSummary", "EngramTokenizer"],
     "engram_hf.training": [
         "EngramRowsConfig",
@@ -278,6 +304,13 @@ def test_versions_of_transformers_agree():
     assert f"OLDEST := {tested[0]}" in (ROOT / "Makefile").read_text()
     first, last = (version.rpartition(".")[0] for version in (tested[0], tested[-1]))
     assert f"transformers {first} to {last}" in (ROOT / "README.md").read_text()
+
+
+def test_one_version():
+    """`setup.py` takes it from the package; the others are written by hand."""
+    number = re.escape(engram_hf.__version__)
+    assert re.search(rf"^version: {number}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert re.search(rf"^## {number}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
 def test_types_are_shipped():

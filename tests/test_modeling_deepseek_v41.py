@@ -171,6 +171,7 @@ def test_unknown_keywords_reach_the_layers():
     assert seen == ["here"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_model_gives_the_same():
     schedule = {"kv_source_layer_ids": [1], "index_source_layer_ids": [1], "candidate_source_layer_id": None}

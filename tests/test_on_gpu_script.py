@@ -22,6 +22,7 @@ def results(out: Path) -> dict[str, str]:
     return {line.split()[0]: line[23:33].strip() for line in lines}
 
 
+@pytest.mark.slow
 def test_every_step_runs_on_a_cpu(tmp_path):
     done = run_script(tmp_path, "--dry-run")
     texts = {name: (tmp_path / f"{name}.txt").read_text() for name in STEPS}

@@ -36,6 +36,7 @@ NOT_UNIX = ["preadv", "pread", "pwrite", "sysconf", "sysconf_names", "MADV_RANDO
 SYSTEMS = {"macos": ([], NOT_POSIX), "windows": (["fcntl", "resource"], [*NOT_POSIX, *NOT_UNIX])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_tables_load_in_every_residency(system, tmp_path):
     build("llama").save_pretrained(tmp_path / "plain")

@@ -2,8 +2,8 @@
 
 import copy
 import gc
+import itertools
 import json
-import logging
 import os
 import pickle
 import threading
@@ -160,7 +160,7 @@ def test_on_the_cpu_rows_are_fetched_ahead_of_tables_larger_than_memory(saved_ta
     assert EngramForCausalLM.from_pretrained(folder, engram_residency="resident").model.prefetcher is None
 
 
-def test_without_threads_rows_are_read_directly(saved_tables, monkeypatch, caplog):
+def test_without_threads_rows_are_read_directly(saved_tables, monkeypatch, library_log):
     """As in a container that has used up its limit of processes; it is said once."""
     model, _, folder = saved_tables
     mapped = EngramForCausalLM.from_pretrained(folder, engram_residency="mapped")
@@ -170,50 +170,56 @@ def test_without_threads_rows_are_read_directly(saved_tables, monkeypatch, caplo
     def fail(self):
         raise RuntimeError("can't start new thread")
 
-    library = logging.getLogger("transformers")
-    library.addHandler(caplog.handler)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", fail)
-            transformers_logging.warning_once.cache_clear()
-            for _ in range(3):
-                assert torch.equal(logits(mapped), logits(model))
-    finally:
-        library.removeHandler(caplog.handler)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        transformers_logging.warning_once.cache_clear()
+        for _ in range(3):
+            assert torch.equal(logits(mapped), logits(model))
     assert noted == [False] * 3
-    assert [record.message.count("can't start new thread") for record in caplog.records] == [1]
+    assert ["can't start new thread" in message for message in library_log] == [True]
     assert torch.equal(logits(mapped), logits(model))  # threads can be had again
     assert noted[-1]
 
 
 ENDING = """
-import atexit, json, sys, threading, torch
+import atexit, json, os, sys, threading, torch
 from engram_hf import EngramForCausalLM, prefetch_engram
-model = EngramForCausalLM.from_pretrained({folder!r}, engram_residency="mapped").eval()
-model.model.prefetcher.when = "always"
 ids = torch.tensor({ids})
-def answer():
-    print(json.dumps(model(ids).logits[0, -1].tolist()), flush=True)
-def after_the_main_thread():
-    threading.main_thread().join()
-    answer()
-if {warm}:
-    model(ids)
-if {how!r} == "atexit":
-    atexit.register(answer)
-else:
-    threading.Thread(target=after_the_main_thread).start()
+def end(how, warm):
+    model = EngramForCausalLM.from_pretrained({folder!r}, engram_residency="mapped").eval()
+    model.model.prefetcher.when = "always"
+    def answer():
+        print(json.dumps([how, warm, *model(ids).logits[0, -1].tolist()]), flush=True)
+    def after_the_main_thread():
+        threading.main_thread().join()
+        answer()
+    if warm:
+        model(ids)
+    if how == "atexit":
+        atexit.register(answer)
+    else:
+        threading.Thread(target=after_the_main_thread).start()
+for how in ("atexit", "thread"):
+    for warm in (False, True):
+        process = os.fork()
+        if not process:
+            end(how, warm)
+            sys.exit()  # as a process ends that was started anew: threads first, then what atexit was told
+        assert os.waitpid(process, 0)[1] == 0
 """
 
 
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("how", ["atexit", "thread"])
-def test_a_process_that_is_ending_gets_its_rows(tmp_path, how, warm):
+def test_a_process_that_is_ending_gets_its_rows(tmp_path):
     model = build("qwen3")
     model.save_pretrained(tmp_path / "saved")
-    code = ENDING.format(folder=str(tmp_path / "saved"), ids=IDS.tolist(), how=how, warm=warm)
-    found = child_processes.finish(child_processes.start(code, env=dict(os.environ), cwd=tmp_path))
-    torch.testing.assert_close(torch.tensor(found), logits(model)[0, -1])
+    code = ENDING.format(folder=str(tmp_path / "saved"), ids=IDS.tolist())
+    process = child_processes.start(code, env=dict(os.environ), cwd=tmp_path)
+    output, errors = process.communicate(timeout=child_processes.SECONDS)
+    assert process.returncode == 0, errors
+    found = [json.loads(line) for line in output.splitlines()]
+    assert [tuple(line[:2]) for line in found] == list(itertools.product(("atexit", "thread"), (False, True)))
+    for line in found:
+        torch.testing.assert_close(torch.tensor(line[2:]), logits(model)[0, -1])
 
 
 def test_no_thread_outlives_the_model(saved_tables):

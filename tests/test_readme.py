@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from deepseek_v41_reference import copy_release
+from deepseek_v41_reference import copy_release, needs_auto_image_processor
 from engram_cli.main import main as engram
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -63,10 +63,7 @@ def test_commands(tmp_path, monkeypatch, capsys, golden):
         assert without_time(capsys.readouterr().out) == without_time(printed)
 
 
-@pytest.mark.skipif(
-    getattr(transformers.AutoImageProcessor, "is_dummy", False),
-    reason="AutoImageProcessor of this transformers needs torchvision",
-)
+@needs_auto_image_processor
 def test_images_and_drafts(tmp_path, monkeypatch, capsys, golden):
     folder = golden / "deepseek_v41_tiny_vl"
     copy_release(folder, tmp_path / "tiny-vl")

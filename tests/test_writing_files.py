@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child_processes import forks_of_a_server
 from safetensors import safe_open
 
 from engram_hf import safetensors_engram
@@ -68,20 +69,20 @@ def test_the_last_whole_file_wins(tmp_path, monkeypatch, has_locks):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def write_many_times(folder: Path) -> None:
+    for _ in range(60):
+        write(folder / "a")
+        write_json(folder / "a.json", {"a": 1})
+
+
 def test_many_processes_write_one_file(tmp_path):
-    script = f"""
-from pathlib import Path
-from test_writing_files import write, write_json
-for turn in range(60):
-    write(Path({str(tmp_path)!r}, "a"))
-    write_json(Path({str(tmp_path)!r}, "a.json"), {{"a": 1}})
-"""
-    command = [sys.executable, "-c", script]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) for _ in range(3)]
+    context = forks_of_a_server()
+    processes = [context.Process(target=write_many_times, args=(tmp_path,)) for _ in range(3)]
     for process in processes:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors.decode()
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
     assert read_header(tmp_path / "a").head == HEAD
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.json"]
 

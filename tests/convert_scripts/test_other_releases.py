@@ -167,7 +167,9 @@ def lacking(prefix):
 
 def with_field(part, **fields):
     def change(folder):
-        EditableCheckpoint(folder).edit_json("config.json", lambda config: config[part].update(fields))
+        EditableCheckpoint(folder).edit_json(
+            "config.json", lambda config: (config[part] if part else config).update(fields)
+        )
 
     return change
 
@@ -182,6 +184,14 @@ REFUSED = {
     "a part of the tower that we do not know": (with_field("vision_config", num_registers=4), "num_registers"),
     "another activation in the tower": (with_field("vision_config", hidden_act="gelu"), "hidden_act"),
     "a part of the drafts that we do not know": (with_field("text_config", dspark_tree_width=2), "dspark_tree_width"),
+    "a part of the layers that we do not know": (with_field("text_config", attention_sinks=4), "attention_sinks"),
+    "a part of the memory that we do not know": (
+        with_field("text_config", engram_temperature=2.0),
+        "engram_temperature",
+    ),
+    "another model beside": (with_field(None, audio_config={"hidden_size": 8}), "audio_config"),
+    "another choice of experts": (with_field("text_config", topk_method="greedy"), "topk_method"),
+    "a head that is the embedding": (with_field(None, tie_word_embeddings=True), "tie_word_embeddings"),
     "another activation": (with_field("text_config", hidden_act="gelu"), "hidden_act"),
     "more experts in drafts than tensors": (with_field("text_config", dspark_n_routed_experts=5), r"mtp\.0\.ffn"),
     "another rank": (with_field("text_config", dspark_markov_rank=16), "markov"),
@@ -196,3 +206,14 @@ def test_what_a_rule_would_be_wrong_about_is_refused_by_name(miniature, tmp_path
     (sentence,) = capsys.readouterr().err.strip().splitlines()
     assert re.search(message, sentence), sentence
     assert not (tmp_path / "target").exists() or not any((tmp_path / "target").iterdir())
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config", None], ids=str)
+def test_a_field_that_is_not_known_is_refused_by_direct_loading(miniature, tmp_path, part):
+    """One without a value says nothing, and is not refused."""
+    folder = copy_release(miniature, tmp_path / "release")
+    with_field(part, attention_sinks=None)(folder)
+    AutoModelForCausalLM.from_pretrained(folder)
+    with_field(part, attention_sinks=4)(folder)
+    with pytest.raises(ValueError, match="attention_sinks"):
+        AutoModelForCausalLM.from_pretrained(folder)

@@ -27,6 +27,13 @@ def pytest_report_header() -> str:
     return f"trials: ENGRAM_TRIALS={FACTOR} ENGRAM_SEED={SEED}"
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """All trials are slow."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def draw(request) -> random.Random:
     """Random numbers of one test; a failure shows the seed."""

@@ -330,37 +330,42 @@ def test_all_files_are_of_one_state(hub, pushed, tmp_path, name):
     assert "model.safetensors" in by_commit
 
 
-@pytest.mark.parametrize("file", ["engram_tables.json", "engram-layer-00001.safetensors"])
-def test_a_busy_hub_is_not_taken_for_one_without_tables(hub, pushed, tmp_path, file):
-    impatient = "import json, time; time.sleep = lambda seconds: None\n"  # between the client's many tries
-    code = (
-        impatient
-        + """
+BUSY = """
+import json, sys, time
+time.sleep = lambda seconds: None  # between the client's many tries
 from engram_hf import EngramForCausalLM
-said = {}
-for residency in ("auto", "mapped"):
+for line in sys.stdin:
     try:
-        EngramForCausalLM.from_pretrained("me/mapped", engram_residency=residency)
+        name, _, residency = line.strip().partition(" ")
+        EngramForCausalLM.from_pretrained(name, **({"engram_residency": residency} if residency else {}))
+        print("loaded", flush=True)
     except OSError as error:
-        said[residency] = str(error)
-print(json.dumps(said))
+        print(json.dumps(str(error)), flush=True)
+print(0)
 """
-    )
-    hub.busy = {f"/me/mapped/resolve/{hub.repository('me/mapped').resolve('main')}/{file}"}
+
+
+def test_a_busy_hub_is_not_taken_for_one_without_tables(hub, pushed, tmp_path):
+    client = start(BUSY, env=client_environment(hub, tmp_path / "home"), cwd=tmp_path)
+
+    def load(what: str) -> str:
+        client.stdin.write(what + "\n")
+        client.stdin.flush()
+        return client.stdout.readline().strip()
+
+    commit = hub.repository("me/mapped").resolve("main")
     try:
+        assert load("me/model") == "loaded"
         # What was asked for before is known, also that there is no such file.
-        load = (
-            impatient
-            + 'from engram_hf import EngramForCausalLM; EngramForCausalLM.from_pretrained("me/model"); print(1)'
-        )
-        for busy in (set(), {"/me/model/resolve"}):
-            hub.busy |= busy
-            assert finish(start(load, env=client_environment(hub, tmp_path / "home"), cwd=tmp_path)) == 1
-        said = finish(start(code, env=client_environment(hub, tmp_path / "home"), cwd=tmp_path))
+        hub.busy = {"/me/model/resolve"}
+        assert load("me/model") == "loaded"
+        for file in ("engram_tables.json", "engram-layer-00001.safetensors"):
+            hub.busy = {f"/me/mapped/resolve/{commit}/{file}"}
+            assert "couldn't connect" in load("me/mapped auto")
+            assert "couldn't connect" in load("me/mapped mapped")
     finally:
         hub.busy = set()
-    assert said.keys() == {"auto", "mapped"}
-    assert all("couldn't connect" in sentence for sentence in said.values())
+        finish(client)
 
 
 def test_revisions_differ(pushed):

@@ -39,6 +39,7 @@ with torch.no_grad():
 )
 
 
+@pytest.mark.slow
 def test_a_trained_model_with_mapped_tables(tmp_path):
     build("qwen3", "v4.1", engram_table_dtype="float8_e4m3fn", engram_head_dim=32).save_pretrained(tmp_path / "start")
     with HubServer(tmp_path / "hub") as hub:

@@ -127,6 +127,7 @@ def test_map_file_is_int32_and_leaves_nothing_unfinished(tmp_path, stdlib_backen
     assert vc.read_token_map(path, stdlib_backend).tolist() == token_map.tolist()
 
 
+@pytest.mark.slow
 def test_every_save_gives_the_same_bytes(tmp_path, stdlib_backend):
     """In other processes too, whose hashes of strings are seeded otherwise."""
     plain = PreTrainedTokenizerFast(tokenizer_object=stdlib_backend)

@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from deepseek_v41_reference import inputs_of
+from deepseek_v41_reference import inputs_of, needs_auto_image_processor
 from PIL import Image
 from reference_weights import model_name
 from transformers import (
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -18,9 +17,6 @@ from transformers import (
 from engram_hf import EngramForCausalLM, EngramForConditionalGeneration
 from engram_hf.convert_scripts import export_deepseek_v41
 
-needs_auto_image_processor = pytest.mark.skipif(
-    getattr(AutoImageProcessor, "is_dummy", False), reason="AutoImageProcessor of this transformers needs torchvision"
-)
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
 
 

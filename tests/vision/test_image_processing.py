@@ -6,15 +6,13 @@ import io
 import numpy as np
 import pytest
 import torch
+from deepseek_v41_reference import needs_auto_image_processor
 from PIL import Image
 from transformers import AutoImageProcessor
 
 from engram_hf.configuration_vision_deepseek_v41 import DeepseekV41VisionConfig
 from engram_hf.image_processing_deepseek_v41 import DeepseekV41ImageProcessor, plan_image
 
-needs_auto_image_processor = pytest.mark.skipif(
-    getattr(AutoImageProcessor, "is_dummy", False), reason="AutoImageProcessor of this transformers needs torchvision"
-)
 GOLDEN = ("a", "b", "small", "large", "wide", "tall", "gray", "alpha", "exact")
 
 

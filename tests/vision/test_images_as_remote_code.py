@@ -4,12 +4,11 @@ import json
 
 import pytest
 from child_processes import WITHOUT_PACKAGE, run_elsewhere
+from deepseek_v41_reference import needs_auto_image_processor
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-pytestmark = pytest.mark.skipif(
-    getattr(AutoImageProcessor, "is_dummy", False), reason="AutoImageProcessor of this transformers needs torchvision"
-)
+pytestmark = needs_auto_image_processor
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
 ASK = f"""

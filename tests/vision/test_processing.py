@@ -10,18 +10,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from deepseek_v41_reference import needs_auto_image_processor
 from packaging.version import Version
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from engram_hf.convert_scripts.deepseek_v41_config import TEMPLATE
 from engram_hf.image_processing_deepseek_v41 import DeepseekV41ImageProcessor
 from engram_hf.processing_deepseek_v41 import IMAGE_TOKEN, DeepseekV41Processor
 
 IMAGE = 1277
-needs_auto_image_processor = pytest.mark.skipif(
-    getattr(AutoImageProcessor, "is_dummy", False), reason="AutoImageProcessor of this transformers needs torchvision"
-)
 
 
 @pytest.fixture
