@@ -102,8 +102,10 @@ class FolderClaim:
         while self._file is None:
             holder = self._try()
             if holder is not None and time.monotonic() >= deadline:
+                known = {"pid", "host", "since"} <= holder.keys()
+                who = "process {pid} on {host} (since {since})".format(**holder) if known else "another process"
                 raise FolderInUseError(
-                    f"{self.folder} is being written by {_describe(holder)}; wait for it to end, or name another folder "
+                    f"{self.folder} is being written by {who}; wait for it to end, or name another folder "
                     f"(if that process is not writing there, delete {self.path})."
                 )
             if holder is not None:
@@ -168,12 +170,6 @@ def _unwritable(folder: Path, error: OSError) -> OSError:
     if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
         return error
     return OSError(error.errno, f"{folder} cannot be written ({error.strerror}); choose a folder that is writable")
-
-
-def _describe(holder: dict) -> str:
-    if not {"pid", "host", "since"} <= holder.keys():
-        return "another process"
-    return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
 
 
 def _remove_abandoned(path: Path) -> dict | None:
