@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import json
 import locale
 import os
 import pickle
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engram_cli.main import main as engram
 from tiny_backbones import randomize
 from tiny_tokenizer import make_tokenizer
 from tokenizers import Tokenizer, models
@@ -269,6 +271,24 @@ def test_more_table_files_than_files_may_be_open(tmp_path):
     found = all_at_once([lambda residency=residency: load_and_answer(residency) for residency in RESIDENCIES])
     for outcome in found:
         assert outcome is True or ("Too many open files" in outcome and "ulimit -n" in outcome), found
+
+
+@pytest.mark.parametrize("source", ["old plain", "old files"])
+@pytest.mark.parametrize("field", ["engram_vocab_size", "engram_head_dim", "vocab_size"])
+def test_the_word_of_a_config_takes_no_memory(folders, tmp_path, capsys, source, field):
+    """A table of 10^12 rows, or of rows of as many channels, is refused in a sentence; so are as many tokens by the command."""
+    folder = shutil.copytree(folders[source], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config["engram_num_embeddings"]
+    (config if field in config else config["text_config"])[field] = 32 * 10**12
+    (folder / "config.json").write_text(json.dumps(config))
+    for residency in RESIDENCIES if field.startswith("engram") else ():
+        with pytest.raises(ValueError, match="but the config asks for"):
+            load(folder, residency)
+    capsys.readouterr()
+    for command in (["check", str(folder)], ["lookup", str(folder), "w1 w2"]):
+        assert engram(command) == 1
+        assert "of one model" in capsys.readouterr().err
 
 
 def test_a_model_in_the_background_of_a_fork_keeps_its_files(folders, expected):
