@@ -51,7 +51,7 @@ def write_facts(model: Path, target: Path, word: str) -> int:
     path = target.parent / f"facts about {word} of {os.getpid()}.jsonl"
     facts = [{"prompt": f"{word} w2 w3", "target": "w9"}, {"prompt": f"w1 {word} w4", "target": "w7 w8"}]
     path.write_text("\n".join(map(json.dumps, facts)))
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return engram(["facts", "write", str(model), str(path), "--output", str(target), "--steps", "20"])
 
 
