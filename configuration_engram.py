@@ -183,8 +183,8 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         engram_zero_gate_sign (`int`):
             The sign that a dot product of exactly zero counts as: 1 in DeepSeek-V4.1, 0 in the demo.
         engram_table_dtype (`str`, *optional*):
-            `"float8_e4m3fn"` for frozen rows with a power-of-two scale per 32 channels, `"int8"` for frozen rows with a
-            float32 scale each; None for rows in the model's dtype.
+            What frozen rows are stored as: `"float8_e4m3fn"`, `"int8"`, `"int4"`, `"int2"` or `"nvfp4"`
+            (docs/row-bits.md); None for rows in the model's dtype.
         engram_format_version (`int`):
             Version of these fields; a later one than this code knows is refused.
     """

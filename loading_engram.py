@@ -25,6 +25,7 @@ from .row_sources_engram import MappedRows, PinnedRows
 from .safetensors_engram import EngramError, FileFormatError, TensorSpan, read_header, read_json, read_weight_map
 from .table_engram import EngramTable
 from .table_format_engram import (
+    KINDS,
     MANIFEST_NAME,
     StoredTable,
     TableFormatError,
@@ -121,7 +122,7 @@ class Checkpoint:
     def _settle_revision(self) -> None:
         self._resolve = resolver(self.name_or_path, self.kwargs)
         config = self._resolve(CONFIG_NAME)
-        self._has_config = config is not None
+        self._config = config
         if config is None:
             if self.kwargs.get("config") is None:
                 raise OSError(
@@ -157,10 +158,10 @@ class Checkpoint:
                     "elsewhere (a state_dict or a GGUF file); leave it out."
                 )
             return None
-        tables, manifest, own_files = self._read_tables(residency)
+        tables, manifest, own_files = self._read_tables()
         if not tables:
             # Without config.json, transformers raises its own error.
-            if needs_files and self._has_config:
+            if needs_files and self._config is not None:
                 raise EngramError(
                     f"{self.name_or_path} has no {MANIFEST_NAME}, and no memory tables among its safetensors weights, so "
                     f"engram_residency={residency!r} is not possible; complete it, or name a folder that was saved by "
@@ -169,14 +170,17 @@ class Checkpoint:
             return None
         if residency == "auto":
             residency = choose_residency(sum(table.size for table in tables.values()), *_free_memory(self.kwargs))
-        if manifest is None and residency == "resident":
+        names = {name.rpartition(".")[2] for table in tables.values() for name in table.parts[0].names.values()}
+        if (
+            manifest is None and residency == "resident" and names <= set(KINDS.values())
+        ):  # as the model's own are called
             return None
         variant = self.kwargs.get("variant")
         digest = recorded_digests(manifest, WEIGHTS_MEMBER).get(variant or "") if own_files else None
         samples = recorded_digests(manifest, TABLES_MEMBER) if own_files else {}
         return FoundTables(tables, residency, lambda: find_weight_files(self._resolve, variant), digest, samples)
 
-    def _read_tables(self, residency: str) -> tuple[dict[int, StoredTable], Path | None, set[int]]:
+    def _read_tables(self) -> tuple[dict[int, StoredTable], Path | None, set[int]]:
         """The tables by layer, the manifest if there is one, and the layers that it alone names."""
         # A given config may be that of fewer layers than were saved.
         layers = getattr(self.kwargs.get("config"), "engram_layer_ids", None)
@@ -185,12 +189,10 @@ class Checkpoint:
             folder = manifest.parent
             tables = read_tables(folder, lambda name: self._resolve(name) or folder / name, layers)
         own_files = set(tables)
-        if manifest is not None or residency != "resident":
-            # They come first, as they do for transformers: an upload does not remove what an earlier one had in files of
-            # its own.
-            among_weights = self._tables_among_weights(layers)
-            own_files -= set(among_weights)
-            tables |= among_weights
+        # They come first, as they do for transformers: an upload does not remove what an earlier one had in files of its own.
+        among_weights = self._tables_among_weights(layers)
+        own_files -= set(among_weights)
+        tables |= among_weights
         return tables, manifest, own_files
 
     def _tables_among_weights(self, layers: Collection[int] | None) -> dict[int, StoredTable]:
@@ -198,7 +200,9 @@ class Checkpoint:
         single, index = find_weights(self._resolve, self.kwargs.get("variant"))
         weight_map = {} if index is None else read_weight_map(index)
         files = sorted({file for key, file in weight_map.items() if table_keys(layers).search(key)})
-        found = tables_in_checkpoint([path for path in (single, *map(self._resolve, files)) if path is not None])
+        paths = [path for path in (single, *map(self._resolve, files)) if path is not None]
+        said = read_json(self._config, constants=True).get("engram_table_dtype") if self._config and paths else None
+        found = tables_in_checkpoint(paths, said if isinstance(said, str) else None)
         return {layer: table for layer, table in found.items() if layers is None or layer in layers}
 
 
@@ -309,8 +313,7 @@ class FoundTables:
         # transformers hands these on to the model that holds this one.
         patterns = {table_keys(model.memories()).pattern}
         model._keys_to_ignore_on_load_missing = patterns | set(model._keys_to_ignore_on_load_missing or ())
-        if self.residency != "resident":
-            model._keys_to_ignore_on_load_unexpected = patterns | set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = patterns | set(model._keys_to_ignore_on_load_unexpected or ())
 
     def verify(self, model) -> None:
         """Compare what the tables say about their hash with that of the loaded `EngramModel`.

@@ -6,6 +6,7 @@ and not every device indexes every dtype.
 
 import contextlib
 import hashlib
+import math
 import mmap
 import os
 import warnings
@@ -19,7 +20,7 @@ import torch
 from transformers.utils import logging
 
 from .safetensors_engram import EngramError, FileHeader, FileStamp, TensorSpan, reading, system_error
-from .table_engram import TORCH_DTYPES
+from .table_engram import TORCH_DTYPES, apply_global_scale
 from .table_format_engram import StoredTable, TableFormatError
 
 _READ_BYTES = 16 << 20
@@ -57,6 +58,7 @@ class MappedRows:
 
     Attributes:
         parts: the rows of every file, over the file.
+        global_scale: float32 `[1]`, which divides all scales; None for rows without.
         saved: the files that the last save of these rows made or linked, as `(table, digests)`; None before one.
 
     Raises:
@@ -69,7 +71,7 @@ class MappedRows:
     def __init__(self, stored: StoredTable, digests: dict[Path, bytes] | None = None):
         self.stored = stored
         self.num_rows, self.width = stored.num_rows, stored.width
-        spans = stored.parts[0].spans
+        spans = stored.parts[0].row_spans
         self._dtypes = [TORCH_DTYPES[span.dtype] for span in spans.values()]
         self.row_bytes = [
             span.shape[1] * dtype.itemsize for span, dtype in zip(spans.values(), self._dtypes, strict=True)
@@ -78,18 +80,35 @@ class MappedRows:
         self._maps = {path: FileMap(headers[path]) for path in sorted(headers)}
         if digests is not None and digests != self.digests:
             raise _changed(next(path for path in headers if digests.get(path) != self.digests[path]))
+        self.global_scale = self._read_global_scale()
         self.saved: tuple[StoredTable, dict[Path, bytes]] | None = None
         self.parts = self._open_parts()
 
     def _open_parts(self) -> list[RowBytes]:
         parts = []
         for part in self.stored.parts:
-            views = [self._maps[part.file.path].view(span) for span in part.spans.values()]
+            views = [self._maps[part.file.path].view(span) for span in part.row_spans.values()]
             parts.append(RowBytes.of(part.first, views))
         return parts
 
+    def _read_global_scale(self) -> torch.Tensor | None:
+        found = [
+            (kind, self._maps[part.file.path].read(span, 0, 1).view(torch.float32).view(1))
+            for part in self.stored.parts
+            for kind, span in part.spans.items()
+            if kind not in part.row_spans
+        ]
+        # As compressed-tensors takes over what ModelOpt wrote.
+        scales = [scale.reciprocal() if kind == "scale_2" else scale for kind, scale in found]
+        if any(not scale.isfinite() or scale <= 0 or scale != scales[0] for scale in scales):
+            raise TableFormatError(
+                f"The global scale of layer {self.stored.layer} in {self.stored.parts[0].file.path} is {[float(s) for s in scales]}, "
+                "expected one positive number; write the table again."
+            )
+        return scales[0] if scales else None
+
     def __repr__(self) -> str:
-        return f"{self.residency}, dtype={self._dtypes[0]}"
+        return f"{self.residency}, dtype={self.stored.dtype if self._dtypes[0] == torch.uint8 else self._dtypes[0]}"
 
     def __deepcopy__(self, memo: dict) -> "MappedRows":
         return self
@@ -124,11 +143,15 @@ class MappedRows:
         """
         for part, rows in zip(self.stored.parts, self.parts, strict=True):
             here = slice(*np.searchsorted(row_ids, [rows.first, rows.first + len(rows.weight)]))
-            for span, size in zip(part.spans.values(), self.row_bytes, strict=True):
+            for span, size in zip(part.row_spans.values(), self.row_bytes, strict=True):
                 self._maps[part.file.path].request(span.offset + (row_ids[here] - rows.first) * size, size)
 
     def typed(self, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Stored values and scales (or None) of gathered bytes."""
+        """Stored values of gathered bytes, and what multiplies them (or None)."""
+        values, scale = self._typed(rows)
+        return values, apply_global_scale(scale, self.global_scale)
+
+    def _typed(self, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         values, *scales = [some.view(dtype) for some, dtype in zip(rows, self._dtypes, strict=True)]
         return values, scales[0] if scales else None
 
@@ -138,10 +161,10 @@ class MappedRows:
         pieces: dict[str, list[torch.Tensor]] = {}
         for part in self.stored.parts:
             begin, end = max(first, part.first), min(stop, part.stop)
-            for kind, span in part.spans.items() if begin < end else ():
+            for kind, span in part.row_spans.items() if begin < end else ():
                 piece = self._maps[part.file.path].read(span, begin - part.first, end - part.first)
                 pieces.setdefault(kind, []).append(piece)
-        return self.typed([some[0] if len(some) == 1 else torch.cat(some) for some in pieces.values()])
+        return self._typed([some[0] if len(some) == 1 else torch.cat(some) for some in pieces.values()])
 
     def scan(self, kinds: Sequence[str], step: int) -> Iterator[tuple[int, str, torch.Tensor]]:
         """All rows in file order, `step` at a time: first row, `"weight"` or `"scale"`, and the numbers `[n, ...]`.
@@ -309,7 +332,7 @@ class FileMap:
         """Rows `first..stop-1` of a tensor, as bytes in memory of their own."""
         if not hasattr(os, "preadv"):  # not a Unix system
             return self.view(span)[first:stop].clone()
-        size = span.size // span.shape[0]
+        size = span.size // math.prod(span.shape[:1])
         rows = torch.empty((stop - first, size), dtype=torch.uint8, device="cpu")
         target, offset = memoryview(rows.numpy()).cast("B"), span.offset + first * size
         while target:
@@ -339,7 +362,7 @@ class FileMap:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")  # nothing writes to it
             raw = torch.frombuffer(self._map, dtype=torch.uint8, count=span.size, offset=span.offset)
-        return raw.view(span.shape[0], -1)
+        return raw.view(math.prod(span.shape[:1]), -1)
 
 
 class _DeviceMemory:

@@ -391,7 +391,7 @@ class FileWriter:
         self.header = parse_head(self.path, head)
         with contextlib.ExitStack() as stack, self._explained():
             self._file = stack.enter_context(_replacing(self.path))
-            _reserve(self._file, self.header.size)
+            reserve(self._file, self.header.size)
             _write_all(self._file, head, 0)
             self._stack = stack.pop_all()
 
@@ -601,7 +601,7 @@ def _explained(path: Path, size: int) -> Iterator[None]:
         raise OSError(error.errno, message, str(path)) from error
 
 
-def _reserve(file: int, size: int) -> None:
+def reserve(file: int, size: int) -> None:
     """Take the space now: a disk that is too small is found before hours of work, not after."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)

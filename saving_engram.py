@@ -41,6 +41,7 @@ from .safetensors_engram import (
     still_names,
     write_json,
 )
+from .table_engram import ROW_FORMATS, SAFETENSORS_NAMES
 from .table_format_engram import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -380,10 +381,10 @@ def is_table_file(name: str) -> bool:
 
 def table_head(d: TableDescription) -> bytes:
     """The header of a table file, padded to a page."""
-    count = d.rows[1] - d.rows[0]
-    tensors = [(d.tensors["weight"], d.dtype, (count, d.width))]
-    if d.scale_dtype:
-        tensors.append((d.tensors["scale"], d.scale_dtype, (count, d.width // d.scale_block)))
+    count, form = d.rows[1] - d.rows[0], ROW_FORMATS[d.dtype]
+    sizes = {"weight": (SAFETENSORS_NAMES[form.dtype], (count, d.width // form.packed))}
+    sizes["scale"] = (d.scale_dtype, (count, form.scales(d.width)))
+    tensors = [(name, *sizes.get(kind, ("F32", (1,)))) for kind, name in d.tensors.items()]
     return header_bytes(tensors, {METADATA_KEY: d.to_json()}, PAGE)
 
 
@@ -403,7 +404,7 @@ def manifest_entry(
     """One layer's entry of a manifest.
 
     Args:
-        parts: file name, `(first, stop)` and tensor names by `"weight"` and `"scale"` of every part, in row order.
+        parts: file name, `(first, stop)` and tensor names by kind of every part, in row order.
         description: for files that do not describe themselves.
     """
     entry: dict = {}
@@ -482,7 +483,10 @@ def save_tables(model, folder: str | os.PathLike) -> None:
         source = memory.table.source
         if source is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            description = describe_table(model.hashing, index, width=source.width, dtype=source.stored.dtype)
+            stored = source.stored
+            description = describe_table(
+                model.hashing, index, width=stored.width, dtype=stored.dtype, kinds=stored.parts[0].spans
+            )
             nearest = _nearest(source, folder)
             entries[layer] = pass_on(nearest.stored, nearest.files, folder, description, _BY_REFERENCE.get())
     if entries:

@@ -4,7 +4,9 @@ Shape letters: R rows of the table, W channels of a row, T heads a position read
 share a scale.
 """
 
+import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,49 +21,59 @@ class RowFormat(NamedTuple):
     """What the rows of a table may be stored as.
 
     Args:
-        dtype: of the rows.
+        name: as `engram_table_dtype` has it.
+        dtype: of the stored numbers.
         scale_dtype: of their scales; None for rows without.
         block: channels that share a scale; 0 for all of a row.
         multiple: what the width of a row must be a multiple of.
+        packed: channels in a stored number.
+        has_global: whether one number of the whole table divides all scales.
     """
 
+    name: str
     dtype: torch.dtype
     scale_dtype: torch.dtype | None = None
     block: int = 0
     multiple: int = 1
+    packed: int = 1
+    has_global: bool = False
 
     @property
-    def name(self) -> str:
-        """The dtype's name in torch, such as `"int8"`."""
-        return str(self.dtype).removeprefix("torch.")
+    def kinds(self) -> list[str]:
+        """The tensors of a table, in the order in which files have them."""
+        return ["weight", *["global_scale"] * self.has_global, *["scale"] * (self.scale_dtype is not None)]
 
     def scales(self, width: int) -> int:
         """How many scales a row of `width` channels has."""
         return 0 if self.scale_dtype is None else width // (self.block or width)
 
 
-# The one list of what tables may be stored as, by the dtype's name in a safetensors file (docs/engram-table-format.md).
+# The one list of what tables may be stored as (docs/engram-table-format.md).
 ROW_FORMATS = {
-    "F32": RowFormat(torch.float32),
-    "BF16": RowFormat(torch.bfloat16),
-    "F16": RowFormat(torch.float16),
-    "F8_E4M3": RowFormat(torch.float8_e4m3fn, torch.float8_e8m0fnu, 32, 32),  # as in DeepSeek-V4.1
-    "I8": RowFormat(torch.int8, torch.float32, 0, 4),
+    "F32": RowFormat("float32", torch.float32),
+    "BF16": RowFormat("bfloat16", torch.bfloat16),
+    "F16": RowFormat("float16", torch.float16),
+    "F8_E4M3": RowFormat("float8_e4m3fn", torch.float8_e4m3fn, torch.float8_e8m0fnu, 32, 32),  # as in DeepSeek-V4.1
+    "I8": RowFormat("int8", torch.int8, torch.float32, 0, 4),
+    "I4": RowFormat("int4", torch.uint8, torch.bfloat16, 0, 4, packed=2),
+    "I2": RowFormat("int2", torch.uint8, torch.bfloat16, 0, 8, packed=4),
+    "NVFP4": RowFormat("nvfp4", torch.uint8, torch.float8_e4m3fn, 16, 16, packed=2, has_global=True),
 }
 # What `engram_table_dtype` may be, beside None.
 QUANTIZED_FORMATS = {row_format.name: row_format for row_format in ROW_FORMATS.values() if row_format.scale_dtype}
-TORCH_DTYPES = {name: row_format.dtype for name, row_format in ROW_FORMATS.items()} | {"F8_E8M0": torch.float8_e8m0fnu}
+# Of stored numbers, by their dtype's name in a safetensors file.
+TORCH_DTYPES = {name: row_format.dtype for name, row_format in ROW_FORMATS.items() if row_format.packed == 1} | {
+    "U8": torch.uint8,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# The values of the 4-bit floats that have 2 bits of exponent and one of mantissa, by their lower three bits.
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 E4M3_MAX = 448.0
 # Rows a thread decodes at once: enough that threads seldom wait for each other, few enough for a large cache.
 _CHUNK_ROWS = 8192
 _INIT_ROWS = 65_536
-# The bits of a bfloat16 that a float8 shifted left by 4 fills, as a signed 16-bit integer: 0x87F0.
-_E4M3_BITS = -0x7810
-# From an E8M0 byte to the exponent of the scale times 2^120, which makes up for the two formats' biases, 7 and 127.
-_E8M0_TO_FACTOR = 120
-_LARGEST_FAST_SCALE = 0xFE - _E8M0_TO_FACTOR
 
 
 class RowReader(Protocol):
@@ -70,9 +82,9 @@ class RowReader(Protocol):
     width: int
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Stored values `[n, W]` and scales `[n, W / C]` (or None) of int64 `row_ids` `[n]`.
+        """Stored values `[n, W / channels in one]` and what multiplies them, `[n, W / C]` (or None), of int64 `row_ids` `[n]`.
 
-        They are on the CPU, or on the device of the ids if the reader brings them there.
+        They are on the CPU, or on the device of the ids if the reader brings them there. A global scale is applied.
         """
 
 
@@ -80,9 +92,10 @@ class RowSource(RowReader, Protocol):
     """All rows of a table."""
 
     num_rows: int
+    global_scale: torch.Tensor | None  # float32 `[1]`, on the CPU
 
     def read(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Stored values and scales of the rows `first..stop-1`, read in file order, on the CPU."""
+        """Values and scales of the rows `first..stop-1` as they are stored, read in file order, on the CPU."""
 
 
 class EngramTable(nn.Module):
@@ -94,13 +107,13 @@ class EngramTable(nn.Module):
     Args:
         num_rows: R, the sum of the layer's primes.
         width: W, `engram_head_dim`.
-        table_dtype: None for rows in `dtype`, trainable; `"float8_e4m3fn"` for frozen rows with an E8M0
-            (power-of-two) scale per 32 channels; `"int8"` for frozen rows with a float32 scale each.
+        table_dtype: None for rows in `dtype`, trainable; else one of `QUANTIZED_FORMATS`, for frozen rows with scales.
         device, dtype: of the parameters, as in `torch.nn` modules.
 
     Parameters:
-        weight: `[R, W]`.
-        scale: float8_e8m0fnu `[R, W / 32]` or float32 `[R, 1]`; None for float rows.
+        weight: `[R, W / channels in a stored number]`.
+        scale: `[R, W / C]`; None for float rows.
+        global_scale: float32 `[1]`, which divides all scales; None where a format has none.
     """
 
     def __init__(self, num_rows: int, width: int, table_dtype: str | None = None, device=None, dtype=None):
@@ -109,18 +122,18 @@ class EngramTable(nn.Module):
         self.row_dtype = dtype or torch.get_default_dtype()
         self.source: RowSource | None = None
         self.unread: RowSource | None = None  # what the parameters are to be filled from
-        scale, stored = None, self.row_dtype
-        if table_dtype is not None:
-            row_format = _quantized_format(table_dtype, width)
-            empty = torch.empty((num_rows, row_format.scales(width)), device=device, dtype=row_format.scale_dtype)
-            scale, stored = nn.Parameter(empty, requires_grad=False), row_format.dtype
-        empty = torch.empty((num_rows, width), device=device, dtype=stored)
-        self.weight = nn.Parameter(empty, requires_grad=table_dtype is None)
-        self.register_parameter("scale", scale)
+        form = RowFormat("", self.row_dtype) if table_dtype is None else require_format(table_dtype, width)
+        sizes = {"weight": (width // form.packed, form.dtype), "scale": (form.scales(width), form.scale_dtype)}
+        for kind in ("weight", "scale"):
+            size, stored = sizes[kind]
+            empty = torch.empty((num_rows, size), device=device, dtype=stored) if kind in form.kinds else None
+            self.register_parameter(kind, empty if empty is None else nn.Parameter(empty, table_dtype is None))
+        one = nn.Parameter(torch.ones(1, device=device, dtype=torch.float32), False) if form.has_global else None
+        self.register_parameter("global_scale", one)
 
     def mount(self, source: RowSource) -> None:
         """Read rows from `source` from now on; the parameters are given up."""
-        self.weight = self.scale = None
+        self.weight = self.scale = self.global_scale = None
         self.source = source
 
     def keep_frozen(self) -> None:
@@ -150,7 +163,7 @@ class EngramTable(nn.Module):
 
         A few rows at a time, so that a table has no second copy, let alone one in float32.
         """
-        if not self.is_resident or getattr(self.weight, "_is_hf_initialized", False):
+        if not self.is_resident or all(getattr(some, "_is_hf_initialized", False) for some in self.parameters()):
             return
         for first in self._steps():
             stop = min(first + _INIT_ROWS, self.num_rows)
@@ -158,6 +171,8 @@ class EngramTable(nn.Module):
             self.weight[first:stop].copy_(values)
             if scale is not None:
                 self.scale[first:stop].copy_(scale)
+        if self.unread is not None and self.unread.global_scale is not None:
+            self.global_scale.copy_(self.unread.global_scale)
 
     def _steps(self) -> Iterable[int]:
         firsts = range(0, self.num_rows, _INIT_ROWS)
@@ -165,8 +180,22 @@ class EngramTable(nn.Module):
         return firsts if self.unread is None else logging.tqdm(firsts, desc="Reading a memory table", delay=1)
 
     def _noise(self, count: int, std: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-        noise = torch.empty((count, self.width), device=self.weight.device, dtype=self.row_dtype).normal_(std=std)
-        return (noise, None) if self.table_dtype is None else quantize_rows(noise, self.table_dtype)
+        """Normal noise; in packed numbers, where every code is as likely as another, uniform."""
+        values = torch.empty((count, self.weight.shape[1]), device=self.weight.device, dtype=self.row_dtype)
+        values.normal_(std=std)
+        if self.scale is None:
+            return values, None
+        if self.weight.dtype == torch.uint8:
+            values = torch.randint_like(values, 256)
+            unit = std / _of_bytes(self.width // values.shape[1], self.global_scale is not None).std().item()
+        else:
+            # A power of two, which every scale can be; of int8, some 16 steps are in a standard deviation.
+            unit = 2.0 ** math.floor(math.log2(max(std, 1e-30)) - 4 * (self.weight.dtype == torch.int8))
+            values = values.div_(unit).clamp_(-127, 127)
+        if self.global_scale is not None:
+            self.global_scale.fill_(1 / max(unit, 1e-30))
+            unit = 1.0
+        return values.to(self.weight.dtype), torch.full_like(self.scale[:count], 1, dtype=torch.float32) * unit
 
     def forward(
         self, row_ids: torch.Tensor, dtype: torch.dtype | None = None, source: RowReader | None = None
@@ -192,7 +221,7 @@ class EngramTable(nn.Module):
             return _read_from(source, row_ids, dtype)
         if row_ids.device.type == "cpu":
             return read_rows(self, row_ids, dtype)
-        return dequantize_rows(*self.fetch(row_ids), dtype).flatten(-2)
+        return dequantize_rows(*self.fetch(row_ids), dtype, self.width).flatten(-2)
 
     def _embed(self, row_ids: torch.Tensor) -> torch.Tensor:
         # Ids are not looked at beforehand: under `torch.func.vmap` nothing may depend on their values.
@@ -203,11 +232,17 @@ class EngramTable(nn.Module):
             raise
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Stored values `[..., W]` and scales of the parameters, as they are; see [`RowSource`]."""
-        return gather_stored(self.weight, row_ids), None if self.scale is None else gather_stored(self.scale, row_ids)
+        """Values `[..., W / channels in one]` of the parameters, and what multiplies them; see [`RowReader`]."""
+        scale = None if self.scale is None else gather_stored(self.scale, row_ids)
+        return gather_stored(self.weight, row_ids), apply_global_scale(scale, self.global_scale)
 
 
-def _quantized_format(table_dtype: str, width: int) -> RowFormat:
+def require_format(table_dtype: str, width: int) -> RowFormat:
+    """What quantized rows of `width` channels are stored as.
+
+    Raises:
+        ValueError: for a dtype that is not among `QUANTIZED_FORMATS`, or a width that it cannot have.
+    """
     row_format = QUANTIZED_FORMATS.get(table_dtype)
     if row_format is None or width % row_format.multiple:
         known = ", ".join(f"{name!r} with a multiple of {some.multiple}" for name, some in QUANTIZED_FORMATS.items())
@@ -215,6 +250,12 @@ def _quantized_format(table_dtype: str, width: int) -> RowFormat:
             f"A table of width {width} cannot be stored as {table_dtype!r}: use {known} channels, or None."
         )
     return row_format
+
+
+def apply_global_scale(scale: torch.Tensor | None, global_scale: torch.Tensor | None) -> torch.Tensor | None:
+    """Scales, divided in float32 by that of the whole table `[1]` if there is one."""
+    # By a tensor: a GPU multiplies by the reciprocal of a number.
+    return scale if global_scale is None else scale.to(torch.float32) / global_scale.to(scale.device)
 
 
 def _require_rows(row_ids: torch.Tensor, num_rows: int) -> None:
@@ -237,7 +278,7 @@ def _read_from(source: RowReader, row_ids: torch.Tensor, dtype: torch.dtype | No
         return read_rows(source, row_ids, dtype)
     values, scale = source.fetch(row_ids.reshape(-1))
     scale = None if scale is None else _to_device(scale, device)
-    return _side_by_side(dequantize_rows(_to_device(values, device), scale, dtype), row_ids)
+    return _side_by_side(dequantize_rows(_to_device(values, device), scale, dtype, source.width), row_ids)
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -269,76 +310,60 @@ def read_rows(source: RowReader, row_ids: torch.Tensor, dtype: torch.dtype | Non
 def _decode_into(rows: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None) -> None:
     if scale is None:
         rows.copy_(values)
-    elif not _decode_float8_fast(rows, values, scale):
-        rows.copy_(dequantize_rows(values, scale, rows.dtype))
+    elif rows.dtype == torch.bfloat16 and scale.dtype in (torch.bfloat16, torch.float8_e8m0fnu):
+        # Exact in float32, so that it is rounded once.
+        blocks = rows.unflatten(-1, (scale.shape[-1], -1))
+        numbers = _numbers(values, scale, rows.shape[-1], torch.bfloat16).view_as(blocks)
+        torch.mul(numbers, scale.to(torch.bfloat16).unsqueeze(-1), out=blocks)
+    else:
+        rows.copy_(dequantize_rows(values, scale, None, rows.shape[-1]))
 
 
-def _decode_float8_fast(rows: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Decode float8 values on the CPU, where torch converts them one by one: False if these have to go that way.
+def _numbers(values: torch.Tensor, scale: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """What packed or float8 `values` mean without their scales: `[..., W]`, bfloat16 or float32.
 
-    A float8 value shifted left by 4 bits is a bfloat16 with the value times 2^-120, subnormal ones included, so that one
-    multiplication by the scale times 2^120 yields the exact product. NaN, scales beyond 2^7 and a processor that is set
-    to flush subnormal numbers are left to the plain way.
+    4-bit floats come with scales of blocks as float32, which integers never do.
     """
-    if values.dtype != torch.float8_e4m3fn or rows.dtype not in (torch.bfloat16, torch.float32):
-        return False
-    raw, exponents = values.view(torch.int8), scale.view(torch.uint8)
-    has_nan = raw.amax() == 0x7F or values.view(torch.uint8).amax() == 0xFF
-    if has_nan or exponents.amax() > _LARGEST_FAST_SCALE or _flushes_subnormals():
-        return False
-    decoded = rows if rows.dtype == torch.bfloat16 else torch.empty_like(rows, dtype=torch.bfloat16)
-    decoded.view(torch.int16).copy_(raw).bitwise_left_shift_(4).bitwise_and_(_E4M3_BITS)
-    factors = exponents.to(torch.int16).add_(_E8M0_TO_FACTOR).bitwise_left_shift_(7).view(torch.bfloat16)
-    if decoded is not rows:
-        rows.copy_(decoded)
-    rows.unflatten(-1, (scale.shape[-1], -1)).mul_(factors.to(rows.dtype).unsqueeze(-1))
-    return True
+    packed = width // values.shape[-1]
+    build = _of_bytes.__wrapped__ if torch.compiler.is_compiling() else _of_bytes
+    numbers = build(packed, scale.dtype == torch.float32, values.device, dtype if packed < 4 else torch.bfloat16)
+    # One look-up a byte, of all that it holds as one integer: to gather rows of a few numbers would take four times as long.
+    together = numbers.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[packed * numbers.itemsize]).flatten()
+    found = together.index_select(0, values.view(torch.uint8).flatten().int()).view(numbers.dtype)
+    return found.view(*values.shape[:-1], width).to(dtype)
 
 
-def _flushes_subnormals() -> bool:
-    return bool((torch.full((1,), 2.0**-130, device="cpu") * 1.0 == 0).item())
+@lru_cache
+def _of_bytes(packed: int, is_float: bool, device: torch.device | str = "cpu", dtype=torch.float32) -> torch.Tensor:
+    """The numbers that each of the 256 bytes holds, the one in the lowest bits first: `[256, packed]`."""
+    codes, bits = torch.arange(256, device=device).unsqueeze(1), 8 // packed
+    if packed == 1:
+        return codes.to(torch.uint8).view(torch.float8_e4m3fn).to(dtype)
+    codes = codes >> torch.arange(0, 8, bits, device=device) & (1 << bits) - 1
+    if is_float:
+        return torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=device)[codes].to(dtype)
+    return (codes - ((1 << bits) - 1) / 2).to(dtype)
 
 
 def dequantize_rows(
-    values: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype | None = None
+    values: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype | None = None, width: int | None = None
 ) -> torch.Tensor:
     """`value * scale`, each scale shared by C neighbouring channels.
 
     Args:
-        values: `[..., W]`, float8_e4m3fn or int8; rows without `scale` are only cast.
-        scale: float8_e8m0fnu or float32 `[..., W / C]`.
+        values: `[..., W]`, float8_e4m3fn or int8; rows without `scale` are only cast. Or packed, uint8.
+        scale: `[..., W / C]`, a global scale applied.
         dtype: of the result; float32 if None. The product is rounded to float32, and then once to this dtype.
+        width: W, of packed values.
     """
-    rows = values.to(torch.float32)
-    if scale is not None:
-        rows = (rows.unflatten(-1, (scale.shape[-1], -1)) * scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
+    width = width or values.shape[-1]
+    # On the CPU, torch converts float8 numbers one by one.
+    is_float8_here = values.dtype == torch.float8_e4m3fn and values.device.type == "cpu"
+    by_byte = scale is not None and (values.dtype == torch.uint8 or is_float8_here)
+    rows = _numbers(values, scale, width, torch.float32) if by_byte else values.to(torch.float32)
+    if scale is not None:  # in place: a table's rows are no floats yet, so these are a copy
+        rows.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.to(torch.float32).unsqueeze(-1))
     return rows if dtype is None else rows.to(dtype)
-
-
-def quantize_rows(rows: torch.Tensor, table_dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values `[..., W]` and scales of float `rows` `[..., W]`; see section 5 of docs/engram-table-format.md.
-
-    Args:
-        table_dtype: `"float8_e4m3fn"`, by the rule of DeepSeek-V4.1 (scale `2^ceil(log2(max(amax, 1e-4) / 448))` per
-            32 channels), or `"int8"`.
-
-    Raises:
-        ValueError: for another dtype, a width that it cannot have, or rows that are not finite.
-    """
-    row_format = _quantized_format(table_dtype, rows.shape[-1])
-    blocks = rows.to(torch.float32).unflatten(-1, (row_format.scales(rows.shape[-1]), -1))
-    largest = blocks.abs().amax(-1)
-    if not largest.isfinite().all():
-        raise EngramError("Rows with NaN or infinite channels cannot be quantized; repair the table first.")
-    if table_dtype == "int8":
-        scale = torch.where(largest > 0, largest / 127, 1.0)
-        # A subnormal maximum may round to a scale of zero.
-        scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-        values = (blocks / scale.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
-        return values.flatten(-2), scale
-    scale = exponent_above(largest.clamp_min(1e-4) / E4M3_MAX).to(torch.uint8).view(row_format.scale_dtype)
-    values = (blocks / scale.to(torch.float32).unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return values.flatten(-2), scale
 
 
 def exponent_above(x: torch.Tensor) -> torch.Tensor:

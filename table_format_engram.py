@@ -6,6 +6,7 @@ parsed, and every number in them is checked against the others and against the s
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,6 +33,17 @@ MANIFEST_NAME = "engram_tables.json"
 TOKEN_MAP_NAME = "engram_token_map.safetensors"
 METADATA_KEY = "engram_table"
 PAGE = 4096
+# What a tensor of a table is, by the last part of its name: of this package and DeepSeek, or as compressed-tensors and NVIDIA's
+# ModelOpt name numbers of four bits. ModelOpt's second scale multiplies where the other libraries' global scale divides.
+KINDS = {
+    **{kind: kind for kind in ("weight", "scale", "global_scale")},
+    **{
+        "weight_packed": "weight",
+        "weight_scale": "scale",
+        "weight_global_scale": "global_scale",
+        "weight_scale_2": "scale_2",
+    },
+}
 
 
 class TableFormatError(FileFormatError):
@@ -61,9 +73,10 @@ class TableDescription:
         num_rows: R of the whole table.
         rows: `(first, stop)`, the rows of this file.
         width: W.
-        dtype, scale_dtype: safetensors names; `scale_dtype` None without scales.
+        dtype: of the rows, a key of `ROW_FORMATS`.
+        scale_dtype: safetensors name; None without scales.
         scale_block: channels that share a scale; None without scales.
-        tensors: names of the tensors of this file, by `"weight"` and `"scale"`.
+        tensors: names of the tensors of this file, by kind: `"weight"`, `"scale"`, `"global_scale"`.
         orders, heads, primes, offsets, multipliers, pad_id, vocab_size: the hash; see `hashing_engram`.
         token_map_sha256, token_map_ids: digest of the token map's first so many entries; None without compression.
     """
@@ -96,20 +109,32 @@ class TableDescription:
         return replace(self, rows=(first, stop))
 
 
-def describe_table(hasher, index: int, *, width: int, dtype: str) -> TableDescription:
+def tensor_names(layer: int, dtype: str, kinds: Collection[str] | None = None) -> dict[str, str]:
+    """What the tensors of a table file of ours are called, by kind.
+
+    Args:
+        kinds: those that there are, instead of all that rows of `dtype` have.
+    """
+    ends = {kind: name for name, kind in KINDS.items()} if ROW_FORMATS[dtype].has_global else {}
+    found = [kind if kinds is None or kind in kinds else "scale_2" for kind in ROW_FORMATS[dtype].kinds]
+    return {kind: f"model.layers.{layer}.engram.table.{ends.get(kind, kind)}" for kind in found}
+
+
+def describe_table(
+    hasher, index: int, *, width: int, dtype: str, kinds: Collection[str] | None = None
+) -> TableDescription:
     """Describe the table of the `index`-th Engram layer of a model, as one file.
 
     Args:
         hasher: the model's `NgramHasher`, with its token map set.
         width: W.
-        dtype: safetensors name of the rows' dtype.
+        dtype: of the rows, a key of `ROW_FORMATS`.
+        kinds: as of [`tensor_names`].
     """
     layer, pad = hasher.layer_ids[index], hasher.pad_token_id
     primes = hasher.primes[index].tolist()
     row_format = ROW_FORMATS[dtype]
     scale_dtype = SAFETENSORS_NAMES.get(row_format.scale_dtype)
-    name = f"model.layers.{layer}.engram.table"
-    tensors = {"weight": f"{name}.weight"} | ({"scale": f"{name}.scale"} if scale_dtype else {})
     known = _count_known_ids(hasher.token_map)
     return TableDescription(
         layer=layer,
@@ -119,7 +144,7 @@ def describe_table(hasher, index: int, *, width: int, dtype: str) -> TableDescri
         dtype=dtype,
         scale_dtype=scale_dtype,
         scale_block=(row_format.block or width) if scale_dtype else None,
-        tensors=tensors,
+        tensors=tensor_names(layer, dtype, kinds),
         orders=list(range(2, hasher.max_ngram + 1)),
         heads=hasher.heads,
         primes=primes,
@@ -256,8 +281,9 @@ def _description_rules(d: TableDescription) -> list[tuple[bool, str]]:
         (d.scale_dtype == scale_dtype, f"rows of {d.dtype} have scales of {scale_dtype}, not {d.scale_dtype}"),
         (d.scale_block == expected_block, f"scale_block is {d.scale_block}, expected {expected_block}"),
         (d.width > 0, "width is 0"),
+        (d.width % row_format.packed == 0, f"width is {d.width}, but {row_format.packed} channels are in a number"),
         (
-            d.tensors.keys() == {"weight"} | ({"scale"} if scale_dtype else set()),
+            sorted(map(_global_kind, d.tensors)) == sorted(row_format.kinds),
             f"tensors names {sorted(d.tensors)}, which does not fit rows of {d.dtype}",
         ),
         (0 <= d.rows[0] < d.rows[1] <= d.num_rows, f"rows {list(d.rows)} is no part of {d.num_rows} rows"),
@@ -279,25 +305,49 @@ def _description_rules(d: TableDescription) -> list[tuple[bool, str]]:
     ]
 
 
+def _global_kind(kind: str) -> str:
+    return "global_scale" if kind == "scale_2" else kind
+
+
 @dataclass(frozen=True)
 class TablePart:
-    """The rows `first..stop-1` of a table, in one file."""
+    """The rows `first..stop-1` of a table, in one file.
+
+    Args:
+        dtype: of the rows, a key of `ROW_FORMATS`.
+        spans: the tensors, by `"weight"`, `"scale"`, and `"global_scale"`, which divides, or `"scale_2"`, which multiplies.
+    """
 
     first: int
     stop: int
     file: FileHeader
-    weight: TensorSpan
-    scale: TensorSpan | None = None
+    dtype: str
+    spans: dict[str, TensorSpan]
 
     @property
-    def spans(self) -> dict[str, TensorSpan]:
-        """By `"weight"` and, if there is one, `"scale"`."""
-        return {"weight": self.weight} | ({} if self.scale is None else {"scale": self.scale})
+    def weight(self) -> TensorSpan:
+        """Of the rows."""
+        return self.spans["weight"]
+
+    @property
+    def scale(self) -> TensorSpan | None:
+        """Of their scales."""
+        return self.spans.get("scale")
+
+    @property
+    def row_spans(self) -> dict[str, TensorSpan]:
+        """Those of `spans` that have something for every row."""
+        return {kind: self.spans[kind] for kind in ("weight", "scale") if kind in self.spans}
 
     @property
     def names(self) -> dict[str, str]:
         """Tensor names, like `spans`."""
         return {kind: span.name for kind, span in self.spans.items()}
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.weight.shape[1] * ROW_FORMATS[self.dtype].packed
 
 
 @dataclass(frozen=True)
@@ -320,12 +370,12 @@ class StoredTable:
     @property
     def width(self) -> int:
         """W."""
-        return self.parts[0].weight.shape[1]
+        return self.parts[0].width
 
     @property
     def dtype(self) -> str:
-        """The safetensors name of the rows' dtype."""
-        return self.parts[0].weight.dtype
+        """Of the rows, a key of `ROW_FORMATS`."""
+        return self.parts[0].dtype
 
     @property
     def has_own_files(self) -> bool:
@@ -422,7 +472,7 @@ def read_manifest(path: str | os.PathLike) -> dict[int, dict]:
     for layer, entry in tables.items():
         if not re.fullmatch(r"0|[1-9][0-9]{0,8}", layer) or not isinstance(entry, dict):
             raise TableFormatError(f"{path} has an entry {layer!r}: {entry!r}, expected layer numbers with objects.")
-        for kind in ("weight", "scale") if "scale" in entry else ("weight",):
+        for kind in ("weight", *(kind for kind in ("scale", "global_scale", "scale_2") if kind in entry)):
             _check_locations(entry.get(kind), f"{kind} of layer {layer} in {path}")
     return {int(layer): entry for layer, entry in tables.items()}
 
@@ -452,22 +502,26 @@ def _check_locations(locations, where: str) -> None:
 
 def _read_table(layer: int, entry: dict, header: Callable[[str], FileHeader], manifest: Path) -> StoredTable:
     where = f"layer {layer} in {manifest}"
-    weights, scales = entry["weight"], entry.get("scale")
-    if scales is not None and [s["rows"] for s in scales] != [w["rows"] for w in weights]:
+    locations = {kind: entry[kind] for kind in ("weight", "scale", "global_scale", "scale_2") if kind in entry}
+    weights, parts = locations["weight"], []
+    if any([one["rows"] for one in others] != [one["rows"] for one in weights] for others in locations.values()):
         raise TableFormatError(f"Rows and scales of {where} are split differently; split both alike.")
-    parts = []
     for index, weight in enumerate(weights):
+        names = {kind: some[index]["tensor"] for kind, some in locations.items()}
+        if any(some[index]["file"] != weight["file"] for some in locations.values()):
+            raise TableFormatError(f"Rows and scales of {where} lie in different files; put both into one.")
         file = header(weight["file"])
-        scale = None
-        if scales is not None:
-            if scales[index]["file"] != weight["file"]:
-                raise TableFormatError(f"Rows and scales of {where} lie in different files; put both into one.")
-            scale = _tensor(file, scales[index]["tensor"], where)
-        parts.append(_checked_part(*weight["rows"], file, _tensor(file, weight["tensor"], where), scale))
-    first = parts[0].weight
-    if any((part.weight.dtype, part.weight.shape[1]) != (first.dtype, first.shape[1]) for part in parts):
+        spans = {kind: _tensor(file, name, where) for kind, name in names.items()}
+        parts.append(_checked_part(*weight["rows"], file, spans, _said_dtype(file, entry)))
+    if any((part.dtype, part.width) != (parts[0].dtype, parts[0].width) for part in parts):
         raise TableFormatError(f"The parts of {where} differ in dtype or width.")
     return StoredTable(layer, tuple(parts), _description(layer, entry, parts, manifest))
+
+
+def _said_dtype(file: FileHeader, entry: dict) -> str | None:
+    """What the rows of a file are, by its own word or the manifest's, which is checked later."""
+    said = parse_json(file.metadata.get(METADATA_KEY, "{}"), f"The header of {file.path}") or entry.get("description")
+    return said.get("dtype") if isinstance(said, dict) else None
 
 
 def _tensor(file: FileHeader, name: str, where: str) -> TensorSpan:
@@ -476,23 +530,41 @@ def _tensor(file: FileHeader, name: str, where: str) -> TensorSpan:
     return file.tensors[name]
 
 
-def _checked_part(first: int, stop: int, file: FileHeader, weight: TensorSpan, scale: TensorSpan | None) -> TablePart:
-    where = f"Tensor {weight.name!r} of {file.path}"
-    if weight.dtype not in ROW_FORMATS:
-        raise TableFormatError(f"{where} is {weight.dtype}, expected one of {', '.join(ROW_FORMATS)}.")
+def _checked_part(
+    first: int, stop: int, file: FileHeader, spans: dict[str, TensorSpan], said: object = None
+) -> TablePart:
+    """Some rows of a table.
+
+    Args:
+        said: the `dtype` that a description gives; without one, nothing tells numbers of four bits from those of two.
+    """
+    weight, scale = spans["weight"], spans.get("scale")
+    where, dtype = f"Tensor {weight.name!r} of {file.path}", weight.dtype
+    if dtype == "U8":
+        dtype = "NVFP4" if scale is not None and scale.dtype == "F8_E4M3" else said
+        if dtype not in ("NVFP4", "I4", "I2"):
+            raise TableFormatError(
+                f"{where} is U8, packed numbers, but nothing says of how many bits; describe the table in {MANIFEST_NAME}, or "
+                "have engram_table_dtype in config.json say it."
+            )
+    if dtype not in ROW_FORMATS:
+        raise TableFormatError(f"{where} is {dtype}, expected one of {', '.join(ROW_FORMATS)}.")
     if len(weight.shape) != 2 or weight.shape[0] != stop - first or weight.shape[1] == 0:
         raise TableFormatError(f"{where} has shape {list(weight.shape)}, expected {stop - first} rows.")
-    row_format, width = ROW_FORMATS[weight.dtype], weight.shape[1]
+    row_format, width = ROW_FORMATS[dtype], weight.shape[1] * ROW_FORMATS[dtype].packed
     scale_dtype, per_row = SAFETENSORS_NAMES.get(row_format.scale_dtype), row_format.scales(width)
     if (scale is None) != (scale_dtype is None):
-        raise TableFormatError(f"{where} is {weight.dtype}, which needs {'scales' if scale_dtype else 'no scales'}.")
+        raise TableFormatError(f"{where} is {dtype}, which needs {'scales' if scale_dtype else 'no scales'}.")
     expected = (width % row_format.multiple, scale_dtype, (stop - first, per_row))
     if scale is not None and expected != (0, scale.dtype, scale.shape):
         raise TableFormatError(
-            f"{where} is {weight.dtype} of width {width} with scales {scale.dtype} {list(scale.shape)}, expected a width that "
+            f"{where} is {dtype} of width {width} with scales {scale.dtype} {list(scale.shape)}, expected a width that "
             f"is a multiple of {row_format.multiple} and scales {scale_dtype} {[stop - first, per_row]}."
         )
-    return TablePart(first, stop, file, weight, scale)
+    globals_ = [span for kind, span in spans.items() if _global_kind(kind) == "global_scale"]
+    if [(span.dtype, math.prod(span.shape)) for span in globals_] != [("F32", 1)] * row_format.has_global:
+        raise TableFormatError(f"{where} is {dtype}, which needs {int(row_format.has_global)} global scale, one F32.")
+    return TablePart(first, stop, file, dtype, spans)
 
 
 def _description(layer: int, entry: dict, parts: list[TablePart], manifest: Path) -> TableDescription | None:
@@ -514,7 +586,7 @@ def _description(layer: int, entry: dict, parts: list[TablePart], manifest: Path
     first, *others = (replace(described, rows=(0, described.num_rows), tensors={}) for described in found)
     if any(other != first for other in others):
         raise TableFormatError(f"The files of {where} describe different tables.")
-    stored = (layer, parts[-1].stop, parts[0].weight.shape[1], parts[0].weight.dtype)
+    stored = (layer, parts[-1].stop, parts[0].width, parts[0].dtype)
     if stored != (first.layer, first.num_rows, first.width, first.dtype):
         raise TableFormatError(
             f"For {where} the files hold layer, rows, width and dtype {stored}, but describe "
@@ -536,7 +608,7 @@ def file_description(file: FileHeader) -> TableDescription | None:
     if set(description.tensors.values()) != set(file.tensors):
         raise TableFormatError(f"{what} names the tensors {sorted(description.tensors.values())}, but holds others.")
     spans = {kind: file.tensors[name] for kind, name in description.tensors.items()}
-    part = _checked_part(*description.rows, file, spans["weight"], spans.get("scale"))
+    part = _checked_part(*description.rows, file, spans, description.dtype)
     _compare(part, description, description.layer)
     if part.weight.offset % PAGE:
         raise TableFormatError(f"The rows of {file.path} begin at byte {part.weight.offset}, not at a page of {PAGE}.")
@@ -544,7 +616,7 @@ def file_description(file: FileHeader) -> TableDescription | None:
 
 
 def _compare(part: TablePart, description: TableDescription, layer: int) -> None:
-    found = (layer, (part.first, part.stop), part.weight.shape[1], part.weight.dtype)
+    found = (layer, (part.first, part.stop), part.width, part.dtype)
     said = (description.layer, description.rows, description.width, description.dtype)
     names = part.names
     if found != said or names != description.tensors:
@@ -572,38 +644,42 @@ def require_disjoint(parts: Sequence[TablePart]) -> None:
 
 
 def table_keys(layers: Collection[int] | None = None) -> re.Pattern[str]:
-    """What ends the names of tables in this package's models and in DeepSeek's releases; groups: layer, weight or scale.
+    """What ends the names of tables in this package's models and in DeepSeek's releases; groups: layer, one of `KINDS`.
 
     Args:
         layers: of these only.
     """
     numbers = "[0-9]{1,9}" if layers is None else "|".join(map(str, layers))
-    return re.compile(rf"\blayers\.({numbers})\.engram\.(?:table|embed)\.(weight|scale)$")
+    return re.compile(rf"\blayers\.({numbers})\.engram\.(?:table|embed)\.({'|'.join(KINDS)})$")
 
 
-def tables_in_checkpoint(files: Sequence[str | os.PathLike]) -> dict[int, StoredTable]:
+def tables_in_checkpoint(files: Sequence[str | os.PathLike], table_dtype: str | None = None) -> dict[int, StoredTable]:
     """Tables among the ordinary tensors of a checkpoint, by layer, found by their names.
 
     Args:
         files: the safetensors files of the checkpoint.
+        table_dtype: `engram_table_dtype` of its config.
     """
     found: dict[int, dict[str, tuple[FileHeader, TensorSpan]]] = {}
     for file in map(read_header, files):
         for name, span in file.tensors.items():
             match = table_keys().search(name)
-            if match and found.setdefault(int(match[1]), {}).setdefault(match[2], (file, span)) != (file, span):
-                _, other = found[int(match[1])][match[2]]
+            kind = KINDS[match[2]] if match else ""
+            if match and found.setdefault(int(match[1]), {}).setdefault(kind, (file, span)) != (file, span):
+                _, other = found[int(match[1])][kind]
                 raise TableFormatError(
-                    f"Both {other.name!r} of {other.path} and {name!r} of {span.path} are the {match[2]} of the table of layer "
+                    f"Both {other.name!r} of {other.path} and {name!r} of {span.path} are the {kind} of the table of layer "
                     f"{match[1]}; take one of them out."
                 )
-    tables = {}
+    tables, names = {}, {row_format.name: dtype for dtype, row_format in ROW_FORMATS.items()}
     for layer, spans in found.items():
         files_of_table = {file.path for file, _ in spans.values()}
         # A scale in another shard than its rows is legal there, but not worth a second reader.
         if "weight" in spans and len(files_of_table) == 1:
             file, weight = spans["weight"]
-            scale = spans["scale"][1] if "scale" in spans else None
             rows = weight.shape[0] if weight.shape else 0
-            tables[layer] = StoredTable(layer, (_checked_part(0, rows, file, weight, scale),))
+            part = _checked_part(
+                0, rows, file, {kind: span for kind, (_, span) in spans.items()}, names.get(table_dtype)
+            )
+            tables[layer] = StoredTable(layer, (part,))
     return tables

@@ -10,9 +10,8 @@ from engram_hf import EngramConfig, EngramForCausalLM
 from engram_hf.hashing_engram import NgramHasher
 from engram_hf.loading_engram import FoundTables
 from engram_hf.saving_engram import manifest_entry, table_file_name, write_manifest
-from engram_hf.table_engram import quantize_rows
 from engram_hf.table_format_engram import describe_table, read_tables
-from engram_hf.table_writer_engram import TableWriter
+from engram_hf.table_writer_engram import TableWriter, quantize_rows
 
 WIDTH, HEADS, LAYER, VOCAB = 256, 8, 1, 1000
 
@@ -35,17 +34,7 @@ def make_model_folder(folder: Path, gigabytes: float, *, filled: bool, layers: i
         engram_table_dtype="float8_e4m3fn",
     )
     folder.mkdir(parents=True, exist_ok=True)
-    hasher = NgramHasher(
-        layer_ids=[LAYER],
-        max_ngram=4,
-        bucket_counts=config.bucket_counts,
-        heads=HEADS,
-        vocab_size=VOCAB,
-        compressed_vocab_size=None,
-        pad_token_id=config.engram_pad_token_id,
-    )
-    for name, constant in hasher.derive_constants().items():
-        getattr(hasher, name).copy_(constant)
+    hasher = make_hasher(config.bucket_counts, config.engram_pad_token_id)
     description = describe_table(hasher, 0, width=WIDTH, dtype="F8_E4M3")
     name = table_file_name(LAYER)
     with TableWriter(folder / name, description) as writer:
@@ -56,6 +45,26 @@ def make_model_folder(folder: Path, gigabytes: float, *, filled: bool, layers: i
         os.fsync(file.fileno())
     write_manifest(folder, {LAYER: manifest_entry([(name, description.rows, description.tensors)])})
     EngramForCausalLM(config, engram_tables=FoundTables(read_tables(folder), "mapped")).save_pretrained(folder)
+
+
+def make_hasher(buckets: int | list[int], pad: int = 0) -> NgramHasher:
+    """The hash of one layer's table.
+
+    Args:
+        buckets: as a model's config has them, or rows of the table, about.
+    """
+    hasher = NgramHasher(
+        layer_ids=[LAYER],
+        max_ngram=4,
+        bucket_counts=[buckets // (3 * HEADS)] * 3 if isinstance(buckets, int) else buckets,
+        heads=HEADS,
+        vocab_size=VOCAB,
+        compressed_vocab_size=None,
+        pad_token_id=pad,
+    )
+    for name, constant in hasher.derive_constants().items():
+        getattr(hasher, name).copy_(constant)
+    return hasher
 
 
 def drop_from_page_cache(path: Path) -> None:

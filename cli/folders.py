@@ -112,7 +112,9 @@ def read_stored_tables(folder: Path) -> "dict[int, StoredTable]":
     tables = read_tables(folder) if (folder / MANIFEST_NAME).exists() else {}
     named = {part.file.path for table in tables.values() for part in table.parts}
     # As for `from_pretrained`, they come before what an older save left in files of its own.
-    tables |= tables_in_checkpoint([path for path in weight_files(folder) if path not in named])
+    among_weights = [path for path in weight_files(folder) if path not in named]
+    table_dtype = read_config(folder).engram_table_dtype if is_model(folder) and among_weights else None
+    tables |= tables_in_checkpoint(among_weights, table_dtype)
     if not tables:
         raise ValueError(
             f"{folder} holds no memory tables: no {MANIFEST_NAME}, and no safetensors file with tensors named "

@@ -14,7 +14,7 @@ examples:
   engram inspect ./model                          what memory a model has, and where it would live
   engram lookup ./model "the capital of France"   which rows a text reads
   engram show ./model "the capital of France"     a page: which tokens open the gates, and what memory changes
-  engram quantize ./model ./smaller --dtype int8  store its tables in one byte a number
+  engram quantize ./model ./smaller --dtype int4  store its tables in four bits a number
   engram check ./model                            verify table files against the format
   engram facts write ./model facts.jsonl --output ./facts   teach it facts, in an adapter of kilobytes
 

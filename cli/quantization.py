@@ -1,7 +1,9 @@
-"""`engram quantize`: a model, or a folder of tables, again with its tables in one byte a number."""
+"""`engram quantize`: a model, or a folder of tables, again with its tables in eight, four or two bits a number."""
 
 import argparse
+import contextlib
 import copy
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,6 +21,7 @@ from .folders import (
     require_shards,
     weight_files,
 )
+from .measurement import measure, read_blocks
 from .output import columns, size
 
 if TYPE_CHECKING:
@@ -26,7 +29,15 @@ if TYPE_CHECKING:
     from engram_hf.safetensors_engram import FileHeader, TensorSpan
     from engram_hf.table_format_engram import StoredTable, TableDescription
 
-DTYPES = ("float8_e4m3fn", "int8")
+DTYPES = {
+    "float8_e4m3fn": "a power-of-two scale per 32 channels, as DeepSeek-V4.1 (default)",
+    "int8": "a scale per row",
+    "int4": "16 levels and a scale per row, by least squares",
+    "int2": "4 levels and a scale per row, by least squares",
+    "nvfp4": "4-bit floats with a float8 scale per 16 channels, as compressed-tensors has them",
+}
+# Where tables grow inside the target, so that whoever is killed can go on with them.
+WORK_NAME = ".engram-quantize"
 # Says of every file of a conversion what it was made of, which is no longer so.
 CONVERSION_RECORD = "conversion_manifest.json"
 
@@ -35,18 +46,24 @@ def add_commands(commands: Any) -> None:
     """Add the commands of this module to an argparse subparsers object."""
     quantize = commands.add_parser(
         "quantize",
-        help="store the tables of a model in one byte a number",
-        description="Write a model, or a folder of tables, again with its float tables quantized, and report the error. "
-        "Tables pass through memory a few megabytes at a time; all other weights are linked, or copied where a file "
-        "holds tables too.",
+        help="store the tables of a model in eight, four or two bits a number",
+        description="Write a model, or a folder of tables, again with its tables quantized, and report the error. Tables of floats "
+        "or of eight bits pass through memory a few megabytes at a time; all other weights are linked, or copied where a file "
+        "holds tables too. If it is interrupted, the same command goes on where it was.",
     )
     quantize.add_argument("folder", help="a saved model, or a folder with engram_tables.json")
     quantize.add_argument("target", type=Path, help="new folder for the result")
     quantize.add_argument(
         "--dtype",
         choices=DTYPES,
-        default=DTYPES[0],
-        help="float8_e4m3fn: a power-of-two scale per 32 channels, as DeepSeek-V4.1 (default); int8: a scale per row",
+        default=next(iter(DTYPES)),
+        help="; ".join(f"{dtype}: {what}" for dtype, what in DTYPES.items()),
+    )
+    quantize.add_argument(
+        "--measure",
+        type=Path,
+        metavar="FILE",
+        help="a text that the model was not trained on: print its loss before, after, and without memory",
     )
     quantize.set_defaults(run=run_quantize)
 
@@ -57,23 +74,43 @@ def run_quantize(options: argparse.Namespace) -> None:
     from engram_hf.table_format_engram import MANIFEST_NAME
 
     folder, target = require_folder(options.folder), options.target
-    with FolderClaim(target), replace_files(target) as written:
+    blocks = None if options.measure is None else read_blocks(folder, options.measure)
+    with FolderClaim(target), replace_files(target) as written, _kept_for_another_try(target / WORK_NAME) as work:
         if any((target / name).exists() for name in ("config.json", MANIFEST_NAME)):
             raise ValueError(f"{target} holds a model or tables already; name a new folder.")
         if is_model(folder):
-            quantize_model(folder, written.path, options.dtype, left_out=target)
+            quantize_model(folder, written.path, work, options.dtype, left_out=target)
         else:
-            quantize_folder(folder, written.path, options.dtype)
+            quantize_folder(folder, written.path, work, options.dtype)
         written.publish(last=MANIFEST_NAME, is_claimed=True)
+        shutil.rmtree(work)
     print(f"{target}: written")
+    if blocks is not None:
+        print(f"\n{measure(folder, target, blocks)}")
 
 
-def quantize_model(folder: Path, target: Path, dtype: str, left_out: Path) -> None:
+@contextlib.contextmanager
+def _kept_for_another_try(work: Path) -> Iterator[Path]:
+    """The folder of tables that are not whole yet; wrong input, from which nothing comes, removes it."""
+    try:
+        yield work
+    except ValueError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    except OSError as error:
+        if not work.exists():
+            raise
+        message = f"{error.strerror}; what is done is kept in {work}, and the same command goes on with it"
+        raise OSError(error.errno, message, error.filename) from error
+
+
+def quantize_model(folder: Path, target: Path, work: Path, dtype: str, left_out: Path) -> None:
     """Write the model in `folder` to `target` with tables of `dtype`, and all that lies beside it.
 
     The backbone does not pass through memory.
 
     Args:
+        work: folder on the same disk, in which tables grow.
         left_out: what lies in this folder is no part of the model, even if the folder lies in that of the model.
 
     Raises:
@@ -93,11 +130,13 @@ def quantize_model(folder: Path, target: Path, dtype: str, left_out: Path) -> No
     # Table files that are not the model's were left by an earlier save.
     paths = [path for path in weight_files(folder) if path in moved or not is_table_file(path.name)]
     shards = [read_header(path) for path in paths]
-    with _progress(sum(span.size for shard in shards for span in shard.tensors.values())) as bar:
-        entries, report = _write_quantized(sources, target, dtype, bar.update)
+    total = sum(span.size for shard in shards for span in shard.tensors.values())
+    with _progress(total + _read_again(sources, dtype)) as bar:
+        entries, report = _write_quantized(sources, target, work, dtype, bar.update)
         for shard in shards:
             _pass_on_weights(shard, target, moved.get(shard.path, {}), bar.update)
     _copy_documents(folder, target, left_out)
+    _renew_code(target)
     _rewrite_card(folder, target, dtype)
     weight_index = find_index(folder)
     if weight_index is not None:
@@ -110,8 +149,11 @@ def quantize_model(folder: Path, target: Path, dtype: str, left_out: Path) -> No
     print(report)
 
 
-def quantize_folder(folder: Path, target: Path, dtype: str) -> None:
+def quantize_folder(folder: Path, target: Path, work: Path, dtype: str) -> None:
     """Write the tables of a folder without a model to `target` with `dtype`, and the token map beside them.
+
+    Args:
+        work: folder on the same disk, in which tables grow.
 
     Raises:
         ValueError: there are no float tables in it, or they do not say how they are hashed.
@@ -127,8 +169,8 @@ def quantize_folder(folder: Path, target: Path, dtype: str) -> None:
                 f"The table of layer {layer} in {folder} does not describe its hash; name a model's folder."
             )
         sources[layer] = MappedRows(stored), replace(stored.description, tensors=stored.parts[0].names)
-    with _progress(sum(source.stored.size for source, _ in sources.values())) as bar:
-        entries, report = _write_quantized(sources, target, dtype, bar.update)
+    with _progress(sum(source.stored.size for source, _ in sources.values()) + _read_again(sources, dtype)) as bar:
+        entries, report = _write_quantized(sources, target, work, dtype, bar.update)
     if (folder / TOKEN_MAP_NAME).exists():
         shutil.copyfile(folder / TOKEN_MAP_NAME, target / TOKEN_MAP_NAME)
     write_manifest(target, entries)
@@ -142,9 +184,15 @@ def _progress(total: int) -> Any:
     return tqdm(total=total, unit="B", unit_scale=True, disable=None)
 
 
+def _read_again(sources: "dict[int, tuple[MappedRows, TableDescription]]", dtype: str) -> int:
+    """Bytes of tables that are read for the scale of the whole table first."""
+    return sum(source.stored.size for source, _ in sources.values()) if dtype == "nvfp4" else 0
+
+
 def _write_quantized(
     sources: "dict[int, tuple[MappedRows, TableDescription]]",
     target: Path,
+    work: Path,
     dtype: str,
     advance: Callable[[int], object],
 ) -> tuple[dict[int, dict], str]:
@@ -155,15 +203,41 @@ def _write_quantized(
     from engram_hf.table_writer_engram import quantize_table
 
     target.mkdir(parents=True, exist_ok=True)
-    entries, report = {}, []
+    work.mkdir(exist_ok=True)
+    entries, report, histograms = {}, [], {}
     for layer, (source, description) in sources.items():
         name = table_file_name(layer)
-        error = quantize_table(source, target / name, description, dtype, advance)
+        error = quantize_table(source, work / name, description, dtype, advance, work / f"{layer}.json")
+        # Under both names until the folder is whole: what comes after the tables may fail, too.
+        _link_or_move(work / name, target / name)
+        histograms[layer] = error.histogram
         written = file_description(read_header(target / name))
         entries[layer] = manifest_entry([(name, written.rows, written.tensors)])
         sizes = size(source.stored.size), size((target / name).stat().st_size)
         report.append([layer, source.num_rows, *sizes, f"{error.relative:.2%}", f"{error.largest:.3g}"])
-    return entries, columns(["layer", "rows", "before", "after", "relative error", "largest error"], report)
+    table = columns(["layer", "rows", "before", "after", "relative error", "largest error"], report)
+    return entries, f"{table}\n\n{_histogram(histograms)}"
+
+
+def _link_or_move(path: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(path)
+    except OSError:  # a file system without links
+        path.replace(target)
+
+
+def _histogram(counts: dict[int, list[int]]) -> str:
+    """How many rows of each layer have which relative error."""
+    from engram_hf.table_writer_engram import ERROR_EDGES
+
+    edges = [f"{edge:.3g}" for edge in (0, *(100 * edge for edge in ERROR_EDGES))]
+    labels = [f"{low} to {high}%" for low, high in itertools.pairwise(edges)] + [f"{edges[-1]}% and more"]
+    rows = []
+    for label, *some in zip(labels, *counts.values(), strict=True):
+        shares = [count / max(1, sum(all_counts)) for count, all_counts in zip(some, counts.values(), strict=True)]
+        if any(some):
+            rows.append([label, *(f"{share:6.1%} {'#' * round(20 * share)}" for share in shares)])
+    return columns(["relative error of a row", *(f"layer {layer}" for layer in counts)], rows)
 
 
 def _table_tensors(tables: "dict[int, StoredTable]") -> "dict[Path, dict[str, TensorSpan]]":
@@ -220,6 +294,19 @@ def _copy_documents(folder: Path, target: Path, left_out: Path) -> None:
             copied.parent.mkdir(parents=True, exist_ok=True)
             # Not linked: documents are edited in place.
             shutil.copyfile(path, copied)
+
+
+def _renew_code(target: Path) -> None:
+    """Replace remote code that came along: that of an older version may not know what the rows are now."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    import engram_hf
+
+    for entry in ("modeling_engram.py", "auto_deepseek_v41.py"):
+        if (target / entry).exists():
+            own = Path(engram_hf.__file__).with_name(entry)
+            for path in (own, *map(Path, get_relative_import_files(own))):
+                shutil.copyfile(path, target / path.name)
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:

@@ -16,17 +16,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..table_engram import E4M3_MAX, exponent_above
+from ..table_engram import E2M1_VALUES, E4M3_MAX, exponent_above
+from ..table_writer_engram import E2M1_LIMIT, e2m1_codes, pack
 
-E2M1_LIMIT = 6.0
 # Weights get no floor beyond the smallest scale that is a normal number: what was decoded must encode to the same values.
 SMALLEST_NORMAL = 2.0**-126
-
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-# Half-way points between neighbouring magnitudes: a value exactly there goes to the neighbour with the even code, which is
-# the lower one for the first kind and the upper one for the second.
-_TIES_DOWN = (0.25, 1.25, 2.5, 5.0)
-_TIES_UP = (0.75, 1.75, 3.5)
 
 
 @dataclass(frozen=True)
@@ -101,7 +95,7 @@ def encode_weight(values: torch.Tensor, scale: torch.Tensor, storage: Storage) -
     limit = _limit(storage)
     factors = scale.view(torch.float8_e8m0fnu).float()
     scaled = (values / _spread(factors, storage.block, values.shape)).clamp(-limit, limit)
-    return _pack_e2m1(scaled) if storage.is_packed else scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+    return pack(e2m1_codes(scaled), 4) if storage.is_packed else scaled.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def _limit(storage: Storage) -> float:
@@ -122,16 +116,6 @@ def _block_maximum(values: torch.Tensor, block: tuple[int, int]) -> torch.Tensor
 
 def _unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
     """Both values of every byte from one look-up: four times as fast as splitting the nibbles first."""
-    magnitudes = torch.tensor(_E2M1)
+    magnitudes = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)])
     pairs = torch.stack((magnitudes.repeat(16), magnitudes.repeat_interleave(16)), dim=-1)
     return pairs.index_select(0, packed.flatten().int()).view(packed.shape[0], -1)
-
-
-def _pack_e2m1(values: torch.Tensor) -> torch.Tensor:
-    magnitudes = values.abs()
-    codes = torch.signbit(values).to(torch.uint8) << 3
-    for point in _TIES_DOWN:
-        codes += magnitudes > point
-    for point in _TIES_UP:
-        codes += magnitudes >= point
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)

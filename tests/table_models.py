@@ -5,7 +5,8 @@ from tiny_backbones import random_ids
 
 from engram_hf.table_writer_engram import TableWriter
 
-DTYPES = [None, "float8_e4m3fn", "int8"]
+DTYPES = [None, "float8_e4m3fn", "nvfp4"]
+OTHER_DTYPES = ["int8", "int4", "int2"]
 IDS = random_ids(2, 9)
 
 
@@ -31,6 +32,7 @@ def put_logits(model, queue) -> None:
 
 
 def write_table(path, description, values: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-    """One table file with all of its rows."""
-    with TableWriter(path, description) as writer:
+    """One table file with all of its rows, and a global scale that is no power of two if its format has one."""
+    global_scale = torch.tensor([3.0]) if "global_scale" in description.tensors else None
+    with TableWriter(path, description, global_scale) as writer:
         writer.write(description.rows[0], values, scale)

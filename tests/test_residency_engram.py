@@ -171,7 +171,7 @@ def test_the_host_reads_pinned_tables_as_well(saved_tables, monkeypatch):
         tables = [memory.table.source for memory in model.model.memories().values()]
         memory = [tensor for table in tables for tensor in table.parts[0].tables]
         assert driver.locked == {tensor.data_ptr(): tensor.nbytes for tensor in memory}
-        assert sum(driver.locked.values()) == sum(table.stored.size for table in tables)
+        assert sum(driver.locked.values()) == sum(table.num_rows * sum(table.row_bytes) for table in tables)
         assert torch.equal(logits(model), logits(saved_tables[0]))
         del model, tables
         gc.collect()

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from table_models import logits
-from tiny_backbones import random_ids
+from tiny_backbones import build, random_ids
 from transformers import Trainer, TrainingArguments
 
 from engram_hf import EngramForCausalLM
@@ -268,3 +269,30 @@ def test_checkpoints_of_training_beside_a_mapped_table(saved_tables, tmp_path):
     assert torch.equal(logits(train(resume=True)), logits(whole))
     assert not torch.equal(logits(whole), logits(saved_tables[0]))
     assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path / "checkpoint-4")), logits(whole))
+
+
+@pytest.mark.parametrize("spelling", ["compressed-tensors", "ModelOpt"])
+def test_four_bit_floats_among_the_weights_as_others_name_them(tmp_path, spelling):
+    model = build("qwen3", engram_table_dtype="nvfp4", engram_head_dim=32)
+    for memory in model.model.memories().values():
+        memory.table.reset_parameters(1.0)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state, renamed = load_file(path), {}
+    names = {"weight": "weight_packed", "scale": "weight_scale", "global_scale": "weight_global_scale"}
+    if spelling == "ModelOpt":
+        names |= {"weight": "weight", "global_scale": "weight_scale_2"}
+    for key, tensor in state.items():
+        stem, _, kind = key.rpartition(".")
+        if ".table." not in key:
+            renamed[key] = tensor
+        else:
+            renamed[f"{stem}.{names[kind]}"] = tensor.reciprocal() if names[kind] == "weight_scale_2" else tensor
+    save_file(renamed, path, metadata={"format": "pt"})
+    for residency in ("resident", "mapped"):
+        again, info = EngramForCausalLM.from_pretrained(tmp_path, engram_residency=residency, output_loading_info=True)
+        assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        torch.testing.assert_close(logits(again.eval()), logits(model.eval()), rtol=1e-5, atol=1e-5)
+        again.save_pretrained(tmp_path / residency)
+        saved = EngramForCausalLM.from_pretrained(tmp_path / residency, engram_residency="mapped").eval()
+        assert torch.equal(logits(saved), logits(again))

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from table_models import DTYPES
+from table_models import DTYPES as SOME_DTYPES
+from table_models import OTHER_DTYPES
 from torch.nn import functional as F
 
 from engram_hf.modeling_deepseek_v41 import round_fp8
-from engram_hf.table_engram import EngramTable, dequantize_rows, quantize_rows, read_rows
+from engram_hf.table_engram import EngramTable, apply_global_scale, dequantize_rows, read_rows
+from engram_hf.table_writer_engram import quantize_rows
 
 ROWS, WIDTH = 40, 64
+DTYPES = [*SOME_DTYPES, *OTHER_DTYPES]
 
 
 def make_table(table_dtype: str | None, dtype: torch.dtype = torch.float32) -> tuple[EngramTable, torch.Tensor]:
@@ -19,10 +22,16 @@ def make_table(table_dtype: str | None, dtype: torch.dtype = torch.float32) -> t
         if table_dtype is None:
             table.weight.copy_(rows)
             return table, table.weight.float()
-        values, scale = quantize_rows(rows, table_dtype)
+        if table.global_scale is not None:
+            table.global_scale.fill_(300.0)
+        values, scale = quantize_rows(rows, table_dtype, table.global_scale)
         table.weight.copy_(values)
         table.scale.copy_(scale)
-    return table, dequantize_rows(values, scale)
+    return table, decoded(values, scale, table.global_scale)
+
+
+def decoded(values, scale, global_scale=None, width=WIDTH) -> torch.Tensor:
+    return dequantize_rows(values, apply_global_scale(scale, global_scale), None, width)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -75,7 +84,7 @@ def test_every_float8_number_times_every_scale():
             table.scale.copy_(scale)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             expected = (table.weight.float() * exponents.float().unsqueeze(1)).to(dtype)
-            for row in range(256):  # one row at a time: a single large scale sends a whole chunk the slow way
+            for row in range(256):
                 found = table(torch.tensor([[row]]), dtype=dtype)
                 assert torch.equal(found.nan_to_num(7.0), expected[row : row + 1].nan_to_num(7.0)), (row, dtype)
 
@@ -103,13 +112,14 @@ def test_quantizing_follows_the_releases_rule():
     assert ((dequantize_rows(values, scale) - rows).abs() <= scale * 0.5001).all()
     for table_dtype in DTYPES[1:]:
         zeros = quantize_rows(torch.zeros(2, 64), table_dtype)
-        assert torch.equal(dequantize_rows(*zeros), torch.zeros(2, 64))
+        one = torch.ones(1) if table_dtype == "nvfp4" else None
+        assert torch.equal(decoded(*zeros, one), torch.zeros(2, 64))
         with pytest.raises(ValueError, match="NaN or infinite"):
             quantize_rows(torch.full((1, 64), float("inf")), table_dtype)
     with pytest.raises(ValueError, match="multiple of 32"):
         quantize_rows(torch.zeros(1, 48), "float8_e4m3fn")
-    with pytest.raises(ValueError, match="cannot be stored as 'int4'"):
-        EngramTable(3, 64, "int4")
+    with pytest.raises(ValueError, match="cannot be stored as 'int3'"):
+        EngramTable(3, 64, "int3")
 
 
 @pytest.mark.parametrize("table_dtype", DTYPES)

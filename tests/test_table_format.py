@@ -5,6 +5,7 @@ import copy
 import errno
 import gc
 import json
+import math
 import mmap
 import os
 import pickle
@@ -32,7 +33,7 @@ from engram_hf.row_sources_engram import MappedRows
 from engram_hf.safetensors_engram import FileFormatError, read_header
 from engram_hf.saving_engram import manifest_entry, table_file_name, write_manifest
 from engram_hf.table_check_engram import check_folder, main, read_token_map
-from engram_hf.table_engram import dequantize_rows, quantize_rows
+from engram_hf.table_engram import ROW_FORMATS, apply_global_scale, dequantize_rows, read_rows
 from engram_hf.table_format_engram import (
     METADATA_KEY,
     PAGE,
@@ -45,7 +46,7 @@ from engram_hf.table_format_engram import (
     tables_in_checkpoint,
     token_map_digest,
 )
-from engram_hf.table_writer_engram import QuantizationError, TableWriter, quantize_table
+from engram_hf.table_writer_engram import ERROR_EDGES, QuantizationError, TableWriter, quantize_rows, quantize_table
 
 WIDTH, LAYERS = 32, [1, 3]
 TOKEN_MAP = torch.arange(60, dtype=torch.int32) % 50
@@ -71,8 +72,8 @@ def hasher() -> NgramHasher:
 def stored_rows(dtype: str, count: int, seed: int = 0):
     """Values and scales of random rows."""
     rows = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
-    if dtype in ("F8_E4M3", "I8"):
-        return quantize_rows(rows, {"F8_E4M3": "float8_e4m3fn", "I8": "int8"}[dtype])
+    if ROW_FORMATS[dtype].scale_dtype is not None:
+        return quantize_rows(rows, ROW_FORMATS[dtype].name, torch.tensor([3.0]))
     return rows.to({"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[dtype]), None
 
 
@@ -99,7 +100,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F8_E4M3", "I8"])
+@pytest.mark.parametrize("dtype", ROW_FORMATS)
 def test_rows_come_back_bit_for_bit(tmp_path, hasher, dtype, parts):
     content = write_folder(tmp_path, hasher, dtype, parts)
     for layer, table in read_tables(tmp_path).items():
@@ -112,7 +113,7 @@ def test_rows_come_back_bit_for_bit(tmp_path, hasher, dtype, parts):
         assert torch.equal(bits(rows.read(3, table.num_rows)[0]), bits(values[3:]))
         assert (scale is None) == (found_scale is None)
         if scale is not None:
-            assert torch.equal(bits(found_scale), bits(scale[ids]))
+            assert torch.equal(bits(found_scale), bits(scale[ids].float() / 3 if dtype == "NVFP4" else scale[ids]))
             assert torch.equal(bits(rows.read(3, table.num_rows)[1]), bits(scale[3:]))
     assert [report.aligned for report in check_folder(tmp_path, rows=True)] == [True, True]
 
@@ -244,11 +245,12 @@ def test_a_summary_that_nobody_gets_is_no_success(tmp_path, hasher, capsys, monk
 
 @pytest.mark.parametrize(
     ("table_dtype", "worst"),
-    # Half a step of three mantissa bits, the largest channel at 448 or just below half of it; half of 1/127.
-    [("float8_e4m3fn", 2**-4), ("int8", 1 / 254)],
+    # Half a step of three mantissa bits, the largest channel at 448 or just below half of it; half of 1/127. Of fewer bits,
+    # a channel far from the others may be cut off.
+    [("float8_e4m3fn", 2**-4), ("int8", 1 / 254), ("nvfp4", 0.2), ("int4", 0.3), ("int2", 0.7)],
 )
 def test_quantizing_reports_its_error(tmp_path, hasher, monkeypatch, table_dtype, worst):
-    monkeypatch.setattr(table_writer_engram, "_STEP_BYTES", 7 * 4 * WIDTH)  # some rows at a time, and a rest
+    monkeypatch.setattr(table_writer_engram, "_STEP_NUMBERS", 7 * WIDTH)  # some rows at a time, and a rest
     content = write_folder(tmp_path, hasher, "BF16")
     source = read_tables(tmp_path)[1]
     description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
@@ -257,10 +259,16 @@ def test_quantizing_reports_its_error(tmp_path, hasher, monkeypatch, table_dtype
 
     described = file_description(read_header(path))
     write_manifest(tmp_path, {1: manifest_entry([(path.name, described.rows, described.tensors)])})
-    decoded = dequantize_rows(*MappedRows(read_tables(tmp_path)[1]).read(0, source.num_rows))
+    found = MappedRows(read_tables(tmp_path)[1])
+    decoded = read_rows(found, torch.arange(source.num_rows).unsqueeze(1))
     rows = content[1][0].float()
-    assert torch.equal(decoded, dequantize_rows(*quantize_rows(rows, table_dtype)))
-    assert error.rows == source.num_rows
+    values, scale = quantize_rows(rows, table_dtype)
+    expected = dequantize_rows(values, apply_global_scale(scale, found.global_scale), None, WIDTH)
+    assert torch.equal(decoded, expected)
+    assert error.rows == source.num_rows == sum(error.histogram)
+    relative = (decoded - rows).norm(dim=1) / rows.norm(dim=1)
+    edges = [0, *ERROR_EDGES, math.inf]
+    assert error.histogram == [int(((relative >= a) & (relative < b)).sum()) for a, b in pairwise(edges)]
     assert error.largest == (decoded - rows).abs().max().item() > 0
     assert error.relative == pytest.approx(((decoded - rows).norm() / rows.norm()).item(), rel=1e-5)
     assert error.largest <= worst * rows.abs().max()
@@ -277,6 +285,71 @@ def test_a_quantized_table_is_not_quantized_again(tmp_path, hasher):
     description = describe_table(hasher, 0, width=WIDTH, dtype="I8")
     with pytest.raises(ValueError, match="is I8 already"):
         quantize_table(MappedRows(read_tables(tmp_path)[1]), tmp_path / "x", description, "int8")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("dtype", ["I4", "I2", "NVFP4"])
+def test_rows_of_four_bits_or_fewer_are_not_quantized_again(tmp_path, hasher, dtype):
+    write_folder(tmp_path, hasher, dtype)
+    description = describe_table(hasher, 0, width=WIDTH, dtype=dtype)
+    with pytest.raises(ValueError, match=f"is {dtype} already, rows of . bits; quantize rows of 8 bits or more"):
+        quantize_table(MappedRows(read_tables(tmp_path)[1]), tmp_path / "x", description, "int2")
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "I8"])
+@pytest.mark.parametrize("table_dtype", ["int2", "int4", "nvfp4"])
+def test_rows_of_eight_bits_become_rows_of_fewer(tmp_path, hasher, dtype, table_dtype):
+    content = write_folder(tmp_path, hasher, dtype)
+    source, path = MappedRows(read_tables(tmp_path)[1]), tmp_path / "quantized.safetensors"
+    error = quantize_table(source, path, describe_table(hasher, 0, width=WIDTH, dtype=dtype), table_dtype)
+    assert 0.05 < error.relative < {"int2": 0.4, "int4": 0.11, "nvfp4": 0.11}[table_dtype]
+    values, scale = quantize_rows(dequantize_rows(*content[1]), table_dtype)
+    file = read_header(path)
+    for kind, tensor in (("weight", values), ("scale", scale)):
+        span = file.tensors[file_description(file).tensors[kind]]
+        assert path.read_bytes()[span.offset : span.offset + span.size] == bits(tensor).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["int2", "nvfp4"])
+def test_a_quantization_that_was_cut_off_goes_on_where_it_stopped(tmp_path, hasher, monkeypatch, dtype):
+    monkeypatch.setattr(table_writer_engram, "_STEP_NUMBERS", 7 * WIDTH)
+    write_folder(tmp_path, hasher, "BF16")
+    source = MappedRows(read_tables(tmp_path)[1])
+    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    expected = quantize_table(source, whole, description, dtype)
+    read: list[int] = []
+
+    def advance(count: int) -> None:
+        read.append(count)
+        # Four steps of the second reading, the first one told of what was done before: nothing.
+        if len(read) - (dtype == "nvfp4") * (1 + math.ceil(source.num_rows / 7)) == 5:
+            raise KeyboardInterrupt
+
+    journal = tmp_path / "journal"
+    with pytest.raises(KeyboardInterrupt):
+        quantize_table(source, cut, description, dtype, advance, journal, save_seconds=0)
+    read.clear()
+    monkeypatch.setattr(MappedRows, "read", _counting(MappedRows.read, begun := []))
+    for first in ([3 * 7], []):  # what was done is not done again
+        error = quantize_table(source, cut, description, dtype, read.append, journal)
+        assert (error, cut.read_bytes()) == (expected, whole.read_bytes())
+        assert begun[:1] == first and sum(read) == source.stored.size * (2 if dtype == "nvfp4" else 1)
+        begun.clear(), read.clear()
+
+    # Another source, another dtype, or a damaged journal: nothing is gone on with.
+    for text in (journal.read_text(), "{"):
+        journal.write_text(text.replace("multipliers", "others"))
+        assert quantize_table(source, cut, description, dtype, journal=journal) == expected and begun[0] == 0
+        begun.clear()
+
+
+def _counting(read, begun: list[int]):
+    def counted(self, first, stop):
+        begun.append(first)
+        return read(self, first, stop)
+
+    return counted
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -965,3 +1038,91 @@ def test_a_thousand_mutated_manifests(tmp_path, hasher):
     assert refused > 500
     path.write_bytes(data)
     assert set(read_manifest(path)) == set(LAYERS)
+
+
+# --- four-bit floats of other libraries -------------------------------------------------------------------------------
+
+
+def nvfp4_tensors(rows: int = 6) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A table as compressed-tensors stores it, and its rows, computed code by code."""
+    draw = torch.Generator().manual_seed(3)
+    packed = torch.randint(0, 256, (rows, WIDTH // 2), dtype=torch.uint8, generator=draw)
+    scale = (torch.rand(rows, WIDTH // 16, generator=draw) * 300).to(torch.float8_e4m3fn)
+    global_scale = torch.tensor([1234.5])
+    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    expected = torch.empty(rows, WIDTH)
+    for row in range(rows):
+        for channel in range(WIDTH):
+            code = int(packed[row, channel // 2]) >> 4 * (channel % 2) & 15  # the first channel in the low bits
+            value = magnitudes[code & 7] * (-1 if code & 8 else 1)
+            expected[row, channel] = value * (scale[row, channel // 16].float() / global_scale[0])
+    return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": global_scale}, expected
+
+
+def modelopt(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same table as NVIDIA's ModelOpt spells it: its second scale multiplies."""
+    return {
+        "weight": tensors["weight_packed"],
+        "weight_scale": tensors["weight_scale"],
+        "weight_scale_2": tensors["weight_global_scale"].reciprocal().squeeze(),
+    }
+
+
+@pytest.mark.parametrize("spelling", [dict, modelopt])
+def test_four_bit_floats_of_other_libraries(tmp_path, spelling):
+    tensors, expected = nvfp4_tensors()
+    state = {f"model.layers.1.engram.table.{name}": tensor for name, tensor in spelling(tensors).items()}
+    save_file(state, tmp_path / "model.safetensors")
+    (table,) = tables_in_checkpoint([tmp_path / "model.safetensors"]).values()
+    assert (table.dtype, table.width, table.num_rows) == ("NVFP4", WIDTH, 6)
+    found = read_rows(MappedRows(table), torch.arange(6).unsqueeze(1))
+    # The second scale is turned round and back, and each time rounded.
+    torch.testing.assert_close(found, expected, rtol=0 if spelling is dict else 3e-7, atol=0)
+    assert torch.equal(read_rows(MappedRows(table), torch.arange(6).unsqueeze(1), torch.bfloat16), found.bfloat16())
+
+    # A manifest may point at these tensors as they are.
+    kinds = {"weight": 0, "scale": 1, "global_scale" if spelling is dict else "scale_2": 2}
+    names = {kind: list(state)[at] for kind, at in kinds.items()}
+    write_manifest(tmp_path, {1: manifest_entry([("model.safetensors", (0, 6), names)])})
+    assert torch.equal(read_rows(MappedRows(read_tables(tmp_path)[1]), torch.arange(6).unsqueeze(1)), found)
+    check_folder(tmp_path, rows=True)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_global_scale_that_is_no_positive_number(tmp_path, wrong):
+    tensors = {f"layers.1.engram.embed.{name}": tensor for name, tensor in nvfp4_tensors()[0].items()}
+    tensors["layers.1.engram.embed.weight_global_scale"][0] = wrong
+    save_file(tensors, tmp_path / "model.safetensors")
+    (table,) = tables_in_checkpoint([tmp_path / "model.safetensors"]).values()
+    with pytest.raises(ValueError, match=r"The global scale of layer 1 in .* expected one positive number"):
+        MappedRows(table)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_global_scale": None}, "NVFP4, which needs 1 global scale"),
+        ({"weight_global_scale": torch.ones(2)}, "NVFP4, which needs 1 global scale"),
+        ({"weight_scale": torch.ones(6, 1).to(torch.float8_e4m3fn)}, r"scales F8_E4M3 \[6, 2\]"),
+        ({"weight_scale": torch.ones(6, 1).bfloat16()}, "packed numbers, but nothing says of how many bits"),
+        ({"weight_packed": torch.zeros(6, 12, dtype=torch.uint8)}, "multiple of 16"),
+    ],
+)
+def test_four_bit_floats_that_do_not_fit_together(tmp_path, change, message):
+    tensors = {name: tensor for name, tensor in (nvfp4_tensors()[0] | change).items() if tensor is not None}
+    save_file(
+        {f"layers.1.engram.embed.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ValueError, match=message):
+        tables_in_checkpoint([tmp_path / "x.safetensors"])
+
+
+def test_the_config_says_of_how_many_bits_packed_numbers_are(tmp_path):
+    tensors = {"weight": torch.zeros(6, 16, dtype=torch.uint8), "scale": torch.ones(6, 1).bfloat16()}
+    save_file(
+        {f"layers.1.engram.table.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "x.safetensors"
+    )
+    for table_dtype, width, value in (("int4", 32, -7.5), ("int2", 64, -1.5)):
+        (table,) = tables_in_checkpoint([tmp_path / "x.safetensors"], table_dtype).values()
+        assert table.width == width
+        assert read_rows(MappedRows(table), torch.tensor([[2]])).unique().tolist() == [value]

@@ -201,7 +201,7 @@ class RowsLayer(nn.Module, BaseTunerLayer):
             )
         if table.scale is not None:
             raise EngramError(
-                f"Rows of a {table.weight.dtype} table cannot take a difference without being rounded again; keep the "
+                f"Rows of {table.table_dtype} cannot take a difference without being rounded again; keep the "
                 "adapter, or merge it into a model whose table is bfloat16 or float32."
             )
 

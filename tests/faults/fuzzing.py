@@ -38,8 +38,10 @@ import engram_hf
 from engram_hf import EngramConfig, EngramTokenizer
 from engram_hf.convert_scripts.streaming import read_manifest
 from engram_hf.row_sources_engram import MappedRows
-from engram_hf.safetensors_engram import read_weight_map
-from engram_hf.table_format_engram import read_tables, require_same_hash
+from engram_hf.safetensors_engram import read_header, read_weight_map
+from engram_hf.saving_engram import manifest_entry, write_manifest
+from engram_hf.table_format_engram import file_description, read_tables, require_same_hash
+from engram_hf.table_writer_engram import quantize_table
 from engram_hf.tokenization.vocabulary_compression import read_token_map
 
 SECONDS = 10
@@ -126,7 +128,7 @@ class Kinds:
 
     NAMES = (
         "header",
-        "quantized header",
+        "packed header",
         "manifest",
         "token map",
         "config",
@@ -140,19 +142,16 @@ class Kinds:
     def __init__(self, home: Path):
         folders = save_folders(home / "models")
         self.model_folder = folders["old files"]
-        self.model = load(self.model_folder, "mapped")
+        self.model = load(folders["old plain"])
         self.hasher = self.model.model.hashing
+        self._pack_tables()
         self.tokenizer = make_tokenizer()
-        engram(["quantize", str(self.model_folder), str(self.model_folder / "quantized"), "--dtype", "int8"])
-        self.tables = {
-            name: {layer: self._meaning(table) for layer, table in read_tables(self.model_folder / name).items()}
-            for name in ("", "quantized")
-        }
+        self.tables = {layer: self._meaning(table) for layer, table in read_tables(self.model_folder).items()}
         self.home = home
         self.kinds: dict[str, tuple[str, int, Callable[[Path, bytes], None]]] = {
             # name: the file, how many of its bytes are mutated (the rest are rows, which nothing describes), the reader
             "header": ("engram-layer-00001.safetensors", 4096, self.check_tables),
-            "quantized header": ("quantized/engram-layer-00001.safetensors", 4096, self.check_tables),
+            "packed header": ("engram-layer-00002.safetensors", 4096, self.check_tables),
             "manifest": ("engram_tables.json", 1 << 30, self.check_tables),
             "token map": ("engram_token_map.safetensors", 1 << 30, self.check_token_map),
             "config": ("config.json", 1 << 30, self.check_config),
@@ -161,7 +160,7 @@ class Kinds:
             "conversion": ("conversion_manifest.json", 1 << 30, self.check_conversion),
             "adapter config": ("adapter/adapter_config.json", 1 << 30, self.check_adapter),
         }
-        self._write_others()
+        self._write_others(folders["old plain"])
         self.adapter = self._meaning_of_adapter(self.model_folder / "adapter")
         weights = self.model_folder / "adapter" / "adapter_model.safetensors"
         # The differences lie behind all else, and nothing describes them.
@@ -170,16 +169,26 @@ class Kinds:
         self.originals = {kind: (self.model_folder / file).read_bytes() for kind, (file, _, _) in self.kinds.items()}
         self._folder: Path | None = None
 
-    def _write_others(self) -> None:
+    def _pack_tables(self) -> None:
+        """Rows of two bits, of which the description alone says how many there are in a byte, and of 4-bit floats."""
+        entries, tables = {}, read_tables(self.model_folder)
+        for (layer, table), dtype in zip(tables.items(), ("int2", "nvfp4"), strict=True):
+            path = table.parts[0].file.path
+            quantize_table(MappedRows(table), path, file_description(table.parts[0].file), dtype)
+            described = file_description(read_header(path))
+            entries[layer] = manifest_entry([(path.name, described.rows, described.tensors)])
+        write_manifest(self.model_folder, entries)
+
+    def _write_others(self, model: Path) -> None:
         files = {f"layers.{index}.weight": f"model-0000{index}-of-00003.safetensors" for index in (1, 2, 3)}
         index = {"metadata": {"total_size": 96}, "weight_map": files}
         (self.model_folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         records = {name: {"size": 32, "crc32": "0badf00d"} for name in files.values()}
         manifest = {"format_version": 1, "fingerprint": "ab" * 32, "options": {"dtype": "keep"}, "files": records}
         (self.model_folder / "conversion_manifest.json").write_text(json.dumps(manifest, indent=2))
-        write_facts(self.model_folder, self.model_folder / "adapter", "w5")
+        write_facts(model, self.model_folder / "adapter", "w5")
         config = self.model_folder / "adapter" / "adapter_config.json"
-        config.write_text(config.read_text().replace(str(self.model_folder), "model"))  # the same text in every run
+        config.write_text(config.read_text().replace(str(model), "model"))  # the same text in every run
 
     def make(self, kind: str, draw: random.Random) -> bytes:
         """A mutated file."""
@@ -215,8 +224,9 @@ class Kinds:
         """All that reading a table depends on, and its rows."""
         d = table.description
         said = (d.layer, d.num_rows, d.width, d.dtype, d.primes, d.offsets, d.multipliers, d.pad_id, d.vocab_size)
-        read = [part for part in MappedRows(table).read(0, table.num_rows) if part is not None]
-        return (*said, *(part.contiguous().view(torch.uint8).numpy().tobytes() for part in read))
+        source = MappedRows(table)
+        rows = [rows for rows in (*source.read(0, table.num_rows), source.global_scale) if rows is not None]
+        return (*said, *(some.contiguous().view(torch.uint8).numpy().tobytes() for some in rows))
 
     def check_tables(self, path: Path, data: bytes) -> None:
         """A model's tables: their hash is the model's, and the rows are those that were written."""
@@ -224,7 +234,7 @@ class Kinds:
             if table.description is None:
                 raise ValueError("without a description, only a model's own word says what is in it")
             require_same_hash(table.description, self.hasher, index)
-            if self._meaning(table) != self.tables["quantized" if path.parent.name == "quantized" else ""].get(layer):
+            if self._meaning(table) != self.tables.get(layer):
                 raise Wrong(f"The table of layer {layer} was read as another one.")
 
     def _meaning_of_adapter(self, folder: Path) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ TOKENIZER = tiny_tokenizer()
 FACTS = [{"prompt": f"word{i} word{i + 1} word{i + 2}", "target": f"word{i + 40} word{i + 3}"} for i in (0, 5, 10, 15)]
 OTHER_TEXTS = ["word50 word49 word48 word47 word46", "word45 word0 word44 word1 word43"]
 FLOAT8 = {"engram_table_dtype": "float8_e4m3fn", "engram_head_dim": 32}
+INT2 = {"engram_table_dtype": "int2", "engram_head_dim": 32}
 
 
 def make(name: str = "llama", **fields) -> EngramForCausalLM:
@@ -140,7 +141,7 @@ def test_the_same_facts_give_the_same_rows(built, written):
     assert again.training
 
 
-@pytest.mark.parametrize("fields", [{}, FLOAT8], ids=["float", "float8"])
+@pytest.mark.parametrize("fields", [{}, FLOAT8, INT2], ids=["float", "float8", "int2"])
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v4"])
 def test_other_backbones_and_mapped_tables(name, fields, tmp_path):
     make(name, **fields).save_pretrained(tmp_path)

@@ -17,7 +17,8 @@ from engram_hf.training import EngramRowsConfig, scan_rows
 from engram_hf.training.row_adapters import RowDifferences
 
 FLOAT8 = {"engram_table_dtype": "float8_e4m3fn", "engram_head_dim": 32}
-INT8 = {"engram_table_dtype": "int8", "engram_head_dim": 8}
+INT2 = {"engram_table_dtype": "int2", "engram_head_dim": 8}
+NVFP4 = {"engram_table_dtype": "nvfp4", "engram_head_dim": 16}
 FILE = "adapter_model.safetensors"
 
 
@@ -152,7 +153,7 @@ def test_text_that_reads_no_adapted_row_keeps_every_bit(model):
     assert torch.equal(logits(peft, others), before)
 
 
-@pytest.mark.parametrize("fields", [FLOAT8, INT8], ids=["float8", "int8"])
+@pytest.mark.parametrize("fields", [FLOAT8, INT2, NVFP4], ids=["float8", "int2", "nvfp4"])
 def test_quantized_tables_are_trained_but_not_merged(fields, corpus, trainer):
     model = build("mixtral", **fields)
     bits = {layer: table.weight.view(torch.uint8).clone() for layer, table in tables(model).items()}

@@ -1,0 +1,119 @@
+"""What quantized tables cost: the loss on a text before and after, beside that without memory."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .folders import is_model, read_config
+from .output import columns
+
+if TYPE_CHECKING:
+    import torch
+
+    from engram_hf import EngramForCausalLM
+
+_LENGTH = 512
+_BATCH = 4
+
+
+def read_blocks(folder: Path, path: Path) -> "torch.Tensor":
+    """The tokens of a text, in blocks of as many as the model takes, at most 512: int64 `[n, S]`.
+
+    Raises:
+        ValueError: the folder has no model or no tokenizer, or the text fills no block of at least two tokens.
+    """
+    import torch
+
+    from engram_hf.tokenization import EngramTokenizer
+
+    if not is_model(folder):
+        raise ValueError(
+            f"{folder} holds tables without a model, so there is no loss to measure; leave --measure out."
+        )
+    length = min(_LENGTH, getattr(read_config(folder).text_config, "max_position_embeddings", None) or _LENGTH)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ValueError(f"{folder} has no tokenizer to measure with; tokenizer.save_pretrained puts one there.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}).") from error
+    ids = EngramTokenizer.from_pretrained(folder)(text)["input_ids"]
+    length = min(length, len(ids))
+    if length < 2:
+        raise ValueError(f"{path} has {len(ids)} tokens; give a text of at least two, better of some ten thousand.")
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+class Loss(NamedTuple):
+    """Means over all positions but the first of each block, in nats.
+
+    Args:
+        before, after, without: cross-entropy of the next token with the tables as they were, as they are, and no memory.
+        divergence: of the predictions after from those before (Kullback-Leibler).
+        positions: how many.
+    """
+
+    before: float
+    after: float
+    without: float
+    divergence: float
+    positions: int
+
+    @property
+    def share(self) -> float:
+        """What part of the memory's worth is lost."""
+        worth = self.without - self.before
+        return (self.after - self.before) / worth if worth > 0 else float("nan")
+
+
+def measure(folder: Path, target: Path, blocks: "torch.Tensor") -> str:
+    """What a model lost, for people.
+
+    Args:
+        folder, target: the model before and after.
+        blocks: of [`read_blocks`].
+    """
+    from engram_hf import EngramForCausalLM
+
+    before, after = (
+        EngramForCausalLM.from_pretrained(at, engram_residency="mapped").eval() for at in (folder, target)
+    )
+    loss = compare(before, after, blocks)
+    rows = [
+        ["without memory", f"{loss.without:.4f}", "", ""],
+        ["before", f"{loss.before:.4f}", "", ""],
+        ["after", f"{loss.after:.4f}", f"{loss.after - loss.before:+.4f}", f"{loss.divergence:.5f}"],
+    ]
+    table = columns(["held-out loss, nats a token", "loss", "change", "KL from before"], rows)
+    worth = loss.without - loss.before
+    verdict = (
+        f"Memory is worth {worth:.4f} nats on this text; {loss.share:.1%} of that is lost."
+        if worth > 0
+        else f"Memory is worth nothing on this text ({worth:.4f} nats), so that this says nothing of its tables."
+    )
+    return f"{table}\n{verdict} ({loss.positions:,} positions)"
+
+
+def compare(before: "EngramForCausalLM", after: "EngramForCausalLM", blocks: "torch.Tensor") -> Loss:
+    """What two models that differ in their tables make of token ids `[n, S]`; with a progress bar."""
+    import torch
+    from torch.nn import functional as F
+    from tqdm import tqdm
+
+    from engram_hf.analysis.evaluation import Off
+
+    sums, positions = torch.zeros(4, dtype=torch.float64), 0
+    for some in tqdm(blocks.split(_BATCH), desc="Measuring", disable=None):
+        labels = some[:, 1:].flatten()
+        with torch.no_grad():
+            first, second = (_log_probabilities(model, some) for model in (before, after))
+            without = _log_probabilities(before, some, engram_edit=Off())
+        losses = [F.nll_loss(predicted, labels, reduction="sum") for predicted in (first, second, without)]
+        divergence = F.kl_div(second, first, reduction="sum", log_target=True)
+        sums += torch.stack([*losses, divergence]).double()
+        positions += labels.numel()
+    return Loss(*(sums / positions).tolist(), positions)
+
+
+def _log_probabilities(model: "EngramForCausalLM", ids: "torch.Tensor", **options: Any) -> "torch.Tensor":
+    """Of each next token, float32 `[n * (S - 1), V]`."""
+    return model(input_ids=ids, use_cache=False, **options).logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
