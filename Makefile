@@ -36,16 +36,16 @@ trials: $(VENV)/.installed  ## the slow tests: trials of docs/reliability.md in 
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 # The trials of docs/reliability.md at length; `make trials` runs short ones. Each prints its seed, and what goes there.
-faults: $(VENV)/.installed  ## the trials of tests/faults, with a hundred times as many rounds (hours)
+faults: $(VENV)/.installed  ## the trials of tests/faults, those that draw at random with a hundred times as many rounds (hours)
 	$(ONE_THREAD) ENGRAM_TRIALS=100 $(BIN)/python -m pytest -n 2 tests/faults $(PYTEST_ARGS)
 
-fuzz: $(VENV)/.installed  ## 100,000 mutated files (half an hour)
+fuzz: $(VENV)/.installed  ## 100,000 mutated files (an hour)
 	$(ONE_THREAD) $(BIN)/python tests/faults/fuzzing.py --count 100000 $(TRIAL_ARGS)
 
-kills: $(VENV)/.installed  ## 100 kills each of convert, export, quantize and saving (minutes)
+kills: $(VENV)/.installed  ## 100 kills each of convert, export, quantize, saving and writing facts (a quarter of an hour)
 	$(ONE_THREAD) $(BIN)/python tests/faults/kills.py --count 100 $(TRIAL_ARGS)
 
-soak: $(VENV)/.installed  ## 20 minutes of mixed requests on mapped tables
+soak: $(VENV)/.installed  ## 20 minutes of mixed requests on mapped tables, adapters switched between them
 	$(ONE_THREAD) $(BIN)/python tests/faults/soak.py --minutes 20 $(TRIAL_ARGS)
 
 check: $(VENV)/.installed  ## what CI says about style and types

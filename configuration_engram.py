@@ -528,15 +528,13 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """As in transformers, without the folder that the backbone came from: what is saved goes elsewhere."""
         fields = super().to_diff_dict()
-        backbone, alone = (
-            fields["backbone_config" if self.is_composite else "text_config"],
-            self.backbone.to_diff_dict(),
-        )
+        part = "backbone_config" if self.is_composite else "text_config"
+        backbone, alone = fields[part], self.backbone.to_diff_dict()
         # Parts of the backbone's config as it saves them itself: they need not take all that is written of a whole one.
         backbone |= {name: alone[name] for name in self.backbone.sub_configs if name in alone}
         for config in (backbone, *(backbone[part] or {} for part in self.backbone.sub_configs if part in backbone)):
             name = config.get("_name_or_path", "")
-            if os.path.isabs(name) or os.path.exists(name):
+            if not isinstance(name, str) or os.path.isabs(name) or os.path.exists(name):
                 del config["_name_or_path"]
         return fields
 
@@ -582,7 +580,7 @@ def as_decoder_config(text_config: dict | PreTrainedConfig | None) -> PreTrained
     if isinstance(text_config, dict):
         fields = dict(text_config)
         model_type = fields.pop("model_type", None)
-        if model_type not in CONFIG_MAPPING:
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise EngramError(
                 f"text_config has model_type {model_type!r}, which this transformers does not know; name a registered "
                 "decoder, or register it with AutoConfig.register first."

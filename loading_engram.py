@@ -32,6 +32,7 @@ from .table_format_engram import (
     read_tables,
     require_fit,
     require_same_hash,
+    require_size,
     table_keys,
     tables_in_checkpoint,
 )
@@ -426,6 +427,16 @@ def require_memory(model: PreTrainedModel, missing: Collection[str]) -> None:
             f"The checkpoint lacks {len(absent)} tensors of the memory, such as {absent[0]}; complete the folder (a shard or "
             f"{MANIFEST_NAME} may be absent), or add memory to a plain backbone with EngramForCausalLM.from_backbone."
         )
+
+
+def require_sizes(model: PreTrainedModel, files: Sequence[str] | None) -> None:
+    """Refuse tables among the weights whose size is not what the config says, before its word takes any memory."""
+    tables = {f".layers.{n}.engram.table.weight": (n, m.table) for n, m in model.base_model.memories().items()}
+    for file in files or ():
+        for name, span in read_header(file).tensors.items() if str(file).endswith(".safetensors") else ():
+            layer, table = next((found for end, found in tables.items() if f".{name}".endswith(end)), (0, None))
+            if table is not None and table.is_resident and table.unread is None:
+                require_size(layer, span.shape, (table.num_rows, table.width))
 
 
 def leave_tables_on_disk(model: PreTrainedModel, device_map: dict | None) -> None:

@@ -56,6 +56,7 @@ from .loading_engram import (
     leave_tables_on_disk,
     renamings_of_version,
     require_memory,
+    require_sizes,
     stored_dtype_of_hash,
 )
 from .prefetch_engram import Prefetcher
@@ -186,6 +187,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         model.memory_model.hashing.stored_dtype = stored_dtype_of_hash(state_dict, checkpoint_files)
         mapping = [*(load_config.weight_mapping or ()), *renamings_of_version(model.config.engram_format_version)]
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
+        require_sizes(model, () if load_config.ignore_mismatched_sizes else checkpoint_files)
         leave_tables_on_disk(model, load_config.device_map)
         model.memory_model.prefetch_mounted()
         # The backbone's own, which may refuse checkpoints too.

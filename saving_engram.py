@@ -103,8 +103,10 @@ class FolderClaim:
         while self._file is None:
             holder = self._try()
             if holder is not None and time.monotonic() >= deadline:
+                known = {"pid", "host", "since"} <= holder.keys()
+                who = "process {pid} on {host} (since {since})".format(**holder) if known else "another process"
                 raise FolderInUseError(
-                    f"{self.folder} is being written by {_describe(holder)}; wait for it to end, or name another folder "
+                    f"{self.folder} is being written by {who}; wait for it to end, or name another folder "
                     f"(if that process is not writing there, delete {self.path})."
                 )
             if holder is not None:
@@ -158,7 +160,8 @@ class FolderClaim:
         if lock_file(file.fileno()) is False or not still_names(self.path, file.fileno()):
             file.close()
             return None
-        file.write(json.dumps(_this_process()).encode())
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
         self._file = file
         return None
 
@@ -168,17 +171,6 @@ def _unwritable(folder: Path, error: OSError) -> OSError:
     if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
         return error
     return OSError(error.errno, f"{folder} cannot be written ({error.strerror}); choose a folder that is writable")
-
-
-def _this_process() -> dict:
-    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-
-
-def _describe(holder: dict) -> str:
-    if not {"pid", "host", "since"} <= holder.keys():
-        return "another process"
-    return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
 
 
 def _remove_abandoned(path: Path) -> dict | None:
@@ -218,10 +210,8 @@ def _has_ended(holder: dict) -> bool:
         return False  # (on Windows, asking for a process would end it)
     try:
         os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 
@@ -358,20 +348,20 @@ def _put_in_place(path: Path, name: Path) -> None:
 
 
 def require_settled(folder: str | os.PathLike) -> None:
-    """Refuse a folder in which the files of two models may be mixed, since a save was killed while it put them in place.
+    """Refuse a folder in which the files of two saves may be mixed, since one was killed while it put them in place.
 
     Args:
-        folder: of a model; anything else (such as the name of a Hub repository) is let through.
+        folder: of a model or an adapter; anything else (such as the name of a Hub repository) is let through.
 
     Raises:
-        EngramError: says where the new model is.
+        EngramError: says where the new files are.
     """
     deadline = time.monotonic() + LOAD_WAITS
     while left := sorted(Path(folder).glob(f"{_EXCHANGE}*")) if os.path.isdir(folder) else []:
         if time.monotonic() >= deadline:
             raise EngramError(
-                f"A save to {folder} was killed while its files were put in place, so that files of two models may be mixed "
-                f"there; the saved model is whole in {left[-1] / _FILES}: load it from there, and save it to {folder} again."
+                f"A save to {folder} was killed while its files were put in place, so that files of two saves may be mixed "
+                f"there; what was saved is whole in {left[-1] / _FILES}: load it from there, and save it to {folder} again."
             )
         time.sleep(_POLL_SECONDS)
 
@@ -382,11 +372,6 @@ def require_settled(folder: str | os.PathLike) -> None:
 def table_file_name(layer: int, part: int = 0, parts: int = 1) -> str:
     """`engram-layer-00001.safetensors`; of several parts, `engram-layer-00001-00000-of-00002.safetensors`."""
     return f"engram-layer-{layer:05d}{f'-{part:05d}-of-{parts:05d}' if parts > 1 else ''}.safetensors"
-
-
-def table_file_names(stored: StoredTable) -> list[str]:
-    """What the files of a table's parts are called in a model folder."""
-    return [table_file_name(stored.layer, index, len(stored.parts)) for index in range(len(stored.parts))]
 
 
 def is_table_file(name: str) -> bool:
@@ -432,11 +417,6 @@ def manifest_entry(
     return entry
 
 
-def can_be_linked(stored: StoredTable, files: dict[Path, int], folder: Path) -> bool:
-    """Whether `pass_on` has nothing to copy."""
-    return stored.has_own_files and all(can_link(source, path, folder) for path, source in files.items())
-
-
 def pass_on(
     stored: StoredTable,
     files: dict[Path, int],
@@ -454,7 +434,7 @@ def pass_on(
         description: of the table, for files that are written.
         symbolic: as in [`link_or_copy`].
     """
-    names = table_file_names(stored)
+    names = [table_file_name(stored.layer, index, len(stored.parts)) for index in range(len(stored.parts))]
     sources = [files[part.file.path] for part in stored.parts]
     ranges = [(part.first, part.stop) for part in stored.parts]
     if stored.has_own_files:
@@ -550,7 +530,8 @@ def record_digests(folder: Path, variant: str | None = None, others: dict[str, s
     """
     manifest = folder / MANIFEST_NAME
     tables = _samples_by_name(map(MappedRows, read_tables(folder).values()))
-    weights = weights_digest(find_weight_files(lambda name: _existing(folder / name), variant))
+    written = {path.name: path for path in folder.iterdir()}
+    weights = weights_digest(find_weight_files(written.get, variant))
     samples = {name: digest.hex() for name, digest in sorted(tables.items())}
     digests = {WEIGHTS_MEMBER: {**(others or {}), variant or "": weights}, TABLES_MEMBER: samples}
     write_json(manifest, read_json(manifest) | digests)
@@ -560,10 +541,6 @@ def record_digests(folder: Path, variant: str | None = None, others: dict[str, s
 def _samples_by_name(tables: Iterable[MappedRows]) -> dict[str, bytes]:
     """What tells the files of tables from all others."""
     return {path.name: digest for rows in tables for path, digest in rows.digests.items()}
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.exists() else None
 
 
 def _digests_of_other_variants(writer: FolderWriter, manifest: Path) -> dict[str, str]:
@@ -590,6 +567,6 @@ def _nearest(source: MappedRows, folder: Path) -> MappedRows:
 
 
 def _takes_no_space(source: MappedRows, folder: Path) -> bool:
-    if _BY_REFERENCE.get():
-        return source.stored.has_own_files
-    return can_be_linked(source.stored, source.files, folder)
+    """Whether `pass_on` has nothing to copy."""
+    can_refer = _BY_REFERENCE.get() or all(can_link(file, path, folder) for path, file in source.files.items())
+    return source.stored.has_own_files and can_refer

@@ -406,11 +406,7 @@ def require_fit(
             f"There is no table for layer {layer} (only for {sorted(tables)}); complete the folder (a shard or {MANIFEST_NAME} "
             "may be absent)."
         )
-    if (stored.num_rows, stored.width) != (num_rows, width):
-        raise TableFormatError(
-            f"The table of layer {layer} has {stored.num_rows} rows of {stored.width} channels, but the config asks for "
-            f"{num_rows} of {width}; tables and config.json are not of one model."
-        )
+    require_size(layer, (stored.num_rows, stored.width), (num_rows, width))
     row_format = ROW_FORMATS[stored.dtype]
     expected = row_format.name if row_format.scale_dtype else None
     if expected != table_dtype:
@@ -419,6 +415,15 @@ def require_fit(
             f"{table_dtype!r}; set it to {expected!r}."
         )
     return stored
+
+
+def require_size(layer: int, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Refuse the table of a layer that has other rows and channels than a model's config asks for."""
+    if found != expected:
+        raise TableFormatError(
+            f"The table of layer {layer} has {' rows of '.join(map(str, found))} channels, but the config asks for "
+            f"{' of '.join(map(str, expected))}; tables and config.json are not of one model."
+        )
 
 
 def read_tables(

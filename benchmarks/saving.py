@@ -1,14 +1,19 @@
-"""What a save costs, and what it costs at load that tables know their weights.
+"""What a save costs, and what it costs at load that tables know their weights; beside an older version of the package.
 
-    python benchmarks/saving.py [--megabytes 400] [--repeats 5]
+    python benchmarks/saving.py [--against FOLDER] [--megabytes 360] [--rounds 5]
 
-Prints medians of seconds: saving a model to a new folder and over an older one, writing its bytes alone, loading it with its
-tables mapped, reading its weights, and their digest. Everything is in the page cache; on a disk, reading takes longer.
+Prints milliseconds of processor time, of all threads and of the kernel, so that other work on the machine does not count: the
+least of all rounds. With `--against`, a folder with another state of this repository (`git worktree add FOLDER COMMIT`), the two
+versions take turns, in processes of their own, and their ratio is printed. Everything is in the page cache; on a disk, reading
+takes longer. What the digest takes is compared with reading the weights.
 """
 
 import argparse
+import json
+import os
 import shutil
-import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,29 +23,31 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from engram_hf import EngramConfig, EngramForCausalLM
-from engram_hf.safetensors_engram import read_header
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 16
 
 
-def median(action: Callable[[], object], repeats: int, prepare: Callable[[], object] = lambda: None) -> float:
-    """Seconds of an action, each time after `prepare`."""
-    seconds = []
+def least(action: Callable[[], object], prepare: Callable[[], object] = lambda: None, repeats: int = 3) -> float:
+    """Milliseconds of processor time that an action takes, each time after `prepare`; the least of all."""
+    found = []
     for _ in range(repeats):
         prepare()
-        begin = time.perf_counter()
+        begin = time.process_time()
         action()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+        found.append(1e3 * (time.process_time() - begin))
+    return min(found)
 
 
-def build(megabytes: int) -> EngramForCausalLM:
+def build(megabytes: int):
     """A model with about so many megabytes of weights beside its tables."""
-    hidden, layers = 512, max(2, megabytes // 16)
-    backbone = LlamaConfig(
-        vocab_size=4096, hidden_size=hidden, intermediate_size=2048, num_hidden_layers=layers, num_attention_heads=8
-    )
-    size = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": 100_000}
-    return EngramForCausalLM(EngramConfig.for_backbone(backbone, layer_ids=[0, 1], **size)).eval()
+    from engram_hf import EngramConfig, EngramForCausalLM
+
+    layers = max(1, (megabytes - 34) // 103)
+    size = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16}  # a model of 1 to 2 billion
+    backbone = LlamaConfig(vocab_size=4096, num_hidden_layers=layers, **size)
+    memory = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": 100_000}
+    torch.manual_seed(0)
+    return EngramForCausalLM(EngramConfig.for_backbone(backbone, layer_ids=[0], **memory)).to(torch.bfloat16).eval()
 
 
 def read(path: Path) -> None:
@@ -50,47 +57,82 @@ def read(path: Path) -> None:
             pass
 
 
+def measure(home: Path, megabytes: int) -> dict[str, float]:
+    """Milliseconds by what was done, with the version of the package that Python finds."""
+    from engram_hf import EngramForCausalLM
+
+    def load():
+        return EngramForCausalLM.from_pretrained(files, engram_residency="mapped").eval()
+
+    def generate(tokens: int) -> None:
+        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+
+    def remove() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+
+    def write() -> None:
+        target.mkdir()
+        save_file(state, target / "model.safetensors")
+
+    plain, files, target = home / "plain", home / "files", home / "target"
+    build(megabytes).save_pretrained(plain)
+    EngramForCausalLM.from_pretrained(plain, engram_residency="mapped").save_pretrained(files)
+    shutil.rmtree(plain)
+    weights, model, ids = files / "model.safetensors", load(), torch.arange(32).unsqueeze(0)
+    state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    figures = {
+        "writing the weights alone": least(write, remove),
+        "saving to a new folder": least(lambda: model.save_pretrained(target), remove),
+        "saving over an older model": least(lambda: model.save_pretrained(target)),
+        "loading, tables mapped": least(load),
+        "the first token": least(lambda: generate(1)),
+        "a decoding step": (least(lambda: generate(1 + STEPS)) - least(lambda: generate(1))) / STEPS,
+        "reading the weights": least(lambda: read(weights), repeats=9),
+    }
+    try:
+        from engram_hf.loading_engram import weights_digest
+    except ImportError:  # of an older version
+        return figures
+    return figures | {"their digest": least(lambda: weights_digest([weights]), repeats=9)}
+
+
+def measure_apart(checkout: Path, megabytes: int) -> dict[str, float]:
+    """As `measure`, in a process of its own, with the package in a checkout of the repository."""
+    with tempfile.TemporaryDirectory() as home:
+        (Path(home) / "engram_hf").symlink_to(checkout.resolve())
+        paths = os.pathsep.join([home, os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, str(Path(__file__).resolve()), "--measure", home, "--megabytes", str(megabytes)]
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, check=True, cwd=home
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="an older state of the repository")
+    parser.add_argument("--megabytes", type=int, default=360)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as home:
-        plain, files, target = Path(home, "plain"), Path(home, "files"), Path(home, "target")
-        build(given.megabytes).save_pretrained(plain)
-        model = EngramForCausalLM.from_pretrained(plain, engram_residency="mapped")
-        model.save_pretrained(files)
-        shutil.rmtree(plain)
-        weights = files / "model.safetensors"
-
-        def remove() -> None:
-            shutil.rmtree(target, ignore_errors=True)
-
-        state = {key: tensor for key, tensor in model.state_dict().items() if key in read_header(weights).tensors}
-
-        def write() -> None:
-            target.mkdir()
-            save_file(state, target / "model.safetensors")
-
-        figures = {
-            "saving to a new folder": median(lambda: model.save_pretrained(target), given.repeats, remove),
-            "saving over an older model": median(lambda: model.save_pretrained(target), given.repeats),
-            "writing the weights alone": median(write, given.repeats, remove),
-            "loading, tables mapped": median(
-                lambda: EngramForCausalLM.from_pretrained(files, engram_residency="mapped"), given.repeats
-            ),
-            "reading the weights": median(lambda: read(weights), given.repeats),
-        }
-        try:
-            from engram_hf.loading_engram import weights_digest
-        except ModuleNotFoundError:  # of an older version, to compare with
-            pass
-        else:
-            figures["their digest"] = median(lambda: weights_digest([weights]), given.repeats)
-        print(f"{weights.stat().st_size / 1e6:.0f} MB of weights, torch {torch.__version__}")
-        for name, seconds in figures.items():
-            print(f"{name:28} {seconds * 1e3:9.1f} ms")
+    if given.measure is not None:
+        print(json.dumps(measure(given.measure, given.megabytes)))
+        return
+    versions = {"now": ROOT} if given.against is None else {"before": given.against, "now": ROOT}
+    rounds: dict[str, list[dict[str, float]]] = {version: [] for version in versions}
+    for _ in range(given.rounds):
+        for version, checkout in versions.items():
+            rounds[version].append(measure_apart(checkout, given.megabytes))
+    figures = {version: {name: min(one[name] for one in some) for name in some[0]} for version, some in rounds.items()}
+    print(f"{given.megabytes} MB of weights, {given.rounds} rounds, torch {torch.__version__}; ms of processor time")
+    print(f"{'':28}" + "".join(f"{version:>10}" for version in versions) + ("     ratio" if given.against else ""))
+    for name, now in figures["now"].items():
+        before = figures.get("before", {}).get(name)
+        cells = [f"{figures[version][name]:10.2f}" if name in figures[version] else f"{'':10}" for version in versions]
+        print(f"{name:28}" + "".join(cells) + ("" if before is None else f"{now / before:10.3f}"))
+    share = figures["now"]["their digest"] / figures["now"]["reading the weights"]
+    print(f"the digest takes {share:.1%} of reading the weights")
 
 
 if __name__ == "__main__":

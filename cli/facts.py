@@ -55,7 +55,7 @@ def add_commands(commands: Any) -> None:
 
 def run_write(options: argparse.Namespace) -> None:
     """Write `options.facts` into rows, and save them in `options.output`."""
-    from engram_hf.saving_engram import replace_files
+    from engram_hf.saving_engram import FolderClaim, replace_files
     from engram_hf.training import write_facts
 
     folder, output = require_folder(options.model), Path(options.output)
@@ -63,7 +63,8 @@ def run_write(options: argparse.Namespace) -> None:
         raise ValueError(f"{output} holds a model; name another folder for the adapter.")
     facts = read_json_lines(Path(options.facts))
     protect = None if options.protect is None else read_texts(Path(options.protect))
-    with replace_files(output) as writer:  # a folder that cannot be written is found before the training
+    # A folder that cannot be written, or that somebody writes to, is found before the training.
+    with FolderClaim(output), replace_files(output) as writer:
         model, tokenizer = _load(folder)
         adapted, report = write_facts(
             model,
@@ -76,7 +77,7 @@ def run_write(options: argparse.Namespace) -> None:
             orders=options.orders,
         )
         adapted.save_pretrained(str(writer.path))
-        writer.publish(last=CONFIG)
+        writer.publish(last=CONFIG, is_claimed=True)
     if options.json:
         print_json(json.loads(report.to_json()))
         return
@@ -91,7 +92,7 @@ def run_list(options: argparse.Namespace) -> None:
         print_json(found)
         return
     print(columns(["fact", "prompt", "target"], [[i, f["prompt"], f["target"]] for i, f in enumerate(found["facts"])]))
-    rows = ", ".join(f"{count:,} of layer {layer}" for layer, count in found["rows"].items())
+    rows = ", ".join(f"{count:,} of layer {printable(layer)}" for layer, count in found["rows"].items())
     print(f"rows: {rows}; {size(found['bytes'])}; of {printable(found['model'])}")
 
 
@@ -120,8 +121,10 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
         ValueError: the folder holds no adapter with facts, or a file in it is broken.
     """
     from engram_hf.safetensors_engram import read_json
+    from engram_hf.saving_engram import require_settled
     from engram_hf.training.fact_texts import WrittenFact
 
+    require_settled(folder)
     config, weights = folder / CONFIG, folder / WEIGHTS
     for path in (config, weights):
         if not path.is_file():
@@ -132,13 +135,14 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
     if values.get("peft_type") != "ENGRAM_ROWS" or not values.get("facts"):
         raise ValueError(f"{folder} holds an adapter, but none with facts; name a folder that facts write made.")
     memory = values.get("memory")
-    if not isinstance(memory, dict) or not all(isinstance(part, dict) for part in memory.values()):
+    parts = list(memory.values()) if isinstance(memory, dict) else [None]
+    if not all(isinstance(part, dict) and type(part.get("rows")) is int for part in parts):
         raise ValueError(f"{config} is damaged: it does not say which rows there are; write the facts again.")
     return {
         "folder": str(folder),
         "model": values.get("base_model_name_or_path"),
         "bytes": weights.stat().st_size,
-        "rows": {layer: part.get("rows") for layer, part in memory.items()},
+        "rows": {layer: part["rows"] for layer, part in memory.items()},
         "facts": [
             {"prompt": fact.fact.prompt, "target": fact.fact.target}
             for fact in map(WrittenFact.from_dict, values["facts"])

@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-
     from engram_hf.configuration_engram import EngramConfig
     from engram_hf.hashing_engram import NgramHasher
     from engram_hf.table_format_engram import StoredTable
@@ -158,14 +156,15 @@ def check_model(folder: Path) -> "tuple[NgramHasher, dict[int, StoredTable]]":
 
 def _read_hasher(folder: Path, config: "EngramConfig") -> "NgramHasher":
     """The hash of a saved model, with the constants and the token map stored beside its weights."""
+    import torch
     from safetensors import safe_open
 
     from engram_hf.configuration_engram import EngramConfig
     from engram_hf.hashing_engram import NgramHasher
     from engram_hf.safetensors_engram import read_header
 
-    hasher = NgramHasher.from_config(config)
-    expected = hasher.state_dict()
+    with torch.device("meta"):  # the word of a config alone takes no memory
+        expected = NgramHasher.from_config(config).state_dict()
     state: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         names = {name.rpartition(".")[2]: name for name in read_header(path).tensors if ".hashing." in f".{name}"}
@@ -181,6 +180,7 @@ def _read_hasher(folder: Path, config: "EngramConfig") -> "NgramHasher":
                 f"The hash tensor {name} in {folder} has shape {list(tensor.shape)}, but the config asks for "
                 f"{list(expected[name].shape)}; weights and config.json are not of one model."
             )
+    hasher = NgramHasher.from_config(config)
     hasher.load_state_dict(state)
     hasher.verify_constants()
     return hasher

@@ -168,7 +168,7 @@ def forget_facts(model: PeftModel, name: str, which: int | Iterable[int]) -> int
         adapter.keep(~is_gone | is_kept)
         removed, shared = removed + int((is_gone & ~is_kept).sum()), shared + int((is_gone & is_kept).sum())
         rows[layer] = adapter.rows.cpu()
-        config.memory[str(layer)]["rows"] = rows[layer].numel()
+        config.memory[str(layer)] |= {"rows": rows[layer].numel(), "rows_sha256": adapter.digest}
     config.rows, config.facts = rows, [fact.to_dict() for index, fact in enumerate(facts) if index not in indices]
     if shared:
         logger.warning(

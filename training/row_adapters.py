@@ -3,6 +3,7 @@
 Shape letters: n adapted rows of a table, W channels of a row, T heads a position reads.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from ..table_engram import EngramTable, RowReader
 
 
+def rows_digest(rows: torch.Tensor) -> str:
+    """SHA-256 of row numbers, int64 `[n]`, in hexadecimal."""
+    return hashlib.sha256(rows.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+
 class RowDifferences(nn.Module):
     """Trainable differences of some rows of a table; every other row has none.
 
@@ -26,21 +32,34 @@ class RowDifferences(nn.Module):
         num_rows: rows of the table.
         width: W.
         device: of the parameters.
+        digest: what [`rows_digest`] gives of the rows; None if that is not known.
 
     Attributes:
         rows: buffer, saved with the differences: these mean nothing without the rows they belong to.
-        delta: float32 parameter `[n, W]`, zero at first, so that adding an adapter changes nothing. It is float32
-            whatever the table is, so that small updates of a low-precision table are not lost.
+        delta: float32 parameter `[n, W]`, zero at first, so that adding an adapter changes nothing; not a number until a
+            checkpoint gives them, so that differences that are missing there are noticed. It is float32 whatever the
+            table is, so that small updates of a low-precision table are not lost.
     """
 
     rows: torch.Tensor
 
-    def __init__(self, rows: torch.Tensor | None, count: int, num_rows: int, width: int, device=None):
+    def __init__(
+        self,
+        rows: torch.Tensor | None,
+        count: int,
+        num_rows: int,
+        width: int,
+        device: torch.device | None = None,
+        digest: str | None = None,
+    ):
         super().__init__()
-        self.num_rows = num_rows
+        self.num_rows, self.digest, self._awaits_checkpoint = num_rows, digest, rows is None
         # A number that no row has: an adapter whose rows were never loaded is refused, not taken for another.
         self.register_buffer("rows", torch.full((count,), -1, device=device) if rows is None else rows.to(device))
-        self.delta = nn.Parameter(torch.zeros(count, width, device=device, dtype=torch.float32))
+        delta = torch.full(
+            (count, width), 0.0 if rows is not None else float("nan"), device=device, dtype=torch.float32
+        )
+        self.delta = nn.Parameter(delta)
         self._checked: torch.Tensor | None = None
         self.is_rounded = False
         self.register_state_dict_post_hook(_shorten)
@@ -48,7 +67,8 @@ class RowDifferences(nn.Module):
         self.register_load_state_dict_post_hook(_check_loaded_rows)
 
     def require_rows(self) -> None:
-        """Refuse row numbers that this table does not have, or that are not ascending, wherever they came from.
+        """Refuse row numbers that this table does not have, that are not ascending, or that are not those of the digest;
+        and differences that were not loaded.
 
         Raises:
             ValueError: says so.
@@ -61,6 +81,16 @@ class RowDifferences(nn.Module):
             raise EngramError(
                 f"The row numbers of an adapter are missing or damaged: they must ascend from 0 to at most "
                 f"{self.num_rows - 1}; load the adapter again from the folder that save_pretrained wrote."
+            )
+        if self.digest is not None and rows_digest(rows) != self.digest:
+            raise EngramError(
+                "The row numbers of an adapter are not those that adapter_config.json was saved with: its files belong to two "
+                "adapters, or one is damaged; restore the folder that save_pretrained wrote."
+            )
+        if self._awaits_checkpoint and (self.delta.is_meta or bool(self.delta.isnan().any())):
+            raise EngramError(
+                "The differences of an adapter are missing or no numbers; load it again from the folder that save_pretrained "
+                "wrote, or train it again."
             )
         self._checked = rows
 
@@ -86,6 +116,7 @@ class RowDifferences(nn.Module):
         chosen = chosen.to(self.rows.device)
         self.delta = nn.Parameter(self.delta.detach()[chosen], requires_grad=self.delta.requires_grad)
         self.rows = self.rows[chosen]
+        self.digest = rows_digest(self.rows)
 
     def extra_repr(self) -> str:
         """Rows and channels, for `print(model)`."""
@@ -155,10 +186,10 @@ class RowsLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    def add_adapter(self, name: str, rows: torch.Tensor | None, count: int) -> None:
-        """Add differences, all zero, for `rows` (see [`RowDifferences`]) under the adapter's name."""
+    def add_adapter(self, name: str, rows: torch.Tensor | None, count: int, digest: str | None = None) -> None:
+        """Add differences for `rows` (see [`RowDifferences`]) under the adapter's name."""
         table = self.base_layer
-        self.engram_rows_adapter[name] = RowDifferences(rows, count, table.num_rows, table.width, self.device)
+        self.engram_rows_adapter[name] = RowDifferences(rows, count, table.num_rows, table.width, self.device, digest)
 
     def forward(
         self, row_ids: torch.Tensor, dtype: torch.dtype | None = None, source: "RowReader | None" = None

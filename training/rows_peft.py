@@ -20,9 +20,10 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from ..safetensors_engram import EngramError
+from ..saving_engram import require_settled
 from ..table_format_engram import covers_token_map, describe_table
 from .memory import find_engram, memory_of_layer
-from .row_adapters import RowsLayer, combine
+from .row_adapters import RowsLayer, combine, rows_digest
 
 if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
@@ -51,7 +52,8 @@ class EngramRowsConfig(PeftConfig):
     Args:
         rows: by decoder layer, the rows to train, int64 `[n]` without repetitions: what [`scan_rows`] returns. They are
             saved with the weights, not in `adapter_config.json`.
-        memory: by decoder layer, how many rows there are and what the hash is made of. It is filled in when the adapter
+        memory: by decoder layer, how many rows there are, their digest, which layers
+            have rows, and what the hash is made of. It is filled in when the adapter
             is added to a model, and compared when the adapter is loaded.
         facts: what [`write_facts`] wrote, one dictionary each.
         task_type: as in PEFT; a causal language model if not given.
@@ -67,6 +69,11 @@ class EngramRowsConfig(PeftConfig):
         if self.task_type is None:
             self.task_type = "CAUSAL_LM"
         super().__post_init__()
+        if not isinstance(self.memory, dict) or not isinstance(self.rows, Mapping | None):
+            raise EngramError(
+                "adapter_config.json does not say which memory this adapter is for; restore the file that save_pretrained "
+                "wrote."
+            )
         layers = list(self.memory) if self.rows is None else [str(layer) for layer in self.rows]
         self.target_modules = [f"{layer}.engram.table" for layer in layers]
 
@@ -77,6 +84,14 @@ class EngramRowsConfig(PeftConfig):
             return super().to_dict()
         finally:
             self.rows = rows
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs
+    ) -> "EngramRowsConfig":
+        """As in PEFT; a folder to which `engram facts write` was killed at the very end is refused."""
+        require_settled(Path(pretrained_model_name_or_path, subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """As in PEFT; the README beside it says what has to be imported before the adapter is loaded."""
@@ -144,13 +159,24 @@ class EngramRowsModel(BaseTuner):
         engram = find_engram(model)
         if peft_config.rows is not None:
             peft_config.rows = {layer: _checked_rows(engram, layer, ids) for layer, ids in peft_config.rows.items()}
+            layers = sorted(peft_config.rows)
             peft_config.memory = {
-                str(layer): describe_memory(engram, layer, ids.numel()) for layer, ids in peft_config.rows.items()
+                str(layer): describe_memory(engram, layer, ids.numel())
+                | {"rows_sha256": rows_digest(ids), "layers": layers}
+                for layer, ids in peft_config.rows.items()
             }
         if not peft_config.memory:
             raise EngramError("EngramRowsConfig has no rows; take them from scan_rows(data, tokenizer, model).")
         for layer, described in peft_config.memory.items():
             require_same_memory(engram, layer, described)
+        layers = sorted(map(int, peft_config.memory))
+        for described in peft_config.memory.values():
+            # PEFT leaves out what it has no place for without a word.
+            if described.get("layers", layers) != layers:
+                raise EngramError(
+                    f"adapter_config.json describes rows of the layers {layers}, but this adapter has rows of the layers "
+                    f"{described['layers']}; restore the file that save_pretrained wrote."
+                )
 
     def _create_and_replace(
         self,
@@ -167,7 +193,8 @@ class EngramRowsModel(BaseTuner):
             target = RowsLayer(target, next(parent.kv_proj.parameters()).device)
             setattr(parent, target_name, target)
         rows = None if peft_config.rows is None else peft_config.rows[int(layer)]
-        target.add_adapter(adapter_name, rows, peft_config.memory[layer]["rows"])
+        described = peft_config.memory[layer]
+        target.add_adapter(adapter_name, rows, described["rows"], described.get("rows_sha256"))
         target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _check_merge_allowed(self) -> None:

@@ -1,12 +1,8 @@
-"""`engram facts`: write, list and check through the command line, bad input, and a write that is killed."""
+"""`engram facts`: write, list and check through the command line, and bad input; tests/faults has interrupts and kills."""
 
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +14,7 @@ from tiny_tokenizer import make_tokenizer
 from transformers.utils import logging
 
 from engram_hf import EngramForCausalLM
+from engram_hf.saving_engram import FolderClaim
 
 FACTS = [
     {"prompt": "w1 w2 w3 w4", "target": "w50 w51"},
@@ -162,6 +159,7 @@ def test_bad_arguments_are_one_sentence(complaint, saved, facts, adapter, tmp_pa
         ({"facts": None}, "none with facts"),
         ({"peft_type": "LORA"}, "none with facts"),
         ({"memory": 3}, "does not say which rows"),
+        ({"memory": {"1": {}}}, "does not say which rows"),
         ({"facts": [3]}, "are damaged"),
     ],
 )
@@ -176,33 +174,17 @@ def test_an_adapter_without_safetensors_is_never_unpickled(complaint, saved, dam
     assert "adapter_model.safetensors is missing" in complaint("facts", "check", saved, damaged)
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_a_write_that_is_cut_off_leaves_the_old_adapter(saved, adapter, facts, damaged, end, engram):
-    """The training never ends by itself, so the signal finds it there."""
-    more = damaged.parent / "more.jsonl"
-    more.write_text("\n".join(json.dumps({"prompt": f"w{i} w9 w9", "target": f"w{i + 40}"}) for i in range(1, 30)))
-    command = [sys.executable, "-m", "engram_cli", "facts", "write", str(saved), str(more)]
-    command += ["--steps", "1000000", "--output", str(damaged)]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env=os.environ,
-        # What a shell starts in the background ignores interrupts, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    seen = ""
-    while "Writing" not in seen:
-        letter = process.stderr.read(1)
-        assert letter, seen
-        seen += letter
-    time.sleep(0.5)
-    process.send_signal(end)
-    process.communicate(timeout=60)
-    assert process.returncode == (-signal.SIGKILL if end == signal.SIGKILL else 130)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (damaged / name).read_bytes() == (adapter / name).read_bytes()
-    engram("facts", "write", saved, facts, "--output", damaged)
-    assert sorted(path.name for path in damaged.iterdir()) == sorted(path.name for path in adapter.iterdir())
-    assert (damaged / "adapter_model.safetensors").read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
+def test_a_folder_that_somebody_writes_to(complaint, saved, facts, damaged):
+    with FolderClaim(damaged):
+        before = sorted(damaged.iterdir())
+        said = complaint("facts", "write", saved, facts, "--output", damaged)
+        assert f"is being written by process {os.getpid()}" in said and sorted(damaged.iterdir()) == before
+
+
+def test_a_folder_to_which_a_write_was_killed_at_its_end(complaint, saved, damaged, monkeypatch):
+    monkeypatch.setattr("engram_hf.saving_engram.LOAD_WAITS", 0)
+    (damaged / ".engram-exchange-1" / "files").mkdir(parents=True)
+    for command in (["list", damaged], ["check", saved, damaged]):
+        assert "files of two saves may be mixed" in complaint("facts", *command)
+    with pytest.raises(ValueError, match="files of two saves may be mixed"):
+        PeftModel.from_pretrained(EngramForCausalLM.from_pretrained(saved), damaged)

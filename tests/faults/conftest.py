@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from engram_cli.main import main as engram
 from tqdm import tqdm
-from trial_models import save_folders
+from trial_models import save_folders, write_facts
 
 # The lock of tqdm is shared with forked processes: one that is killed while it holds it would stop all others for good.
 tqdm.monitor_interval = 0
@@ -48,6 +49,11 @@ def rounds():
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Saved models; see `trial_models.save_folders`."""
+    """Saved models (see `trial_models.save_folders`); `old int8`, and two adapters of facts, `old facts` and `new facts`."""
     torch.set_num_threads(1)  # forked processes do not have the threads of this one
-    return save_folders(tmp_path_factory.mktemp("trials"))
+    home = tmp_path_factory.mktemp("trials")
+    found = save_folders(home) | {name: home / name for name in ("old int8", "old facts", "new facts")}
+    engram(["quantize", str(found["old files"]), str(found["old int8"]), "--dtype", "int8"])
+    for name, word in (("old facts", "w7"), ("new facts", "w8")):  # which the text of the trials has
+        write_facts(found["old files"], found[name], word)
+    return found

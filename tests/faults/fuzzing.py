@@ -21,16 +21,20 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+from engram_cli.main import main as engram
 from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
 from transformers import LlamaConfig, PreTrainedConfig
-from trial_models import load, make_tokenizer, save_folders
+from trial_models import load, make_tokenizer, save_folders, write_facts
 
+import engram_hf
 from engram_hf import EngramConfig, EngramTokenizer
 from engram_hf.convert_scripts.streaming import read_manifest
 from engram_hf.row_sources_engram import MappedRows
@@ -122,12 +126,24 @@ class Kinds:
         home: an empty folder.
     """
 
-    NAMES = ("header", "packed header", "manifest", "token map", "config", "index", "tokenizer", "conversion")
+    NAMES = (
+        "header",
+        "packed header",
+        "manifest",
+        "token map",
+        "config",
+        "index",
+        "tokenizer",
+        "conversion",
+        "adapter config",
+        "adapter weights",
+    )
 
     def __init__(self, home: Path):
         folders = save_folders(home / "models")
         self.model_folder = folders["old files"]
-        self.hasher = load(self.model_folder, "mapped").model.hashing
+        self.model = load(folders["old plain"])
+        self.hasher = self.model.model.hashing
         self._pack_tables()
         self.tokenizer = make_tokenizer()
         self.tables = {layer: self._meaning(table) for layer, table in read_tables(self.model_folder).items()}
@@ -142,8 +158,14 @@ class Kinds:
             "index": ("model.safetensors.index.json", 1 << 30, self.check_index),
             "tokenizer": ("tokenizer.json", 1 << 30, self.check_tokenizer),
             "conversion": ("conversion_manifest.json", 1 << 30, self.check_conversion),
+            "adapter config": ("adapter/adapter_config.json", 1 << 30, self.check_adapter),
         }
-        self._write_others()
+        self._write_others(folders["old plain"])
+        self.adapter = self._meaning_of_adapter(self.model_folder / "adapter")
+        weights = self.model_folder / "adapter" / "adapter_model.safetensors"
+        # The differences lie behind all else, and nothing describes them.
+        described = weights.stat().st_size - sum(data.nbytes for name, data in self.adapter.items() if "delta" in name)
+        self.kinds["adapter weights"] = ("adapter/adapter_model.safetensors", described, self.check_adapter)
         self.originals = {kind: (self.model_folder / file).read_bytes() for kind, (file, _, _) in self.kinds.items()}
         self._folder: Path | None = None
 
@@ -157,13 +179,16 @@ class Kinds:
             entries[layer] = manifest_entry([(path.name, described.rows, described.tensors)])
         write_manifest(self.model_folder, entries)
 
-    def _write_others(self) -> None:
+    def _write_others(self, model: Path) -> None:
         files = {f"layers.{index}.weight": f"model-0000{index}-of-00003.safetensors" for index in (1, 2, 3)}
         index = {"metadata": {"total_size": 96}, "weight_map": files}
         (self.model_folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         records = {name: {"size": 32, "crc32": "0badf00d"} for name in files.values()}
         manifest = {"format_version": 1, "fingerprint": "ab" * 32, "options": {"dtype": "keep"}, "files": records}
         (self.model_folder / "conversion_manifest.json").write_text(json.dumps(manifest, indent=2))
+        write_facts(model, self.model_folder / "adapter", "w5")
+        config = self.model_folder / "adapter" / "adapter_config.json"
+        config.write_text(config.read_text().replace(str(model), "model"))  # the same text in every run
 
     def make(self, kind: str, draw: random.Random) -> bytes:
         """A mutated file."""
@@ -211,6 +236,33 @@ class Kinds:
             require_same_hash(table.description, self.hasher, index)
             if self._meaning(table) != self.tables.get(layer):
                 raise Wrong(f"The table of layer {layer} was read as another one.")
+
+    def _meaning_of_adapter(self, folder: Path) -> dict[str, torch.Tensor]:
+        """The rows of an adapter, and their differences, once it is on a model."""
+        try:
+            state = PeftModel.from_pretrained(self.model, str(folder)).state_dict()
+            return {name: value.clone() for name, value in state.items() if "engram_rows_adapter" in name}
+        finally:
+            for memory in self.model.model.memories().values():  # also when it was refused half loaded
+                memory.table = getattr(memory.table, "base_layer", memory.table)
+
+    def check_adapter(self, path: Path, data: bytes) -> None:
+        """The rows and differences are those that were written; `engram facts list` ends with a sentence."""
+        if engram(["facts", "list", str(path.parent)]) not in (0, 1):
+            raise Wrong("The list of facts did not end well.")
+        try:
+            found = self._meaning_of_adapter(path.parent)
+        except REFUSALS:
+            raise
+        except Exception as error:
+            if _passes_through_our_code(error):
+                raise
+            raise ValueError(f"by PEFT: {type(error).__name__} {error}") from error
+        same = found.keys() == self.adapter.keys() and all(
+            torch.equal(value, self.adapter[name]) for name, value in found.items()
+        )
+        if not same:
+            raise Wrong("Other rows or differences were loaded.")
 
     def check_token_map(self, path: Path, data: bytes) -> None:
         """Its digests leave no other map."""
@@ -271,6 +323,13 @@ def _error_of_transformers(path: Path) -> type[Exception] | None:
     except Exception as error:
         return type(error)
     return None
+
+
+def _passes_through_our_code(error: Exception) -> bool:
+    """Whether an error was raised below a function of the package; else another library refused the file by itself."""
+    package = Path(engram_hf.__file__).resolve().parent
+    files = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
+    return any(file.is_relative_to(package) and not file.is_relative_to(package / "tests") for file in files)
 
 
 def try_files(kinds: Kinds, seed: int, numbers: range, only: str | None) -> tuple[Counter, list[str]]:

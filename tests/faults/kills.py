@@ -1,6 +1,6 @@
 """SIGKILL at random moments: after the next run, each folder is byte for byte what it is without a kill.
 
-    python tests/faults/kills.py --count 100 [--seed N] [convert export quantize save]
+    python tests/faults/kills.py --count 100 [--seed N] [convert export quantize save facts]
 
 Every process is a fork that is killed at a moment drawn from the time that a whole run takes; a third of the kills hit a run
 that goes on where another one was killed. Prints one line of figures for each command; ends with 1 if one of them failed.
@@ -21,10 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from engram_cli.main import main as engram
-from trial_models import answer, contents, load, save_folders
+from trial_models import answer, contents, load, save_folders, write_facts
 
 from engram_hf.convert_scripts import convert_deepseek_v41, export_deepseek_v41
+from engram_hf.saving_engram import is_hidden_file
+from engram_hf.training import EngramRowsConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "deepseek_v41_tiny"
 FORK = multiprocessing.get_context("fork")
@@ -120,22 +123,42 @@ def trials(home: Path) -> dict[str, tuple]:
             shutil.rmtree(target)
         return engram(["quantize", str(folders["old files"]), str(target)])
 
+    adapters = [home / f"adapter about {word}" for word in ("w5", "w6")]
+    for adapter, word in zip(adapters, ("w5", "w6"), strict=True):
+        write_facts(folders["old files"], adapter, word)
+    known = [contents(adapter) for adapter in adapters]
+
+    def is_old_or_new_adapter(target: Path) -> bool:
+        try:
+            EngramRowsConfig.from_pretrained(target)
+        except ValueError as error:
+            return "was killed while its files were put in place" in str(error)
+        return {
+            name: data for name, data in contents(target).items() if not is_hidden_file(name.split("/")[0])
+        } in known
+
     return {
         "convert": (lambda t: convert_deepseek_v41.main([str(source), str(t)]), nothing, lambda target: True),
         "export": (lambda t: export_deepseek_v41.main([str(converted), str(t)]), nothing, lambda target: True),
         "quantize": (quantize, nothing, is_no_model),
         "save": (new.save_pretrained, lambda t: shutil.copytree(folders["old files"], t), is_old_or_new),
+        "facts": (
+            lambda t: write_facts(folders["old files"], t, "w6"),
+            lambda t: shutil.copytree(adapters[0], t),
+            is_old_or_new_adapter,
+        ),
     }
 
 
 def main() -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("commands", nargs="*", help="convert, export, quantize, save (default: all)")
+    parser.add_argument("commands", nargs="*", help="convert, export, quantize, save, facts (default: all)")
     parser.add_argument("--count", type=int, default=100, help="kills of each command")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 32))
     given = parser.parse_args()
     torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
     failed = False
     with tempfile.TemporaryDirectory() as home:
         found = trials(Path(home))

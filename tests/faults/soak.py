@@ -1,5 +1,8 @@
 """Mixed requests by threads and forked workers on mapped tables: every answer is compared, nothing may grow.
 
+Row adapters are switched, and loaded anew, between requests: PEFT switches them for all threads of a process at once, so that
+whoever switches waits until no request runs, as a server does.
+
     python tests/faults/soak.py --minutes 20 [--seed N]
 
 Prints memory, threads and open files of the process at each tenth of the time, and how many answers were compared; ends with
@@ -7,6 +10,7 @@ Prints memory, threads and open files of the process at each tenth of the time, 
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import random
@@ -16,10 +20,14 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from trial_models import load, random_ids, save_folders
+import transformers
+from peft import PeftModel
+from trial_models import load, random_ids, save_folders, write_facts
 
 FORK = multiprocessing.get_context("fork")
 THREADS, WORKERS = 4, 2
@@ -27,8 +35,60 @@ THREADS, WORKERS = 4, 2
 MEMORY_SLACK = 8 << 20
 
 
-def requests(model) -> list:
-    """Calls of many shapes, each with what a resident model answers."""
+CHOICES = ((), ("w5",), ("w6",), ("w5", "w6"))
+SWITCHES = 1 / 10  # how often a request is followed by a switch
+
+
+class AdaptedModel:
+    """A model with adapters that are switched while no request runs.
+
+    Args:
+        model: without adapters.
+        folders: of an adapter, by its name.
+    """
+
+    def __init__(self, model, folders: dict[str, Path]):
+        self.folders = folders
+        self.peft = PeftModel.from_pretrained(model, folders["w5"], adapter_name="w5")
+        self.peft.load_adapter(folders["w6"], "w6")
+        self._turn, self._running, self._waiting = threading.Condition(), 0, 0
+        self._choice: tuple[str, ...] = ()
+        self.switch(())
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[tuple]:
+        """The model, and which adapters are active as long as the request runs."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._waiting)
+            self._running += 1
+        try:
+            yield self.peft.get_base_model(), self._choice
+        finally:
+            with self._turn:
+                self._running -= 1
+                self._turn.notify_all()
+
+    def switch(self, choice: tuple[str, ...], reloads: bool = False) -> None:
+        """Make these adapters the active ones, perhaps after one of them was taken off and loaded from its folder again."""
+        with self._turn:
+            self._waiting += 1
+            self._turn.wait_for(lambda: not self._running)
+            self._waiting -= 1
+            if reloads:
+                self.peft.base_model.set_adapter(["w6"])
+                self.peft.delete_adapter("w5")
+                self.peft.load_adapter(self.folders["w5"], "w5")
+            if choice:
+                self.peft.base_model.enable_adapter_layers()
+                self.peft.base_model.set_adapter(list(choice))
+            else:
+                self.peft.base_model.disable_adapter_layers()
+            self._choice = choice
+            self._turn.notify_all()
+
+
+def requests(model: AdaptedModel) -> list:
+    """Calls of many shapes, each with what a resident model answers with each choice of adapters."""
 
     @torch.no_grad()
     def forward(ids, mask=None):
@@ -47,19 +107,31 @@ def requests(model) -> list:
     ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
     calls.append(forward(ids, mask))
-    with torch.no_grad():
-        return [(call, call(model)) for call in calls]
+    expected = []
+    for choice in CHOICES:
+        model.switch(choice)
+        with torch.no_grad(), model.request() as (adapted, _):
+            expected.append([call(adapted) for call in calls])
+    for other in expected[1:]:
+        assert any(not torch.equal(one, two) for one, two in zip(expected[0], other, strict=True))
+    return [
+        (call, dict(zip(CHOICES, answers, strict=True)))
+        for call, answers in zip(calls, zip(*expected, strict=True), strict=True)
+    ]
 
 
-def serve(model, calls: list, seed: str, stop) -> tuple[int, int]:
-    """Ask until `stop()`; how many answers there were, and how many of them were wrong."""
-    draw, asked, wrong = random.Random(seed), 0, 0
+def serve(model: AdaptedModel, calls: list, seed: str, stop) -> tuple[int, int, int]:
+    """Ask until `stop()`; how many answers there were, how many of them were wrong, and how many switches there were."""
+    draw, asked, wrong, switches = random.Random(seed), 0, 0, 0
     while not stop():
         call, expected = draw.choice(calls)
-        with torch.no_grad():
-            wrong += not torch.allclose(call(model).float(), expected.float(), atol=1e-5)
+        with torch.no_grad(), model.request() as (adapted, choice):
+            wrong += not torch.allclose(call(adapted).float(), expected[choice].float(), atol=1e-5)
         asked += 1
-    return asked, wrong
+        if draw.random() < SWITCHES:
+            model.switch(draw.choice(CHOICES), reloads=draw.random() < 0.1)
+            switches += 1
+    return asked, wrong, switches
 
 
 def measure() -> dict[str, int]:
@@ -80,10 +152,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 32))
     given = parser.parse_args()
     torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="peft")
     with tempfile.TemporaryDirectory() as home:
         folders = save_folders(Path(home))
-        calls = requests(load(folders["old plain"]))
-        model = load(folders["old files"], "mapped")
+        adapters = {word: Path(home, word) for word in ("w5", "w6")}
+        for word, folder in adapters.items():
+            write_facts(folders["old plain"], folder, word)
+        calls = requests(AdaptedModel(load(folders["old plain"]), adapters))
+        model = AdaptedModel(load(folders["old files"], "mapped"), adapters)
         end, queue = time.monotonic() + 60 * given.minutes, FORK.Queue()
 
         def is_over() -> bool:
@@ -110,9 +187,10 @@ def main() -> int:
     grew = last["memory"] > settled["memory"] + MEMORY_SLACK or any(
         last[name] > max(one[name] for one in figures[:3]) for name in ("threads", "files")
     )
-    asked, wrong = (sum(column) for column in zip(*answers, strict=True))
+    asked, wrong, switches = (sum(column) for column in zip(*answers, strict=True))
     print(
-        f"soak: seed {given.seed}, {given.minutes} minutes, {asked} answers, {wrong} wrong, {'grew' if grew else 'flat'}"
+        f"soak: seed {given.seed}, {given.minutes} minutes, {asked} answers, {switches} switches, {wrong} wrong, "
+        f"{'grew' if grew else 'flat'}"
     )
     return int(bool(wrong or grew))
 

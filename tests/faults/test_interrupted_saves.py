@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from trial_models import answer, contents, load
+from peft import PeftModel
+from safetensors import SafetensorError
+from trial_models import adapt, answer, contents, load, write_facts
 
 from engram_hf.convert_scripts import convert_deepseek_v41
 
@@ -98,6 +100,56 @@ def test_no_room(folders, answers, tmp_path, draw, rounds, over, residency):
         assert contents(target) == before if failed else True
         assert not [name for name in os.listdir(target) if name.startswith(".")]
     signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_facts_that_are_interrupted_or_have_no_room(folders, tmp_path, draw, rounds):
+    """`engram facts write` over an older adapter leaves that one or the new one."""
+    target, known = tmp_path / "target", [contents(folders[f"{name} facts"]) for name in ("old", "new")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for index in range(rounds(6)):
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(folders["old facts"], target)
+            if index % 3:
+                codes = []
+                interrupted(
+                    draw.uniform(0.01, 1), lambda c=codes: c.append(write_facts(folders["old files"], target, "w8"))
+                )
+                assert codes in ([], [0], [130])
+            else:
+                size = draw.choice([len(data) for data in known[0].values()])
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
+                assert write_facts(folders["old files"], target, "w8") == 1
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert contents(target) in known
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_an_adapter_that_peft_was_saving(folders, tmp_path, draw, rounds):
+    """PEFT writes an adapter file by file: after an interrupt it is the old one, the new one, or refused."""
+    adapters = [
+        PeftModel.from_pretrained(load(folders["old plain"]), folders[f"{name} facts"]) for name in ("old", "new")
+    ]
+    answers = [answer(model) for model in adapters]
+    assert not torch.equal(*answers)
+    begin = time.perf_counter()
+    adapters[1].save_pretrained(tmp_path / "whole")
+    span = time.perf_counter() - begin
+    for index in range(rounds(4)):
+        target = shutil.copytree(folders["old facts"], tmp_path / str(index))
+        interrupted(draw.uniform(1e-4, span), lambda target=target: adapters[1].save_pretrained(target))
+        try:
+            found = answer(adapt(load(folders["old plain"]), target))
+        except (ValueError, SafetensorError):  # a file that is cut off, or rows of which the config does not know
+            pass
+        else:
+            assert any(torch.equal(found, one) for one in answers)
+    shutil.copy(folders["old facts"] / "adapter_config.json", tmp_path / "whole")
+    with pytest.raises(ValueError, match="its files belong to two adapters"):
+        adapt(load(folders["old plain"]), tmp_path / "whole")
 
 
 def load_and_save(folder, target, seconds):

@@ -2,24 +2,37 @@
 
 import random
 import sys
+from pathlib import Path
 
 import fuzzing
 import kills
 import pytest
 import soak
 
+FOUND = sorted(Path(__file__).parent.parent.glob("fixtures/damaged/*"))
 
-def test_a_fixed_sample_of_mutated_files(tmp_path):
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    return fuzzing.Kinds(tmp_path_factory.mktemp("kinds"))
+
+
+def test_a_fixed_sample_of_mutated_files(kinds):
     """2,000 of them, the same ones every time."""
-    seen, failures = fuzzing.try_apart(fuzzing.Kinds(tmp_path), 20261128, range(2000), None)
+    seen, failures = fuzzing.try_apart(kinds, 20261128, range(2000), None)
     assert failures == []
     assert seen.total() == 2000
     assert all(seen[kind, outcome] for kind in fuzzing.Kinds.NAMES for outcome in ("refused", "accepted"))
 
 
-def test_the_fuzzer_finds_what_is_wrong(tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
+def test_files_that_the_fuzzer_found(kinds, path):
+    """Each of them once ended in another error than a refusal."""
+    assert kinds.check(path.stem.partition("_")[0], path.read_bytes()) in ("refused", "accepted")
+
+
+def test_the_fuzzer_finds_what_is_wrong(kinds, monkeypatch):
     """A reader that takes any token map, one that crashes, and one that never ends."""
-    kinds = fuzzing.Kinds(tmp_path)
     monkeypatch.setattr(fuzzing, "SECONDS", 1)
     for reader, said in (
         ("lambda path, tokenizer: __import__('numpy').zeros(9, int)", "Another map"),
@@ -36,7 +49,7 @@ def killed(tmp_path_factory):
     return kills.trials(tmp_path_factory.mktemp("kills"))
 
 
-@pytest.mark.parametrize("name", ["convert", "export", "quantize", "save"])
+@pytest.mark.parametrize("name", ["convert", "export", "quantize", "save", "facts"])
 def test_a_few_kills(killed, tmp_path, draw, name):
     seen = kills.trial(*killed[name], tmp_path, 3, random.Random(draw.random()))
     assert seen["killed"] >= 3

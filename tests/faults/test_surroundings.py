@@ -1,25 +1,34 @@
 """What surrounds a model: threads, processes, limits, settings of the user, files that go away."""
 
+import ast
 import copy
 import json
+import locale
 import os
 import pickle
+import resource
 import shutil
 import subprocess
-import sys
 import threading
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
+from engram_cli.main import main as engram
+from tiny_backbones import randomize
 from tiny_tokenizer import make_tokenizer
-from trial_models import answer, load, random_ids
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig
+from trial_models import adapt, all_at_once, answer, load, load_kind, random_ids
 
-from engram_hf import EngramForCausalLM
+from engram_hf import EngramConfig, EngramForCausalLM
+from engram_hf.tokenization.vocabulary_compression import build_token_map
+from engram_hf.training import scan_rows
 
 RESIDENCIES = ["resident", "mapped"]
-HERE = Path(__file__).parent
+KINDS = [*RESIDENCIES, "adapted"]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -27,27 +36,17 @@ def expected(folders):
     return answer(load(folders["old plain"]))
 
 
-def in_a_process(code: str, *arguments: object, **environment: str) -> str:
-    """Standard output of code that finds the modules of these tests; it has to end well."""
-    paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    command = [sys.executable, *code.split("\0")[:-1], "-c", code.split("\0")[-1], *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture(scope="module")
+def expected_of(folders, expected):
+    """What a model of each kind answers, by resident tables."""
+    adapted = answer(adapt(load(folders["old int8"], "resident"), folders["old facts"]))
+    assert not torch.equal(adapted, expected) and not torch.equal(adapted, answer(load(folders["old int8"])))
+    return {"resident": expected, "mapped": expected, "adapted": adapted}
 
 
-ANSWER = """
-import sys
-from trial_models import answer, load, random_ids
-for residency in sys.argv[2:]:
-    print(answer(load(sys.argv[1], residency)).double().sum().item())
-"""
-
-
-@pytest.mark.parametrize("residency", RESIDENCIES)
-def test_threads(folders, expected, rounds, residency):
-    model, wrong = load(folders["old files"], residency), []
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads(folders, expected_of, rounds, kind):
+    model, expected, wrong = load_kind(folders, kind), expected_of[kind], []
     short = answer(model, rows=1)
 
     def ask(rows):
@@ -70,15 +69,48 @@ ASKED = {
     "base model": lambda model, ids: [model.base_model(ids).last_hidden_state],
     "generate": lambda model, ids: [model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)],
     "prepare_memory": lambda model, ids: [model.base_model.prepare_memory(ids).row_ids],
+    "scan_rows": lambda model, ids: [
+        rows.unsqueeze(0) for rows in scan_rows([{"input_ids": one} for one in ids], None, model).values()
+    ],
+}
+# Those that change a model, give parts of it, or say how it is run.
+OTHERS = {
+    *(
+        "from_backbone",
+        "from_pretrained",
+        "save_pretrained",
+        "push_to_hub",
+        "write_model_card",
+        "extending",
+        "config_class",
+    ),
+    *(
+        "set_token_map",
+        "resize_token_embeddings",
+        "resize_token_map",
+        "replace_token_map",
+        "memories",
+        "settle_memory",
+    ),
+    *("prepare_inputs_for_generation", "prefetch_mounted", "init_continuous_batching"),
+    "barrier_after_gathered_checkpoint_save",
 }
 
 
+def test_every_public_method_is_asked_beside_other_threads(folders):
+    model = load(folders["old plain"])
+    classes = [part for whole in (model, model.base_model) for part in type(whole).__mro__]
+    ours = [part for part in classes if part.__module__.startswith("engram_hf")]
+    public = {name for part in ours for name in vars(part) if not name.startswith("_")}
+    assert public - OTHERS == ASKED.keys() - {"base model", "generate", "scan_rows"}
+
+
 @pytest.mark.parametrize("name", ASKED)
-@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_what_is_asked_for_beside_other_threads(folders, rounds, residency, name):
+def test_what_is_asked_for_beside_other_threads(folders, rounds, kind, name):
     """It is that of the text that was asked for, whatever else the model reads meanwhile."""
-    model, done, failed = load(folders["old files"], residency), threading.Event(), []
+    model, done, failed = load_kind(folders, kind), threading.Event(), []
     asked, others = random_ids(1, 12), random_ids(3, 20, seed=5)
     alone = ASKED[name](model, asked)
     assert len(alone) and not torch.equal(alone[0][:1, :12], ASKED[name](model, others)[0][:1, :12])
@@ -107,20 +139,32 @@ def test_what_is_asked_for_beside_other_threads(folders, rounds, residency, name
     assert not failed
 
 
-def put_answers(models, queue):
+def put_answers(models, folder, queue):
+    locale.setlocale(locale.LC_ALL, "")
     torch.set_num_threads(1)
-    queue.put([answer(model).tolist() for model in models])
+    loaded = [load(folder, residency) for residency in RESIDENCIES]
+    queue.put([answer(model).tolist() for model in (*models, *loaded)])
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes(folders, expected, method):
-    models, context = [load(folders["old files"], residency) for residency in RESIDENCIES], get_context(method)
+def test_processes(folders, expected_of, tmp_path, monkeypatch, method):
+    """With no locale, no home and no rights for new files, all at once, since a process takes long to start."""
+    home = tmp_path / "file" / "home"  # where not even root can make one
+    home.parent.write_bytes(b"")
+    for name, value in {"HOME": home, "HF_HOME": home / "hf", "XDG_CACHE_HOME": home / "cache", "LC_ALL": "C"}.items():
+        monkeypatch.setenv(name, str(value))
+    models, context = [load_kind(folders, kind) for kind in KINDS], get_context(method)
+    expected = [expected_of[kind] for kind in KINDS]
     queue = context.Queue()
-    process = context.Process(target=put_answers, args=(models, queue))
-    process.start()
-    assert all(torch.equal(torch.tensor(found), expected) for found in queue.get(timeout=120))
+    process = context.Process(target=put_answers, args=(models, folders["old files"], queue))
+    umask = os.umask(0o777)
+    try:
+        process.start()
+    finally:
+        os.umask(umask)
+    assert all(map(torch.equal, map(torch.tensor, queue.get(timeout=120)), [*expected, *[expected_of["mapped"]] * 2]))
     process.join()
-    assert all(torch.equal(answer(model), expected) for model in models)
+    assert all(map(torch.equal, map(answer, models), expected))
 
 
 class Answers(torch.utils.data.Dataset):
@@ -137,18 +181,18 @@ class Answers(torch.utils.data.Dataset):
         return answer(self.model)
 
 
-@pytest.mark.parametrize("residency", RESIDENCIES)
-def test_data_loader_workers(folders, expected, residency):
-    loader = torch.utils.data.DataLoader(Answers(load(folders["old files"], residency)), num_workers=2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_loader_workers(folders, expected_of, kind):
+    loader = torch.utils.data.DataLoader(Answers(load_kind(folders, kind)), num_workers=2)
     found = list(loader)
-    assert len(found) == 6 and all(torch.equal(one[0], expected) for one in found)
+    assert len(found) == 6 and all(torch.equal(one[0], expected_of[kind]) for one in found)
 
 
-@pytest.mark.parametrize("residency", RESIDENCIES)
-def test_pickles_and_copies(folders, expected, residency):
-    model = load(folders["old files"], residency)
+@pytest.mark.parametrize("kind", KINDS)
+def test_pickles_and_copies(folders, expected_of, kind):
+    model = load_kind(folders, kind)
     for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        assert torch.equal(answer(other), expected)
+        assert torch.equal(answer(other), expected_of[kind])
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
@@ -166,40 +210,30 @@ def test_files_that_are_deleted_or_replaced(folders, expected, tmp_path, residen
     assert torch.equal(answer(load(folder)), expected)
 
 
-@pytest.mark.parametrize("options", ["", "-O\0"], ids=["bare surroundings", "-O"])
-def test_settings_of_the_user(folders, expected, tmp_path, options):
-    """No locale, no home, no rights for new files: all at once, since a process takes long to start; and no assertions."""
-    code, environment = ANSWER, {}
-    if not options:
-        home = tmp_path / "file" / "home"  # where not even root can make one
-        home.parent.write_bytes(b"")
-        environment = {"HOME": str(home), "HF_HOME": str(home / "hf"), "XDG_CACHE_HOME": str(home / "cache")}
-        environment |= {"LC_ALL": "C", "PYTHONDONTWRITEBYTECODE": "1"}
-        code = f"import locale, os\nlocale.setlocale(locale.LC_ALL, '')\nos.umask(0o777)\n{code}"
-    found = in_a_process(options + code, folders["old files"], *RESIDENCIES, **environment)
-    assert [float(line) for line in found.split()] == [expected.double().sum().item()] * 2
+def test_nothing_depends_on_assertions():
+    """`python -O` leaves out assertions, and nothing else."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/**/*.py")]:
+        if path.relative_to(ROOT).parts[0] not in ("tests", "benchmarks", "examples", "build"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                assert not isinstance(node, ast.Assert) and getattr(node, "id", None) != "__debug__", path
 
 
 def test_a_turkish_locale_does_not_change_the_map(tmp_path):
     """There, a C library's lower case of I is a dotless one. The locale is compiled for the test."""
-    code = """
-import locale, sys
-print(locale.setlocale(locale.LC_ALL, "tr_TR.UTF-8"))
-from tiny_tokenizer import make_tokenizer
-from tokenizers import Tokenizer, models
-from engram_hf.tokenization.vocabulary_compression import build_token_map
-words = ["I", "i", "\\u0130", "\\u0131", "TITLE", "title", "?"]
-tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="?"))
-print([make_tokenizer().token_map.tolist(), build_token_map(tokenizer).tolist()])
-"""
     if shutil.which("localedef") is None or not os.path.exists("/usr/share/i18n/locales/tr_TR"):
         pytest.skip("no locale can be compiled here")
-    subprocess.run(
-        ["localedef", "-i", "tr_TR", "-f", "UTF-8", tmp_path / "tr_TR.UTF-8"], check=False, capture_output=True
-    )
-    name, maps = in_a_process(code, LOCPATH=str(tmp_path)).splitlines()
-    assert name == "tr_TR.UTF-8"
-    assert json.loads(maps) == [make_tokenizer().token_map.tolist(), [0, 0, 0, 1, 2, 2, 3]]
+    command = ["localedef", "-i", "tr_TR", "-f", "UTF-8", tmp_path / "tr_TR.UTF-8"]
+    subprocess.run(command, check=False, capture_output=True)
+
+    def make_maps():
+        os.environ["LOCPATH"] = str(tmp_path)
+        name = locale.setlocale(locale.LC_ALL, "tr_TR.UTF-8")
+        words = ["I", "i", "\u0130", "\u0131", "TITLE", "title", "?"]
+        tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="?"))
+        return name, make_tokenizer().token_map.tolist(), build_token_map(tokenizer).tolist()
+
+    expected = "tr_TR.UTF-8", make_tokenizer().token_map.tolist(), [0, 0, 0, 1, 2, 2, 3]
+    assert all_at_once([make_maps]) == [expected]
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
@@ -218,35 +252,43 @@ def test_defaults_of_torch(folders, expected, residency):
         torch.set_default_device(None)
 
 
-OPEN_FILES = """
-import resource, sys
-from tiny_backbones import engram_config, randomize
-from engram_hf import EngramConfig, EngramForCausalLM
-from transformers import LlamaConfig
-from tiny_backbones import random_ids
-import torch
-size = dict(vocab_size=128, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2)
-text = LlamaConfig(num_hidden_layers=80, **size)
-config = EngramConfig.for_backbone(text, layer_ids=list(range(80)), engram_n_heads=1, engram_head_dim=8, engram_vocab_size=11)
-randomize(EngramForCausalLM(config)).save_pretrained(sys.argv[1] + "/plain")
-mapped = EngramForCausalLM.from_pretrained(sys.argv[1] + "/plain", engram_residency="mapped")
-mapped.save_pretrained(sys.argv[1] + "/files")
-ids = random_ids(1, 5)
-with torch.no_grad(): expected = mapped(ids).logits
-del mapped
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-for residency in ("resident", "mapped"):
-    try:
-        model = EngramForCausalLM.from_pretrained(sys.argv[1] + "/files", engram_residency=residency)
-        with torch.no_grad(): print("equal" if torch.equal(model(ids).logits, expected) else "WRONG")
-    except Exception as error:
-        print(type(error).__name__, error)
-"""
-
-
 def test_more_table_files_than_files_may_be_open(tmp_path):
-    for line in in_a_process(OPEN_FILES, tmp_path).splitlines():
-        assert line == "equal" or "Too many open files" in line, line
+    """80 table files where a process may open 64 files: the answer, or what to do."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text = LlamaConfig(vocab_size=128, num_hidden_layers=80, **size)
+    memory = {"engram_n_heads": 1, "engram_head_dim": 8, "engram_vocab_size": 11}
+    model = randomize(EngramForCausalLM(EngramConfig.for_backbone(text, layer_ids=list(range(80)), **memory))).eval()
+    model.save_pretrained(tmp_path / "plain")
+    load(tmp_path / "plain", "mapped").save_pretrained(tmp_path / "files")
+    ids = random_ids(1, 5)
+    expected = model(ids).logits
+
+    def load_and_answer(residency):
+        limit = max(map(int, os.listdir("/proc/self/fd"))) + 64  # of what is open now, some belongs to other tests
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        return torch.equal(load(tmp_path / "files", residency)(ids).logits, expected)
+
+    found = all_at_once([lambda residency=residency: load_and_answer(residency) for residency in RESIDENCIES])
+    for outcome in found:
+        assert outcome is True or ("Too many open files" in outcome and "ulimit -n" in outcome), found
+
+
+@pytest.mark.parametrize("source", ["old plain", "old files"])
+@pytest.mark.parametrize("field", ["engram_vocab_size", "engram_head_dim", "vocab_size"])
+def test_the_word_of_a_config_takes_no_memory(folders, tmp_path, capsys, source, field):
+    """A table of 10^12 rows, or of rows of as many channels, is refused in a sentence; so are as many tokens by the command."""
+    folder = shutil.copytree(folders[source], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config["engram_num_embeddings"]
+    (config if field in config else config["text_config"])[field] = 32 * 10**12
+    (folder / "config.json").write_text(json.dumps(config))
+    for residency in RESIDENCIES if field.startswith("engram") else ():
+        with pytest.raises(ValueError, match="but the config asks for"):
+            load(folder, residency)
+    capsys.readouterr()
+    for command in (["check", str(folder)], ["lookup", str(folder), "w1 w2"]):
+        assert engram(command) == 1
+        assert "of one model" in capsys.readouterr().err
 
 
 def test_a_model_in_the_background_of_a_fork_keeps_its_files(folders, expected):

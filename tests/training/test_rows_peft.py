@@ -453,6 +453,23 @@ def test_a_damaged_description_is_refused(saved, folder, value):
         PeftModel.from_pretrained(EngramForCausalLM.from_pretrained(saved), folder)
 
 
+def test_a_layer_that_is_left_out_of_the_description_is_refused(saved, folder):
+    """Its rows would be left out, too."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["memory"]["1"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="describes rows of the layers"):
+        PeftModel.from_pretrained(EngramForCausalLM.from_pretrained(saved), folder)
+
+
+def test_differences_that_are_missing_are_refused(saved, folder):
+    tensors = load_file(folder / FILE)
+    del tensors[next(key for key in tensors if key.endswith("delta"))]
+    save_file(tensors, folder / FILE)
+    with pytest.raises(ValueError, match="differences of an adapter are missing"):
+        PeftModel.from_pretrained(EngramForCausalLM.from_pretrained(saved), folder)
+
+
 def test_numbers_that_were_never_loaded_are_refused(saved, folder):
     config = EngramRowsConfig.from_pretrained(folder)
     peft = get_peft_model(EngramForCausalLM.from_pretrained(saved), config)
