@@ -111,7 +111,8 @@ def compare(before: "EngramForCausalLM", after: "EngramForCausalLM", blocks: "to
         divergence = F.kl_div(second, first, reduction="sum", log_target=True)
         sums += torch.stack([*losses, divergence]).double()
         positions += labels.numel()
-    return Loss(*(sums / positions).tolist(), positions)
+    before_loss, after_loss, without_loss, kl = (sums / positions).tolist()
+    return Loss(before_loss, after_loss, without_loss, kl, positions)
 
 
 def _log_probabilities(model: "EngramForCausalLM", ids: "torch.Tensor", **options: Any) -> "torch.Tensor":

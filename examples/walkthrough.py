@@ -43,8 +43,9 @@ def build(tokenizer) -> EngramForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    sizes = {"engram_n_heads": HEADS, "engram_head_dim": WIDTH, "engram_vocab_size": 10_000}
-    config = EngramConfig.for_backbone(backbone, tokenizer, layer_ids=[1], **sizes)
+    config = EngramConfig.for_backbone(
+        backbone, tokenizer, layer_ids=[1], engram_n_heads=HEADS, engram_head_dim=WIDTH, engram_vocab_size=10_000
+    )
     model = EngramForCausalLM(config)
     model.set_token_map(tokenizer)
     return model.eval()
@@ -124,7 +125,7 @@ def show_gate(model: EngramForCausalLM, ids: list[int], rows: torch.Tensor) -> N
 
     dot = (normalized(memory.q_norm, stream) * normalized(memory.k_norm, key)).sum() / math.sqrt(64)
     gate = 1 / (1 + math.exp(-math.copysign(math.sqrt(max(abs(float(dot)), 1e-6)), float(dot))))
-    computed = float(model.engram_gates(torch.tensor([ids]))[1][0, -1, 0])
+    computed = float(model.engram_gates(torch.LongTensor([ids]))[1][0, -1, 0])
     print("\n4. Gate: the rows become a key and a value of the backbone's width\n")
     print(f"   agreement of the normalized residual stream and key: {float(dot):+.4f}")
     print(f"   gate = sigmoid(sign(x) * sqrt(|x|)) = {gate:.4f}   (the model says {computed:.4f})")

@@ -97,7 +97,7 @@ def _add_tables(model: PreTrainedModel, folder: Path, variant: str | None) -> st
     descriptors = {path: file for reader in readers for path, file in reader.source.files.items()}
     by_file = groupby(sorted(tensors.values(), key=_place), key=lambda part: part[0].path)
     parts = [list(some) for _, some in by_file]
-    written = {}
+    written: dict[str, str] = {}
     for number, some in enumerate(parts, 1):
         name = _TABLES_FILE.format(number, len(parts))
         _write_file(folder / name, some, descriptors)

@@ -242,7 +242,8 @@ class CheckpointNames:
             raise FileFormatError(
                 f"{self.where} has {len(numbers)} shards of {name}, but not shard_{absent}; complete it."
             )
-        parts = tuple(self.tensor(shards[number]) for number in (numbers or [None]))
+        ordered = [shards[None]] if None in shards else [shards[number] for number in numbers]
+        parts = tuple(map(self.tensor, ordered))
         self._require_fit(name, [span for _, span in parts], parameter)
         return StoredTensor(name, parts)
 
