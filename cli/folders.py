@@ -31,11 +31,19 @@ def is_model(folder: Path) -> bool:
 
 def has_memory(folder: Path) -> bool:
     """Whether `folder` has tables of this package, or says that its model has some."""
-    from engram_hf.safetensors_engram import read_json
+    from engram_hf.safetensors_engram import FileFormatError, read_json
     from engram_hf.table_format_engram import MANIFEST_NAME
 
-    says = is_model(folder) and "engram_layer_ids" in read_json(folder / "config.json", constants=True)
-    return says or (folder / MANIFEST_NAME).exists()
+    if (folder / MANIFEST_NAME).exists():
+        return True
+    if not is_model(folder):
+        return False
+    try:
+        fields = read_json(folder / "config.json", constants=True)
+    except FileFormatError:
+        return True  # transformers says what is wrong with it
+    text = fields.get("text_config")  # where DeepSeek-V4.1's release has them
+    return "engram_layer_ids" in fields or (isinstance(text, dict) and "engram_layer_ids" in text)
 
 
 def read_config(folder: Path) -> "EngramConfig":

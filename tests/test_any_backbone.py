@@ -133,6 +133,7 @@ def test_a_layer_that_is_replayed_from_outside_is_refused_not_run_without_memory
         checkpoint(layer, torch.zeros(1, 3, 64), use_reentrant=False)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_reads_its_rows():
     """With a graph that breaks at each layer, once a forward has told that it has to."""

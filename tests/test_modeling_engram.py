@@ -678,6 +678,7 @@ def test_attention_implementations(mixtral, implementation, tmp_path):
         torch.testing.assert_close(logits_of(model, ids), logits_of(mixtral, ids), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_without_a_break_in_the_graph():
     """Gradients included, and padding."""
     torch.compiler.reset()
@@ -693,6 +694,7 @@ def test_compiled_without_a_break_in_the_graph():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_once_for_all_tokens_of_a_static_cache():
     torch.compiler.reset()
@@ -705,6 +707,7 @@ def test_compiled_once_for_all_tokens_of_a_static_cache():
     torch.testing.assert_close(decoded, logits_of(model, ids)[:, 8:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_forward_is_compiled_once_from_the_first_call_on():
     torch.compiler.reset()

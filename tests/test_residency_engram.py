@@ -113,6 +113,7 @@ def test_backpropagation_passes_a_mapped_table(saved_tables):
         torch.testing.assert_close(parameter.grad, gradients[name].grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes(tmp_path, method):
     build("qwen3", engram_head_dim=32).save_pretrained(tmp_path)

@@ -326,6 +326,7 @@ sys.exit(main(["quantize", *sys.argv[2:]]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_model_and_the_command_can_be_repeated(engram, saved, tmp_path):
     """The tables fit on it, the rest of their file does not."""
     engram("quantize", saved, tmp_path / "whole")
@@ -342,6 +343,7 @@ def test_a_full_disk_leaves_no_model_and_the_command_can_be_repeated(engram, sav
     assert engram("check", target, "--rows")
 
 
+@pytest.mark.slow
 def test_documents_that_do_not_fit_leave_no_model(with_files, tmp_path):
     """They are copied after the tables."""
     source, target = Path(shutil.copytree(with_files, tmp_path / "source")), tmp_path / "target"
