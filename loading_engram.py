@@ -431,12 +431,14 @@ def require_memory(model: PreTrainedModel, missing: Collection[str]) -> None:
 
 def require_sizes(model: PreTrainedModel, files: Sequence[str] | None) -> None:
     """Refuse tables among the weights whose size is not what the config says, before its word takes any memory."""
-    tables = {f".layers.{n}.engram.table.weight": (n, m.table) for n, m in model.base_model.memories().items()}
+    tables = {layer: memory.table for layer, memory in model.memory_model.memories().items()}
+    keys = table_keys(tables)
     for file in files or ():
         for name, span in read_header(file).tensors.items() if str(file).endswith(".safetensors") else ():
-            layer, table = next((found for end, found in tables.items() if f".{name}".endswith(end)), (0, None))
+            match = keys.search(name)
+            table = tables[int(match[1])] if match and match[2] == "weight" else None
             if table is not None and table.is_resident and table.unread is None:
-                require_size(layer, span.shape, (table.num_rows, table.width))
+                require_size(int(match[1]), span.shape, tuple(table.weight.shape))
 
 
 def leave_tables_on_disk(model: PreTrainedModel, device_map: dict | None) -> None:
