@@ -25,6 +25,8 @@ from engram_hf import EngramConfig, EngramForCausalLM, EngramModel
 ROOT = Path(engram_hf.__file__).parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 backbone_configs, backbones = map(importlib.import_module, ("backbone_configs", "backbones"))
+# transformers 5.17 compiles functions of it by torch.jit, which cannot take the watch over warnings that tests run under.
+importlib.import_module("transformers.models.gpt_bigcode.modeling_gpt_bigcode")
 
 MEMORY = {"layer_ids": [1, 2], "engram_n_heads": 2, "engram_head_dim": 8, "engram_vocab_size": 97}
 IDS = torch.randint(4, 120, (2, 12), generator=torch.Generator().manual_seed(1))

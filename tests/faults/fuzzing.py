@@ -329,7 +329,8 @@ def _passes_through_our_code(error: Exception) -> bool:
     """Whether an error was raised below a function of the package; else another library refused the file by itself."""
     package = Path(engram_hf.__file__).resolve().parent
     files = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
-    return any(file.is_relative_to(package) and not file.is_relative_to(package / "tests") for file in files)
+    elsewhere = {"tests", "site-packages"}  # an environment may lie in the checkout
+    return any(file.is_relative_to(package) and not elsewhere & set(file.parts) for file in files)
 
 
 def try_files(kinds: Kinds, seed: int, numbers: range, only: str | None) -> tuple[Counter, list[str]]:

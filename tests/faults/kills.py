@@ -87,7 +87,11 @@ def trial(
             seen["killed" if process.exitcode == -signal.SIGKILL else "ended before"] += 1
             seen["left something wrong"] += not is_allowed(target)
         run_whole(action, target)
-        seen["differ after the next run"] += contents(target) != expected
+        found = contents(target)
+        if found != expected:
+            seen["differ after the next run"] += 1
+            names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+            print(f"differ after the next run: {', '.join(names)}")
     return seen
 
 
