@@ -92,6 +92,7 @@ def test_auto_classes_save_and_load(tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_a_transformers_release_of_its_own_keeps_its_place():
     code = """
 from transformers import AutoConfig, AutoModel, PreTrainedConfig

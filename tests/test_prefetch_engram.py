@@ -209,6 +209,7 @@ for how in ("atexit", "thread"):
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_ending_gets_its_rows(tmp_path):
     model = build("qwen3")
     model.save_pretrained(tmp_path / "saved")

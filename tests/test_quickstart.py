@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 

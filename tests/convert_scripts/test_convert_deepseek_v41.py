@@ -469,6 +469,7 @@ def run_and_die(source, target, moment, events):
     run(source, target)
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments(tiny, converted, tmp_path):
     context = forks_of_a_server()
     expected = contents(converted)

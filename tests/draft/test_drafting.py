@@ -125,6 +125,7 @@ def exact_distribution(model, ids: torch.Tensor, length: int, options: dict) -> 
     return found
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sampling_keeps_the_distribution(agreeing):
     """Three tokens drawn many times with drafts are distributed as without (chi-square against exact probabilities).

@@ -316,6 +316,7 @@ def test_mapped_tables_arrive_in_files_of_their_own_and_mean_the_same(hub, pushe
     np.testing.assert_allclose(loaded.logits["mapped"], pushed.logits["first"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["me/model", "me/mapped"])
 def test_all_files_are_of_one_state(hub, pushed, tmp_path, name):
     """Whatever is pushed while tables are downloaded: after the first file, none is asked for by the branch's name."""
@@ -345,6 +346,7 @@ print(0)
 """
 
 
+@pytest.mark.slow
 def test_a_busy_hub_is_not_taken_for_one_without_tables(hub, pushed, tmp_path):
     client = start(BUSY, env=client_environment(hub, tmp_path / "home"), cwd=tmp_path)
 

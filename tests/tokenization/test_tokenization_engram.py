@@ -392,6 +392,7 @@ def test_python_overrides_are_refused_not_lost(plain, tmp_path):
 # --- beside the rest of the ecosystem ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_copies_and_loader_workers(engram, texts):
     """A spawned worker gets the tokenizer as a collator would carry it there."""
     copied = copy.deepcopy(engram)

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_backbones import LAYER_IDS, build, random_ids
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 

@@ -141,6 +141,7 @@ def test_the_same_facts_give_the_same_rows(built, written):
     assert again.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, FLOAT8, INT2], ids=["float", "float8", "int2"])
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v4"])
 def test_other_backbones_and_mapped_tables(name, fields, tmp_path):
@@ -183,6 +184,7 @@ def test_an_adapter_with_facts_is_saved_loaded_and_forgotten(built, written, tmp
         assert torch.equal(logits(none, fact["prompt"]), logits(built, fact["prompt"]))
 
 
+@pytest.mark.slow
 def test_users_are_stacked_without_loss(model):
     users = [FACTS[:2], FACTS[2:]]
     for index, facts in enumerate(users):

@@ -44,6 +44,7 @@ print(json.dumps(answer))
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["converted", "saved"])
 def test_an_image_is_asked_about_from_the_folder_alone(float32, answers, tmp_path, kind):
     """And from what the child process saves again; with drafts, and as text."""
