@@ -145,15 +145,19 @@ def fill_markers(page: str) -> str:
     """
     messages, groups = read_messages(), groups_of(page)
     for file in sorted({message.file for message in messages}):
-        named = [group for group in groups if any(fnmatch.fnmatch(file, pattern) for pattern in group)]
+        named = [group for group in groups if _is_of(file, group)]
         if len(named) != 1:
             raise ValueError(f"{file} has messages, and {len(named)} markers name it; exactly one has to.")
     lists = iter([_listed(messages, group) for group in groups])
     return MARKER.sub(lambda _: next(lists), page)
 
 
+def _is_of(file: str, patterns: list[str]) -> bool:
+    return any(file.count("/") == each.count("/") and fnmatch.fnmatch(file, each) for each in patterns)
+
+
 def _listed(messages: list[Message], patterns: list[str]) -> str:
-    own = [message for message in messages if any(fnmatch.fnmatch(message.file, pattern) for pattern in patterns)]
+    own = [message for message in messages if _is_of(message.file, patterns)]
     if not own:
         return ""
     lines = [f"- {'(warning) ' if message.is_warning else ''}`` {message.text.strip()} ``" for message in own]
