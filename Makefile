@@ -8,7 +8,7 @@ PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 OLDEST := 5.17.0
 TESTS ?= not slow
 
-.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests backbones trials faults fuzz kills soak style check build clean
+.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests backbones trials faults fuzz kills soak style check docs notebooks build clean
 
 quickstart: $(VENV)/.installed  ## train a small model with memory and its twin without, compare, save, reload
 	$(BIN)/python examples/quickstart.py
@@ -65,6 +65,22 @@ $(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS) $(wildcard constraint
 
 $(VENV)/.installed-upstream: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[upstream]"
+	touch $@
+
+docs: .venv-docs/.installed  ## the documentation site, in out/site; a warning is an error, and no network is needed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+notebooks: $(VENV)/.installed-notebooks  ## runs the notebooks and stores what they print
+	$(ONE_THREAD) $(BIN)/python docs/tools/run_notebooks.py
+
+# Needs neither torch nor transformers: the reference is read from the sources.
+.venv-docs/.installed: constraints/docs.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r constraints/docs.txt
+	touch $@
+
+$(VENV)/.installed-notebooks: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[notebooks]"
 	touch $@
 
 build: $(VENV)/.installed  ## sdist and wheel, in dist/

@@ -58,7 +58,9 @@ setup(
     ],
     extras_require={
         "analysis": ["jinja2>=3.1", "matplotlib>=3.8"],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
         "examples": ["matplotlib>=3.8", "rich>=13"],
+        "notebooks": ["ipykernel>=7", "matplotlib>=3.8", "nbclient>=0.10"],
         "images": ["pillow>=11"],
         "test": [
             "bitsandbytes>=0.50",
