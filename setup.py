@@ -41,7 +41,7 @@ setup(
     # The command line stands beside the package: `engram --help` must not wait for torch, which `engram_hf` imports.
     package_dir={"engram_hf": ".", "engram_cli": "cli"},
     package_data={
-        "engram_hf": ["py.typed"],
+        "engram_hf": ["py.typed", "examples/engram-demo/*"],
         "engram_hf.analysis": ["templates/*.jinja"],
         "engram_hf.convert_scripts": ["*.jinja"],
     },

@@ -30,9 +30,8 @@ from .table_format_engram import TableDescription, tensor_names
 
 # Numbers that a thread reads and writes at once.
 _STEP_NUMBERS = 1 << 19
-# Numbers that are converted at once: all that is needed for them stays in a processor's own cache, and torch does not share
-# them out among threads of its own, which would wait for each other after every operation.
-_CHUNK_NUMBERS = 1 << 15
+# Numbers that are converted at once: all that is needed for them stays in a processor's own cache.
+_CHUNK_NUMBERS = 1 << 17
 E2M1_LIMIT = 6.0
 # The steps between neighbouring levels that suit normal numbers best, in standard deviations: where the search begins.
 _FIRST_STEPS = {4: 0.3352, 2: 0.9957}
@@ -259,17 +258,20 @@ def quantize_table(
 def _in_order(work: Callable[[int], Any], items: Iterable[int]) -> Iterator[tuple[int, Any]]:
     """Each item with what `work` makes of it, in their order, computed a few ahead in as many threads as torch uses."""
     waiting: collections.deque[tuple[int, Future]] = collections.deque()
-    with ThreadPoolExecutor(torch.get_num_threads(), "engram-quantize") as pool:
+    threads = torch.get_num_threads()
+    # Each works alone: threads of torch's own would wait for each other after every operation.
+    with ThreadPoolExecutor(threads, "engram-quantize", torch.set_num_threads, (1,)) as pool:
         try:
             for item in items:
                 waiting.append((item, pool.submit(work, item)))
-                if len(waiting) > 2 * torch.get_num_threads():
+                if len(waiting) > 2 * threads:
                     first, result = waiting.popleft()
                     yield first, result.result()
             for first, result in waiting:
                 yield first, result.result()
         finally:
             pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
 def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:

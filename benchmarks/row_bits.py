@@ -32,7 +32,7 @@ from stdlib_text import read_sources, token_blocks, train_tokenizer
 from twin_models import Size, build_with_memory, train
 
 MODELS = {
-    "quickstart": Size(),
+    "quickstart": Size(steps=600),
     "wide rows": Size(memory_width=128, memory_heads=2, rows=40_000, steps=150),
     "dense": Size(experts=0, hidden_size=256, expert_width=512, layers=6, memory_width=64, rows=60_000, steps=150),
 }

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import checkpoints, facts, inspection, lookup, pictures, quantization, tables, vocabulary
+from . import checkpoints, demo, facts, inspection, lookup, pictures, quantization, tables, vocabulary
 from .output import printable
 
 EPILOG = """\
 examples:
+  engram demo                                     a small trained model to try the other commands on
   engram inspect ./model                          what memory a model has, and where it would live
   engram lookup ./model "the capital of France"   which rows a text reads
   engram show ./model "the capital of France"     a page: which tokens open the gates, and what memory changes
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"engram-hf {version('engram-hf')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts):
+    for group in (demo, inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts):
         group.add_commands(commands)
     return parser
 
