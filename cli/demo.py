@@ -42,11 +42,12 @@ def run_demo(options: argparse.Namespace) -> None:
         raise ValueError(f"{target} is there already; name a new folder, or use it: it may be the demo model.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".engram-demo-", dir=target.parent) as beside:
-        # Contents only: in the repository, code is links to the package's files, and table files cannot be written to.
-        copied = shutil.copytree(
-            source, Path(beside, "model"), copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("__pycache__")
-        )
-        Path(copied).rename(target)
+        copied = Path(beside, "model")
+        copied.mkdir()
+        for path in sorted(path for path in source.iterdir() if path.is_file()):
+            # Contents only: in the repository, code is links to the package's files, and table files are read-only.
+            shutil.copyfile(path, copied / path.name)
+        copied.rename(target)
     print(THINGS_TO_TRY.format(folder=target))
 
 

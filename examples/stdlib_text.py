@@ -58,10 +58,10 @@ def read_documentation() -> tuple[list[str], list[str]]:
 def source_files() -> list[tuple[str, Path]]:
     """Names and paths of the standard library's files."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = [(path.relative_to(root), path) for path in sorted(root.rglob("*.py"))]
+    files = [(path.relative_to(root), path) for path in sorted(root.rglob("*.py"))]
     found = [
         (name.as_posix(), path)
-        for name, path in found
+        for name, path in files
         if not SKIPPED.intersection(name.parts) and not name.name.startswith("_sysconfigdata")
     ]
     if not found:

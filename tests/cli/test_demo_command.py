@@ -60,13 +60,13 @@ def test_it_continues_and_its_memory_matters(saved):
 
 
 def test_a_full_disk_leaves_nothing(complaint, tmp_path, monkeypatch):
-    copied = []
+    copied, copy = [], shutil.copyfile
 
     def full(source, target):
         copied.append(source)
         if len(copied) == 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-        return shutil.copyfile(source, target)
+        return copy(source, target)
 
     monkeypatch.setattr("engram_cli.demo.shutil.copyfile", full)
     assert "No space left" in complaint("demo", tmp_path / "new")
