@@ -42,7 +42,7 @@ faults: $(VENV)/.installed  ## the trials of tests/faults, those that draw at ra
 fuzz: $(VENV)/.installed  ## 100,000 mutated files (an hour)
 	$(ONE_THREAD) $(BIN)/python tests/faults/fuzzing.py --count 100000 $(TRIAL_ARGS)
 
-kills: $(VENV)/.installed  ## 100 kills each of convert, export, quantize, saving and writing facts (a quarter of an hour)
+kills: $(VENV)/.installed  ## 100 kills each of convert, export, quantize, demo, saving and writing facts (a quarter of an hour)
 	$(ONE_THREAD) $(BIN)/python tests/faults/kills.py --count 100 $(TRIAL_ARGS)
 
 soak: $(VENV)/.installed  ## 20 minutes of mixed requests on mapped tables, adapters switched between them
