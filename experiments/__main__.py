@@ -1,8 +1,8 @@
 """Does memory help, where, and why: the experiments of docs/evidence.md.
 
-    python -m experiments run [--preset quick] [--experiment N] [--minutes M]
-    python -m experiments report [--preset standard]
-    python -m experiments tasks --output FOLDER
+python -m experiments run [--preset quick] [--experiment N] [--minutes M]
+python -m experiments report [--preset standard]
+python -m experiments tasks --output FOLDER
 """
 
 import argparse
@@ -33,7 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (run, report, tasks):
         command.add_argument("--preset", default="standard", choices=("quick", "standard", "gpu"))
         command.add_argument("--results", type=Path, default=_HERE / "results", help="default: experiments/results")
-        command.add_argument("--work", type=Path, default=Path("out/experiments"), help="for checkpoints (default: %(default)s)")
+        command.add_argument(
+            "--work", type=Path, default=Path("out/experiments"), help="for checkpoints (default: %(default)s)"
+        )
         command.add_argument("--texts", type=Path, help="a folder of text files instead of the installed packages")
     return parser
 

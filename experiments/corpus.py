@@ -45,7 +45,9 @@ def installed_texts() -> Iterator[tuple[str, str]]:
     from pydoc_data.topics import topics
 
     yield from ((f"topics/{name}", text) for name, text in sorted(topics.items()))
-    described = {one.metadata["Name"].lower(): one.metadata.get_payload() for one in importlib.metadata.distributions()}
+    described = {
+        one.metadata["Name"].lower(): one.metadata.get_payload() for one in importlib.metadata.distributions()
+    }
     yield from ((f"packages/{name}", text) for name, text in sorted(described.items()) if isinstance(text, str))
 
 
@@ -134,7 +136,9 @@ class Corpus:
         path = self.folder / f"frequencies-{seed}-{count}.safetensors"
         if not path.exists():
             read, test = self.train_blocks(seed, count), self.test
-            ids = torch.cat([read, torch.nn.functional.pad(test.input_ids, (0, read.shape[1] - test.input_ids.shape[1]))])
+            ids = torch.cat(
+                [read, torch.nn.functional.pad(test.input_ids, (0, read.shape[1] - test.input_ids.shape[1]))]
+            )
             valid = torch.nn.functional.pad(test.valid, (0, read.shape[1] - test.valid.shape[1]))
             valid = torch.cat([torch.ones_like(read, dtype=torch.bool), valid])
             engram = find_engram(model)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engram_hf.analysis import Windows
 from engram_hf.hashing_engram import row_offsets
 
 if TYPE_CHECKING:
@@ -72,6 +73,18 @@ class LearnedAddresses(nn.Module):
         rows = place[..., 0, :, None] * keys.shape[2] + place[..., 1, None, :]
         weights = (score[..., 0, :, None] + score[..., 1, None, :]).flatten(-2).softmax(-1)
         return rows.flatten(-2), weights
+
+    @torch.no_grad()
+    def rows_read(self, windows: Windows) -> int:
+        """How many rows of all tables the windows read, with any weight."""
+        found: dict[tuple[int, int], list[torch.Tensor]] = {}
+        for inputs in windows.batches(32):
+            self.read(inputs["input_ids"].to(self.offsets.device))
+            for index in range(len(self.offsets)):
+                for order in range(self.orders):
+                    rows = self.addresses(index, order)[0] + self.offsets[index, order, :, None]
+                    found.setdefault((index, order), []).append(rows.unique())
+        return sum(len(torch.cat(parts).unique()) for parts in found.values())
 
     def _of_order(self, memory: "EngramMemory", order: int) -> torch.Tensor:
         rows, weights = self.addresses(memory.index, order)

@@ -34,7 +34,9 @@ class Maker:
         self.tokenizer, self.haystack = tokenizer, haystack
         self.random = random.Random(seed)
         pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.words = [at for at, piece in enumerate(pieces) if piece[0] == "Ġ" and len(piece) > 3 and piece[1:].isalpha()]
+        self.words = [
+            at for at, piece in enumerate(pieces) if piece[0] == "Ġ" and len(piece) > 3 and piece[1:].isalpha()
+        ]
         self._known: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
@@ -64,7 +66,9 @@ class Maker:
     def _multi_query_needle(self):
         keys, values = (self.random.sample(self.words, _NEEDLES) for _ in range(2))
         pairs = list(zip(keys, values, strict=True))
-        needles = [self.ids("\nThe secret of") + [key] + self.ids(" is") + [value] + self.ids(".\n") for key, value in pairs]
+        needles = [
+            self.ids("\nThe secret of") + [key] + self.ids(" is") + [value] + self.ids(".\n") for key, value in pairs
+        ]
         asked = self.random.sample(pairs, _QUERIES)
         return needles, [(self.ids("\nThe secret of") + [key] + self.ids(" is"), value) for key, value in asked]
 

@@ -81,9 +81,7 @@ def make_plan(preset: Preset) -> list[Run]:
     def after_main(kind: str, variant: str, seed: int, experiment: int) -> Run:
         return Run(kind, variant, seed, (experiment,), needs=tuple(run.name for run in main(seed)))
 
-    equal_time = [
-        text("twin of equal time", seed, 2, more=[run.name for run in main(seed)]) for seed in preset.seeds
-    ]
+    equal_time = [text("twin of equal time", seed, 2, more=[run.name for run in main(seed)]) for seed in preset.seeds]
     long_context = [
         Run("long context", side, seed, (3,), needs=tuple(run.name for run in dense if run.variant == side))
         for seed in preset.seeds

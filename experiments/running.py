@@ -5,6 +5,7 @@ Shape letters: N windows, S positions.
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.utils import logging
 from engram_hf import EngramError
 from engram_hf.analysis import Off, Windows, compare_layers, measure_depth, measure_traffic, measure_worth
 from engram_hf.analysis.evaluation import token_losses
+from engram_hf.analysis.texts import TOKEN_CLASSES
 
 from . import long_context, tasks
 from .corpus import FREQUENCIES, Corpus
@@ -47,7 +49,13 @@ class Runner:
     """
 
     def __init__(
-        self, preset: Preset, corpus: Corpus, results: Results, work: Path, device: str = "cpu", deadline: float | None = None
+        self,
+        preset: Preset,
+        corpus: Corpus,
+        results: Results,
+        work: Path,
+        device: str = "cpu",
+        deadline: float | None = None,
     ):
         self.preset, self.corpus, self.results, self.work = preset, corpus, results, work
         self.device, self.deadline = device, deadline
@@ -58,7 +66,9 @@ class Runner:
         """Of the downstream tasks."""
         if self._tasks is None:
             parts = self.corpus.parts
-            self._tasks = tasks.make_tasks(parts["train"], parts["test"], self.corpus.tokenizer, self.preset.task_items)
+            self._tasks = tasks.make_tasks(
+                parts["train"], parts["test"], self.corpus.tokenizer, self.preset.task_items
+            )
         return self._tasks
 
     def do_all(self, runs: list[Run]) -> None:
@@ -80,7 +90,12 @@ class Runner:
 
     def do(self, run: Run) -> None:
         """Do one run, and keep its result."""
-        does = {"tuning": self._tune, "text": self._train_on_text, "long context": self._long_context, "layers": self._compare}
+        does = {
+            "tuning": self._tune,
+            "text": self._train_on_text,
+            "long context": self._long_context,
+            "layers": self._compare,
+        }
         found = does[run.kind](run)
         about = {"run": run.name, "kind": run.kind, "variant": run.variant, "seed": run.seed}
         self.results.write(run.name, {**about, **found, "provenance": provenance(self.corpus.digest, self.device)})
@@ -130,7 +145,9 @@ class Runner:
             found["divergence_off"] = measure_depth(model, some, edit=Off()).divergence
             found["worth"] = asdict(measure_worth(model, _some(self.corpus.test, _WORTH_WINDOWS)))
         if run.variant in ("memory", "raw ids") or run.variant.endswith(("head", "heads")):
-            found["collisions"] = _collisions(model, self.corpus.test)
+            found |= _traffic(model, self.corpus.test)
+        if run.variant == "learned addresses":
+            found["rows_read"] = model.addresses.rows_read(self.corpus.test) / sum(model.config.engram_num_embeddings)
         return {**found, "evaluation_seconds": time.process_time() - started}
 
     def _long_context(self, run: Run) -> dict[str, Any]:
@@ -195,12 +212,20 @@ class Runner:
         losses = token_losses(model, windows, batch=16)
         reference = build("memory", self.preset, self.corpus.tokenizer, 0)
         classes = self.corpus.frequencies(reference, seed, self.preset.steps * self.preset.batch)
-        groups = {}
-        for number, name in enumerate(FREQUENCIES):
-            chosen = (classes == number) & windows.valid[:, 1:]
-            if chosen.any():
-                groups[name] = {"tokens": int(chosen.sum()), "loss": float(losses[chosen].double().mean())}
-        return {"loss": _mean(losses, windows), "by_frequency": groups}
+        return {
+            "loss": _mean(losses, windows),
+            "by_frequency": _by(losses, classes.where(windows.valid[:, 1:], -1), FREQUENCIES),
+            "by_class": _by(losses, windows.classes[:, 1:], TOKEN_CLASSES),
+        }
+
+
+def _by(losses: torch.Tensor, classes: torch.Tensor, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    groups = {}
+    for number, name in enumerate(names):
+        chosen = classes == number
+        if chosen.any():
+            groups[name] = {"tokens": int(chosen.sum()), "loss": float(losses[chosen].double().mean())}
+    return groups
 
 
 def _mean(losses: torch.Tensor, windows: Windows) -> float:
@@ -211,11 +236,13 @@ def _some(windows: Windows, count: int) -> Windows:
     return Windows(windows.input_ids[:count], windows.valid[:count], windows.classes[:count])
 
 
-def _collisions(model: PreTrainedModel, windows: Windows) -> dict[str, float]:
-    """By order, the share of reads whose row is another n-gram's too: in one head, and in all heads at once if they are independent."""
-    heads = measure_traffic(model, windows).heads
-    found: dict[str, float] = {}
-    for order in sorted({head.order for head in heads}):
-        shares = [head.traffic for head in heads if head.order == order]
-        found[str(order)] = sum(shares) / len(shares)
-    return found
+def _traffic(model: PreTrainedModel, windows: Windows) -> dict[str, Any]:
+    """The share of rows that the windows read, and by order the share of reads whose row is another n-gram's too, a head."""
+    traffic = measure_traffic(model, windows)
+    collisions: dict[str, float] = {}
+    for order in sorted({head.order for head in traffic.heads}):
+        shares = [head.traffic for head in traffic.heads if head.order == order]
+        collisions[str(order)] = sum(shares) / len(shares)
+    rows = dict(zip(model.config.engram_layer_ids, model.config.engram_num_embeddings, strict=True))
+    read = sum((1 - share) * rows[layer] for layer, share in traffic.never_read.items())
+    return {"collisions": collisions, "rows_read": read / sum(rows.values())}

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from engram_hf import EngramTokenizer
 
 _CONTEXT = 320  # characters
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{5,}")
-_CALL = re.compile(r"\b([a-z_]+\.)([A-Za-z_]+\()")
-_NUMBER = re.compile(r"\b([A-Za-z]{2,} )(\d{2,5}(?:-\d{2}-\d{2})?)\b")
+# With an underscore or a capital inside, as names of code have.
+_NAME = re.compile(r"\b[A-Za-z_]+?(?:_|(?<=[a-z])[A-Z])[A-Za-z0-9_]{3,}\b")
+_CALL = re.compile(r"\b(?!self|cls)([a-z_]+\.)([A-Za-z_]+\()")
+_NUMBER = re.compile(r"\b([A-Za-z]{2,})( \d{2,5}(?:-\d{2}-\d{2})?)\b")
 _CLOSED = re.compile(r"\w([)\]}][:,)\]}]?)\n")
 _SEEN = range(2, 16)
 
