@@ -67,22 +67,22 @@ class Maker:
         keys, values = (self.random.sample(self.words, _NEEDLES) for _ in range(2))
         pairs = list(zip(keys, values, strict=True))
         needles = [
-            self.ids("\nThe secret of") + [key] + self.ids(" is") + [value] + self.ids(".\n") for key, value in pairs
+            [*self.ids("\nThe secret of"), key, *self.ids(" is"), value, *self.ids(".\n")] for key, value in pairs
         ]
         asked = self.random.sample(pairs, _QUERIES)
-        return needles, [(self.ids("\nThe secret of") + [key] + self.ids(" is"), value) for key, value in asked]
+        return needles, [([*self.ids("\nThe secret of"), key, *self.ids(" is")], value) for key, value in asked]
 
     def _variable_tracking(self):
         names = self.random.sample(self.words, _CHAINS * (_HOPS + 1))
         chains = [names[first : first + _HOPS + 1] for first in range(0, len(names), _HOPS + 1)]
         steps = [
-            self.ids("\nset") + [second] + self.ids(" =") + [first] + self.ids("\n")
+            [*self.ids("\nset"), second, *self.ids(" ="), first, *self.ids("\n")]
             for hop in range(_HOPS)
             for first, second in ((chain[hop], chain[hop + 1]) for chain in self.random.sample(chains, _CHAINS))
         ]
         asked = self.random.choice(chains)
         return steps, [
-            (self.ids("\nset all of") + [asked[0]] + self.ids(":"), asked[1]),
+            ([*self.ids("\nset all of"), asked[0], *self.ids(":")], asked[1]),
             *(([], name) for name in asked[2:]),
         ]
 
@@ -91,7 +91,7 @@ class Maker:
         listed = words[:_COMMON] * _TIMES + words[_COMMON:]
         self.random.shuffle(listed)
         common = sorted(words[:_COMMON], key=listed.index)
-        return [self.ids("\n-") + [word] + self.ids("\n") for word in listed], [
+        return [[*self.ids("\n-"), word, *self.ids("\n")] for word in listed], [
             (self.ids("\nmost common:"), common[0]),
             *(([], word) for word in common[1:]),
         ]

@@ -22,15 +22,16 @@ from engram_hf import EngramTokenizer
 _CONTEXT = 320  # characters
 # With an underscore or a capital inside, as names of code have.
 _NAME = re.compile(r"\b[A-Za-z_]+?(?:_|(?<=[a-z])[A-Z])[A-Za-z0-9_]{3,}\b")
-_CALL = re.compile(r"\b(?!self|cls)([a-z_]+\.)([A-Za-z_]+\()")
-_NUMBER = re.compile(r"\b([A-Za-z]{2,})( \d{2,5}(?:-\d{2}-\d{2})?)\b")
+_CALL = re.compile(r"(?<![\w.])([a-z_]+)\.([A-Za-z_]+\()")
+_IMPORTED = re.compile(r"^\s*(?:import|from) (\w+)", re.MULTILINE)
+_NUMBER = re.compile(r"\b([A-Za-z_]{2,})([ =(]{1,3}\d{2,5}(?:-\d{2}-\d{2})?)\b")
 _CLOSED = re.compile(r"\w([)\]}][:,)\]}]?)\n")
 _SEEN = range(2, 16)
 
 # What each task asks for.
 NEED_RECALL = {
     "rare_names": "the rest of a name that the training text has 2 to 15 times, and the context does not have",
-    "api_calls": "the attribute behind a module that the training text calls at least twice",
+    "api_calls": "the attribute of an imported module, a call that the training text has and the context does not",
     "numbers": "the number or date behind a word, a pair of the training text that the context does not have",
 }
 NEED_NONE = {
@@ -88,10 +89,11 @@ def _places(text: str, known: _Known) -> Iterator[tuple[str, int, int]]:
             yield "rare_names", *match.span()
         if is_copy and not seen:
             yield "copied_names", *match.span()
+    modules = set(_IMPORTED.findall(text))
     for pattern, counts, task in ((_CALL, known.calls, "api_calls"), (_NUMBER, known.numbers, "numbers")):
         for match in pattern.finditer(text):
             is_copy = match[2] in text[max(0, match.start() - _CONTEXT) : match.start()]
-            if counts[match.groups()] >= _SEEN.start and not is_copy:
+            if counts[match.groups()] and not is_copy and (task == "numbers" or match[1] in modules):
                 yield task, *match.span(2)
     for match in _CLOSED.finditer(text):
         yield "closing_brackets", *match.span(1)
