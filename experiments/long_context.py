@@ -11,7 +11,7 @@ import random
 import torch
 from transformers import PreTrainedModel
 
-from engram_hf import EngramTokenizer
+from engram_hf import EngramError, EngramTokenizer
 
 TASKS = ("multi-query needle", "variable tracking", "common words")
 _NEEDLES, _QUERIES = 8, 4
@@ -28,6 +28,9 @@ class Maker:
         tokenizer: the models'.
         haystack: blocks of text int64 `[N, S]`.
         seed: of all that is drawn.
+
+    Raises:
+        ValueError: the vocabulary has too few words.
     """
 
     def __init__(self, tokenizer: EngramTokenizer, haystack: torch.Tensor, seed: int):
@@ -37,6 +40,11 @@ class Maker:
         self.words = [
             at for at, piece in enumerate(pieces) if piece[0] == "Ġ" and len(piece) > 3 and piece[1:].isalpha()
         ]
+        if len(self.words) < _COMMON + _RARE + _CHAINS * _HOPS:
+            raise EngramError(
+                f"The tokenizer has {len(self.words)} whole words of three letters and more, too few for these tasks; give a preset with "
+                "a larger vocab_size, or more texts."
+            )
         self._known: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
