@@ -15,8 +15,7 @@ import torch
 import engram_hf
 from engram_hf import EngramError
 
-ROOT = Path(engram_hf.__file__).parent
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(engram_hf.__file__).parent))
 from experiments import __main__ as command
 from experiments import long_context, models, tasks, training
 from experiments.corpus import load_corpus, split
@@ -27,6 +26,7 @@ from experiments.report import Found, write_report
 from experiments.results import Results, held, interval
 from experiments.running import Runner
 
+ROOT = Path(engram_hf.__file__).parent
 TINY = replace(
     PRESETS["quick"],
     vocab_size=700,
