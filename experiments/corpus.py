@@ -84,6 +84,17 @@ def split(texts: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
     return parts
 
 
+def _installed_parts(path: Path) -> dict[str, list[str]]:
+    """The split of the installed texts, kept in a file: packages are updated while experiments wait."""
+    if not path.exists():
+        parts = split(installed_texts())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps(parts), encoding="utf-8")
+        beside.replace(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 @dataclass(eq=False)
 class Corpus:
     """Texts and their tokens.
@@ -161,14 +172,17 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def load_corpus(preset: Preset, work: Path, texts: Path | None = None) -> Corpus:
-    """Read, split and tokenize the texts; tokens and tokenizer are kept in `work` and made once.
+    """Read, split and tokenize the texts; all is kept in `work` and made once.
 
     Args:
         preset: sizes.
         work: a folder for what can be made again.
-        texts: a folder of text files; None for those of the installed packages.
+        texts: a folder of text files; None for those of the installed packages, as they were when `work` was made.
+
+    Raises:
+        ValueError: there are too few texts.
     """
-    parts = split(installed_texts() if texts is None else texts_of_folder(texts))
+    parts = _installed_parts(work / "texts.json") if texts is None else split(texts_of_folder(texts))
     random.Random(0).shuffle(parts["train"])
     parts["train"] = parts["train"][: preset.train_files]
     told = json.dumps([parts, preset.vocab_size, preset.block]).encode()

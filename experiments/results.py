@@ -71,9 +71,14 @@ class Results:
     def write(self, name: str, result: dict[str, Any]) -> None:
         """Keep a run's result."""
         path = self.path(name)
-        beside = path.with_suffix(".part")
+        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
         beside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         beside.replace(path)
+
+
+def now() -> str:
+    """The date, in UTC."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
 
 
 @contextlib.contextmanager
@@ -90,9 +95,8 @@ def held(path: Path) -> Iterator[bool]:
 
 
 def provenance(corpus_digest: str, device: str) -> dict[str, Any]:
-    """When, by what kind of machine and by which code a result came to be; no names, no paths."""
+    """By what kind of machine and by which code results come to be; no names, no paths."""
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "commit": _commit(),
         "machine": _machine(device),
         "torch": torch.__version__,

@@ -25,7 +25,7 @@ from .corpus import FREQUENCIES, Corpus
 from .models import build, size_of
 from .plan import Run, side_of
 from .presets import Preset
-from .results import Results, held, provenance
+from .results import Results, held, now, provenance
 from .training import Interrupted, train
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -59,6 +59,8 @@ class Runner:
     ):
         self.preset, self.corpus, self.results, self.work = preset, corpus, results, work
         self.device, self.deadline = device, deadline
+        # Taken now: the checkout may go on while runs last.
+        self._provenance = provenance(corpus.digest, device)
         self._tasks: dict[str, list[tasks.Item]] | None = None
 
     @property
@@ -76,7 +78,9 @@ class Runner:
 
         Raises:
             Interrupted: the deadline passed.
+            ValueError: what is there already was measured on other texts.
         """
+        self._require_same_texts(runs)
         for number, run in enumerate(runs, 1):
             is_ready = all(self.results.read(name) is not None for name in run.needs)
             if self.results.read(run.name) is not None or not is_ready:
@@ -88,6 +92,16 @@ class Runner:
                     print(f"[{number}/{len(runs)}] {run.name}", flush=True)
                     self.do(run)
 
+    def _require_same_texts(self, runs: list[Run]) -> None:
+        for run in runs:
+            result = self.results.read(run.name)
+            if result is not None and result["provenance"]["corpus"] != self.corpus.digest:
+                raise EngramError(
+                    f"{self.results.path(run.name)} was measured on other texts ({result['provenance']['corpus']}, now "
+                    f"{self.corpus.digest}), so it cannot be compared; use another folder with --results, or the --work folder that it "
+                    "was made with, which holds its texts."
+                )
+
     def do(self, run: Run) -> None:
         """Do one run, and keep its result."""
         does = {
@@ -98,7 +112,7 @@ class Runner:
         }
         found = does[run.kind](run)
         about = {"run": run.name, "kind": run.kind, "variant": run.variant, "seed": run.seed}
-        self.results.write(run.name, {**about, **found, "provenance": provenance(self.corpus.digest, self.device)})
+        self.results.write(run.name, {**about, **found, "provenance": {"date": now(), **self._provenance}})
         shutil.rmtree(self._folder(run), ignore_errors=True)
 
     def best_rate(self, variant: str) -> float:

@@ -325,6 +325,13 @@ def test_a_run_that_another_process_does_is_left_to_it(corpus, tmp_path):
     assert not list(runner.results.folder.glob("*.json"))
 
 
+def test_results_of_other_texts_are_not_mixed_in(corpus, tmp_path):
+    runner, run = make_runner(corpus, tmp_path), Run("tuning", "twin", 100, (2,), rate=0)
+    runner.results.write(run.name, {"provenance": {"corpus": "another"}})
+    with pytest.raises(EngramError, match=f"measured on other texts .another, now {corpus.digest}"):
+        runner.do_all([run])
+
+
 def test_time_that_is_up_before_a_run(corpus, tmp_path):
     runner = make_runner(corpus, tmp_path)
     runner.deadline = time.monotonic() - 1
