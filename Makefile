@@ -8,10 +8,15 @@ PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 OLDEST := 5.17.0
 TESTS ?= not slow
 
-.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests backbones trials faults fuzz kills soak style check build clean
+.PHONY: quickstart evidence test test-oldest test-matrix test-upstream run-tests backbones trials faults fuzz kills soak style check build clean
 
 quickstart: $(VENV)/.installed  ## train a small model with memory and its twin without, compare, save, reload
 	$(BIN)/python examples/quickstart.py
+
+evidence: $(VENV)/.installed  ## the six experiments of docs/evidence.md with tiny models, and a page of what came out, in out/evidence/ (minutes)
+	mkdir -p out/evidence && cp docs/evidence.md out/evidence/evidence.md
+	$(ONE_THREAD) $(BIN)/python -m experiments run --preset quick --results out/evidence
+	$(ONE_THREAD) $(BIN)/python -m experiments report --preset quick --results out/evidence --page out/evidence/evidence.md
 
 test: check run-tests  ## style and types, then all but the slow tests on two processes
 

@@ -58,6 +58,7 @@ setup(
     ],
     extras_require={
         "analysis": ["jinja2>=3.1", "matplotlib>=3.8"],
+        "evaluation": ["lm-eval>=0.4.11"],
         "examples": ["matplotlib>=3.8", "rich>=13"],
         "images": ["pillow>=11"],
         "test": [

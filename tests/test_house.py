@@ -57,7 +57,7 @@ FAMILIES = [
 INSTALLED_WITH_TRANSFORMERS = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "huggingface_hub"}
 # What a flat file may import and do without.
 OPTIONAL = {"PIL", "accelerate", "psutil"}
-ROOMS_THAT_ARE_NOT_INSTALLED = {"tests", "benchmarks", "examples", "docs"}
+ROOMS_THAT_ARE_NOT_INSTALLED = {"tests", "benchmarks", "examples", "experiments", "docs"}
 
 
 def flat_files() -> list[Path]:
