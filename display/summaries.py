@@ -36,14 +36,14 @@ def summarize_tables(model: EngramPreTrainedModel) -> list[TableSummary]:
 
 
 def _summarize(layer: int, table: EngramTable) -> TableSummary:
-    weight = table.weight
     if isinstance(table.source, MappedRows):
         residency = "pinned" if isinstance(table.source, PinnedRows) else "mapped"
         stored = table.source.stored
         return TableSummary(layer, table.num_rows, table.width, stored.dtype, stored.size, residency, False)
-    size = sum(parameter.nbytes for parameter in table.parameters())
-    dtype = table.table_dtype or str(weight.dtype).removeprefix("torch.")
-    return TableSummary(layer, table.num_rows, table.width, dtype, size, "resident", weight.requires_grad)
+    parameters = list(table.parameters())
+    dtype = table.table_dtype or str(table.row_dtype).removeprefix("torch.")
+    size, trainable = sum(p.nbytes for p in parameters), any(p.requires_grad for p in parameters)
+    return TableSummary(layer, table.num_rows, table.width, dtype, size, "resident", trainable)
 
 
 def print_memory_summary(model: EngramPreTrainedModel) -> None:
