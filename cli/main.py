@@ -19,6 +19,7 @@ examples:
   engram check ./model                            verify table files against the format
   engram facts write ./model facts.jsonl --output ./facts   teach it facts, in an adapter of kilobytes
 
+completion in a shell: pip install 'engram-hf[completion]', then  eval "$(register-python-argcomplete engram)"
 exit status: 0 done, 1 bad input (one sentence on the error stream), 2 wrong usage.
 """
 
@@ -38,6 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks for completions, which `register-python-argcomplete engram` has it do."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
@@ -51,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"{argument!r} is not valid UTF-8; give names and texts in that encoding.")
         if checkpoints.is_for_script(arguments):
             return checkpoints.run_script(*arguments)
-        options = build_parser().parse_args(arguments)
+        parser = build_parser()
+        _complete(parser)
+        options = parser.parse_args(arguments)
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:

@@ -162,6 +162,14 @@ PUBLIC_NAMES = {
         "EngramTokenizer",
         "load_with_tables",
     ],
+    "engram_hf.display": [
+        "TableSummary",
+        "model_html",
+        "print_memory_summary",
+        "register",
+        "summarize_tables",
+        "tokenizer_html",
+    ],
     "engram_hf.other_models": ["load_with_tables"],
     "engram_hf.analysis": [
         "AttentionFreed",
