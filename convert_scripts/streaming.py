@@ -9,6 +9,7 @@ Checksums are CRC-32: they find damage, not malice, and cost a fraction of the c
 on a machine with two busy cores.)
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -180,6 +181,8 @@ def run_plan(plan: Plan, target: Path) -> int:
     try:
         # What is finished may lie where nothing can be written.
         if _is_finished(plan, target) and _is_whole(plan, target):
+            with contextlib.suppress(OSError):  # of a process that was killed between its last file and its end
+                FolderClaim(target).remove_abandoned()
             return 0
         with FolderClaim(target):
             return _run_claimed(plan, target)
