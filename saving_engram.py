@@ -126,14 +126,6 @@ class FolderClaim:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
 
-    def remove_abandoned(self) -> None:
-        """Remove what a process that has ended left of its claim; that of one which writes stays.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
-        _remove_abandoned(self.path)
-
     def __enter__(self) -> "FolderClaim":
         return self.take()
 

@@ -41,10 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _complete(parser: argparse.ArgumentParser) -> None:
     """Answer a shell that asks for completions, which `register-python-argcomplete engram` has it do."""
-    if "_ARGCOMPLETE" in os.environ:
+    try:
         import argcomplete
-
-        argcomplete.autocomplete(parser)
+    except ImportError:  # the extra `completion`
+        return
+    argcomplete.autocomplete(parser)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -80,16 +80,18 @@ def local_folder(source: str, revision: str | None = None, only: list[str] | Non
     Raises:
         ConversionError: there is neither.
     """
-    return Path(source) if Path(source).is_dir() else _download(source, revision, allow_patterns=only)
+    if Path(source).is_dir():
+        return Path(source)
+    return _download(source, revision) if only is None else _download(source, revision, allow_patterns=only)
 
 
-def _download(source: str, revision: str | None, allow_patterns: list[str] | None = None) -> Path:
+def _download(source: str, revision: str | None, **patterns: list[str]) -> Path:
     if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ConversionError(f"{source} is neither a folder nor a Hub id like 'deepseek-ai/DeepSeek-V4.1-Flash'.")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=allow_patterns))
+        return Path(snapshot_download(source, revision=revision, **patterns))
     except (OSError, ValueError) as error:
         raise ConversionError(
             f"{source} is no folder here, and the Hub did not give a repository of that name ({error}); check the name, "
