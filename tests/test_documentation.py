@@ -208,8 +208,7 @@ def pages_to_run() -> list:
     found = [page for page in PAGES if any(block.is_run_here for block in read_blocks(page))]
     marks = {"convert-v41": needs_auto_image_processor}
     return [
-        pytest.param(page, id=name_of(page), marks=[marks[page.stem]] if page.stem in marks else [])
-        for page in found
+        pytest.param(page, id=name_of(page), marks=[marks[page.stem]] if page.stem in marks else []) for page in found
     ]
 
 
@@ -252,7 +251,9 @@ def test_notebook(path, tmp_path, monkeypatch):
 
 def test_notebooks_were_run_and_can_be_opened():
     """Stored outputs come from one run from top to bottom without an error; the badge has the repository's address."""
-    (address,) = re.findall(r"git clone (?:https://github\.com/)?(\S+?)(?:\.git)? ", PAGES[0].read_text(encoding="utf-8"))
+    (address,) = re.findall(
+        r"git clone (?:https://github\.com/)?(\S+?)(?:\.git)? ", PAGES[0].read_text(encoding="utf-8")
+    )
     assert len(NOTEBOOKS) == 3
     for path in NOTEBOOKS:
         notebook = json.loads(path.read_text(encoding="utf-8"))

@@ -52,7 +52,10 @@ def main() -> None:
         axes.text(x, y, text, ha="center", va="center", fontsize=10, color="#1f2328", bbox=box, zorder=3)
     for start, end in ARROWS:
         draw_arrow(axes, BOXES[start][1], BOXES[end][1])
-    titles = {6.55: "before the backbone runs, for all layers at once, from token ids alone", 0.25: "in each listed layer"}
+    titles = {
+        6.55: "before the backbone runs, for all layers at once, from token ids alone",
+        0.25: "in each listed layer",
+    }
     for y, text in titles.items():
         axes.text(5.7, y, text, ha="center", va="center", fontsize=10, style="italic", color=LINE)
     TARGET.parent.mkdir(exist_ok=True)

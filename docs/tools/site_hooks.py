@@ -74,7 +74,9 @@ def on_post_build(config: Any) -> None:
     missing = sorted(set(public_names()) - anchors)
     if missing:
         raise PluginError(f"docs/api has no entry for {', '.join(missing)}")
-    fetched = re.compile(r'<(?:script|img|iframe|source)\b[^>]*\bsrc="(https?:)?//|<link\b[^>]*rel="stylesheet"[^>]*"https?:')
+    fetched = re.compile(
+        r'<(?:script|img|iframe|source)\b[^>]*\bsrc="(https?:)?//|<link\b[^>]*rel="stylesheet"[^>]*"https?:'
+    )
     remote = sorted(str(path.relative_to(site)) for path, html in pages.items() if fetched.search(html))
     if remote:
         raise PluginError(f"{', '.join(remote)} would fetch something from another server")
@@ -154,7 +156,10 @@ def support_table() -> str:
     for path in [ROOT / "constraints.txt", *(ROOT / "constraints").glob("transformers-*.txt")]:
         found = _pins(path)
         pins[found["transformers"]] = found
-    rows = ["| transformers | backbones with every check passed | torch | PEFT | accelerate | tokenizers |", "| --- |" * 1 + " --- |" * 5]
+    rows = [
+        "| transformers | backbones with every check passed | torch | PEFT | accelerate | tokenizers |",
+        "| --- |" * 1 + " --- |" * 5,
+    ]
     for version in sorted(pins, key=lambda each: [*map(int, each.split("."))]):
         kinds = [kind[0] for kind in noted.get(version, {}).values()]
         counted = f"{kinds.count('full')} of {len(kinds) - kinds.count('missing')}" if kinds else "not counted"
