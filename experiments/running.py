@@ -131,7 +131,6 @@ class Runner:
         return self.work / "models" / f"{name}.safetensors"
 
     def _tune(self, run: Run) -> dict[str, Any]:
-        assert run.rate is not None
         rate = self.preset.rates[run.rate]
         model, found = self._trained(run, rate, self._text(run.seed, max(2, self.preset.steps // 2)))
         losses = token_losses(model, self.corpus.validation, batch=16)
@@ -184,8 +183,7 @@ class Runner:
         models = []
         for name in run.needs:
             result, path = self.results.read(name), self._weights(name)
-            assert result is not None
-            if not path.exists():
+            if result is None or not path.exists():
                 raise EngramError(
                     f"The weights of {name} are not in {path.parent}; delete its result, so that it is trained again."
                 )
