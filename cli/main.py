@@ -24,6 +24,14 @@ exit status: 0 done, 1 bad input (one sentence on the error stream), 2 wrong usa
 """
 
 
+class _PrintVersion(argparse.Action):
+    """Asks what is installed when it is asked itself, not whenever a parser is built."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"engram-hf {version('engram-hf')}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
     parser = argparse.ArgumentParser(
@@ -32,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"engram-hf {version('engram-hf')}")
+    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="show the installed version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in (demo, inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts):
         group.add_commands(commands)

@@ -183,6 +183,14 @@ def _size(found: Found, variant: str, kind: str = "text") -> list[str]:
 _SIZES = ["active parameters", "all parameters", "FLOPs a token", "bytes a token", "training, s of one core"]
 
 
+def _against(found: Found, variant: str, other: str, if_higher: str, if_lower: str) -> list[str]:
+    """Seeds, sizes and held-out loss of a variant, and how far that is from another one's; nothing of a variant itself."""
+    change = found.difference(variant, other, _loss) if variant != other else None
+    seeds = str(len(found.of(variant)))
+    loss = _shown(found.mean(variant, _loss))
+    return [seeds, *_size(found, variant), loss, _shown(change, sign="+"), _verdict(change, if_higher, if_lower)]
+
+
 def _fair(found: Found) -> str:
     variants = [
         "memory",
@@ -196,17 +204,7 @@ def _fair(found: Found) -> str:
     for variant in variants:
         if not found.of(variant):
             continue
-        change = found.difference(variant, "memory", _loss) if variant != "memory" else None
-        rows.append(
-            [
-                variant,
-                str(len(found.of(variant))),
-                *_size(found, variant),
-                _shown(found.mean(variant, _loss)),
-                _shown(change, sign="+"),
-                _verdict(change, "memory is better", "memory is worse"),
-            ]
-        )
+        rows.append([variant, *_against(found, variant, "memory", "memory is better", "memory is worse")])
     return _table(["variant", "seeds", *_SIZES, "held-out loss", "minus memory's", ""], rows)
 
 
@@ -262,7 +260,7 @@ def _worth(found: Found) -> str:
     names = some[0]["worth"]["increase"] if some else {}
     rows = []
     for name in names:
-        change = found.mean("memory", lambda one, name=name: one["worth"]["increase"][name]["value"])  # type: ignore[misc]
+        change = found.mean("memory", lambda one, name=name: one["worth"]["increase"][name]["value"])
         rows.append([name, _shown(change, sign="+"), _verdict(change, "costs", "helps")])
     return _table(["change of a trained model's memory", "loss grows by", ""], rows)
 
@@ -272,17 +270,8 @@ def _experts(found: Found) -> str:
     for share in SHARES:
         variant = f"share {share}"
         if found.of(variant):
-            change = found.difference(variant, "share 0", _loss) if share else None
-            rows.append(
-                [
-                    f"{share} %",
-                    str(len(found.of(variant))),
-                    *_size(found, variant),
-                    _shown(found.mean(variant, _loss)),
-                    _shown(change, sign="+"),
-                    _verdict(change, "worse than experts alone", "better than experts alone"),
-                ]
-            )
+            words = "worse than experts alone", "better than experts alone"
+            rows.append([f"{share} %", *_against(found, variant, "share 0", *words)])
     return _table(["share of memory", "seeds", *_SIZES, "held-out loss", "minus that at 0 %", ""], rows)
 
 
@@ -316,7 +305,7 @@ def _depth(found: Found) -> str:
         def pick(result: dict[str, Any], layer: int = layer) -> float:
             return result["divergence"][layer]
 
-        off = found.mean("memory", lambda one, layer=layer: one["divergence_off"][layer])  # type: ignore[misc]
+        off = found.mean("memory", lambda one, layer=layer: one["divergence_off"][layer])
         change = found.difference("memory", "twin", pick) if layer + 1 < _layers(found) else None
         alike = [max(range(len(one[layer])), key=lambda other: one[layer][other]) for one in similar]
         rows.append(
@@ -480,7 +469,7 @@ def _draw_depth(found: Found) -> Figure | None:
         if found.of(variant):
             points = [
                 found.mean(variant, lambda one, key=key, at=layer: one[key][at]) for layer in range(_layers(found))
-            ]  # type: ignore[misc]
+            ]
             known = [one for one in points if one is not None]
             axes.errorbar(
                 range(len(known)),

@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import importlib.metadata
 import json
 import re
 import shutil
@@ -128,16 +127,14 @@ def _output(output: dict[str, Any]) -> str:
 
 def command_line_page() -> str:
     """What `engram --help` and the help of each command print."""
-    known, asked = list(sys.path), importlib.metadata.version
+    known = list(sys.path)
     sys.path.insert(0, str(PACKAGE / "engram_hf"))
-    importlib.metadata.version = lambda name: "" if name == "engram-hf" else asked(name)  # type: ignore[assignment]
     try:
         from cli.main import build_parser
 
         parts = ["# Command line", *_helps(build_parser(), "engram", 2)]
     finally:
         sys.path[:] = known
-        importlib.metadata.version = asked  # type: ignore[assignment]
     return "\n\n".join(parts)
 
 
