@@ -1,0 +1,32 @@
+"""Commands that run no model read modules of `engram_hf` without running its `__init__`, which imports torch and transformers."""
+
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _Package(ModuleType):
+    """`engram_hf` before its `__init__` has run; it runs when one of the package's own names is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # the import system asks for those, and they are all there that a package has
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        self.__class__ = ModuleType
+        self.__spec__.loader.exec_module(self)
+        return getattr(self, name)
+
+
+def postpone_package() -> None:
+    """Let `import engram_hf.safetensors_engram` import that module alone, in this process, from now on.
+
+    Nothing is registered with transformers and PEFT until a public name is imported, as in `from engram_hf import EngramConfig`.
+    So only the process of a command may call this, and no function that other code can call: to that, `import engram_hf`
+    registers everything.
+    """
+    spec = importlib.util.find_spec("engram_hf")
+    if "engram_hf" in sys.modules or spec is None:
+        return
+    package = importlib.util.module_from_spec(spec)
+    package.__class__ = _Package
+    sys.modules["engram_hf"] = package
