@@ -6,6 +6,7 @@ from . import auto_deepseek_v41 as auto_deepseek_v41
 from .adding_engram import add_memory, find_buckets
 from .backbone_engram import require_backbone, require_decoder
 from .card_engram import write_model_card
+from .claiming_engram import ClaimedFolderWriter
 from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
 from .hashing_engram import register_compression
@@ -38,6 +39,7 @@ peft_defaults.register()
 rows_peft.register()
 # What the code beside a model's weights does without: it comes from here while the package is installed.
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
+EngramPreTrainedModel.folder_writer = ClaimedFolderWriter
 EngramConfig.find_buckets = staticmethod(find_buckets)
 EngramForCausalLM.add_memory = staticmethod(add_memory)
 EngramPreTrainedModel.require_backbone = staticmethod(require_backbone)

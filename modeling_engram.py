@@ -64,7 +64,6 @@ from .safetensors_engram import EngramError
 from .saving_engram import (
     FolderWriter,
     complete_save,
-    replace_files,
     require_settled,
     save_tables,
     tables_by_reference,
@@ -99,6 +98,8 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     # Called as `write_model_card(path, config, repo_id, token)` when a model is pushed; the package engram_hf sets it, and a
     # model that was loaded as remote code has the card that transformers writes.
     write_model_card: Callable[..., None] | None = None
+    # What makes all files of a save part of a folder in one step; that of the package keeps other processes out, too.
+    folder_writer: type[FolderWriter] = FolderWriter
     _takes_image_mask: bool = False
     _runs_inside: bool = False
     # The package sets these too: what refuses models that can carry no memory. A saved one has passed.
@@ -287,7 +288,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
             return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
-        with replace_files(save_directory) as writer:
+        with self.folder_writer(save_directory) as writer:
             token = _SAVE.set((writer, kwargs.get("variant")))
             try:
                 save_tables(self.memory_model, writer.path)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from ..claiming_engram import LOCK_NAME, FolderClaim, FolderInUseError
 from ..safetensors_engram import (
     UNFINISHED,
     TensorSpan,
@@ -33,7 +34,6 @@ from ..safetensors_engram import (
     read_json,
     write_file,
 )
-from ..saving_engram import LOCK_NAME, FolderClaim, FolderInUseError
 from .safetensors_files import ConversionError
 
 MANIFEST_NAME = "conversion_manifest.json"
@@ -182,11 +182,19 @@ def run_plan(plan: Plan, target: Path) -> int:
         if _is_finished(plan, target) and _is_whole(plan, target):
             return 0
         with FolderClaim(target):
+            _remove_left_files(target)
             return _run_claimed(plan, target)
     except FolderInUseError as error:
         raise ConversionError(str(error)) from error
     except OSError as error:
         raise _explain(error, target) from error
+
+
+def _remove_left_files(target: Path) -> None:
+    """Remove what a killed process was writing under names of its own."""
+    name = "" if (target / JOURNAL_NAME).exists() else JOURNAL_NAME
+    for left in target.rglob(f"{name}*{UNFINISHED}"):
+        left.unlink()
 
 
 def _run_claimed(plan: Plan, target: Path) -> int:
@@ -282,8 +290,7 @@ class _Journal:
 
     def _strangers(self) -> list[str]:
         """What the folder holds that is not there for this module alone."""
-        names = sorted(path.name for path in self.path.parent.iterdir() if path.name not in (JOURNAL_NAME, LOCK_NAME))
-        return [name for name in names if not (name.startswith(JOURNAL_NAME) and name.endswith(UNFINISHED))]
+        return sorted(path.name for path in self.path.parent.iterdir() if path.name not in (JOURNAL_NAME, LOCK_NAME))
 
     def _start(self) -> None:
         if strangers := self._strangers():
