@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from . import auto_deepseek_v41 as auto_deepseek_v41
-from .adding_engram import add_memory, find_buckets
+from .adding_engram import add_memory, config_for_backbone
 from .backbone_engram import require_backbone, require_decoder
 from .card_engram import write_model_card
 from .claiming_engram import ClaimedFolderWriter
@@ -40,8 +40,8 @@ rows_peft.register()
 # What the code beside a model's weights does without: it comes from here while the package is installed.
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
 EngramPreTrainedModel.folder_writer = ClaimedFolderWriter
-EngramConfig.find_buckets = staticmethod(find_buckets)
-EngramForCausalLM.add_memory = staticmethod(add_memory)
+EngramConfig.for_backbone = classmethod(config_for_backbone)
+EngramForCausalLM.from_backbone = classmethod(add_memory)
 EngramPreTrainedModel.require_backbone = staticmethod(require_backbone)
 EngramPreTrainedModel.require_decoder = staticmethod(require_decoder)
 register_compression(EngramTokenizer.from_tokenizer)

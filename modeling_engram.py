@@ -800,8 +800,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
     host_class = AutoModelForCausalLM
     _reads_images = False
-    # What `from_backbone` does; the package engram_hf sets it.
-    add_memory: Callable[..., PreTrainedModel] = staticmethod(needs_package)
+    # Called with a causal language model, or the name of one, to add memory to it; the package engram_hf sets it.
+    from_backbone: Callable[..., Any] = staticmethod(needs_package)
 
     def __new__(cls, config: EngramConfig | None = None, host: PreTrainedModel | None = None, engram_tables=None):
         if config is None:  # for pickle and torch's replicas, which fill in the state themselves
@@ -832,33 +832,6 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         self._become(config)
         self._take_over(self.base_model, self.base_model_prefix)
         self.init_weights()
-
-    @classmethod
-    def from_backbone(
-        cls,
-        backbone: str | os.PathLike | PreTrainedModel,
-        tokenizer=None,
-        *,
-        layer_ids: list[int],
-        variant: str = "paper",
-        rows: int | None = None,
-        memory_fraction: float | None = None,
-        **kwargs,
-    ) -> "EngramForCausalLM":
-        """Add memory to a pretrained causal language model, whose logits stay exactly as they are until trained.
-
-        Args:
-            backbone: a causal language model (changed in place), or a name or folder for `AutoModelForCausalLM`. If it is
-                quantized, the memory is not.
-            tokenizer, layer_ids, variant, rows, memory_fraction: see [`EngramConfig.for_backbone`].
-            **kwargs: `engram_*` fields of the config; the rest goes to `AutoModelForCausalLM.from_pretrained`.
-
-        Raises:
-            ValueError: see [`EngramConfig.for_backbone`]; or the backbone is an encoder-decoder, has no layers, or is
-                quantized in a way that cannot leave the memory out.
-        """
-        sizes = {"rows": rows, "memory_fraction": memory_fraction}
-        return cls.add_memory(cls, backbone, tokenizer, layer_ids=layer_ids, variant=variant, **sizes, **kwargs)
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
