@@ -13,13 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .safetensors_engram import EngramError, still_names
+from .safetensors_engram import EngramError, lock_file, still_names
 from .saving_engram import EXCHANGE_PREFIX, LOAD_WAITS, POLL_SECONDS, SAVE_PREFIX, FolderWriter
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # not a Unix system
-    fcntl = None
 
 LOCK_NAME = ".engram-lock"
 # How many seconds a save waits for others that are put in place in the same folder.
@@ -176,19 +171,6 @@ def _has_ended(holder: dict) -> bool:
     except OSError as error:
         return isinstance(error, ProcessLookupError)
     return False
-
-
-def lock_file(file: int) -> bool | None:
-    """Lock an open file for this process, until it is closed; False if another has done so, None without locks."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system that has none
-        return None
-    return True
 
 
 class ClaimedFolderWriter(FolderWriter):

@@ -10,12 +10,14 @@ header, JSON that maps each tensor to `dtype`, `shape` and `data_offsets` (count
 
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +47,8 @@ ITEM_BITS = {
 _FICLONE = 0x40049409
 # Ends the names of files that are not whole yet.
 UNFINISHED = ".unfinished"
+# A link is renamed at once after it is made.
+_LINK_SECONDS = 60
 # What systems and file systems answer that have no links, or not between these two places.
 _CANNOT_LINK = {getattr(errno, name) for name in ("EXDEV", "EPERM", "EMLINK", "ENOTSUP", "ENOSYS", "ENOENT", "EACCES")}
 
@@ -525,21 +529,61 @@ def write_file(path: Path, data: bytes) -> None:
 def _replacing(path: Path) -> Iterator[int]:
     """A new file, open for writing, that becomes `path` if the block ends without an exception.
 
-    Each process has a file of its own, and the one that ends last wins.
+    Each process has a file of its own, and the one that ends last wins. Files that killed processes left are removed.
     """
-    unfinished = _aside(path)
-    file = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*{UNFINISHED}"):
+        _remove_if_left(left)
+    unfinished, file = _create(path)
     try:
         yield file
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-        os.close(file)
+        os.close(file)  # last, since it is locked until then
+
+
+def _create(path: Path) -> tuple[Path, int]:
+    while True:
+        unfinished = _aside(path)
+        file = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        lock_file(file)
+        if still_names(unfinished, file):
+            return unfinished, file
+        os.close(file)  # another process took it for left
 
 
 def _aside(path: Path) -> Path:
     """A name beside `path` that no other process uses."""
     return Path(f"{path}.{secrets.token_hex(8)}{UNFINISHED}")
+
+
+def _remove_if_left(unfinished: Path) -> None:
+    """Remove what a killed process left: a file that nobody has locked, or a link that is too old to be renamed soon."""
+    with contextlib.suppress(OSError):
+        status = unfinished.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            if time.time() - status.st_ctime > _LINK_SECONDS:
+                unfinished.unlink()
+            return
+        file = os.open(unfinished, os.O_RDWR)  # NFS locks only what is open for writing
+        try:
+            if lock_file(file):  # without locks, nobody can tell
+                unfinished.unlink()
+        finally:
+            os.close(file)
+
+
+def lock_file(file: int) -> bool | None:
+    """Lock an open file for this process, until it is closed; False if another has done so, None without locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that has none
+        return None
+    return True
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ Checksums are CRC-32: they find damage, not malice, and cost a fraction of the c
 on a machine with two busy cores.)
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -180,9 +181,9 @@ def run_plan(plan: Plan, target: Path) -> int:
     try:
         # What is finished may lie where nothing can be written.
         if _is_finished(plan, target) and _is_whole(plan, target):
+            _remove_abandoned_claim(target)
             return 0
         with FolderClaim(target):
-            _remove_left_files(target)
             return _run_claimed(plan, target)
     except FolderInUseError as error:
         raise ConversionError(str(error)) from error
@@ -190,11 +191,11 @@ def run_plan(plan: Plan, target: Path) -> int:
         raise _explain(error, target) from error
 
 
-def _remove_left_files(target: Path) -> None:
-    """Remove what a killed process was writing under names of its own."""
-    name = "" if (target / JOURNAL_NAME).exists() else JOURNAL_NAME
-    for left in target.rglob(f"{name}*{UNFINISHED}"):
-        left.unlink()
+def _remove_abandoned_claim(target: Path) -> None:
+    """Take away the claim of a process that was killed between its last file and its end, if that is possible."""
+    if (target / LOCK_NAME).exists():
+        with contextlib.suppress(OSError, FolderInUseError), FolderClaim(target):
+            pass
 
 
 def _run_claimed(plan: Plan, target: Path) -> int:
@@ -290,7 +291,8 @@ class _Journal:
 
     def _strangers(self) -> list[str]:
         """What the folder holds that is not there for this module alone."""
-        return sorted(path.name for path in self.path.parent.iterdir() if path.name not in (JOURNAL_NAME, LOCK_NAME))
+        names = sorted(path.name for path in self.path.parent.iterdir() if path.name not in (JOURNAL_NAME, LOCK_NAME))
+        return [name for name in names if not (name.startswith(JOURNAL_NAME) and name.endswith(UNFINISHED))]
 
     def _start(self) -> None:
         if strangers := self._strangers():

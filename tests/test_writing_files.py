@@ -11,6 +11,7 @@ import pytest
 from child_processes import forks_of_a_server
 from safetensors import safe_open
 
+from engram_hf import safetensors_engram
 from engram_hf.safetensors_engram import (
     FileFormatError,
     FileWriter,
@@ -45,8 +46,18 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_last_whole_file_wins(tmp_path):
+def refuse_locks(monkeypatch) -> None:
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_the_last_whole_file_wins(tmp_path, monkeypatch, has_locks):
     """No writer touches another's file: every rank of a job may save to one folder."""
+    if not has_locks:
+        refuse_locks(monkeypatch)
     path = tmp_path / "a"
     with FileWriter(path, HEAD) as first:
         with FileWriter(path, HEAD) as second:
@@ -74,6 +85,56 @@ def test_many_processes_write_one_file(tmp_path):
         assert process.exitcode == 0
     assert read_header(tmp_path / "a").head == HEAD
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.json"]
+
+
+def test_a_file_system_that_locks_only_what_is_open_for_writing(tmp_path, monkeypatch):
+    """As NFS does."""
+    lock, asked = fcntl.flock, []
+
+    def lock_writers(file, operation):
+        asked.append(file)
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_writers)
+    (tmp_path / "a.0.unfinished").write_bytes(b"half")
+    with FileWriter(tmp_path / "a", HEAD) as first:
+        with FileWriter(tmp_path / "a", HEAD):
+            assert len(list(tmp_path.iterdir())) == 2  # what was left is gone, what is being written is not
+        first.write_at(len(HEAD), memoryview(64 * b"1"))
+    assert asked and [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_never_written_to(tmp_path, monkeypatch):
+    """It may be a link to a file of another folder, which is renamed at once unless its writer was killed."""
+    (tmp_path / "source").write_bytes(b"rows of another model")
+    path, left = tmp_path / "a", tmp_path / "a.0123.unfinished"
+    opened = os.listdir("/proc/self/fd")
+    for make, is_link in (
+        (lambda: left.write_bytes(b"half"), False),
+        (lambda: os.link(tmp_path / "source", left), True),
+        (lambda: left.symlink_to(tmp_path / "source"), True),
+        (lambda: left.symlink_to(tmp_path / "nowhere"), True),
+        (lambda: os.mkfifo(left), True),
+    ):
+        make()
+        write(path)
+        assert os.path.lexists(left) == is_link
+        with monkeypatch.context() as patch:
+            patch.setattr(safetensors_engram, "_LINK_SECONDS", -1)
+            write(path)
+        assert path.read_bytes() == HEAD + 64 * b"a"
+        assert (tmp_path / "source").read_bytes() == b"rows of another model"
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "source"]
+    assert len(os.listdir("/proc/self/fd")) == len(opened)
+
+
+def test_what_others_left_stays_where_nobody_can_tell(tmp_path, monkeypatch):
+    refuse_locks(monkeypatch)
+    (tmp_path / "a.0.unfinished").write_bytes(b"half")
+    write(tmp_path / "a")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "a.0.unfinished"]
 
 
 def test_a_full_disk_and_a_read_only_one_are_said(tmp_path):
