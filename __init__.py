@@ -14,7 +14,6 @@ from .hashing_engram import register_compression
 from .modeling_engram import EngramForCausalLM, EngramModel, EngramPreTrainedModel
 from .multimodal_engram import EngramForConditionalGeneration
 from .other_models import load_with_tables
-from .rules_engram import rules
 from .safetensors_engram import EngramError
 from .tokenization import EngramTokenizer
 from .tokenization.vocabulary_compression import set_refusal_class
@@ -43,7 +42,6 @@ display.register()
 # What the code beside a model's weights does without: it comes from here while the package is installed.
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
 EngramPreTrainedModel.folder_writer = ClaimedFolderWriter
-EngramConfig.rules = staticmethod(rules)
 EngramConfig.for_backbone = classmethod(config_for_backbone)
 EngramForCausalLM.from_backbone = classmethod(add_memory)
 EngramPreTrainedModel.require_backbone = staticmethod(require_backbone)

@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import difflib
+import itertools
+import math
 import os
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -16,9 +18,13 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from .hashing_engram import draw_primes
 from .safetensors_engram import EngramError
+from .table_engram import QUANTIZED_FORMATS
 
 # 2: parameters have the names that they have in the backbone's own class, without `backbone.` in front.
 FORMAT_VERSION = 2
+
+# Far beyond any use; more would take minutes to check.
+_MOST_ORDERS, _MOST_HEADS = 64, 1024
 
 # The demo's default: five buckets of every order for each token of the vocabulary.
 _PAPER_BUCKETS_PER_TOKEN = 5
@@ -199,8 +205,6 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     engram_table_dtype: str | None = None
     engram_format_version: int = FORMAT_VERSION
     backbone_config: dict | PreTrainedConfig | None = None
-    # Whether a config obeys each rule on its fields, and what to say if not; the package engram_hf sets it.
-    rules: ClassVar[Callable[[Any], Iterable[tuple[bool, str]]]] = staticmethod(lambda config: ())
     # Called with a backbone's config to make the one of a model with memory; the package engram_hf sets it.
     for_backbone: ClassVar[Callable[..., "EngramConfig"]] = staticmethod(needs_package)
 
@@ -317,14 +321,75 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         self.engram_num_embeddings = rows
 
     def validate_engram(self) -> None:
-        """Part of `@strict` validation: every rule on a field of the memory; a saved model's config has passed.
+        """Part of `@strict` validation: every rule on a field of the memory.
 
         Raises:
             ValueError: names the field, its value and what it should be.
         """
-        for holds, message in self.rules(self):
+        for holds, message in itertools.chain(self._hash_rules(), self._fusion_rules()):
             if not holds:
                 raise EngramError(message)
+
+    def _hash_rules(self) -> Iterator[tuple[bool, str]]:
+        layers, ids = self.text_config.num_hidden_layers, self.engram_layer_ids
+        yield len(ids) > 0, "engram_layer_ids is empty; name at least one decoder layer."
+        yield (
+            all(0 <= layer < layers for layer in ids),
+            f"engram_layer_ids {ids} must lie in 0..{layers - 1}, the backbone's {layers} decoder layers (0-based).",
+        )
+        yield len(set(ids)) == len(ids), f"engram_layer_ids {ids} names a layer twice; name each once."
+        largest = self.engram_max_ngram_size
+        yield (
+            2 <= largest <= _MOST_ORDERS,
+            f"engram_max_ngram_size is {largest}, but n-grams have 2 to {_MOST_ORDERS} tokens; give 2 or more.",
+        )
+        heads = self.engram_n_heads
+        yield 0 < heads <= _MOST_HEADS, f"engram_n_heads is {heads}; it must be positive, and at most {_MOST_HEADS}."
+        counts = self.bucket_counts
+        yield (
+            len(counts) == largest - 1,
+            f"engram_vocab_size lists {len(counts)} bucket counts, but orders 2..{largest} need {largest - 1}; give "
+            "one number, or one for each order.",
+        )
+        yield min(counts) > 0, f"engram_vocab_size is {self.engram_vocab_size}; it must be positive."
+        vocab_size = self.text_config.vocab_size
+        yield (
+            0 <= self.engram_pad_token_id < vocab_size,
+            f"engram_pad_token_id is {self.engram_pad_token_id}, outside the vocabulary of {vocab_size} ids; name an "
+            "id of the tokenizer.",
+        )
+        compressed, added = self.engram_compressed_vocab_size, self.engram_added_tokens
+        yield added >= 0, f"engram_added_tokens is {added}; it must be 0 or more."
+        yield (
+            compressed is None or 0 < compressed <= vocab_size - added,
+            f"engram_compressed_vocab_size is {compressed} (+ {added} added), but it must lie in 1..{vocab_size}, the "
+            "backbone's vocabulary; take it from EngramTokenizer.compressed_vocab_size.",
+        )
+        yield self.engram_seed >= 0, f"engram_seed is {self.engram_seed}; it must be 0 or more."
+
+    def _fusion_rules(self) -> Iterator[tuple[bool, str]]:
+        width, kernel = self.engram_head_dim, self.engram_conv_kernel_size
+        yield width > 0, f"engram_head_dim is {width}; it must be positive."
+        yield kernel >= 0, f"engram_conv_kernel_size is {kernel}; give a number of taps, 0 for no convolution."
+        for name in ("engram_norm_eps", "engram_conv_norm_eps"):
+            # Zero is no epsilon: a position without memory is all zeros, and its norm would be NaN.
+            eps = getattr(self, name)
+            yield eps is None or 0 < eps < math.inf, f"{name} is {eps}; it must be positive, and finite."
+        yield (
+            self.engram_zero_gate_sign in (0, 1),
+            f"engram_zero_gate_sign is {self.engram_zero_gate_sign}; it must be 0 (the demo) or 1 (V4.1).",
+        )
+        table_dtype = self.engram_table_dtype
+        yield (
+            table_dtype is None or table_dtype in QUANTIZED_FORMATS,
+            f"engram_table_dtype is {table_dtype!r}; it must be None (the model's dtype), "
+            f"{' or '.join(map(repr, QUANTIZED_FORMATS))}.",
+        )
+        multiple = QUANTIZED_FORMATS[table_dtype].multiple if table_dtype in QUANTIZED_FORMATS else 1
+        yield (
+            width % multiple == 0,
+            f"engram_head_dim is {width}, which {table_dtype} rows cannot have; make it a multiple of {multiple}.",
+        )
 
     @property
     def bucket_counts(self) -> tuple[int, ...]:
