@@ -5,6 +5,7 @@ A saved model is written without this, and is whole without it, too: only the pa
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -43,7 +44,7 @@ class FolderClaim:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.path = self.folder / LOCK_NAME
-        self._file = None
+        self._file: io.FileIO | None = None
         self._made_folder = False
 
     def take(self, wait: float = 0.0) -> "FolderClaim":

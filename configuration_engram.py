@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -206,7 +206,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     engram_format_version: int = FORMAT_VERSION
     backbone_config: dict | PreTrainedConfig | None = None
     # Called with a backbone's config to make the one of a model with memory; the package engram_hf sets it.
-    for_backbone: ClassVar[Callable[..., "EngramConfig"]] = staticmethod(needs_package)
+    for_backbone: ClassVar[Any] = staticmethod(needs_package)
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)

@@ -816,7 +816,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     host_class = AutoModelForCausalLM
     _reads_images = False
     # Called with a causal language model, or the name of one, to add memory to it; the package engram_hf sets it.
-    from_backbone: Callable[..., Any] = staticmethod(needs_package)
+    from_backbone: Any = staticmethod(needs_package)
 
     @classmethod
     def _prepare(

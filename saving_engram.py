@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
+from typing import Self
 
 from .loading_engram import (
     TABLES_MEMBER,
@@ -81,7 +82,7 @@ class FolderWriter:
         self.path = self._staged / _FILES
         self._is_new = not self.target.exists()
 
-    def __enter__(self) -> "FolderWriter":
+    def __enter__(self) -> Self:
         try:
             self._begin()
         except BaseException:
