@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from .backbone_engram import require_backbone
 from .configuration_engram import EngramConfig
-from .hashing_engram import as_token_map, is_prime
+from .hashing_engram import as_token_map
 from .layer_engram import require_extensible
 from .modeling_engram import EngramForCausalLM
 from .safetensors_engram import EngramError
+from .table_format_engram import is_prime
 
 # What the two published forms of Engram differ in; see arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -16,9 +16,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import CONFIG_MAPPING
 
-from .hashing_engram import draw_primes
 from .safetensors_engram import EngramError
-from .table_engram import QUANTIZED_FORMATS
+from .table_format_engram import QUANTIZED_FORMATS, draw_primes
 
 # 2: parameters have the names that they have in the backbone's own class, without `backbone.` in front.
 FORMAT_VERSION = 2
@@ -399,7 +398,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
 
     @property
     def primes(self) -> list[list[list[int]]]:
-        """Bucket sizes `[layer][order][head]`; see [`~hashing_engram.draw_primes`]."""
+        """Bucket sizes `[layer][order][head]`; see [`~table_format_engram.draw_primes`]."""
         return _primes(len(self.engram_layer_ids), self.bucket_counts, self.engram_n_heads)
 
     @property

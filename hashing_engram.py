@@ -12,101 +12,19 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
 from .safetensors_engram import EngramError
+from .table_format_engram import draw_multipliers, draw_primes
 
 # Below its own loggers, so that the verbosity that is set for transformers holds here, too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 # A position without a compressed id: padding, an image span, an unknown token, or before the start of the sequence.
 DEAD = -1
-
-_INT64_MAX = np.iinfo(np.int64).max
-_SEED_STRIDE = 10007
-# Deterministic Miller-Rabin witnesses for every integer below 3.3e24 (Sorenson and Webster, 2015).
-_WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
-
-
-def is_prime(number: int) -> bool:
-    """Whether `number` is prime (deterministic Miller-Rabin, exact below 3.3e24)."""
-    if number < 2:
-        return False
-    for witness in _WITNESSES:
-        if number % witness == 0:
-            return number == witness
-    odd, twos = number - 1, 0
-    while odd % 2 == 0:
-        odd, twos = odd // 2, twos + 1
-    for witness in _WITNESSES:
-        power = pow(witness, odd, number)
-        if power in (1, number - 1):
-            continue
-        for _ in range(twos - 1):
-            power = power * power % number
-            if power == number - 1:
-                break
-        else:
-            return False
-    return True
-
-
-def draw_primes(num_layers: int, bucket_counts: Sequence[int], heads: int) -> list[list[list[int]]]:
-    """Bucket sizes `[layer][order][head]`, all distinct primes.
-
-    Every (layer, order) starts at `bucket_counts[order] - 1`, and each head takes the next prime that no earlier head
-    of any layer has taken, so that no two heads of a model share a modulus (`NgramHashMapping` of the demo).
-
-    Args:
-        num_layers: number of Engram layers.
-        bucket_counts: base bucket count of each order 2..N.
-        heads: hash heads per order.
-    """
-    taken: set[int] = set()
-    known_prime = functools.cache(is_prime)  # every (layer, order) walks over the same numbers again
-
-    def next_free_prime(candidate: int) -> int:
-        candidate += 1
-        while candidate in taken or not known_prime(candidate):
-            candidate += 1
-        taken.add(candidate)
-        return candidate
-
-    layout = []
-    for _ in range(num_layers):
-        orders = []
-        for count in bucket_counts:
-            sizes, previous = [], count - 1
-            for _ in range(heads):
-                previous = next_free_prime(previous)
-                sizes.append(previous)
-            orders.append(sizes)
-        layout.append(orders)
-    return layout
-
-
-def draw_multipliers(layer_ids: Sequence[int], max_ngram: int, vocab_size: int, seed: int) -> np.ndarray:
-    """Odd hash multipliers, int64 `[L, N]`: one for each layer and look-back distance.
-
-    The bound keeps `id * multiplier` inside int64 for every id below `vocab_size`. NumPy does not promise its random
-    stream for ever, which is why a model stores these numbers and only compares them with a fresh draw.
-
-    Args:
-        layer_ids: 0-based decoder layers with memory; the id itself seeds the draw.
-        max_ngram: N.
-        vocab_size: size of the compressed vocabulary (of the vocabulary, without compression).
-        seed: `engram_seed`; 0 in DeepSeek-V4.1.
-    """
-    bound = max(1, (_INT64_MAX // vocab_size) // 2)
-    draws = [
-        np.random.default_rng(seed + _SEED_STRIDE * layer_id).integers(0, bound, size=max_ngram, dtype=np.int64)
-        for layer_id in layer_ids
-    ]
-    return np.stack(draws) * 2 + 1
 
 
 def hash_ngrams(

@@ -25,13 +25,24 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from .row_sources_engram import MappedRows, PinnedRows
-from .safetensors_engram import EngramError, FileFormatError, read_header, read_json, read_weight_map, reading
+from .safetensors_engram import (
+    EngramError,
+    FileFormatError,
+    find_weight_files,
+    find_weights,
+    read_header,
+    read_json,
+    read_weight_map,
+    reading,
+)
 from .table_engram import EngramTable
 from .table_format_engram import (
     KINDS,
     MANIFEST_NAME,
     StoredTable,
     TableFormatError,
+    choose_residency,
+    free_host_memory,
     read_tables,
     require_fit,
     require_same_hash,
@@ -39,11 +50,6 @@ from .table_format_engram import (
     table_keys,
     tables_in_checkpoint,
 )
-
-try:
-    import psutil
-except ImportError:  # it comes with accelerate
-    psutil = None
 
 # Below the loggers of transformers, so that the verbosity that is set for those holds here, too.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -58,12 +64,8 @@ RESIDENCIES = ("auto", "resident", "mapped", "pinned")
 # Members of the manifest by which tables and the other weights know each other: digests by variant of the weights, and by name
 # of the table file.
 WEIGHTS_MEMBER, TABLES_MEMBER = "weights_digest", "tables_sha256"
-# What `auto` lets tables take of the memory that is free: beside them the backbone, a cache and other processes live.
-_RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
 # Values of `device_map` that have transformers make a map of its own.
 _MADE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-# Weights in one file, and the index of several.
-_WEIGHTS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 # Weights up to this size are read whole.
 _WHOLE_BYTES = 1 << 20
 # Of larger ones, each tensor gives at most so many pieces of at most so many bytes, and 1% of its bytes or two pieces of 64.
@@ -174,7 +176,7 @@ class Checkpoint:
                 )
             return None
         if residency == "auto":
-            residency = choose_residency(sum(table.size for table in tables.values()), *_free_memory(self.kwargs))
+            residency = _settle_auto(sum(table.size for table in tables.values()), *_free_memory(self.kwargs))
         names = {name.rpartition(".")[2] for table in tables.values() for name in table.parts[0].names.values()}
         if (
             manifest is None and residency == "resident" and names <= set(KINDS.values())
@@ -240,33 +242,6 @@ def _means_absent(error: OSError) -> bool:
     if isinstance(cause, LocalEntryNotFoundError):
         return not isinstance(cause.__cause__, HfHubHTTPError)
     return cause is None and error.errno is None
-
-
-def find_weights(resolve: Callable[[str], Path | None], variant: str | None) -> tuple[Path | None, Path | None]:
-    """The one safetensors file of a checkpoint, or else the index of its shards; None for what there is not."""
-    single, index = (_of_variant(name, variant) for name in _WEIGHTS_NAMES)
-    found = resolve(single)
-    return (found, None) if found is not None else (None, resolve(index))
-
-
-def is_weights_file(name: str, variant: str | None) -> bool:
-    """Whether a file of a model folder is named as transformers names weights of this variant, their shards or index."""
-    single, index = (_of_variant(file, variant) for file in _WEIGHTS_NAMES)
-    stem = re.escape(single.removesuffix(".safetensors"))
-    return name in (single, index) or re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.safetensors", name) is not None
-
-
-def find_weight_files(resolve: Callable[[str], Path | None], variant: str | None) -> list[Path]:
-    """All safetensors files of a checkpoint's weights that are there."""
-    single, index = find_weights(resolve, variant)
-    names = set() if index is None else set(read_weight_map(index).values())
-    paths = [single, *map(resolve, sorted(names))]
-    return [path for path in paths if path is not None]
-
-
-def _of_variant(name: str, variant: str | None) -> str:
-    stem, _, ending = name.rpartition(".")
-    return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def _is_known_absent(name_or_path: str | os.PathLike, file: str, options: dict[str, Any]) -> bool:
@@ -491,22 +466,16 @@ def _device_of(name: str, device_map: dict) -> int | str | torch.device | None:
     return device_map.get(name)
 
 
-def choose_residency(size: int, free_host: int, free_device: int | None) -> str:
-    """What `auto` means for tables of `size` bytes.
-
-    Args:
-        free_host: bytes of host memory that are free.
-        free_device: bytes free on the GPU the model goes to; None if it stays on the CPU.
-    """
-    free = free_host if free_device is None else free_device
-    if size <= _RESIDENT_SHARE * free:
+def _settle_auto(size: int, free_host: int, free_device: int | None) -> str:
+    """[`choose_residency`], and a message that says so."""
+    choice, free = choose_residency(size, free_host, free_device), free_host if free_device is None else free_device
+    if choice == "resident":
         logger.info(f"Memory tables of {size / 1e9:.1f} GB are resident: {free / 1e9:.1f} GB are free.")
-        return "resident"
-    choice = "mapped" if free_device is None or size > _PINNED_SHARE * free_host else "pinned"
-    logger.warning_once(
-        f"Memory tables of {size / 1e9:.1f} GB are {choice}, not parameters: {free / 1e9:.1f} GB are free. They are not "
-        "trained; pass engram_residency='resident' to hold them in the module."
-    )
+    else:
+        logger.warning_once(
+            f"Memory tables of {size / 1e9:.1f} GB are {choice}, not parameters: {free / 1e9:.1f} GB are free. They are not "
+            "trained; pass engram_residency='resident' to hold them in the module."
+        )
     return choice
 
 
@@ -542,33 +511,6 @@ def gpus_of(device_map, count: int, current: int) -> set[int]:
     names = [f"cuda:{target}" if isinstance(target, int) else str(target) for target in targets]
     devices = [torch.device(name) for name in names if name != "disk"]
     return {current if device.index is None else device.index for device in devices if device.type == "cuda"}
-
-
-# Of both versions of control groups: the limit, what is used, and the counts that say what of it would be given back.
-_GROUP_FILES = [
-    ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-]
-
-
-def free_host_memory() -> int:
-    """Bytes of memory that this process can still take, a container's limit included."""
-    free = _memory_of_the_system() if psutil is None else psutil.virtual_memory().available
-    for names in _GROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):  # no such group, or no limit ("max")
-            limit, used, counts = (Path("/sys/fs/cgroup", name).read_text() for name in names)
-            (unused,) = re.findall(r"^(?:total_)?inactive_file (\d+)$", counts, re.MULTILINE)[-1:]
-            free = min(free, int(limit) - int(used) + int(unused))
-    return max(free, 0)
-
-
-def _memory_of_the_system() -> int:
-    """What `sysconf` says is free; of systems that do not tell that, half of all, or 16 GB if they tell neither."""
-    names = getattr(os, "sysconf_names", {})
-    for name, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
-        if name in names:
-            return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") // share
-    return 1 << 34
 
 
 def renamings_of_version(format_version: int) -> list[WeightRenaming]:

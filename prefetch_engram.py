@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .loading_engram import free_host_memory
 from .row_sources_engram import MappedRows, PinnedRows
 from .safetensors_engram import EngramError
 from .table_engram import EngramTable, RowReader
+from .table_format_engram import free_host_memory
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

@@ -45,6 +45,8 @@ ITEM_BITS = {
 }
 # Linux' request to share the blocks of one file with another (include/uapi/linux/fs.h).
 _FICLONE = 0x40049409
+# Weights in one file, and the index of several.
+_WEIGHTS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 # Ends the names of files that are not whole yet.
 UNFINISHED = ".unfinished"
 # A link is renamed at once after it is made.
@@ -308,6 +310,33 @@ def read_weight_map(index: Path) -> dict[str, str]:
                 f"{index} names the file {file!r}; shards lie in the folder of their index, named without a path."
             )
     return weight_map
+
+
+def find_weights(resolve: Callable[[str], Path | None], variant: str | None) -> tuple[Path | None, Path | None]:
+    """The one safetensors file of a checkpoint, or else the index of its shards; None for what there is not."""
+    single, index = (_of_variant(name, variant) for name in _WEIGHTS_NAMES)
+    found = resolve(single)
+    return (found, None) if found is not None else (None, resolve(index))
+
+
+def is_weights_file(name: str, variant: str | None) -> bool:
+    """Whether a file of a model folder is named as transformers names weights of this variant, their shards or index."""
+    single, index = (_of_variant(file, variant) for file in _WEIGHTS_NAMES)
+    stem = re.escape(single.removesuffix(".safetensors"))
+    return name in (single, index) or re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.safetensors", name) is not None
+
+
+def find_weight_files(resolve: Callable[[str], Path | None], variant: str | None) -> list[Path]:
+    """All safetensors files of a checkpoint's weights that are there."""
+    single, index = find_weights(resolve, variant)
+    names = set() if index is None else set(read_weight_map(index).values())
+    paths = [single, *map(resolve, sorted(names))]
+    return [path for path in paths if path is not None]
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def is_file_name(name) -> bool:

@@ -21,8 +21,6 @@ from typing import Self
 from .loading_engram import (
     TABLES_MEMBER,
     WEIGHTS_MEMBER,
-    find_weight_files,
-    is_weights_file,
     recorded_digests,
     weights_digest,
 )
@@ -32,18 +30,20 @@ from .safetensors_engram import (
     FileFormatError,
     FileWriter,
     can_link,
+    find_weight_files,
     header_bytes,
+    is_weights_file,
     json_bytes,
     link_or_copy,
     read_json,
     write_json,
 )
-from .table_engram import ROW_FORMATS, SAFETENSORS_NAMES
 from .table_format_engram import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     METADATA_KEY,
     PAGE,
+    ROW_FORMATS,
     StoredTable,
     TableDescription,
     describe_table,
@@ -196,7 +196,7 @@ def is_table_file(name: str) -> bool:
 def table_head(d: TableDescription) -> bytes:
     """The header of a table file, padded to a page."""
     count, form = d.rows[1] - d.rows[0], ROW_FORMATS[d.dtype]
-    sizes = {"weight": (SAFETENSORS_NAMES[form.dtype], (count, d.width // form.packed))}
+    sizes = {"weight": (form.dtype, (count, d.width // form.packed))}
     sizes["scale"] = (d.scale_dtype, (count, form.scales(d.width)))
     tensors = [(name, *sizes.get(kind, ("F32", (1,)))) for kind, name in d.tensors.items()]
     return header_bytes(tensors, {METADATA_KEY: d.to_json()}, PAGE)

@@ -7,7 +7,7 @@ share a scale.
 import math
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,56 +15,17 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from .safetensors_engram import EngramError
+from .table_format_engram import QUANTIZED_FORMATS, RowFormat
 
-
-class RowFormat(NamedTuple):
-    """What the rows of a table may be stored as.
-
-    Args:
-        name: as `engram_table_dtype` has it.
-        dtype: of the stored numbers.
-        scale_dtype: of their scales; None for rows without.
-        block: channels that share a scale; 0 for all of a row.
-        multiple: what the width of a row must be a multiple of.
-        packed: channels in a stored number.
-        has_global: whether one number of the whole table divides all scales.
-    """
-
-    name: str
-    dtype: torch.dtype
-    scale_dtype: torch.dtype | None = None
-    block: int = 0
-    multiple: int = 1
-    packed: int = 1
-    has_global: bool = False
-
-    @property
-    def kinds(self) -> list[str]:
-        """The tensors of a table, in the order in which files have them."""
-        return ["weight", *["global_scale"] * self.has_global, *["scale"] * (self.scale_dtype is not None)]
-
-    def scales(self, width: int) -> int:
-        """How many scales a row of `width` channels has."""
-        return 0 if self.scale_dtype is None else width // (self.block or width)
-
-
-# The one list of what tables may be stored as (docs/engram-table-format.md).
-ROW_FORMATS = {
-    "F32": RowFormat("float32", torch.float32),
-    "BF16": RowFormat("bfloat16", torch.bfloat16),
-    "F16": RowFormat("float16", torch.float16),
-    "F8_E4M3": RowFormat("float8_e4m3fn", torch.float8_e4m3fn, torch.float8_e8m0fnu, 32, 32),  # as in DeepSeek-V4.1
-    "I8": RowFormat("int8", torch.int8, torch.float32, 0, 4),
-    "I4": RowFormat("int4", torch.uint8, torch.bfloat16, 0, 4, packed=2),
-    "I2": RowFormat("int2", torch.uint8, torch.bfloat16, 0, 8, packed=4),
-    "NVFP4": RowFormat("nvfp4", torch.uint8, torch.float8_e4m3fn, 16, 16, packed=2, has_global=True),
-}
-# What `engram_table_dtype` may be, beside None.
-QUANTIZED_FORMATS = {row_format.name: row_format for row_format in ROW_FORMATS.values() if row_format.scale_dtype}
 # Of stored numbers, by their dtype's name in a safetensors file.
-TORCH_DTYPES = {name: row_format.dtype for name, row_format in ROW_FORMATS.items() if row_format.packed == 1} | {
-    "U8": torch.uint8,
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # The values of the 4-bit floats that have 2 bits of exponent and one of mantissa, by their lower three bits.
@@ -122,8 +83,9 @@ class EngramTable(nn.Module):
         self.row_dtype = dtype or torch.get_default_dtype()
         self.source: RowSource | None = None
         self.unread: RowSource | None = None  # what the parameters are to be filled from
-        form = RowFormat("", self.row_dtype) if table_dtype is None else require_format(table_dtype, width)
-        sizes = {"weight": (width // form.packed, form.dtype), "scale": (form.scales(width), form.scale_dtype)}
+        form = RowFormat("", "") if table_dtype is None else require_format(table_dtype, width)
+        stored_dtypes = TORCH_DTYPES.get(form.dtype, self.row_dtype), TORCH_DTYPES.get(form.scale_dtype)
+        sizes = {"weight": (width // form.packed, stored_dtypes[0]), "scale": (form.scales(width), stored_dtypes[1])}
         for kind in ("weight", "scale"):
             size, stored = sizes[kind]
             empty = torch.empty((num_rows, size), device=device, dtype=stored) if kind in form.kinds else None

@@ -4,6 +4,8 @@ The format is defined in `docs/engram-table-format.md`. Nothing here touches tab
 parsed, and every number in them is checked against the others and against the size of the files.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -13,9 +15,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+import numpy as np
 
 from .safetensors_engram import (
     FileFormatError,
@@ -27,7 +29,14 @@ from .safetensors_engram import (
     read_header,
     read_json,
 )
-from .table_engram import ROW_FORMATS, SAFETENSORS_NAMES
+
+try:
+    import psutil
+except ImportError:  # it comes with accelerate
+    psutil = None
+
+if TYPE_CHECKING:
+    import torch  # only in annotations: whoever looks at tables without a model does not wait for torch
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "engram_tables.json"
@@ -47,6 +56,60 @@ KINDS = {
 }
 
 
+# What `auto` lets tables take of the memory that is free: beside them the backbone, a cache and other processes live.
+_RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
+_INT64_MAX = np.iinfo(np.int64).max
+_SEED_STRIDE = 10007
+# Deterministic Miller-Rabin witnesses for every integer below 3.3e24 (Sorenson and Webster, 2015).
+_WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+
+
+class RowFormat(NamedTuple):
+    """What the rows of a table may be stored as.
+
+    Args:
+        name: as `engram_table_dtype` has it.
+        dtype: of the stored numbers, as safetensors names it.
+        scale_dtype: of their scales; None for rows without.
+        block: channels that share a scale; 0 for all of a row.
+        multiple: what the width of a row must be a multiple of.
+        packed: channels in a stored number.
+        has_global: whether one number of the whole table divides all scales.
+    """
+
+    name: str
+    dtype: str
+    scale_dtype: str | None = None
+    block: int = 0
+    multiple: int = 1
+    packed: int = 1
+    has_global: bool = False
+
+    @property
+    def kinds(self) -> list[str]:
+        """The tensors of a table, in the order in which files have them."""
+        return ["weight", *["global_scale"] * self.has_global, *["scale"] * (self.scale_dtype is not None)]
+
+    def scales(self, width: int) -> int:
+        """How many scales a row of `width` channels has."""
+        return 0 if self.scale_dtype is None else width // (self.block or width)
+
+
+# The one list of what tables may be stored as (docs/engram-table-format.md).
+ROW_FORMATS = {
+    "F32": RowFormat("float32", "F32"),
+    "BF16": RowFormat("bfloat16", "BF16"),
+    "F16": RowFormat("float16", "F16"),
+    "F8_E4M3": RowFormat("float8_e4m3fn", "F8_E4M3", "F8_E8M0", 32, 32),  # as in DeepSeek-V4.1
+    "I8": RowFormat("int8", "I8", "F32", 0, 4),
+    "I4": RowFormat("int4", "U8", "BF16", 0, 4, packed=2),
+    "I2": RowFormat("int2", "U8", "BF16", 0, 8, packed=4),
+    "NVFP4": RowFormat("nvfp4", "U8", "F8_E4M3", 16, 16, packed=2, has_global=True),
+}
+# What `engram_table_dtype` may be, beside None.
+QUANTIZED_FORMATS = {row_format.name: row_format for row_format in ROW_FORMATS.values() if row_format.scale_dtype}
+
+
 class TableFormatError(FileFormatError):
     """A manifest or table file that breaks a rule of the table format, said in one sentence."""
 
@@ -63,6 +126,83 @@ def require_version(version, what: str) -> None:
         raise TableFormatError(
             f"{what} has format_version {version}, this engram-hf reads up to {FORMAT_VERSION}; upgrade engram-hf."
         )
+
+
+def is_prime(number: int) -> bool:
+    """Whether `number` is prime (deterministic Miller-Rabin, exact below 3.3e24)."""
+    if number < 2:
+        return False
+    for witness in _WITNESSES:
+        if number % witness == 0:
+            return number == witness
+    odd, twos = number - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for witness in _WITNESSES:
+        power = pow(witness, odd, number)
+        if power in (1, number - 1):
+            continue
+        for _ in range(twos - 1):
+            power = power * power % number
+            if power == number - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def draw_primes(num_layers: int, bucket_counts: Sequence[int], heads: int) -> list[list[list[int]]]:
+    """Bucket sizes `[layer][order][head]`, all distinct primes.
+
+    Every (layer, order) starts at `bucket_counts[order] - 1`, and each head takes the next prime that no earlier head
+    of any layer has taken, so that no two heads of a model share a modulus (`NgramHashMapping` of the demo).
+
+    Args:
+        num_layers: number of Engram layers.
+        bucket_counts: base bucket count of each order 2..N.
+        heads: hash heads per order.
+    """
+    taken: set[int] = set()
+    known_prime = functools.cache(is_prime)  # every (layer, order) walks over the same numbers again
+
+    def next_free_prime(candidate: int) -> int:
+        candidate += 1
+        while candidate in taken or not known_prime(candidate):
+            candidate += 1
+        taken.add(candidate)
+        return candidate
+
+    layout = []
+    for _ in range(num_layers):
+        orders = []
+        for count in bucket_counts:
+            sizes, previous = [], count - 1
+            for _ in range(heads):
+                previous = next_free_prime(previous)
+                sizes.append(previous)
+            orders.append(sizes)
+        layout.append(orders)
+    return layout
+
+
+def draw_multipliers(layer_ids: Sequence[int], max_ngram: int, vocab_size: int, seed: int) -> np.ndarray:
+    """Odd hash multipliers, int64 `[L, N]`: one for each layer and look-back distance.
+
+    The bound keeps `id * multiplier` inside int64 for every id below `vocab_size`. NumPy does not promise its random
+    stream for ever, which is why a model stores these numbers and only compares them with a fresh draw.
+
+    Args:
+        layer_ids: 0-based decoder layers with memory; the id itself seeds the draw.
+        max_ngram: N.
+        vocab_size: size of the compressed vocabulary (of the vocabulary, without compression).
+        seed: `engram_seed`; 0 in DeepSeek-V4.1.
+    """
+    bound = max(1, (_INT64_MAX // vocab_size) // 2)
+    draws = [
+        np.random.default_rng(seed + _SEED_STRIDE * layer_id).integers(0, bound, size=max_ngram, dtype=np.int64)
+        for layer_id in layer_ids
+    ]
+    return np.stack(draws) * 2 + 1
 
 
 @dataclass(frozen=True)
@@ -154,7 +294,7 @@ def describe_table(
 def _derived(dtype: str, width: int, primes: list[list[int]]) -> dict[str, Any]:
     """Members of a description that follow from others."""
     row_format = ROW_FORMATS[dtype]
-    scale_dtype = SAFETENSORS_NAMES.get(row_format.scale_dtype)
+    scale_dtype = row_format.scale_dtype
     ends = iter(accumulate((size for order in primes for size in order), initial=0))
     return {
         "num_rows": sum(map(sum, primes)),
@@ -199,20 +339,24 @@ def _keeps_ids(hasher) -> bool:
     return token_map is not None and token_map[:size].tolist() == list(range(size))
 
 
-def _count_known_ids(token_map: torch.Tensor | None) -> int | None:
+def _count_known_ids(token_map: "torch.Tensor | np.ndarray | None") -> int | None:
     """Ids a model's token map covers; behind them, the vocabulary may be padded with ids that no token has."""
     if token_map is None:
         return None
-    known = (token_map >= 0).nonzero()
-    return int(known[-1]) + 1 if known.numel() else 0
+    known = np.flatnonzero(_as_array(token_map) >= 0)
+    return int(known[-1]) + 1 if known.size else 0
 
 
-def token_map_digest(token_map: torch.Tensor) -> str:
+def token_map_digest(token_map: "torch.Tensor | np.ndarray") -> str:
     """SHA-256 of a token map `[ids]` as little-endian int32, in hex."""
-    return hashlib.sha256(token_map.cpu().numpy().astype("<i4").tobytes()).hexdigest()
+    return hashlib.sha256(_as_array(token_map).astype("<i4").tobytes()).hexdigest()
 
 
-def covers_token_map(described: TableDescription, token_map: torch.Tensor) -> bool:
+def _as_array(token_map: "torch.Tensor | np.ndarray") -> np.ndarray:
+    return token_map if isinstance(token_map, np.ndarray) else token_map.cpu().numpy()
+
+
+def covers_token_map(described: TableDescription, token_map: "torch.Tensor | np.ndarray") -> bool:
     """Whether a token map `[ids]` begins with the one that a table was written for."""
     covered = token_map[: described.token_map_ids]
     return len(covered) == described.token_map_ids and token_map_digest(covered) == described.token_map_sha256
@@ -512,7 +656,7 @@ def _checked_part(
     if len(weight.shape) != 2 or weight.shape[0] != stop - first or weight.shape[1] == 0:
         raise TableFormatError(f"{where} has shape {list(weight.shape)}, expected {stop - first} rows.")
     row_format, width = ROW_FORMATS[dtype], weight.shape[1] * ROW_FORMATS[dtype].packed
-    scale_dtype, per_row = SAFETENSORS_NAMES.get(row_format.scale_dtype), row_format.scales(width)
+    scale_dtype, per_row = row_format.scale_dtype, row_format.scales(width)
     if (scale is None) != (scale_dtype is None):
         raise TableFormatError(f"{where} is {dtype}, which needs {'scales' if scale_dtype else 'no scales'}.")
     expected = (width % row_format.multiple, scale_dtype, (stop - first, per_row))
@@ -643,3 +787,42 @@ def tables_in_checkpoint(files: Sequence[str | os.PathLike], table_dtype: str | 
             )
             tables[layer] = StoredTable(layer, (part,))
     return tables
+
+
+def choose_residency(size: int, free_host: int, free_device: int | None) -> str:
+    """Where tables of `size` bytes live with `engram_residency="auto"`: `"resident"`, `"mapped"` or `"pinned"`.
+
+    Args:
+        free_host: bytes of host memory that are free.
+        free_device: bytes free on the GPU the model goes to; None if it stays on the CPU.
+    """
+    if size <= _RESIDENT_SHARE * (free_host if free_device is None else free_device):
+        return "resident"
+    return "mapped" if free_device is None or size > _PINNED_SHARE * free_host else "pinned"
+
+
+# Of both versions of control groups: the limit, what is used, and the counts that say what of it would be given back.
+_GROUP_FILES = [
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+]
+
+
+def free_host_memory() -> int:
+    """Bytes of memory that this process can still take, a container's limit included."""
+    free = _memory_of_the_system() if psutil is None else psutil.virtual_memory().available
+    for names in _GROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no such group, or no limit ("max")
+            limit, used, counts = (Path("/sys/fs/cgroup", name).read_text() for name in names)
+            (unused,) = re.findall(r"^(?:total_)?inactive_file (\d+)$", counts, re.MULTILINE)[-1:]
+            free = min(free, int(limit) - int(used) + int(unused))
+    return max(free, 0)
+
+
+def _memory_of_the_system() -> int:
+    """What `sysconf` says is free; of systems that do not tell that, half of all, or 16 GB if they tell neither."""
+    names = getattr(os, "sysconf_names", {})
+    for name, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
+        if name in names:
+            return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") // share
+    return 1 << 34

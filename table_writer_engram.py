@@ -14,19 +14,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .safetensors_engram import EngramError, FileFormatError, FileWriter, parse_head, read_json, reserve, write_json
+from .safetensors_engram import (
+    ITEM_BITS,
+    EngramError,
+    FileFormatError,
+    FileWriter,
+    parse_head,
+    read_json,
+    reserve,
+    write_json,
+)
 from .saving_engram import table_head
 from .table_engram import (
     E4M3_MAX,
-    ROW_FORMATS,
-    SAFETENSORS_NAMES,
-    RowFormat,
+    TORCH_DTYPES,
     apply_global_scale,
     dequantize_rows,
     exponent_above,
     require_format,
 )
-from .table_format_engram import TableDescription, tensor_names
+from .table_format_engram import ROW_FORMATS, RowFormat, TableDescription, tensor_names
 
 # Numbers that a thread reads and writes at once.
 _STEP_NUMBERS = 1 << 19
@@ -306,7 +313,7 @@ def _quantized(description: TableDescription, table_dtype: str) -> TableDescript
     return replace(
         description,
         dtype=dtype,
-        scale_dtype=SAFETENSORS_NAMES[row_format.scale_dtype],
+        scale_dtype=row_format.scale_dtype,
         scale_block=row_format.block or description.width,
         tensors=names,
     )
@@ -314,7 +321,7 @@ def _quantized(description: TableDescription, table_dtype: str) -> TableDescript
 
 def _bits(row_format: RowFormat) -> float:
     """Of a channel, without scales."""
-    return 8 * row_format.dtype.itemsize / row_format.packed
+    return ITEM_BITS[row_format.dtype] / row_format.packed
 
 
 def quantize_rows(
@@ -350,7 +357,7 @@ def quantize_rows(
     # A power of two divides exactly by its reciprocal, and no quotient rounds to more than 448.
     inverse = (254 - exponents).bitwise_left_shift_(23).view(torch.float32)
     values = (blocks * inverse.unsqueeze(-1)).to(torch.float8_e4m3fn)
-    return values.flatten(-2), exponents.to(torch.uint8).view(row_format.scale_dtype)
+    return values.flatten(-2), exponents.to(torch.uint8).view(TORCH_DTYPES[row_format.scale_dtype])
 
 
 def _largest(rows: torch.Tensor, block: int) -> torch.Tensor:

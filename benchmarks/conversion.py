@@ -31,7 +31,7 @@ ITEM_BYTES = {"BF16": 2, "F32": 4}
 
 def synthetic_config(gigabytes: float, table_share: float = TABLE_SHARE) -> dict:
     """The miniature's config with wide experts and tables, `gigabytes` in all."""
-    from engram_hf.hashing_engram import draw_primes
+    from engram_hf.table_format_engram import draw_primes
 
     config = json.loads((MINIATURE / "config.json").read_text(encoding="utf-8"))
     text = config["text_config"]

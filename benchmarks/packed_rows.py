@@ -21,10 +21,10 @@ from tables_folder import LAYER, WIDTH, make_hasher
 from tables_gather import best
 
 from engram_hf.row_sources_engram import MappedRows
-from engram_hf.safetensors_engram import read_header
+from engram_hf.safetensors_engram import ITEM_BITS, read_header
 from engram_hf.saving_engram import manifest_entry, table_file_name, write_manifest
-from engram_hf.table_engram import QUANTIZED_FORMATS, read_rows
-from engram_hf.table_format_engram import describe_table, file_description, read_tables
+from engram_hf.table_engram import read_rows
+from engram_hf.table_format_engram import QUANTIZED_FORMATS, describe_table, file_description, read_tables
 from engram_hf.table_writer_engram import TableWriter, quantize_table
 
 
@@ -95,8 +95,8 @@ def main() -> None:
             described = file_description(read_header(folder / file.name))
             write_manifest(folder, {LAYER: manifest_entry([(file.name, described.rows, described.tensors)])})
             sources[dtype] = MappedRows(read_tables(folder)[LAYER])
-            channel = 8 * row_format.dtype.itemsize / row_format.packed
-            promised = channel + 8 * row_format.scale_dtype.itemsize * row_format.scales(WIDTH) / WIDTH
+            channel = ITEM_BITS[row_format.dtype] / row_format.packed
+            promised = channel + ITEM_BITS[row_format.scale_dtype] * row_format.scales(WIDTH) / WIDTH
             size = (folder / file.name).stat().st_size
             expected = table.num_rows * WIDTH * promised / 8
             print(f"  {dtype:14} {promised:6.3f} bits a channel  {size / 1e6:9.1f} MB  {size / expected - 1:+.3%}")

@@ -104,7 +104,7 @@ def find_index(folder: Path) -> Path | None:
 
 
 def _find_weights(folder: Path) -> tuple[Path | None, Path | None]:
-    from engram_hf.loading_engram import find_weights
+    from engram_hf.safetensors_engram import find_weights
 
     return find_weights(lambda name: path if (path := folder / name).exists() else None, None)
 

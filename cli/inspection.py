@@ -118,7 +118,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is neither, or something in it is broken.
     """
-    from engram_hf.loading_engram import choose_residency, free_host_memory
+    from engram_hf.table_format_engram import choose_residency, free_host_memory
 
     tables = read_stored_tables(folder)
     in_tables = sum(table.size for table in tables.values())

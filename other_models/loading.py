@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..cache_engram import RuntimeSubclass
-from ..loading_engram import Checkpoint, find_weights, resolver
+from ..loading_engram import Checkpoint, resolver
 from ..row_sources_engram import MappedRows, PinnedRows
-from ..safetensors_engram import EngramError
+from ..safetensors_engram import EngramError, find_weights
 from .kinds import kind_of
 from .lookahead import Lookahead
 from .row_embedding import EmbeddingOfRows, TableReader, TableRows, mount

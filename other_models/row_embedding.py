@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..cache_engram import RuntimeSubclass
-from ..loading_engram import free_host_memory
 from ..prefetch_engram import FetchedRows
 from ..row_sources_engram import MappedRows, PinnedRows
 from ..safetensors_engram import EngramError
+from ..table_format_engram import free_host_memory
 from .stored_tables import StoredTensor
 
 # As many rows as a token or two read: for so few, sorting and asking for pages take longer than reading.

@@ -11,13 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ..claiming_engram import ClaimedFolderWriter
-from ..loading_engram import find_weights, is_weights_file
 from ..safetensors_engram import (
     EngramError,
     FileHeader,
     FileWriter,
     TensorSpan,
+    find_weights,
     header_bytes,
+    is_weights_file,
     link_or_copy,
     read_header,
     read_weight_map,

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from ..loading_engram import find_weights, resolver
+from ..loading_engram import resolver
 from ..row_sources_engram import FileMap
 from ..safetensors_engram import (
     EngramError,
     FileFormatError,
     FileHeader,
     TensorSpan,
+    find_weights,
     read_header,
     read_json,
     read_weight_map,

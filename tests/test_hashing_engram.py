@@ -17,11 +17,9 @@ from engram_hf.hashing_engram import (
     DEAD,
     NgramHasher,
     as_token_map,
-    draw_multipliers,
-    draw_primes,
-    is_prime,
     row_offsets,
 )
+from engram_hf.table_format_engram import draw_multipliers, draw_primes, is_prime
 
 VARIANTS = {"v4.1": [16_000_000] * 3, "paper": [5 * 129_280] * 2}
 CHUNKINGS = [(1,) * 23, (2,) * 11 + (1,), (3,) * 7 + (2,), (7, 7, 7, 2), (1, 20, 1, 1), (23,)]

@@ -19,10 +19,10 @@ ROOT = Path(engram_hf.__file__).parent
 FAMILIES = [
     [
         "safetensors_engram",
+        "table_format_engram",
         "table_engram",
         "hashing_engram",
         "configuration_engram",
-        "table_format_engram",
         "row_sources_engram",
         "loading_engram",
         "saving_engram",
@@ -108,7 +108,7 @@ def test_flat_files_import_one_way(path):
     engram, backbone, entry = FAMILIES
     # The backbone knows nothing of memory but its errors and what stored numbers mean, and the memory nothing of that backbone; where the
     # remote code of a V4.1 model begins, both are brought together.
-    families = engram, [*engram[:2], *backbone], [*engram, *backbone, *entry]
+    families = engram, [*engram[:3], *backbone], [*engram, *backbone, *entry]
     family = next(family for family in families if path.stem in family)
     before = family[: family.index(path.stem)]
     relative = [("." * level + module) for level, module in imports(path) if level]

@@ -21,7 +21,7 @@ if hasattr(os, "sysconf"):
     ask, known = os.sysconf, {{key: number for key, number in os.sysconf_names.items() if key != "SC_AVPHYS_PAGES"}}
     os.sysconf_names, os.sysconf = known, lambda name: ask(known[name])
 from engram_hf import EngramForCausalLM
-from engram_hf.loading_engram import free_host_memory
+from engram_hf.table_format_engram import free_host_memory
 rows = {{}}
 for residency in ("auto", "resident", "mapped"):
     model = EngramForCausalLM.from_pretrained({folder!r}, engram_residency=residency)

@@ -18,9 +18,10 @@ from tiny_backbones import build
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from engram_hf import EngramForCausalLM, EngramModel, loading_engram, row_sources_engram
-from engram_hf.loading_engram import choose_residency, free_host_memory, gpus_of
+from engram_hf import EngramForCausalLM, EngramModel, row_sources_engram, table_format_engram
+from engram_hf.loading_engram import gpus_of
 from engram_hf.saving_engram import is_table_file
+from engram_hf.table_format_engram import choose_residency, free_host_memory
 
 
 @pytest.mark.parametrize("residency", ["auto", "resident", "mapped"])
@@ -224,7 +225,7 @@ def test_auto_looks_at_the_gpus_that_a_device_map_uses(device_map, gpus):
 @pytest.mark.parametrize("has_psutil", [True, False])
 def test_free_memory_is_that_of_the_machine_or_its_container(monkeypatch, has_psutil):
     if not has_psutil:  # it comes with accelerate, which a model's code does without
-        monkeypatch.setattr(loading_engram, "psutil", None)
+        monkeypatch.setattr(table_format_engram, "psutil", None)
     free = free_host_memory()
     (total,) = re.findall(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     assert 0 < free < int(total) * 1024
@@ -256,7 +257,7 @@ def test_free_memory_of_a_container(tmp_path, monkeypatch, group, free):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8000 * 1024))
-    monkeypatch.setattr(loading_engram, "Path", lambda *parts: tmp_path.joinpath("/".join(parts).lstrip("/")))
+    monkeypatch.setattr(table_format_engram, "Path", lambda *parts: tmp_path.joinpath("/".join(parts).lstrip("/")))
     assert free_host_memory() == free
 
 

@@ -33,10 +33,11 @@ from engram_hf.row_sources_engram import MappedRows
 from engram_hf.safetensors_engram import FileFormatError, read_header
 from engram_hf.saving_engram import manifest_entry, table_file_name, write_manifest
 from engram_hf.table_check_engram import check_folder, main, read_token_map
-from engram_hf.table_engram import ROW_FORMATS, apply_global_scale, dequantize_rows, read_rows
+from engram_hf.table_engram import apply_global_scale, dequantize_rows, read_rows
 from engram_hf.table_format_engram import (
     METADATA_KEY,
     PAGE,
+    ROW_FORMATS,
     TableFormatError,
     describe_table,
     file_description,

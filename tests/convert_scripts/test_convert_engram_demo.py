@@ -13,7 +13,7 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 
 from engram_hf import EngramForCausalLM
 from engram_hf.convert_scripts import convert_engram_demo
-from engram_hf.hashing_engram import draw_primes
+from engram_hf.table_format_engram import draw_primes
 
 HIDDEN, HEADS, WIDTH, KERNEL, LAYERS = 32, 2, 8, 4, (1, 2)
 WORDS = ["the", "The", "cat", "Cat", "sat", "on", "mat", "MAT", "a", "A", "?", "!"]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from engram_hf.convert_scripts import convert_deepseek_v41, export_deepseek_v41
 from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
 from engram_hf.convert_scripts.tensor_rules import bind
-from engram_hf.hashing_engram import draw_primes
+from engram_hf.table_format_engram import draw_primes
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2, "max_new_tokens": 8}
 
