@@ -46,7 +46,7 @@ setup(
         "engram_hf.analysis": ["templates/*.jinja"],
         "engram_hf.convert_scripts": ["*.jinja"],
     },
-    entry_points={"console_scripts": ["engram = engram_cli.main:main"]},
+    entry_points={"console_scripts": ["engram = engram_cli.main:run_process"]},
     install_requires=[
         "torch>=2.10",
         "transformers>=5.17",

@@ -3,14 +3,14 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-import torch
+import numpy as np
 
-from .row_sources_engram import MappedRows
-from .safetensors_engram import FileFormatError, read_header, reading
+from .safetensors_engram import FileFormatError, TensorSpan, read_header, reading
 from .table_format_engram import (
     PAGE,
     TOKEN_MAP_NAME,
@@ -23,6 +23,8 @@ from .table_format_engram import (
 )
 
 _STEP_ROWS = 65_536
+# How the numbers of a file are looked at: NumPy has no type for those of eight bits, nor for bfloat16.
+_ARRAY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1", "F8_E4M3": "u1", "F8_E8M0": "u1"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def check_folder(folder: str | Path, rows: bool = False) -> list[TableReport]:
     return reports
 
 
-def read_token_map(path: Path) -> torch.Tensor | None:
+def read_token_map(path: Path) -> np.ndarray | None:
     """The checked token map, int32 `[ids]`; None if there is no such file.
 
     Raises:
@@ -88,7 +90,7 @@ def read_token_map(path: Path) -> torch.Tensor | None:
         raise TableFormatError(f"{path} has no vector `token_map` of I32; save the tokenizer again.")
     with reading(path), path.open("rb") as file:
         file.seek(span.offset)
-        values = torch.frombuffer(bytearray(file.read(span.size)), dtype=torch.int32)
+        values = np.frombuffer(_read(file, path, span.size), dtype="<i4")
     if token_map_digest(values) != header.metadata.get("map_sha256") or values.min() < 0:
         raise TableFormatError(
             f"{path} is damaged: its token map has another digest than it says, or negative ids; fetch it again."
@@ -96,7 +98,7 @@ def read_token_map(path: Path) -> torch.Tensor | None:
     return values
 
 
-def _check_token_map(described: TableDescription | None, token_map: torch.Tensor | None, folder: Path) -> str:
+def _check_token_map(described: TableDescription | None, token_map: np.ndarray | None, folder: Path) -> str:
     if described is None:
         return "unknown"
     if described.token_map_sha256 is None:
@@ -113,30 +115,53 @@ def _check_token_map(described: TableDescription | None, token_map: torch.Tensor
 
 
 def _check_numbers(table: StoredTable, rows: bool) -> None:
-    opened = MappedRows(table)
-    kinds = ("weight", "scale") if rows else ("scale",)
-    for first, kind, numbers in opened.scan(kinds, _STEP_ROWS):
-        wrong = _invalid(numbers, kind)
-        if wrong.any():
-            row = first + int(wrong.any(-1).nonzero()[0])
-            raise TableFormatError(
-                f"Row {row} of layer {table.layer} has a {kind} that is no valid number ({_RULES[kind]}); write the table "
-                "again."
-            )
+    for part in table.parts:
+        for kind in ("weight", "scale") if rows else ("scale",):
+            for first, numbers in _scan(part.spans[kind]) if kind in part.spans else ():
+                wrong = _invalid(numbers, part.spans[kind].dtype, kind).any(-1)
+                if wrong.any():
+                    row = part.first + first + int(wrong.argmax())
+                    raise TableFormatError(
+                        f"Row {row} of layer {table.layer} has a {kind} that is no valid number ({_RULES[kind]}); write the "
+                        "table again."
+                    )
+
+
+def _scan(span: TensorSpan) -> Iterator[tuple[int, np.ndarray]]:
+    """The numbers `[n, C]` of some rows at a time, as arrays of `_ARRAY_DTYPES`, and the first of these rows."""
+    with reading(span.path), span.path.open("rb") as file:
+        file.seek(span.offset)
+        for first in range(0, span.shape[0], _STEP_ROWS):
+            some = span.rows(first, min(first + _STEP_ROWS, span.shape[0]))
+            numbers = np.frombuffer(_read(file, span.path, some.size), dtype=_ARRAY_DTYPES[span.dtype])
+            yield first, numbers.reshape(some.shape)
+
+
+def _read(file: BinaryIO, path: Path, size: int) -> bytes:
+    data = file.read(size)
+    if len(data) < size:
+        raise FileFormatError(f"{path} became shorter while it was read; fetch it again.")
+    return data
 
 
 _RULES = {"weight": "NaN, infinite, or -128 as int8", "scale": "NaN, infinite or negative"}
 
 
-def _invalid(numbers: torch.Tensor, kind: str) -> torch.Tensor:
-    """Where `numbers` `[n, C]` break the format's rules."""
-    if numbers.dtype == torch.int8:
+def _invalid(numbers: np.ndarray, dtype: str, kind: str) -> np.ndarray:
+    """Where `numbers` `[n, C]`, read as `_ARRAY_DTYPES` says, break the format's rules."""
+    if dtype == "U8":  # several channels in a byte; every byte means something
+        return np.zeros_like(numbers, dtype=bool)
+    if dtype == "I8":
         return numbers == -128
-    if numbers.dtype == torch.float8_e4m3fn:
-        return numbers.view(torch.uint8).bitwise_and(0x7F) == 0x7F
-    if numbers.dtype == torch.float8_e8m0fnu:
-        return numbers.view(torch.uint8) == 0xFF
-    return ~numbers.isfinite() | ((numbers < 0) if kind == "scale" else False)
+    if dtype == "F8_E8M0":
+        return numbers == 0xFF
+    if dtype == "F8_E4M3":
+        wrong, is_negative = numbers & 0x7F == 0x7F, numbers > 0x80
+    elif dtype == "BF16":
+        wrong, is_negative = numbers & 0x7F80 == 0x7F80, numbers > 0x8000
+    else:
+        wrong, is_negative = ~np.isfinite(numbers), numbers < 0
+    return wrong | is_negative if kind == "scale" else wrong
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

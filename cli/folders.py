@@ -1,11 +1,13 @@
 """What the folders that commands are given hold."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .plain_config import StoredHash, read_plain_config, read_plain_hash
 
 if TYPE_CHECKING:
     from engram_hf.configuration_engram import EngramConfig
-    from engram_hf.hashing_engram import NgramHasher
+    from engram_hf.safetensors_engram import TensorSpan
     from engram_hf.table_format_engram import StoredTable
 
 
@@ -48,15 +50,24 @@ def has_memory(folder: Path) -> bool:
     return "engram_layer_ids" in fields or (isinstance(text, dict) and "engram_layer_ids" in text)
 
 
-def read_config(folder: Path) -> "EngramConfig":
-    """The checked config of a model folder.
+def read_config(folder: Path) -> Any:
+    """The checked config of a model folder: its plain fields if these say everything, else an `EngramConfig`.
+
+    Raises:
+        ValueError: it holds another kind of model, a damaged config, or none.
+    """
+    return read_plain_config(folder) or read_whole_config(folder)
+
+
+def read_whole_config(folder: Path) -> "EngramConfig":
+    """The checked config of a model folder as transformers reads it, with defaults and methods.
 
     Raises:
         ValueError: it holds another kind of model, a damaged config, or none.
     """
     from transformers import AutoConfig
 
-    from engram_hf.configuration_engram import EngramConfig
+    from engram_hf import EngramConfig
 
     if not is_model(folder):
         raise ValueError(f"{folder} has no config.json; name the folder of a saved model.")
@@ -142,7 +153,7 @@ def read_stored_tables(folder: Path) -> "dict[int, StoredTable]":
     return tables
 
 
-def check_model(folder: Path) -> "tuple[NgramHasher, dict[int, StoredTable]]":
+def check_model(folder: Path) -> "tuple[StoredHash, dict[int, StoredTable]]":
     """Compare the tables, the stored hash and the token map of the model in `folder` with its config.
 
     Returns:
@@ -155,58 +166,70 @@ def check_model(folder: Path) -> "tuple[NgramHasher, dict[int, StoredTable]]":
 
     config, stored = read_config(folder), read_stored_tables(folder)
     tables: dict[int, StoredTable] = {}
-    hasher = _read_hasher(folder, config)
+    stored_hash = _read_hash(folder, config)
     for index, (layer, rows) in enumerate(zip(config.engram_layer_ids, config.engram_num_embeddings, strict=True)):
         table = tables[layer] = require_fit(stored, layer, rows, config.engram_head_dim, config.engram_table_dtype)
         if table.description is not None:
-            require_same_hash(table.description, hasher, index)
-    _require_same_token_map(folder, hasher)
-    return hasher, tables
+            require_same_hash(table.description, stored_hash, index)
+    _require_same_token_map(folder, stored_hash)
+    return stored_hash, tables
 
 
-def _read_hasher(folder: Path, config: "EngramConfig") -> "NgramHasher":
-    """The hash of a saved model, with the constants and the token map stored beside its weights."""
+def _read_hash(folder: Path, config: Any) -> StoredHash:
+    """The hash of a saved model: the constants and the token map stored beside its weights."""
+    from engram_hf.safetensors_engram import read_header
+
+    tensors = [tensor for path in weight_files(folder) for tensor in read_header(path).tensors.items()]
+    spans = {name.rpartition(".")[2]: span for name, span in tensors if ".hashing." in f".{name}"}
+    spans = {name: span for name, span in spans.items() if name in ("token_map", "multipliers", "primes")}
+    return read_plain_hash(config, spans) or _load_hash(folder, read_whole_config(folder), spans)
+
+
+def _load_hash(folder: Path, config: "EngramConfig", spans: "dict[str, TensorSpan]") -> StoredHash:
+    """The same by the module that has it in a model: it knows casts of these tensors, and says what is wrong with them.
+
+    Raises:
+        ValueError: tensors are missing or do not belong to the config.
+    """
     import torch
     from safetensors import safe_open
 
-    from engram_hf.configuration_engram import EngramConfig
+    from engram_hf import EngramConfig
     from engram_hf.hashing_engram import NgramHasher
-    from engram_hf.safetensors_engram import read_header
 
     with torch.device("meta"):  # the word of a config alone takes no memory
         expected = NgramHasher.from_config(config).state_dict()
-    state: dict[str, torch.Tensor] = {}
-    for path in weight_files(folder):
-        names = {name.rpartition(".")[2]: name for name in read_header(path).tensors if ".hashing." in f".{name}"}
-        with safe_open(path, framework="pt") as file:
-            state |= {short: file.get_tensor(name) for short, name in names.items() if short in expected}
-    if missing := sorted(expected.keys() - state.keys()):
+    if missing := sorted(expected.keys() - spans.keys()):
         if config.model_type != EngramConfig.model_type:
             raise ValueError(f"{folder} is in the layout of {config.model_type}; `engram convert` it first.")
         raise ValueError(f"{folder} lacks the hash tensors {', '.join(missing)}; complete it (a shard may be absent).")
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
+    state: dict[str, torch.Tensor] = {}
+    for name in expected:
+        with safe_open(spans[name].path, framework="pt") as file:
+            state[name] = file.get_tensor(spans[name].name)
+        if state[name].shape != expected[name].shape:
             raise ValueError(
-                f"The hash tensor {name} in {folder} has shape {list(tensor.shape)}, but the config asks for "
+                f"The hash tensor {name} in {folder} has shape {list(state[name].shape)}, but the config asks for "
                 f"{list(expected[name].shape)}; weights and config.json are not of one model."
             )
     hasher = NgramHasher.from_config(config)
     hasher.load_state_dict(state)
     hasher.verify_constants()
-    return hasher
+    arrays = {"token_map": None, **{name: buffer.numpy() for name, buffer in hasher.named_buffers()}}
+    return StoredHash(hasher.layer_ids, hasher.pad_token_id, hasher.hash_vocab_size, **arrays)
 
 
-def _require_same_token_map(folder: Path, hasher: "NgramHasher") -> None:
+def _require_same_token_map(folder: Path, stored_hash: StoredHash) -> None:
     from engram_hf.table_check_engram import read_token_map
     from engram_hf.table_format_engram import TOKEN_MAP_NAME
 
-    found = read_token_map(folder / TOKEN_MAP_NAME)
-    if found is None or not hasher.has_token_map or hasher.token_map is None:
+    found, own = read_token_map(folder / TOKEN_MAP_NAME), stored_hash.token_map
+    if found is None or own is None or not (own >= 0).any():
         return
-    ids = min(len(found), len(hasher.token_map))
-    own, found = hasher.token_map[:ids], found[:ids].to(hasher.token_map.dtype)
-    hashed = (own >= 0) & (own < hasher.hash_vocab_size)  # tokens that were added since may have other ids
-    if not own[hashed].equal(found[hashed]):
+    ids = min(len(found), len(own))
+    own, found = own[:ids], found[:ids]
+    hashed = (own >= 0) & (own < stored_hash.hash_vocab_size)  # tokens that were added since may have other ids
+    if (own[hashed] != found[hashed]).any():
         raise ValueError(
             f"{folder / TOKEN_MAP_NAME} is that of another tokenizer than the model's; put the one back that belongs to it."
         )

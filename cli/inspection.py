@@ -1,13 +1,23 @@
 """`engram inspect` and `engram card`: what a folder holds, from its config and file headers alone."""
 
 import argparse
+import ctypes
 import json
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .folders import has_memory, is_model, read_config, read_stored_tables, require_folder, weight_files
+from .folders import (
+    has_memory,
+    is_model,
+    read_config,
+    read_stored_tables,
+    read_whole_config,
+    require_folder,
+    weight_files,
+)
 from .other_tables import describe_folder_of_others, describe_repository
 from .output import columns, print_json, printable, size
 
@@ -27,7 +37,7 @@ def add_commands(commands: Any) -> None:
     )
     inspect.add_argument("folder", help="a saved model, a folder with engram_tables.json, or a Hub id")
     inspect.add_argument("--json", action="store_true", help="print one JSON document")
-    inspect.set_defaults(run=run_inspect)
+    inspect.set_defaults(run=run_inspect, runs_no_model=True)
     card = commands.add_parser(
         "card",
         help="the model card of a model, as push_to_hub writes it",
@@ -75,7 +85,7 @@ def run_card(options: argparse.Namespace) -> None:
         "license": options.license,
         "eval_results": _read_results(options.results),
     }
-    config = read_config(require_folder(options.folder, only=["*.json", "*.py"]))
+    config = read_whole_config(require_folder(options.folder, only=["*.json", "*.py"]))
     print(model_card(config, options.repo_id, **{name: value for name, value in fields.items() if value}), end="")
 
 
@@ -184,9 +194,17 @@ def _parts(text: Any, names: Iterable[str]) -> list[str]:
 
 def _residencies() -> list[str]:
     """What `engram_residency` can be on this machine, `auto` apart."""
-    import torch
+    return ["resident", "mapped", *(["pinned"] if _has_gpu() else [])]
 
-    return ["resident", "mapped", *(["pinned"] if torch.cuda.is_available() else [])]
+
+def _has_gpu() -> bool:
+    """Whether NVIDIA's driver has a GPU for this process; torch, which would ask the driver as well, takes seconds to import."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def _for_people(value: Any) -> str:

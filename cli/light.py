@@ -17,16 +17,16 @@ class _Package(ModuleType):
         return getattr(self, name)
 
 
-def postpone_package() -> None:
+def postpone_package(name: str = "engram_hf") -> None:
     """Let `import engram_hf.safetensors_engram` import that module alone, in this process, from now on.
 
     Nothing is registered with transformers and PEFT until a public name is imported, as in `from engram_hf import EngramConfig`.
     So only the process of a command may call this, and no function that other code can call: to that, `import engram_hf`
     registers everything.
     """
-    spec = importlib.util.find_spec("engram_hf")
-    if "engram_hf" in sys.modules or spec is None:
+    spec = importlib.util.find_spec(name)
+    if name in sys.modules or spec is None:
         return
     package = importlib.util.module_from_spec(spec)
     package.__class__ = _Package
-    sys.modules["engram_hf"] = package
+    sys.modules[name] = package

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .folders import check_model, read_config, require_folder
+from .folders import check_model, read_whole_config, require_folder
 from .output import print_json
 
 if TYPE_CHECKING:
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from engram_hf.configuration_engram import EngramConfig
     from engram_hf.hashing_engram import NgramHasher
     from engram_hf.table_format_engram import StoredTable
+
+    from .plain_config import StoredHash
 
 
 def add_commands(commands: Any) -> None:
@@ -57,8 +59,9 @@ def look_up(folder: Path, text: str) -> list[dict[str, Any]]:
 
     from engram_hf.tokenization import EngramTokenizer
 
-    config = read_config(folder)
-    hasher, tables = check_model(folder)
+    config = read_whole_config(folder)
+    stored_hash, tables = check_model(folder)
+    hasher = _as_module(stored_hash, config)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ValueError(f"{folder} has no tokenizer; tokenizer.save_pretrained puts one there.")
     tokenizer = EngramTokenizer.from_pretrained(folder)
@@ -86,6 +89,17 @@ def look_up(folder: Path, text: str) -> list[dict[str, Any]]:
         }
         for at in range(len(ids))
     ]
+
+
+def _as_module(stored_hash: "StoredHash", config: "EngramConfig") -> "NgramHasher":
+    import torch
+
+    from engram_hf.hashing_engram import NgramHasher
+
+    hasher = NgramHasher.from_config(config)
+    arrays = {name: getattr(stored_hash, name) for name, _ in hasher.named_buffers()}
+    hasher.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    return hasher
 
 
 def _window(tokens: list[str], at: int, order: int) -> list[str | None]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from . import checkpoints, demo, facts, inspection, lookup, pictures, quantization, tables, vocabulary
+from .light import postpone_package
 from .output import printable
 
 EPILOG = """\
@@ -56,11 +57,17 @@ def _complete(parser: argparse.ArgumentParser) -> None:
     argcomplete.autocomplete(parser)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run_process() -> int:
+    """Run the command of this process, which is there for nothing else; returns the exit status."""
+    return main(owns_process=True)
+
+
+def main(arguments: Sequence[str] | None = None, *, owns_process: bool = False) -> int:
     """Run one command; returns the exit status.
 
     Args:
         arguments: as on the command line; None for those of this process.
+        owns_process: nothing else runs in this process, so a command that runs no model may leave `engram_hf` half imported.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -68,10 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not argument.isascii() and argument != argument.encode(errors="replace").decode():
                 raise ValueError(f"{argument!r} is not valid UTF-8; give names and texts in that encoding.")
         if checkpoints.is_for_script(arguments):
+            if owns_process:
+                postpone_package()
             return checkpoints.run_script(*arguments)
         parser = build_parser()
         _complete(parser)
         options = parser.parse_args(arguments)
+        if owns_process and getattr(options, "runs_no_model", False):
+            postpone_package()
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:

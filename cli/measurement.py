@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .folders import is_model, read_config
+from .folders import is_model, read_whole_config
 from .output import columns
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def read_blocks(folder: Path, path: Path) -> "torch.Tensor":
         raise ValueError(
             f"{folder} holds tables without a model, so there is no loss to measure; leave --measure out."
         )
-    length = min(_LENGTH, getattr(read_config(folder).text_config, "max_position_embeddings", None) or _LENGTH)
+    length = min(_LENGTH, getattr(read_whole_config(folder).text_config, "max_position_embeddings", None) or _LENGTH)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ValueError(f"{folder} has no tokenizer to measure with; tokenizer.save_pretrained puts one there.")
     try:

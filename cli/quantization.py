@@ -15,8 +15,8 @@ from .folders import (
     check_model,
     find_index,
     is_model,
-    read_config,
     read_stored_tables,
+    read_whole_config,
     require_folder,
     require_shards,
     weight_files,
@@ -325,7 +325,7 @@ def _rewrite_card(folder: Path, target: Path, dtype: str) -> None:
     """Let a model card that `push_to_hub` wrote tell of the new tables; what a person wrote stays."""
     from engram_hf.card_engram import model_card
 
-    path, before = target / "README.md", read_config(folder)
+    path, before = target / "README.md", read_whole_config(folder)
     if not path.exists():
         return
     # As bytes: what is not ours may have any encoding and line ends.

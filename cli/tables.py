@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
         "--rows", action="store_true", help="read all rows of table files too, for values that are no numbers"
     )
     check.add_argument("--json", action="store_true", help="print one JSON document")
-    check.set_defaults(run=run_check)
+    check.set_defaults(run=run_check, runs_no_model=True)
 
 
 def run_check(options: argparse.Namespace) -> None:

@@ -2,9 +2,17 @@
 
 import argparse
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .output import print_json
+
+if TYPE_CHECKING:
+    from engram_hf.tokenization import CompressionSummary
+
+# Tokenizers that transformers loads from tokenizer.json as they are.
+_OURS = "EngramTokenizer"
+_GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def add_commands(commands: Any) -> None:
@@ -18,19 +26,70 @@ def add_commands(commands: Any) -> None:
     compress.add_argument("tokenizer", help="folder or Hub id of a fast tokenizer")
     compress.add_argument("--examples", type=int, default=5, metavar="N", help="largest groups to show (default: 5)")
     compress.add_argument("--json", action="store_true", help="print one JSON document")
-    compress.set_defaults(run=run_compress)
+    compress.set_defaults(run=run_compress, runs_no_model=True)
 
 
 def run_compress(options: argparse.Namespace) -> None:
     """Print the summary of `options.tokenizer`."""
-    from engram_hf.tokenization import EngramTokenizer
-
-    try:
-        tokenizer = EngramTokenizer.from_pretrained(options.tokenizer)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{options.tokenizer} gives no tokenizer: {error}") from error
-    summary = tokenizer.compression_summary(options.examples)
+    summary = _summarize_plain(Path(options.tokenizer), options.examples)
+    if summary is None:
+        summary = _summarize(options.tokenizer, options.examples)
     if options.json:
         print_json({**asdict(summary), "reduction": round(summary.reduction, 4)})
         return
     print(summary)
+
+
+def _summarize(name: str, examples: int) -> "CompressionSummary":
+    """The summary of a folder or Hub id that transformers loads a tokenizer from."""
+    from engram_hf import EngramTokenizer
+
+    try:
+        tokenizer = EngramTokenizer.from_pretrained(name)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name} gives no tokenizer: {error}") from error
+    return tokenizer.compression_summary(examples)
+
+
+def _summarize_plain(folder: Path, examples: int) -> "CompressionSummary | None":
+    """The same without transformers; None where that would load anything else than the folder's tokenizer.json as it is."""
+    from engram_hf.safetensors_engram import FileFormatError, read_json
+
+    try:
+        config = read_json(folder / "tokenizer_config.json")
+        tokens = {entry["content"]: entry["id"] for entry in read_json(folder / "tokenizer.json")["added_tokens"]}
+    except (FileFormatError, OSError, KeyError, TypeError):
+        return None
+    # Other classes build the tokenizer anew from its vocabulary, and named tokens that are not there are added.
+    declared = config.get("tokenizer_class")
+    if declared not in (_OURS, *_GENERIC_CLASSES) or not _named_tokens(config) <= tokens.keys():
+        return None
+    return _summarize_file(folder, declared == _OURS, examples)
+
+
+def _named_tokens(config: dict[str, Any]) -> set[Any]:
+    """The special tokens that a tokenizer_config.json names; None is among them if some are not given as plain texts."""
+    lists = [
+        config.get(name) for name in ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder")
+    ]
+    named = [value for name, value in config.items() if name.endswith("_token") and value is not None]
+    return {token if isinstance(token, str) else None for token in named} | ({None} if any(lists) else set())
+
+
+def _summarize_file(folder: Path, is_ours: bool, examples: int) -> "CompressionSummary | None":
+    from tokenizers import Tokenizer
+
+    from engram_hf.tokenization.vocabulary_compression import (
+        TOKEN_MAP_FILE,
+        build_token_map,
+        read_token_map,
+        summarize,
+    )
+
+    path = folder / TOKEN_MAP_FILE
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        token_map = build_token_map(tokenizer) if not (is_ours or path.exists()) else read_token_map(path, tokenizer)
+    except Exception:  # the Rust library has no class of its own for what it refuses
+        return None
+    return summarize(tokenizer, token_map, examples)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..claiming_engram import ClaimedFolderWriter, FolderClaim, FolderInUseError, is_hidden_file
 from .command_line import run_command
 from .safetensors_files import ConversionError, enumerate_names, read_shard
 
@@ -184,6 +183,8 @@ def build_config_fields(layers: dict[int, dict], given: argparse.Namespace) -> d
 
 def convert(given: argparse.Namespace) -> None:
     """Load everything, put it together, save the model and its tokenizer: both, or nothing."""
+    from ..claiming_engram import ClaimedFolderWriter, FolderClaim, FolderInUseError, is_hidden_file
+
     try:
         with FolderClaim(given.target), ClaimedFolderWriter(given.target) as folder:
             if strangers := [path for path in given.target.iterdir() if not is_hidden_file(path.name)]:
@@ -201,8 +202,7 @@ def _write(given: argparse.Namespace, target: Path) -> list[int]:
     """Write the model and its tokenizer; returns the layers that have memory."""
     from transformers import AutoTokenizer
 
-    from ..modeling_engram import EngramForCausalLM
-    from ..tokenization import EngramTokenizer
+    from .. import EngramForCausalLM, EngramTokenizer
 
     layers = read_state(given.state)
     fields = build_config_fields(layers, given)

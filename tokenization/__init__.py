@@ -1,5 +1,19 @@
 """Tokenizers that know their compressed vocabulary."""
 
-from .tokenization_engram import CompressionSummary, EngramTokenizer
+from typing import TYPE_CHECKING, Any
+
+from .vocabulary_compression import CompressionSummary
+
+if TYPE_CHECKING:
+    from .tokenization_engram import EngramTokenizer
 
 __all__ = ["CompressionSummary", "EngramTokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the tokenizer, and transformers with it, when it is asked for: `engram compress` compresses without them."""
+    if name != "EngramTokenizer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .tokenization_engram import EngramTokenizer
+
+    return EngramTokenizer

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import os
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +11,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.models.auto import tokenization_auto
 from transformers.utils import hub
 
-from .vocabulary_compression import TOKEN_MAP_FILE, build_token_map, read_token_map, refusal, write_token_map
+from .vocabulary_compression import (
+    TOKEN_MAP_FILE,
+    CompressionSummary,
+    build_token_map,
+    read_token_map,
+    refusal,
+    summarize,
+    write_token_map,
+)
 
 # What tells `from_pretrained` where files are, and so has to reach every file it looks for.
 LOCATION_ARGUMENTS = (
@@ -149,16 +156,9 @@ class EngramTokenizer(PreTrainedTokenizerFast):
         tokens = self.convert_ids_to_tokens(np.flatnonzero(token_map == compressed_id).tolist())
         return [token for token in tokens if token is not None]
 
-    def compression_summary(self, examples: int = 5) -> "CompressionSummary":
+    def compression_summary(self, examples: int = 5) -> CompressionSummary:
         """How far the vocabulary shrinks, and the `examples` largest groups of tokens that became one."""
-        token_map = self._current_token_map()
-        sizes = np.bincount(token_map)
-        largest = np.argsort(-sizes, kind="stable")[:examples]
-        groups = {int(group): self._decode_alone(np.flatnonzero(token_map == group)) for group in largest}
-        return CompressionSummary(len(token_map), len(sizes), int((sizes > 1).sum()), groups)
-
-    def _decode_alone(self, ids: np.ndarray) -> tuple[str, ...]:
-        return tuple(self.backend_tokenizer.decode_batch(ids[:, None].tolist(), skip_special_tokens=False))
+        return summarize(self.backend_tokenizer, self._current_token_map(), examples)
 
     def _current_token_map(self) -> np.ndarray:
         if self._token_map is None or len(self) != self._mapped_tokens:
@@ -202,32 +202,6 @@ class EngramTokenizer(PreTrainedTokenizerFast):
         path = os.path.join(save_directory, prefix + TOKEN_MAP_FILE)
         write_token_map(path, self._current_token_map(), self.backend_tokenizer)
         return (*saved, path)
-
-
-@dataclass(frozen=True)
-class CompressionSummary:
-    """What vocabulary compression did to a tokenizer; print it.
-
-    `groups` maps compressed ids to the decoded texts of their tokens, the largest groups first.
-    """
-
-    token_count: int
-    compressed_count: int
-    merged_groups: int
-    groups: dict[int, tuple[str, ...]]
-
-    @property
-    def reduction(self) -> float:
-        """The share of the vocabulary that compression saves, 0 to 1."""
-        return 1 - self.compressed_count / self.token_count if self.token_count else 0.0
-
-    def __str__(self) -> str:
-        head = f"{self.token_count:,} token ids -> {self.compressed_count:,} compressed ids"
-        lines = [f"{head} ({self.reduction:.2%} fewer), {self.merged_groups:,} groups of more than one token"]
-        for compressed_id, texts in self.groups.items():
-            shown = " ".join(map(repr, texts[:8])) + (" ..." if len(texts) > 8 else "")
-            lines.append(f"  {compressed_id:>7}: {len(texts)} tokens  {shown}")
-        return "\n".join(lines)
 
 
 def _check_can_be_wrapped(tokenizer: Any) -> None:

@@ -20,6 +20,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,41 @@ def build_token_map(tokenizer: Tokenizer, known: np.ndarray | None = None) -> np
             "wrap the smaller tokenizer anew with EngramTokenizer.from_tokenizer."
         )
     return number_keys(token_keys(tokenizer, texts), known)
+
+
+@dataclass(frozen=True)
+class CompressionSummary:
+    """What vocabulary compression did to a tokenizer; print it.
+
+    `groups` maps compressed ids to the decoded texts of their tokens, the largest groups first.
+    """
+
+    token_count: int
+    compressed_count: int
+    merged_groups: int
+    groups: dict[int, tuple[str, ...]]
+
+    @property
+    def reduction(self) -> float:
+        """The share of the vocabulary that compression saves, 0 to 1."""
+        return 1 - self.compressed_count / self.token_count if self.token_count else 0.0
+
+    def __str__(self) -> str:
+        head = f"{self.token_count:,} token ids -> {self.compressed_count:,} compressed ids"
+        lines = [f"{head} ({self.reduction:.2%} fewer), {self.merged_groups:,} groups of more than one token"]
+        for compressed_id, texts in self.groups.items():
+            shown = " ".join(map(repr, texts[:8])) + (" ..." if len(texts) > 8 else "")
+            lines.append(f"  {compressed_id:>7}: {len(texts)} tokens  {shown}")
+        return "\n".join(lines)
+
+
+def summarize(tokenizer: Tokenizer, token_map: np.ndarray, examples: int) -> CompressionSummary:
+    """How far `token_map` shrinks the vocabulary of `tokenizer`, and the `examples` largest groups of tokens that became one."""
+    sizes = np.bincount(token_map)
+    largest = np.argsort(-sizes, kind="stable")[:examples]
+    members = {int(group): np.flatnonzero(token_map == group).tolist() for group in largest}
+    groups = {group: tuple(_decode_each(tokenizer, ids)) for group, ids in members.items()}
+    return CompressionSummary(len(token_map), len(sizes), int((sizes > 1).sum()), groups)
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The command `engram`, as a newcomer types it."""
 
+import importlib
 import json
 import os
 import resource
@@ -8,10 +9,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from command_models import TEXT, logits, make_config
+from engram_cli.light import postpone_package
 from engram_cli.main import main
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -47,6 +50,60 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
+
+
+def test_commands_that_run_no_model_import_neither_torch_nor_transformers():
+    """In a process of their own, as the console script is."""
+    code = """
+import contextlib, io, sys
+from engram_cli.main import main
+
+def run(*arguments):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        assert main(arguments, owns_process=True) == 0, arguments
+    heavy = {"torch", "transformers"} & set(sys.modules)
+    assert not heavy, (arguments, heavy)
+
+for command in ("inspect", "check", "compress"):
+    run(command, "examples/engram-demo", "--json")
+run("check", "examples/engram-demo", "--rows")
+for script in (["convert", "deepseek-v4.1"], ["convert", "demo"], ["export", "deepseek-v4.1"]):
+    run(*script, "--help")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_postpone_package_runs_init_when_a_name_is_asked_for(tmp_path, monkeypatch):
+    package = tmp_path / "package_of_two"
+    package.mkdir()
+    (package / "__init__.py").write_text("from . import heavy\nfrom .heavy import NAME\n")
+    (package / "heavy.py").write_text("from .light import VALUE as NAME\n")
+    (package / "light.py").write_text("VALUE = object()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    postpone_package(package.name)
+    light = importlib.import_module("package_of_two.light")
+    assert "package_of_two.heavy" not in sys.modules
+    assert importlib.import_module("package_of_two").NAME is light.VALUE
+    assert type(sys.modules["package_of_two"]) is ModuleType and "package_of_two.heavy" in sys.modules
+    with pytest.raises(AttributeError, match="NOTHING"):
+        importlib.import_module("package_of_two").NOTHING
+
+
+def test_main_called_by_other_code_leaves_imports_alone(engram, saved, monkeypatch):
+    monkeypatch.setattr("engram_cli.main.postpone_package", pytest.fail)
+    engram("inspect", saved)
+
+
+@pytest.mark.parametrize("command", ["inspect", "check", "compress"])
+def test_plain_fields_say_what_the_classes_say(engram, with_files, copy, command):
+    """A config with a field left out is read by transformers, which knows its default; both print the same."""
+    for name, field in (("config.json", "engram_seed"), ("tokenizer_config.json", "tokenizer_class")):
+        fields = json.loads((copy / name).read_text())
+        fields.pop(field)
+        (copy / name).write_text(json.dumps(fields))
+    plain, whole = (engram(command, folder, "--json") for folder in (with_files, copy))
+    assert plain.replace(str(with_files), str(copy)) == whole
 
 
 def test_a_shell_completes_commands(tmp_path):

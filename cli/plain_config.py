@@ -1,0 +1,181 @@
+"""config.json of a model with memory and the hash stored beside its weights, read without transformers and torch.
+
+Importing these takes seconds, which a command that runs no model saves. What is read here is taken only if it is plainly right:
+of anything else the functions return None, and the caller reads it with the model's own classes, which know defaults of backbones
+and fields of earlier versions, and say what is wrong.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from engram_hf.safetensors_engram import TensorSpan
+
+_FIELDS = {
+    "engram_added_tokens",
+    "engram_bias",
+    "engram_compressed_vocab_size",
+    "engram_conv_kernel_size",
+    "engram_conv_norm_eps",
+    "engram_format_version",
+    "engram_head_dim",
+    "engram_layer_ids",
+    "engram_max_ngram_size",
+    "engram_n_heads",
+    "engram_norm_eps",
+    "engram_num_embeddings",
+    "engram_pad_token_id",
+    "engram_seed",
+    "engram_table_dtype",
+    "engram_vocab_size",
+    "engram_zero_gate_sign",
+}
+# Versions of these fields, of which the second named the model's parameters anew.
+_FORMAT_VERSIONS = (1, 2)
+_MOST_ORDERS, _MOST_HEADS = 64, 1024
+
+
+@dataclass(frozen=True)
+class StoredHash:
+    """What an `NgramHasher` has after loading, as arrays.
+
+    Args:
+        layer_ids: decoder layers with memory.
+        pad_token_id: token that stands for a look-back that is cut off.
+        hash_vocab_size: size of the (compressed) vocabulary that the multipliers were drawn for.
+        primes: int64 `[L, N - 1, H]`.
+        multipliers: int64 `[L, N]`.
+        token_map: int64 `[V]`; None without vocabulary compression.
+    """
+
+    layer_ids: tuple[int, ...]
+    pad_token_id: int
+    hash_vocab_size: int
+    primes: "np.ndarray"
+    multipliers: "np.ndarray"
+    token_map: "np.ndarray | None"
+
+
+def read_plain_config(folder: Path) -> Any:
+    """The fields of config.json under the names that an `EngramConfig` has for them; None if they are not all plainly right."""
+    from engram_hf.safetensors_engram import FileFormatError, read_json
+
+    try:
+        fields = read_json(folder / "config.json", constants=True)
+    except FileFormatError:
+        return None
+    text = fields.get("text_config")
+    is_ours = fields.get("model_type") == "engram" and fields.get("backbone_config") is None and isinstance(text, dict)
+    if not is_ours or {name for name in fields if name.startswith("engram_")} != _FIELDS:
+        return None
+    vision = text.get("vision_config")
+    if vision is not None and not (isinstance(vision, dict) and type(vision.get("num_hidden_layers")) is int):
+        return None
+    text_config = SimpleNamespace(**{**text, "vision_config": None if vision is None else SimpleNamespace(**vision)})
+    config = SimpleNamespace(**{**fields, "text_config": text_config, "backbone": text_config})
+    if not (_is_backbone(text) and _is_hash(config, text_config) and _is_fusion(config)):
+        return None
+    config.bucket_counts = _bucket_counts(config)
+    return config if config.engram_num_embeddings == [sum(map(sum, orders)) for orders in _primes(config)] else None
+
+
+def _is_backbone(text: Mapping[str, Any]) -> bool:
+    from engram_hf.safetensors_engram import are_counts
+
+    sizes = [text.get(name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
+    drafts = text.get("num_nextn_predict_layers")
+    return isinstance(text.get("model_type"), str) and are_counts(sizes) and (drafts is None or are_counts([drafts]))
+
+
+def _is_hash(config: Any, text_config: Any) -> bool:
+    """Whether the fields of the hash have the types and bounds that `EngramConfig` asks for."""
+    from engram_hf.safetensors_engram import are_counts
+
+    layers, vocab_size = config.engram_layer_ids, text_config.vocab_size
+    orders, heads, pad = config.engram_max_ngram_size, config.engram_n_heads, config.engram_pad_token_id
+    compressed, added = config.engram_compressed_vocab_size, config.engram_added_tokens
+    counted = [orders, heads, pad, added, config.engram_seed, *([] if compressed is None else [compressed])]
+    if not are_counts(counted) or not are_counts(layers) or not are_counts(_bucket_counts(config)):
+        return False
+    return (
+        0 < len(layers) == len(set(layers))
+        and max(layers) < text_config.num_hidden_layers
+        and 2 <= orders <= _MOST_ORDERS
+        and 0 < heads <= _MOST_HEADS
+        and len(_bucket_counts(config)) == orders - 1
+        and min(_bucket_counts(config)) > 0
+        and pad < vocab_size
+        and (compressed is None or 0 < compressed <= vocab_size - added)
+    )
+
+
+def _is_fusion(config: Any) -> bool:
+    """Whether the fields of the gated fusion and of the tables have the types and bounds that `EngramConfig` asks for."""
+    from engram_hf.safetensors_engram import are_counts
+    from engram_hf.table_format_engram import QUANTIZED_FORMATS
+
+    width, dtype = config.engram_head_dim, config.engram_table_dtype
+    epsilons = config.engram_norm_eps, config.engram_conv_norm_eps
+    if not are_counts([width, config.engram_conv_kernel_size]) or dtype not in (None, *QUANTIZED_FORMATS):
+        return False
+    return (
+        config.engram_format_version in _FORMAT_VERSIONS
+        and width > 0
+        and (dtype is None or width % QUANTIZED_FORMATS[dtype].multiple == 0)
+        and all(eps is None or (type(eps) is float and 0 < eps < math.inf) for eps in epsilons)
+        and isinstance(config.engram_bias, bool)
+        and config.engram_zero_gate_sign in (0, 1)
+    )
+
+
+def _bucket_counts(config: Any) -> Any:
+    """As an `EngramConfig` has them, if the field is a number."""
+    counts = config.engram_vocab_size
+    return [counts] * (config.engram_max_ngram_size - 1) if type(counts) is int else counts
+
+
+def _primes(config: Any) -> list[list[list[int]]]:
+    from engram_hf.table_format_engram import draw_primes
+
+    return draw_primes(len(config.engram_layer_ids), config.bucket_counts, config.engram_n_heads)
+
+
+def read_plain_hash(config: Any, spans: Mapping[str, "TensorSpan"]) -> StoredHash | None:
+    """The hash stored in `spans`, by `"primes"`, `"multipliers"` and `"token_map"`, if it is the one that the config implies.
+
+    Args:
+        config: an `EngramConfig`, or what [`read_plain_config`] returns.
+    """
+    import numpy as np
+
+    from engram_hf.table_format_engram import draw_multipliers
+
+    compressed, vocab_size = config.engram_compressed_vocab_size, config.text_config.vocab_size
+    expected = {"primes": np.array(_primes(config)), "multipliers": None, "token_map": None}
+    size = vocab_size if compressed is None else compressed
+    expected["multipliers"] = draw_multipliers(
+        config.engram_layer_ids, config.engram_max_ngram_size, size, config.engram_seed
+    )
+    shapes = {name: array.shape for name, array in expected.items() if array is not None}
+    shapes |= {} if compressed is None else {"token_map": (vocab_size,)}
+    if {name: (span.dtype, span.shape) for name, span in spans.items()} != {n: ("I64", s) for n, s in shapes.items()}:
+        return None
+    found = {name: _read(span) for name, span in spans.items()}
+    if not all(np.array_equal(found[name], expected[name]) for name in ("primes", "multipliers")):
+        return None
+    return StoredHash(tuple(config.engram_layer_ids), config.engram_pad_token_id, size, **{"token_map": None, **found})
+
+
+def _read(span: "TensorSpan") -> "np.ndarray":
+    import numpy as np
+
+    from engram_hf.safetensors_engram import reading
+
+    with reading(span.path):
+        return np.fromfile(span.path, "<i8", math.prod(span.shape), offset=span.offset).reshape(span.shape)
