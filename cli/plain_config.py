@@ -36,6 +36,15 @@ _FIELDS = {
     "engram_vocab_size",
     "engram_zero_gate_sign",
 }
+# What a saved config says beside them, and of which type.
+_OTHERS = {
+    "architectures": list,
+    "auto_map": dict,
+    "dtype": str,
+    "model_type": str,
+    "text_config": dict,
+    "transformers_version": str,
+}
 # Versions of these fields, of which the second named the model's parameters anew.
 _FORMAT_VERSIONS = (1, 2)
 _MOST_ORDERS, _MOST_HEADS = 64, 1024
@@ -70,9 +79,11 @@ def read_plain_config(folder: Path) -> Any:
         fields = read_json(folder / "config.json", constants=True)
     except FileFormatError:
         return None
-    text = fields.get("text_config")
-    is_ours = fields.get("model_type") == "engram" and fields.get("backbone_config") is None and isinstance(text, dict)
-    if not is_ours or {name for name in fields if name.startswith("engram_")} != _FIELDS:
+    others = {name: value for name, value in fields.items() if name not in _FIELDS}
+    if not all(type(value) is _OTHERS.get(name) for name, value in others.items()) or not fields.keys() >= _FIELDS:
+        return None
+    text = fields.get("text_config", {})
+    if fields.get("model_type") != "engram":
         return None
     vision = text.get("vision_config")
     if vision is not None and not (isinstance(vision, dict) and type(vision.get("num_hidden_layers")) is int):
