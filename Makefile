@@ -53,9 +53,10 @@ kills: $(VENV)/.installed  ## 100 kills each of convert, export, quantize, demo,
 soak: $(VENV)/.installed  ## 20 minutes of mixed requests on mapped tables, adapters switched between them
 	$(ONE_THREAD) $(BIN)/python tests/faults/soak.py --minutes 20 $(TRIAL_ARGS)
 
-check: $(VENV)/.installed  ## what CI says about style and types
+check: $(VENV)/.installed  ## what CI says about style, types and prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python docs/tools/check_prose.py
 	mkdir -p .mypy_packages && ln -sfn .. .mypy_packages/engram_hf && ln -sfn ../cli .mypy_packages/engram_cli
 	$(BIN)/mypy
 

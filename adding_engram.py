@@ -169,7 +169,7 @@ def _rows_for_fraction(config: EngramConfig, fraction: float) -> int:
 def _buckets_for_rows(config: EngramConfig, rows: int) -> int:
     """The `engram_vocab_size` whose tables have nearest to `rows` rows each.
 
-    With one bucket count for every order, the layout takes just the first so many primes from it upwards.
+    With one bucket count for every order, the layout takes just the next primes from it upwards, one for each head.
     """
     layers = len(config.engram_layer_ids)
     heads = layers * (config.engram_max_ngram_size - 1) * config.engram_n_heads

@@ -1,4 +1,4 @@
-"""What can carry memory: every other kind of model is refused in one sentence that says what it is."""
+"""Which models memory can be added to; every other kind is refused in one sentence that says what it is."""
 
 import dataclasses
 import inspect

@@ -224,7 +224,7 @@ class ClaimedFolderWriter(FolderWriter):
 def _remove_left_saves(target: Path) -> None:
     for path in target.glob(f"{SAVE_PREFIX}*"):
         claim = FolderClaim(path)
-        with contextlib.suppress(FolderInUseError, OSError):  # alive, or for somebody else to remove
+        with contextlib.suppress(FolderInUseError, OSError):  # its process still runs, or another process removes it
             claim.take()
             shutil.rmtree(path, ignore_errors=True)
         claim.release()

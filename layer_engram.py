@@ -120,7 +120,7 @@ class EngramConv(nn.Conv1d):
 
     Args:
         streams, hidden_size: G and D; each of the G * D channels has taps of its own.
-        kernel_size, dilation: K taps, so many positions apart.
+        kernel_size, dilation: K taps, and the distance between them in positions.
         device, dtype: of the weight `[G * D, 1, K]`.
     """
 

@@ -68,7 +68,7 @@ WEIGHTS_MEMBER, TABLES_MEMBER = "weights_digest", "tables_sha256"
 _MADE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Weights up to this size are read whole.
 _WHOLE_BYTES = 1 << 20
-# Of larger ones, each tensor gives at most so many pieces of at most so many bytes, and 1% of its bytes or two pieces of 64.
+# A larger tensor gives at most this many pieces of at most this many bytes, and at most 1% of its bytes or two pieces of 64.
 _MOST_PIECES, _PIECE_BYTES, _LEAST_BYTES = 8, 512, 64
 
 
@@ -105,7 +105,7 @@ class Checkpoint:
         return Path(self.name_or_path, self.kwargs.get("subfolder") or "")
 
     def _go_to_base_model(self) -> None:
-        """As transformers' `maybe_load_adapters` does, in the form in which its Auto classes hand on an adapter."""
+        """As transformers' `maybe_load_adapters` does, in the form in which its Auto classes pass an adapter on."""
         name, given = self.name_or_path, dict(self.kwargs.get("adapter_kwargs") or {})
         # The base model gets a commit of its own, which transformers would look for in the adapter's repository too.
         given.setdefault("revision", self.kwargs.get("revision") or "main")
@@ -342,7 +342,7 @@ def weights_digest(files: Iterable[str | os.PathLike]) -> str:
 
     Tables are left out. Two models that differ only in bytes between the pieces have one digest.
 
-    Table files are written and passed on apart from the other weights. Nothing in either shows that both are of one model,
+    Table files are written and copied apart from the other weights. Nothing in either shows that both are of one model,
     so the manifest of the tables records this digest of the weights that were saved with them.
 
     Args:

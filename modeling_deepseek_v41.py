@@ -232,7 +232,7 @@ class DeepseekV41Indexer(nn.Module):
         return self.config.candidate_topk_blocks * self.config.candidate_block_size
 
     def _unrestricted(self) -> int:
-        """So many compressed positions need no choice."""
+        """Up to this many compressed positions are all attended to, without a choice."""
         topk = self.config.index_topk
         return min(topk, self._candidate_positions()) if self.is_candidate_source else topk
 
@@ -388,7 +388,7 @@ class DeepseekV41Attention(nn.Module):
         length, cached = query.shape[1], window.shape[1] - query.shape[1]
         reach = self.config.sliding_window - 1
         step = self._block_length(query, 0 if selected is None else selected.shape[-1])
-        # Recomputing a block in the backward pass keeps the gathered latents of one block alive, not of all.
+        # Recomputing a block in the backward pass keeps the gathered latents of one block in memory, not of all.
         recompute = length > step and torch.is_grad_enabled() and query.requires_grad
         outputs = []
         for start in range(0, length, step):

@@ -1,4 +1,4 @@
-"""Engram memory for any decoder of transformers: the models that carry it.
+"""Engram memory for any decoder of transformers: the models that have it.
 
 A model of a backbone's own class becomes an instance of a class that is made at run time, with memory in front of the
 backbone's behaviour: its attributes, plans, losses and heads are its own. Listed decoder layers get a submodule `engram`
@@ -102,7 +102,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     folder_writer: type[FolderWriter] = FolderWriter
     _takes_image_mask: bool = False
     _runs_inside: bool = False
-    # The package sets these too: what refuses models that can carry no memory. A saved one has passed.
+    # The package sets these too. They refuse backbones that memory cannot be added to; a saved model's backbone has passed.
     require_backbone: Callable[..., None] = staticmethod(lambda backbone, options=None: None)
     require_decoder: Callable[..., None] = staticmethod(lambda model, config: None)
 
@@ -621,7 +621,7 @@ class EngramModel(EngramPreTrainedModel):
         return self._hands_on is False or not torch.compiler.is_compiling()
 
     def _run_to_layers(self, run_backbone: Callable, inputs: dict[str, Any], memory: EngramInputs):
-        """Run the backbone with `memory` as a keyword that it hands on; where that is not known to arrive, by context."""
+        """Run the backbone with `memory` as a keyword that it passes to its layers; where it may not, through a context variable."""
         if self._hands_on or not self._asks_context:
             return run_backbone(self, **inputs, engram_inputs=memory)
         keyword = {} if self._hands_on is False else {"engram_inputs": memory}
@@ -739,7 +739,7 @@ class DecoderWithMemory(RuntimeSubclass):
 
 
 def _forward_of_head(forward: Callable) -> Callable:
-    """The `forward` of a model with a head, which need not hand on what it does not know: that arrives beside it."""
+    """The `forward` of a model with a head, which need not pass on keywords that it does not know: these arrive through a context variable."""
     known = inspect.signature(forward).parameters
     unknown = {"engram_edit", "engram_gate_values", "image_mask", "padding_mask", "seq_idx"} - set(known)
     new_name, old_name = sorted(CACHE_NAMES, key=lambda name: name not in known)

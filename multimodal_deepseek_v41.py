@@ -149,7 +149,9 @@ class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
         if pixel_values is not None and encoded is not None:
             raise EngramError("Give either `pixel_values` or `mm_encoder_outputs`, not both.")
         if pixel_values is None and image_grid_hws is not None:
-            raise EngramError("`image_grid_hws` came without `pixel_values`; hand on all that the processor returns.")
+            raise EngramError(
+                "`image_grid_hws` came without `pixel_values`; pass everything that the processor returns."
+            )
         if pixel_values is not None:
             encoded = self.get_image_features(pixel_values, image_grid_hws)
         return None if encoded is None else torch.cat(list(encoded.pooler_output))
@@ -163,7 +165,7 @@ class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
         if positions != given:
             raise EngramError(
                 f"`input_ids` holds {positions} image positions (id {self.config.image_token_id}), but the images given "
-                f"fill {given}; hand on all that the processor returns, untruncated."
+                f"fill {given}; pass everything that the processor returns, untruncated."
             )
         if features is None:
             return embeds

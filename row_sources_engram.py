@@ -199,7 +199,7 @@ class PinnedRows(MappedRows):
         readers: the memory as tensors of the GPUs that asked for rows; None for one that cannot read it.
 
     Raises:
-        ValueError: there is no GPU, whose driver would lock the pages, or it refuses so many.
+        ValueError: there is no GPU, whose driver would lock the pages, or the driver refuses to lock that much.
     """
 
     residency = "pinned"

@@ -389,7 +389,7 @@ def header_bytes(
 
     Args:
         metadata: beside `format`, which says that the tensors are torch's.
-        page: the data begin at a multiple of so many bytes.
+        page: the data begin at a multiple of this many bytes.
     """
     header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0

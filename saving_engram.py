@@ -1,8 +1,8 @@
-"""What `save_pretrained` does: all files of a model become part of a folder in one step, and tables are passed on.
+"""What `save_pretrained` does: all files of a model become part of a folder in one step, and mapped tables are linked or copied.
 
 A save is written into a hidden folder inside its target, which is therefore on the same disk, and then exchanged for what
 the target holds. Until the exchange begins, the target is the old model; from then on the new files are whole, and an
-exchange that an exception interrupts is carried to its end. Only a process that is killed within it (it takes
+exchange that an exception interrupts is completed. Only a process that is killed within it (it takes
 milliseconds) leaves a target of two models, which [`require_settled`] refuses.
 """
 
@@ -132,7 +132,7 @@ class FolderWriter:
         self.names = names
 
     def _finish(self) -> None:
-        """Carry an exchange that has begun to its end."""
+        """Complete an exchange that has begun."""
         if self.names is None and self._exchanged.exists():
             self._exchange()
 

@@ -219,7 +219,7 @@ class TableDescription:
         scale_block: channels that share a scale; None without scales.
         tensors: names of the tensors of this file, by kind: `"weight"`, `"scale"`, `"global_scale"`.
         orders, heads, primes, offsets, multipliers, pad_id, vocab_size: the hash; see `hashing_engram`.
-        token_map_sha256, token_map_ids: digest of the token map's first so many entries; None without compression.
+        token_map_sha256, token_map_ids: digest of the token map's first `token_map_ids` entries; None without compression.
     """
 
     layer: int

@@ -393,7 +393,7 @@ def _levels_below(rows: torch.Tensor, scale: torch.Tensor, half: int) -> torch.T
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes `[..., W]` below `2^bits`, uint8, so many to a byte, the first in the lowest bits: `[..., W * bits / 8]`."""
+    """Codes `[..., W]` below `2^bits`, uint8, several to a byte, the first in the lowest bits: `[..., W * bits / 8]`."""
     # One 16- or 32-bit number holds the codes of one byte, each in a byte of its own.
     together = codes.view({4: torch.int16, 2: torch.int32}[bits])
     packed = together.clone()

@@ -218,7 +218,9 @@ class DeepseekV41VisionModel(DeepseekV41VisionPreTrainedModel):
                 "this model's processor."
             )
         if image_grid_hws is None:
-            raise EngramError("`pixel_values` came without `image_grid_hws`; hand on all that the processor returns.")
+            raise EngramError(
+                "`pixel_values` came without `image_grid_hws`; pass everything that the processor returns."
+            )
         if image_grid_hws.dim() != 2 or image_grid_hws.shape[1] != 2 or image_grid_hws.is_floating_point():
             raise EngramError(
                 f"`image_grid_hws` must be integers [images, 2] (rows and columns of patches), got {image_grid_hws.dtype} "
@@ -228,8 +230,8 @@ class DeepseekV41VisionModel(DeepseekV41VisionPreTrainedModel):
         patches = sum(rows * columns for rows, columns in grids)
         if not grids or any(min(grid) < 1 for grid in grids) or patches != len(pixel_values):
             raise EngramError(
-                f"`image_grid_hws` {grids} tells of {patches} patches, but `pixel_values` holds {len(pixel_values)}; hand "
-                "on both as the processor returns them."
+                f"`image_grid_hws` {grids} tells of {patches} patches, but `pixel_values` holds {len(pixel_values)}; pass "
+                "both as the processor returns them."
             )
         return grids
 

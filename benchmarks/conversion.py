@@ -66,16 +66,16 @@ def write_checkpoint(folder: Path, *size: float) -> None:
         run_plan,
         tensor_file,
     )
-    from engram_hf.convert_scripts.tensor_rules import bind
+    from engram_hf.convert_scripts.tensor_rules import map_tensors
     from engram_hf.safetensors_engram import json_bytes
 
     config = synthetic_config(*size)
     groups: dict[tuple[int, int], list] = {}
-    for binding in bind(DEEPSEEK_V41, config):
-        for tensor in binding.upstream:
+    for mapping in map_tensors(DEEPSEEK_V41, config):
+        for tensor in mapping.upstream:
             count = int(np.prod(tensor.shape)) * ITEM_BYTES.get(tensor.dtype, 1)
             part = Computed(count, lambda dtype=tensor.dtype, count=count: random_bytes(dtype, count))
-            layer = -1 if binding.layer is None else binding.layer
+            layer = -1 if mapping.layer is None else mapping.layer
             key = (int(".engram." in tensor.name), layer)
             groups.setdefault(key, []).append(Tensor(tensor.name, tensor.dtype, tensor.shape, [part]))
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]

@@ -14,7 +14,7 @@ from engram_hf.configuration_deepseek_v41 import DeepseekV41TextConfig
 from engram_hf.configuration_engram import EngramConfig
 from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
 from engram_hf.convert_scripts.deepseek_v41_config import to_upstream_config
-from engram_hf.convert_scripts.tensor_rules import Binding, bind
+from engram_hf.convert_scripts.tensor_rules import TensorMapping, map_tensors
 
 ITEM_BYTES = {"BF16": 2, "F32": 4}
 PARTS = ("tables", "routed experts", "rest of the text model", "tower and aligner", "drafts")
@@ -39,35 +39,35 @@ def release_config() -> dict:
     return to_upstream_config(ours.to_dict())
 
 
-def part_of(binding: Binding) -> str:
+def part_of(mapping: TensorMapping) -> str:
     """The row of the table that a tensor counts in."""
-    if binding.rule.file == "table":
+    if mapping.rule.file == "table":
         return "tables"
-    if binding.rule.where in ("drafts", "vision"):
-        return "drafts" if binding.rule.where == "drafts" else "tower and aligner"
-    return "routed experts" if binding.rule.is_stacked else "rest of the text model"
+    if mapping.rule.where in ("drafts", "vision"):
+        return "drafts" if mapping.rule.where == "drafts" else "tower and aligner"
+    return "routed experts" if mapping.rule.is_stacked else "rest of the text model"
 
 
-def parameters(binding: Binding) -> int:
+def parameters(mapping: TensorMapping) -> int:
     """Numbers of a tensor of ours."""
-    return math.prod(binding.shape)
+    return math.prod(mapping.shape)
 
 
-def released_bytes(binding: Binding) -> int:
+def released_bytes(mapping: TensorMapping) -> int:
     """Bytes of the release's tensors that make it, with scales."""
-    return sum(math.prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, 1) for tensor in binding.upstream)
+    return sum(math.prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, 1) for tensor in mapping.upstream)
 
 
-def bfloat16_bytes(binding: Binding) -> int:
+def bfloat16_bytes(mapping: TensorMapping) -> int:
     """Bytes of it, dequantized."""
-    return parameters(binding) * (4 if binding.rule.storage.dtype == "F32" else 2)
+    return parameters(mapping) * (4 if mapping.rule.storage.dtype == "F32" else 2)
 
 
 def lines() -> list[str]:
     """The table, in Markdown."""
-    bindings = bind(DEEPSEEK_V41, release_config())
-    rows = [(part, [binding for binding in bindings if part_of(binding) == part]) for part in PARTS]
-    rows.append(("all", bindings))
+    mappings = map_tensors(DEEPSEEK_V41, release_config())
+    rows = [(part, [mapping for mapping in mappings if part_of(mapping) == part]) for part in PARTS]
+    rows.append(("all", mappings))
     table = ["| part | parameters | released | bfloat16 |", "| --- | --- | --- | --- |"]
     for part, found in rows:
         count = sum(map(parameters, found)) / 1e9

@@ -4,7 +4,7 @@
 
 The miniature's weights are random, so nothing predicts it. As in the golden data, its Markov head is taught transitions of
 its own greedy continuation, here a part of them at a time; decoding with drafts is timed against plain decoding of the same
-tokens, in turn. Then, computed and not run: the bytes that a step of DeepSeek-V4.1-Flash reads at batch size 1, without drafts
+tokens, alternating. Then, computed and not run: the bytes that a step of DeepSeek-V4.1-Flash reads at batch size 1, without drafts
 and with them, and how many tokens a round must bring for drafts to pay. (A step reads each weight it uses once; the
 experts of a block's tokens are taken to be chosen independently of each other, which is the worst case.)
 """
@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from engram_hf.convert_scripts import convert_deepseek_v41
 from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
-from engram_hf.convert_scripts.tensor_rules import bind
+from engram_hf.convert_scripts.tensor_rules import map_tensors
 
 MINIATURE = Path(__file__).parents[1] / "tests" / "golden" / "deepseek_v41_tiny_vl"
 PLAIN = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
@@ -81,19 +81,19 @@ def read_bytes(size) -> dict[str, float]:
     """Bytes read by a plain step, by a step that verifies d drafts (`"verify d"`), and by a drafting pass.
 
     Args:
-        size: bytes of a binding.
+        size: bytes of a mapping.
     """
     config = release_config()
     text, total = config["text_config"], {}
-    for binding in bind(DEEPSEEK_V41, config):
-        part = part_of(binding)
-        if binding.ours in ("model.embed_tokens.weight", "draft.markov_embed.weight"):
+    for mapping in map_tensors(DEEPSEEK_V41, config):
+        part = part_of(mapping)
+        if mapping.ours in ("model.embed_tokens.weight", "draft.markov_embed.weight"):
             continue  # a row for each token
-        if part == "drafts" and binding.rule.is_stacked:
+        if part == "drafts" and mapping.rule.is_stacked:
             part = "draft experts"
-        total[part] = total.get(part, 0) + size(binding)
-        if binding.ours in ("lm_head.weight", "draft.markov_head.weight"):
-            total[binding.ours] = size(binding)
+        total[part] = total.get(part, 0) + size(mapping)
+        if mapping.ours in ("lm_head.weight", "draft.markov_head.weight"):
+            total[mapping.ours] = size(mapping)
     chosen, experts = text["num_experts_per_tok"], text["n_routed_experts"]
     steps = {
         f"verify {drafts}": total["rest of the text model"]

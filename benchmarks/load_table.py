@@ -2,7 +2,7 @@
 
     python benchmarks/load_table.py
 
-Each is timed in a process of its own, in turn, until every page is in memory, the file being in the page cache if memory
+Each is timed in a process of its own, the two alternating, until every page is in memory, the file being in the page cache if memory
 allows. A loader that initialized the table before it is overwritten would take many times as long, and twice the memory
 (three times, if in float32).
 """

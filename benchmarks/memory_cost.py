@@ -2,7 +2,7 @@
 
     python benchmarks/memory_cost.py
 
-Both models run in turn, in one process, on the same weights outside the memory. Printed are the medians, and the ratio
+Both models run alternately, in one process, on the same weights outside the memory. Printed are the medians, and the ratio
 of the two in each pair of runs (its median), which is steadier than the times are.
 """
 

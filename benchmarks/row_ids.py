@@ -2,7 +2,7 @@
 
     python benchmarks/row_ids.py
 
-Hashes 4 x 2048 compressed ids for two layers (orders 2 and 3, 8 heads each) both ways in turn, checks that the row ids
+Hashes 4 x 2048 compressed ids for two layers (orders 2 and 3, 8 heads each) both ways alternately, checks that the row ids
 are equal, and prints the best time of each and their ratio; NumPy runs on one thread, torch on one and on all. Then runs a
 model of the quickstart's size on the same batch, and prints which share of its forward the row ids take.
 """
@@ -70,7 +70,7 @@ def compare_with_numpy(model: EngramForCausalLM, input_ids: torch.Tensor, repeat
     print(f"{BATCH} x {LENGTH} tokens, 2 layers, orders 2 and 3, 8 heads; torch threads: {threads}")
     for name, best in seconds.items():
         print(f"  {name:<12}{best * 1e3:8.2f} ms  {input_ids.numel() / best / 1e6:6.2f}M tokens/s")
-    print(f"  ratio       {seconds['NumPy'] / seconds['hash_ngrams']:8.2f} x  (best of {repeats}, in turn)")
+    print(f"  ratio       {seconds['NumPy'] / seconds['hash_ngrams']:8.2f} x  (best of {repeats}, interleaved)")
 
 
 def numpy_row_ids(ids: np.ndarray, multipliers: np.ndarray, primes: list[list[list[int]]]) -> np.ndarray:
@@ -101,7 +101,7 @@ def compare_with_forward(model: EngramForCausalLM, input_ids: torch.Tensor, repe
 
 
 def best_times(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The shortest of `repeats` runs of each, taken in turn."""
+    """The shortest of `repeats` runs of each, alternating."""
     seconds = dict.fromkeys(contestants, float("inf"))
     for _ in range(repeats):
         for name, run in contestants.items():

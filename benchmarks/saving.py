@@ -39,7 +39,7 @@ def least(action: Callable[[], object], prepare: Callable[[], object] = lambda: 
 
 
 def build(megabytes: int):
-    """A model with about so many megabytes of weights beside its tables."""
+    """A model with about `megabytes` of weights beside its tables."""
     from engram_hf import EngramConfig, EngramForCausalLM
 
     layers = max(1, (megabytes - 34) // 103)

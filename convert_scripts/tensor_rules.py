@@ -1,8 +1,8 @@
 """Tensor rules: one declarative table that import, export, verification and direct loading all read.
 
 A `Rule` says which upstream tensors make one of ours, on which layers it exists, how wide it is in terms of the config, and
-how the release stores it. A `Family` is a table of rules with the dimensions they speak of; another upstream layout is another
-`Family`, the code here does not change. `bind` fills the placeholders in for one config; what it returns, `Binding`s, lists
+how the release stores it. A `Layout` is a table of rules with the dimensions they speak of; another upstream layout is another
+`Layout`, the code here does not change. `map_tensors` fills the placeholders in for one config; what it returns, `TensorMapping`s, lists
 every tensor that must exist, with dtype and shape.
 
 Placeholders in names: `{layer}`; for experts which we keep stacked in one tensor, `{expert}`; upstream, for what the last draft
@@ -27,9 +27,9 @@ class Rule:
         ours: our name of the weight.
         upstream: upstream names of the weight's parts. Several parts stand one after another in rows; if the names hold
             `{expert}`, each expert's parts are joined like that and the experts stacked in front.
-        shape: dimensions of *one* part, as names the family's geometry knows.
+        shape: dimensions of *one* part, as names that the layout's `dimensions` know.
         storage: how the release stores a part; a quantized weight has a scale beside it.
-        where: name of the set of layers that have it, as the family's geometry knows it.
+        where: name of the set of layers that have it, as the layout's `dimensions` know it.
         file: `"model"`; `"draft"` for draft layers and `"table"` for memory tables, which get files of their own.
         experts: the dimension that counts experts, for names that hold `{expert}`.
     """
@@ -55,36 +55,36 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Dimensions:
     """What a config means for a table: sizes of named dimensions (a list: one per entry of `engram` layers) and layer sets."""
 
-    dimensions: Mapping[str, int | Mapping[int, int]]
+    sizes: Mapping[str, int | Mapping[int, int]]
     layer_sets: Mapping[str, tuple[int, ...]]
 
     def size(self, name: str, layer: int | None) -> int:
-        value = self.dimensions[name]
+        value = self.sizes[name]
         return value[layer] if isinstance(value, Mapping) else value
 
 
 @dataclass(frozen=True)
-class Family:
+class Layout:
     """An upstream checkpoint layout.
 
     Args:
         name: `model_type` of the upstream config.
         rules: the table.
-        carried: prefixes of upstream names that the model may not use; those without a rule are kept byte for byte.
-        geometry: computes the `Geometry` of an upstream config.
+        passed_through: prefixes of upstream names that the model may not use; those without a rule are kept byte for byte.
+        dimensions: computes the `Dimensions` of an upstream config.
     """
 
     name: str
     rules: tuple[Rule, ...]
-    carried: tuple[str, ...]
-    geometry: Callable[[Mapping], Geometry] = field(repr=False)
+    passed_through: tuple[str, ...]
+    dimensions: Callable[[Mapping], Dimensions] = field(repr=False)
 
-    def may_carry(self, name: str) -> bool:
+    def may_pass_through(self, name: str) -> bool:
         """Whether a tensor without a rule of its own is kept as it is."""
-        return name.startswith(self.carried)
+        return name.startswith(self.passed_through)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class UpstreamTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Binding:
+class TensorMapping:
     """A rule on one layer: our tensor, and its upstream weights and scales in the order of ours' bytes."""
 
     rule: Rule
@@ -123,31 +123,31 @@ class Binding:
         return self.weights + self.scales
 
 
-def bind(family: Family, config: Mapping) -> list[Binding]:
+def map_tensors(layout: Layout, config: Mapping) -> list[TensorMapping]:
     """All tensors that a checkpoint with this upstream config has, in the order of layers and of the table.
 
     A rule for no layer in particular holds where its set of layers is not empty.
     """
-    geometry = family.geometry(config)
+    dimensions = layout.dimensions(config)
     flat = [
-        _bind_one(rule, geometry, None)
-        for rule in family.rules
-        if "{layer}" not in rule.ours and geometry.layer_sets[rule.where]
+        _map_one(rule, dimensions, None)
+        for rule in layout.rules
+        if "{layer}" not in rule.ours and dimensions.layer_sets[rule.where]
     ]
-    layered = [rule for rule in family.rules if "{layer}" in rule.ours]
-    for layer in sorted({layer for layers in geometry.layer_sets.values() for layer in layers}):
-        flat += [_bind_one(rule, geometry, layer) for rule in layered if layer in geometry.layer_sets[rule.where]]
+    layered = [rule for rule in layout.rules if "{layer}" in rule.ours]
+    for layer in sorted({layer for layers in dimensions.layer_sets.values() for layer in layers}):
+        flat += [_map_one(rule, dimensions, layer) for rule in layered if layer in dimensions.layer_sets[rule.where]]
     return flat
 
 
-def _bind_one(rule: Rule, geometry: Geometry, layer: int | None) -> Binding:
-    part_shape = tuple(geometry.size(name, layer) for name in rule.shape)
-    experts = range(geometry.size(rule.experts, layer)) if rule.is_stacked else [None]
+def _map_one(rule: Rule, dimensions: Dimensions, layer: int | None) -> TensorMapping:
+    part_shape = tuple(dimensions.size(name, layer) for name in rule.shape)
+    experts = range(dimensions.size(rule.experts, layer)) if rule.is_stacked else [None]
     shape = (part_shape[0] * len(rule.upstream), *part_shape[1:])
     weights, scales = [], []
     for expert in experts:
         for index, pattern in enumerate(rule.upstream):
-            last = max(geometry.layer_sets["drafts"], default=None)
+            last = max(dimensions.layer_sets["drafts"], default=None)
             name = pattern.format(layer=layer, expert=expert, last_draft=last)
             place, storage = (expert, index), rule.storage
             weights.append(
@@ -156,7 +156,7 @@ def _bind_one(rule: Rule, geometry: Geometry, layer: int | None) -> Binding:
             if storage.block:
                 scale_shape = storage.scale_shape(part_shape)
                 scales.append(UpstreamTensor(scale_name(name), "F8_E8M0", scale_shape, *place, True, storage))
-    return Binding(
+    return TensorMapping(
         rule,
         layer,
         rule.ours.format(layer=layer),
@@ -174,22 +174,22 @@ def scale_name(weight_name: str) -> str:
 
 
 def check_tensors(
-    family: Family,
-    bindings: list[Binding],
+    layout: Layout,
+    mappings: list[TensorMapping],
     tensors: Mapping[str, TensorSpan],
     elsewhere: frozenset[str] = frozenset(),
 ) -> None:
-    """Check that the tensors are exactly those the table asks for, in dtype and shape, plus well-formed carried ones.
+    """Check that the tensors are exactly those the table asks for, in dtype and shape, plus well-formed passed-through ones.
 
     Args:
         elsewhere: tensors in shards that were not read, of which the index tells the names alone.
     """
     _check_scales_and_weights(tensors, elsewhere)
-    expected = {tensor.name: tensor for binding in bindings for tensor in binding.upstream}
-    unknown = [name for name in (*tensors, *elsewhere) if name not in expected and not family.may_carry(name)]
+    expected = {tensor.name: tensor for mapping in mappings for tensor in mapping.upstream}
+    unknown = [name for name in (*tensors, *elsewhere) if name not in expected and not layout.may_pass_through(name)]
     if unknown:
         raise ConversionError(
-            f"the checkpoint holds {enumerate_names(unknown)}, which a {family.name} with this config does not have; "
+            f"the checkpoint holds {enumerate_names(unknown)}, which a {layout.name} with this config does not have; "
             f"is the config.json that of these weights?"
         )
     missing = expected.keys() - tensors.keys() - elsewhere
@@ -211,7 +211,7 @@ def _check_tensor(expected: UpstreamTensor, found: TensorSpan) -> None:
 
 
 def _check_scales_and_weights(tensors: Mapping[str, TensorSpan], elsewhere: frozenset[str]) -> None:
-    """A scale has its weight and a quantized weight its scale: among carried tensors too, which no table describes."""
+    """A scale has its weight and a quantized weight its scale: among passed-through tensors too, which no table describes."""
     present = tensors.keys() | elsewhere
     known = {"BF16", "F32", "F8_E4M3", "F8_E8M0", "I8"}
     for name, span in tensors.items():
@@ -230,17 +230,17 @@ def _check_scales_and_weights(tensors: Mapping[str, TensorSpan], elsewhere: froz
 _LINEAR = ("_proj.weight", "head.weight", "patch_embedding.weight", "linear_1.weight", "linear_2.weight")
 
 
-def unquantized_modules(family: Family) -> list[str]:
+def unquantized_modules(layout: Layout) -> list[str]:
     """Names, relative to a decoder layer or the model, of linear modules the release keeps in full precision.
 
     transformers' FP8 quantizer replaces every other linear module.
     """
-    names = (rule.ours.split("{layer}.")[-1] for rule in family.rules if rule.storage.block is None)
+    names = (rule.ours.split("{layer}.")[-1] for rule in layout.rules if rule.storage.block is None)
     return sorted({name.removesuffix(".weight") for name in names if name.endswith(_LINEAR)})
 
 
-def iterate_upstream(bindings: list[Binding]) -> Iterator[tuple[Binding, UpstreamTensor]]:
-    """Every upstream tensor with the binding it belongs to."""
-    for binding in bindings:
-        for tensor in binding.upstream:
-            yield binding, tensor
+def iterate_upstream(mappings: list[TensorMapping]) -> Iterator[tuple[TensorMapping, UpstreamTensor]]:
+    """Every upstream tensor with the mapping it belongs to."""
+    for mapping in mappings:
+        for tensor in mapping.upstream:
+            yield mapping, tensor

@@ -28,7 +28,7 @@ SKIPPED = {
     "tests",
 }
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-HELD_OUT_SHARE = 20  # every so many-th file, by a checksum of its path
+HELD_OUT_SHARE = 20  # one file in this many, by a checksum of its path
 
 
 def read_sources() -> tuple[list[str], list[str]]:

@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="do what is not done yet; goes on where it was interrupted")
     run.add_argument("--experiment", type=int, help="1 to 6, with the runs it needs (default: all)")
-    run.add_argument("--minutes", type=float, help="stop after so many, in the middle of a run too")
+    run.add_argument("--minutes", type=float, help="stop after this many minutes, in the middle of a run too")
     run.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     report = commands.add_parser("report", help="write tables and pictures of the results that are there")
     report.add_argument("--page", type=Path, help="the page whose tables are written (default: docs/evidence.md)")

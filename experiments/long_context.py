@@ -17,7 +17,7 @@ TASKS = ("multi-query needle", "variable tracking", "common words")
 _NEEDLES, _QUERIES = 8, 4
 _CHAINS, _HOPS = 3, 4
 _COMMON, _RARE, _TIMES = 3, 12, 4
-# Of so many examples, one is trained on as text, all of its tokens; the others on their answers alone.
+# One example in this many is trained on as text, all of its tokens; the others on their answers alone.
 _AS_TEXT = 8
 
 

@@ -143,11 +143,11 @@ def text_state_dict(release: dict[str, torch.Tensor], config) -> dict[str, torch
 
 
 def memory(
-    streams: torch.Tensor, rows: torch.Tensor, layer: int, release: dict[str, torch.Tensor], alive: torch.Tensor
+    streams: torch.Tensor, rows: torch.Tensor, layer: int, release: dict[str, torch.Tensor], valid: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The v4.1 Engram of one layer (`spec/engram.md`): `streams` `[B, S, N, D]`, table row ids `rows` `[B, S, heads]`.
 
-    `alive` `[B, S]` is False where no memory is read (padding, images). Returns the new streams and the gate.
+    `valid` `[B, S]` is False where no memory is read (padding, images). Returns the new streams and the gate.
     """
     names = {
         name: release[f"layers.{layer}.engram.{name}"]
@@ -164,7 +164,7 @@ def memory(
     similarity = (query * key).sum(-1) * width**-0.5
     gate = (
         torch.sigmoid(similarity.abs().clamp(min=1e-6).sqrt() * torch.where(similarity < 0, -1.0, 1.0))
-        * alive[..., None]
+        * valid[..., None]
     )
     return streams + gate[..., None] * values[:, :, None], gate
 
@@ -172,16 +172,16 @@ def memory(
 class InjectedMemory:
     """Gives a backbone the memory of the miniature, through hooks in front of its listed layers.
 
-    Set `rows` (layer -> `[B, S, heads]`) and `alive` `[B, S]` before each call. `seen` holds what went in and came out.
+    Set `rows` (layer -> `[B, S, heads]`) and `valid` `[B, S]` before each call. `seen` holds what went in and came out.
     """
 
     def __init__(self, layers, layer_ids: list[int], release: dict[str, torch.Tensor]):
-        self.release, self.rows, self.alive, self.seen = release, {}, None, {}
+        self.release, self.rows, self.valid, self.seen = release, {}, None, {}
         for index in layer_ids:
             layers[index].register_forward_pre_hook(lambda _, args, index=index: self._inject(index, *args))
 
     def _inject(self, index, streams, *rest):
-        streams, gate = memory(streams, self.rows[index], index, self.release, self.alive)
+        streams, gate = memory(streams, self.rows[index], index, self.release, self.valid)
         self.seen[f"layers.{index}.engram.gate"], self.seen[f"layers.{index}.engram.streams"] = gate, streams
         return streams, *rest
 

@@ -217,9 +217,9 @@ def test_memory_acts_once_a_layer_and_pass():
     assert backbones.cached_error(model, IDS) < 1e-4  # the convolution goes on from its own pass
     cache = model(IDS[:, :5], use_cache=True).cache
     assert set(cache.engram_history.conv_inputs) == {(0, 0), (0, 1), (1, 0), (1, 1)}
-    silent = copy.deepcopy(model)
-    silent.model.memories()[1].zero_value_projection()
-    assert not torch.equal(logits(silent), whole)
+    zeroed = copy.deepcopy(model)
+    zeroed.model.memories()[1].zero_value_projection()
+    assert not torch.equal(logits(zeroed), whole)
 
 
 # --- pretrained, quantized, elsewhere

@@ -65,10 +65,10 @@ def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
 @in_both_variants
 def test_memory_changes_the_logits_at_every_position(model):
     ids = random_ids(2, 9)
-    silent = copy.deepcopy(model)
-    for memory in silent.model.memories().values():
+    zeroed = copy.deepcopy(model)
+    for memory in zeroed.model.memories().values():
         memory.zero_value_projection()
-    change = (logits_of(model, ids) - logits_of(silent, ids)).abs().amax(-1)
+    change = (logits_of(model, ids) - logits_of(zeroed, ids)).abs().amax(-1)
     assert change.min() > 1e-3
 
 
@@ -249,7 +249,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 @pytest.mark.parametrize("name", MOE_WITH_AUX_LOSS)
 def test_the_auxiliary_loss_is_the_hosts(name):
-    """A host and the model around it, with silent memory: equal losses, equal router logits."""
+    """A host and the model around it, with a zero value projection: equal losses, equal router logits."""
     torch.manual_seed(0)
     config = BACKBONES[name]()
     config.router_aux_loss_coef = 0.5

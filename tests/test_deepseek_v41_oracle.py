@@ -119,7 +119,7 @@ def feed(memory: InjectedMemory, answers, case: str, chunk: slice = slice(None))
     mask = answers[f"{case}.attention_mask"].bool()
     if f"{case}.image_mask" in answers:
         mask = mask & ~answers[f"{case}.image_mask"].bool()
-    memory.alive = mask[:, chunk]
+    memory.valid = mask[:, chunk]
     memory.rows = {layer: answers[f"{case}.layers.{layer}.engram.rows"][:, chunk] for layer in (1, 4)}
 
 
@@ -216,7 +216,7 @@ def test_greedy_continuation_matches(remembering, answers):
     ids, cache, start = answers["generate.input_ids"], DynamicCache(config=model.config), 0
     for _ in range(16):
         rows = {layer: row_ids(ids, index, answers)[:, start:] for index, layer in enumerate((1, 4))}
-        memory.rows, memory.alive = rows, torch.ones_like(ids[:, start:], dtype=torch.bool)
+        memory.rows, memory.valid = rows, torch.ones_like(ids[:, start:], dtype=torch.bool)
         logits = model(ids[:, start:], past_key_values=cache, use_cache=True).logits
         start = ids.shape[1]
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
@@ -303,7 +303,7 @@ def test_golden_rows_left_padded_in_chunks(precise, answers, size):
     rows = {layer: to_left(answers[f"padded.layers.{layer}.engram.rows"]) for layer in (1, 4)}
 
     def prepare(chunk):
-        memory.rows, memory.alive = {k: v[:, chunk] for k, v in rows.items()}, mask[:, chunk].bool()
+        memory.rows, memory.valid = {k: v[:, chunk] for k, v in rows.items()}, mask[:, chunk].bool()
 
     logits = in_chunks(model, ids, size, mask, prepare=prepare)
     assert worst(logits[mask.bool()], to_left(answers["padded.logits"])[mask.bool()]) < 1e-4

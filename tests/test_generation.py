@@ -71,10 +71,10 @@ def test_greedy(name, variant):
 
 
 def test_memory_chooses_other_tokens(mixtral):
-    silent, ids = copy.deepcopy(mixtral), random_ids(2, 9)
-    for memory in silent.model.memories().values():
+    zeroed, ids = copy.deepcopy(mixtral), random_ids(2, 9)
+    for memory in zeroed.model.memories().values():
         memory.zero_value_projection()
-    assert not torch.equal(mixtral.generate(ids, **GREEDY), silent.generate(ids, **GREEDY))
+    assert not torch.equal(mixtral.generate(ids, **GREEDY), zeroed.generate(ids, **GREEDY))
 
 
 @pytest.mark.parametrize("name", LEFT_PADDED)

@@ -1,4 +1,4 @@
-"""The shape of the house: which file may import which, what is public, what a checkpoint is made of."""
+"""The structure of the package: which file may import which, what is public, what a checkpoint is made of."""
 
 import ast
 import importlib
@@ -30,7 +30,7 @@ FAMILIES = [
         "cache_engram",
         "layer_engram",
         "modeling_engram",
-        # What follows stays at home: none of the files above imports it; the first is carried where a backbone reads images.
+        # The files below are not uploaded, and no file above imports them; only the first goes with models that read images.
         "multimodal_engram",
         "claiming_engram",
         "backbone_engram",
@@ -121,8 +121,8 @@ def test_flat_files_need_nothing_that_transformers_does_not_bring(path):
     assert packages - INSTALLED_WITH_TRANSFORMERS - OPTIONAL - sys.stdlib_module_names == set()
 
 
-def carried(name: str) -> set[str]:
-    """The flat files that a pushed model with this modelling file carries."""
+def uploaded_files(name: str) -> set[str]:
+    """The flat files that are pushed with a model of this modelling file."""
     found, waiting = set(), [name]
     while waiting:
         name = waiting.pop()
@@ -131,10 +131,10 @@ def carried(name: str) -> set[str]:
     return found
 
 
-def test_a_pushed_model_carries_what_running_it_needs():
+def test_a_pushed_model_has_the_files_that_running_it_needs():
     """Whoever types `trust_remote_code=True` is to be able to read it."""
     engram = FAMILIES[0]
-    assert carried("modeling_engram") == set(engram[: engram.index("modeling_engram") + 1])
+    assert uploaded_files("modeling_engram") == set(engram[: engram.index("modeling_engram") + 1])
     assert engram.index("modeling_engram") < 12
 
 

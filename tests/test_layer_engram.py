@@ -54,10 +54,10 @@ def documents(lengths: list[int]) -> torch.Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
 
 
-def two_dead() -> torch.Tensor:
-    alive = torch.ones(2, LENGTH, dtype=torch.bool)
-    alive[0, :3] = alive[1, 9] = alive[:, 14] = False
-    return alive
+def two_invalid() -> torch.Tensor:
+    valid = torch.ones(2, LENGTH, dtype=torch.bool)
+    valid[0, :3] = valid[1, 9] = valid[:, 14] = False
+    return valid
 
 
 def watch_gates(memory: EngramMemory) -> list[torch.Tensor]:
@@ -66,7 +66,7 @@ def watch_gates(memory: EngramMemory) -> list[torch.Tensor]:
     return gates
 
 
-def reference_fuse(memory: EngramMemory, hidden: torch.Tensor, rows: torch.Tensor, alive=None) -> torch.Tensor:
+def reference_fuse(memory: EngramMemory, hidden: torch.Tensor, rows: torch.Tensor, valid=None) -> torch.Tensor:
     """One document as the paper writes it, with torch's own norm and convolution."""
     streams, channels = hidden.shape[-2:]
 
@@ -77,8 +77,8 @@ def reference_fuse(memory: EngramMemory, hidden: torch.Tensor, rows: torch.Tenso
     keys, value = torch.stack(parts[:streams], dim=-2), parts[-1]
     dot = (norm(hidden, memory.q_norm) * norm(keys, memory.k_norm)).sum(-1) / channels**0.5
     gate = torch.sigmoid(dot.sign() * dot.abs().clamp(min=1e-6).sqrt())
-    if alive is not None:
-        gate = torch.where(alive[..., None], gate, 0.0)
+    if valid is not None:
+        gate = torch.where(valid[..., None], gate, 0.0)
     update = gate[..., None] * value[..., None, :]
     if memory.conv is None:
         return hidden + update
@@ -128,17 +128,17 @@ def test_fusion_of_the_known_answers(golden, variant, file, dtype, tolerance):
 # --- a second implementation
 
 
-@pytest.mark.parametrize("dead", [False, True], ids=["alive", "dead"])
+@pytest.mark.parametrize("has_invalid", [False, True], ids=["all_valid", "some_invalid"])
 @pytest.mark.parametrize("lengths", [[LENGTH], [7, 13], [1, 2, 17]], ids=["one", "two", "three"])
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_outputs_and_gradients_are_those_of_the_reference(variant, streams, lengths, dead):
+def test_outputs_and_gradients_are_those_of_the_reference(variant, streams, lengths, has_invalid):
     memory, states = make_memory(variant, streams), random_states(streams)
-    alive = two_dead() if dead else None
-    inputs = make_inputs(valid=alive, sequence_ids=documents(lengths))
+    valid = two_invalid() if has_invalid else None
+    inputs = make_inputs(valid=valid, sequence_ids=documents(lengths))
 
     def one_by_one(hidden, rows):
-        masks = [None] * len(lengths) if alive is None else alive.split(lengths, dim=1)
+        masks = [None] * len(lengths) if valid is None else valid.split(lengths, dim=1)
         parts = zip(hidden.split(lengths, dim=1), rows.split(lengths, dim=1), masks, strict=True)
         return torch.cat([reference_fuse(memory, *part) for part in parts], dim=1)
 
@@ -164,11 +164,11 @@ def test_the_dilation_is_the_largest_order():
 @pytest.mark.parametrize("history", [False, True], ids=["fresh", "history"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradcheck(variant, history):
-    """For streams, rows, every weight and the convolution's past, with a dead position and two documents."""
+    """For streams, rows, every weight and the convolution's past, with an invalid position and two documents."""
     memory = make_memory(variant, streams=2)
     names = [name for name, _ in memory.named_parameters() if name != "table.weight"]
     length, reach = 6, 9
-    alive = torch.tensor([[True] * 6, [True, True, False, True, True, True]])
+    valid = torch.tensor([[True] * 6, [True, True, False, True, True, True]])
     sequence_ids = torch.tensor([[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 1, 1]])
 
     def fuse(hidden, rows, past, *parameters):
@@ -177,7 +177,7 @@ def test_gradcheck(variant, history):
             layer = EngramHistory(owner=(), reach=reach)
             layer.conv_inputs[memory.index, 0] = past
         inputs = make_inputs(
-            valid=alive,
+            valid=valid,
             sequence_ids=sequence_ids,
             past_sequence_ids=torch.ones(2, reach, dtype=torch.int64) if history else None,
             history=layer,
@@ -276,8 +276,8 @@ def test_documents_do_not_leak():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dead_positions_contribute_nothing(variant):
-    """Only the dead position's own streams change, by what was added to them."""
-    memory, inputs = make_memory(variant), make_inputs(valid=two_dead())
+    """Only the invalid position's own streams change, by what was added to them."""
+    memory, inputs = make_memory(variant), make_inputs(valid=two_invalid())
     assert positions(changed_outputs(memory, inputs, position=9, batch=1)[1]) == [9]
     hidden, rows = random_states()
     out = memory.fuse(hidden, rows, inputs)
@@ -286,8 +286,8 @@ def test_dead_positions_contribute_nothing(variant):
 
 def test_dead_positions_are_exactly_without_memory_in_v41():
     hidden, rows = random_states()
-    same = (make_memory("v4.1").fuse(hidden, rows, make_inputs(valid=two_dead())) == hidden).flatten(2).all(-1)
-    assert torch.equal(same, ~two_dead())
+    same = (make_memory("v4.1").fuse(hidden, rows, make_inputs(valid=two_invalid())) == hidden).flatten(2).all(-1)
+    assert torch.equal(same, ~two_invalid())
 
 
 def test_nothing_of_a_dead_position_is_not_a_number():
@@ -306,13 +306,13 @@ def test_nothing_of_a_dead_position_is_not_a_number():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_chunks_equal_the_whole(variant, size):
     memory, (hidden, rows) = make_memory(variant), random_states()
-    sequence_ids, alive = documents([9, 11]), two_dead()
-    whole = memory.fuse(hidden, rows, make_inputs(valid=alive, sequence_ids=sequence_ids))
+    sequence_ids, valid = documents([9, 11]), two_invalid()
+    whole = memory.fuse(hidden, rows, make_inputs(valid=valid, sequence_ids=sequence_ids))
     history, parts = EngramHistory(owner=(), reach=9), []
     for start in range(0, LENGTH, size):
         now = slice(start, start + size)
         inputs = make_inputs(
-            valid=alive[:, now],
+            valid=valid[:, now],
             sequence_ids=sequence_ids[:, now],
             past_sequence_ids=sequence_ids[:, :start],
             history=history,
@@ -331,7 +331,7 @@ def test_chunks_equal_the_whole(variant, size):
 def test_a_long_prompt_is_fused_in_blocks(monkeypatch, variant, block):
     """Without gradients a few tokens at a time, which a hook on the gate does not notice."""
     memory, (hidden, rows) = make_memory(variant), random_states()
-    inputs = make_inputs(valid=two_dead())
+    inputs = make_inputs(valid=two_invalid())
     whole = memory.fuse(hidden, rows, inputs)
     gates, projected = watch_gates(memory), []
     memory.kv_proj.register_forward_hook(lambda module, args, output: projected.append(output.shape[:2].numel()))

@@ -251,14 +251,14 @@ def test_memory_on_a_quantized_backbone(backbone, tmp_path, quantizer):
     )
     projections = {f"model.layers.{layer}.engram.kv_proj" for layer in LAYER_IDS}
     assert not_quantized(model) == {*projections, "lm_head"}
-    model.save_pretrained(tmp_path / "silent")
+    model.save_pretrained(tmp_path / "undescribed")
     assert torch.equal(logits(model), expected)
     for residency in ("resident", "mapped"):
-        loaded = EngramForCausalLM.from_pretrained(tmp_path / "silent", engram_residency=residency)
+        loaded = EngramForCausalLM.from_pretrained(tmp_path / "undescribed", engram_residency=residency)
         assert not_quantized(loaded) == {*projections, "lm_head"}
         # Experts are multiplied in another order where their weights begin at another address.
         torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
-    fresh = EngramForCausalLM.from_pretrained(tmp_path / "silent", engram_residency="mapped")
+    fresh = EngramForCausalLM.from_pretrained(tmp_path / "undescribed", engram_residency="mapped")
     options = {"target_modules": ["q_proj"], "modules_to_save": ["kv_proj", "k_norm"]}
     losses = trained(get_peft_model(fresh, LoraConfig(task_type="CAUSAL_LM", r=4, **options)))
     assert losses[-1] < losses[0]

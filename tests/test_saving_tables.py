@@ -130,19 +130,19 @@ def test_files_that_describe_nothing_are_described_by_the_manifest(saved_tables,
     """As shards of a release may lie beside a model."""
     from test_table_format import METADATA_KEY, edit_header
 
-    shutil.copytree(saved_tables[2], tmp_path / "silent")
+    shutil.copytree(saved_tables[2], tmp_path / "undescribed")
     expected = {layer: table.description for layer, table in read_tables(saved_tables[2]).items()}
-    for path in (tmp_path / "silent").glob("engram-layer-*"):
+    for path in (tmp_path / "undescribed").glob("engram-layer-*"):
         edit_header(path, lambda header: header["__metadata__"].pop(METADATA_KEY))
-    manifest = tmp_path / "silent" / MANIFEST_NAME
+    manifest = tmp_path / "undescribed" / MANIFEST_NAME
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), TABLES_MEMBER: {}}))
-    model = EngramForCausalLM.from_pretrained(tmp_path / "silent", engram_residency="mapped")
-    assert not any(table.description for table in read_tables(tmp_path / "silent").values())
+    model = EngramForCausalLM.from_pretrained(tmp_path / "undescribed", engram_residency="mapped")
+    assert not any(table.description for table in read_tables(tmp_path / "undescribed").values())
     model.save_pretrained(tmp_path / "saved_tables")
     tables = read_tables(tmp_path / "saved_tables")
     assert {layer: table.description for layer, table in tables.items()} == expected
     for path in (tmp_path / "saved_tables").glob("engram-layer-*"):
-        assert path.samefile(tmp_path / "silent" / path.name)
+        assert path.samefile(tmp_path / "undescribed" / path.name)
 
 
 def test_an_upload_refers_to_what_was_saved_before(saved_tables, tmp_path):

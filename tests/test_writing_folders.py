@@ -167,7 +167,7 @@ def test_an_exception_leaves_the_old_files(tmp_path):
 
 @pytest.mark.parametrize("has_links", [True, False])
 @pytest.mark.parametrize("function", ["os.replace", "os.link", "pathlib.Path.unlink", "pathlib.Path.rename"])
-def test_an_exchange_that_is_interrupted_is_carried_to_its_end(tmp_path, monkeypatch, function, has_links):
+def test_an_interrupted_exchange_is_completed(tmp_path, monkeypatch, function, has_links):
     """At each of its steps: before, the folder is the old one, afterwards the new one."""
     if not has_links:
 

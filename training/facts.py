@@ -35,7 +35,7 @@ from .rows_peft import NAME, EngramRowsConfig
 logger = logging.get_logger(f"transformers.{__name__}")
 
 _BATCH = 32
-# Training ends when every token of every target leads every other token by so many nats.
+# Training ends when every token of every target leads every other token by this many nats.
 _SURE = 2.0
 # Below this, a gate lets through next to nothing.
 _SHUT = 0.05

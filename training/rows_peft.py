@@ -224,7 +224,7 @@ def _checked_rows(engram: "EngramModel", layer: int, rows: torch.Tensor) -> torc
 
 
 def describe_memory(engram: "EngramModel", layer: int, rows: int) -> dict[str, Any]:
-    """What an adapter with so many rows of a layer says about the memory it is for, as JSON values."""
+    """The description of the memory that an adapter is for, with the adapter's number of rows in each layer, as JSON values."""
     width = memory_of_layer(engram, layer).table.width
     own = describe_table(engram.hashing, engram.hashing.layer_ids.index(layer), width=width, dtype="F32")
     described = {name: getattr(own, name) for name in (*_OF_THE_HASH, "token_map_sha256", "token_map_ids")}

@@ -95,24 +95,24 @@ def test_table_index_leads_to_the_tables(tiny, converted):
             assert piece["rows"] == [0, len(expected)] and torch.equal(found, expected)
 
 
-def test_carries_what_the_model_does_not_use(checkpoint, tmp_path):
+def test_passes_through_what_the_model_does_not_use(checkpoint, tmp_path):
     """A tensor under a known prefix that no rule has: it is kept as it is, and comes back."""
     shard = checkpoint.shard_of("mtp.0.norm.weight")
     checkpoint.rewrite(shard, lambda tensors: tensors.update({"mtp.0.calibration": ["F32", [2], bytes(range(8))]}))
     checkpoint.edit_index(lambda weights: weights.update({"mtp.0.calibration": shard.name}))
     assert run(checkpoint.folder, tmp_path / "out") == 0
-    carried = tensors_of(tmp_path / "out", "carried-*")
-    assert {name: bytes(tensor.view(torch.uint8)) for name, tensor in carried.items()} == {
+    passed_through = tensors_of(tmp_path / "out", "carried-*")
+    assert {name: bytes(tensor.view(torch.uint8)) for name, tensor in passed_through.items()} == {
         "mtp.0.calibration": bytes(range(8))
     }
 
 
 def test_without_its_text_layers_a_draft_layer_is_carried(tiny, tmp_path):
     assert run(tiny, tmp_path / "out", "--layers", "5") == 0
-    carried, upstream = tensors_of(tmp_path / "out", "carried-*"), tensors_of(tiny)
+    passed_through, upstream = tensors_of(tmp_path / "out", "carried-*"), tensors_of(tiny)
     expected = {name for name in upstream if name.startswith("mtp.")}
-    assert set(carried) == expected and len(expected) == 61
-    assert all(torch.equal(carried[n].view(torch.uint8), upstream[n].view(torch.uint8)) for n in expected)
+    assert set(passed_through) == expected and len(expected) == 61
+    assert all(torch.equal(passed_through[n].view(torch.uint8), upstream[n].view(torch.uint8)) for n in expected)
 
 
 def test_vision_and_drafts_may_be_stored_in_the_other_float(checkpoint, tmp_path):
@@ -278,7 +278,7 @@ REFUSED = {
     "weight without scale": (remove("layers.3.attn.wkv.scale"), "its scale 'layers.3.attn.wkv.scale' is missing"),
     "scale without weight": (remove("layers.3.attn.wkv.weight"), "its weight is missing"),
     "expert without scale": (remove("layers.3.ffn.experts.2.w1.scale"), "is missing"),
-    "carried weight without scale": (remove("mtp.0.main_proj.scale"), "is missing"),
+    "passed-through weight without scale": (remove("mtp.0.main_proj.scale"), "is missing"),
     "table without scale": (remove("layers.1.engram.embed.scale"), "is missing"),
     "missing tensor": (remove("layers.3.attn_norm.weight"), "lacks 'layers.3.attn_norm.weight'"),
     "missing expert": (remove("layers.3.ffn.gate.bias_vl"), "lacks"),
@@ -323,7 +323,7 @@ def test_bad_checkpoints_are_refused_before_anything_is_written(checkpoint, tmp_
 
 
 def test_every_tensor_is_needed(checkpoint, tmp_path, capsys):
-    """A sample of single tensors, each left out in turn."""
+    """A sample of single tensors, of which each is left out once."""
     draw = random.Random(3)
     index = json.loads((checkpoint.folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
     for name in draw.sample([name for name in index if name.startswith("layers.")], 12):

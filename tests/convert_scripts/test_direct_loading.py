@@ -15,7 +15,7 @@ from engram_hf.convert_scripts import convert_deepseek_v41, export_deepseek_v41
 from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
 from engram_hf.convert_scripts.direct_loading import DeepseekV41Config, register, upstream_conversions
 from engram_hf.convert_scripts.safetensors_files import read_checkpoint
-from engram_hf.convert_scripts.tensor_rules import bind
+from engram_hf.convert_scripts.tensor_rules import map_tensors
 
 register()
 
@@ -112,13 +112,13 @@ def test_all_gradients_of_the_whole_model(golden, tiny, tmp_path):
         expected = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
     model(ids, labels=ids, use_cache=False).loss.backward()
     config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
-    places = {part.name: (binding, part) for binding in bind(DEEPSEEK_V41, config) for part in binding.weights}
+    places = {part.name: (mapping, part) for mapping in map_tensors(DEEPSEEK_V41, config) for part in mapping.weights}
     parameters = dict(model.named_parameters())
     for name, gradient in expected.items():
-        binding, part = places[name]
-        ours = parameters[binding.ours].grad
+        mapping, part = places[name]
+        ours = parameters[mapping.ours].grad
         ours = ours if part.expert is None else ours[part.expert]
-        rows = binding.part_shape[0]
+        rows = mapping.part_shape[0]
         error = (ours[part.part * rows : (part.part + 1) * rows] - gradient).abs().max()
         assert error <= 1e-3 * gradient.abs().max(), name
     assert len(expected) == 144
@@ -207,10 +207,10 @@ def test_the_mapping_is_the_table(tiny):
     converters = [item for item in conversions if isinstance(item, WeightConverter)]
     config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
     seen = set()
-    for binding in bind(DEEPSEEK_V41, config):
-        for tensor in binding.weights:
+    for mapping in map_tensors(DEEPSEEK_V41, config):
+        for tensor in mapping.weights:
             renamed, _ = rename_source_key(tensor.name, renamings, converters)
-            assert renamed == binding.ours, tensor.name
+            assert renamed == mapping.ours, tensor.name
             seen.add(tensor.name)
     weights = {name for name in read_checkpoint(tiny).tensors if not name.endswith(".scale")}
     assert seen == weights

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from engram_hf.convert_scripts import convert_deepseek_v41, export_deepseek_v41
 from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
-from engram_hf.convert_scripts.tensor_rules import bind
+from engram_hf.convert_scripts.tensor_rules import map_tensors
 from engram_hf.table_format_engram import draw_primes
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2, "max_new_tokens": 8}
@@ -88,8 +88,8 @@ def write_release(miniature, folder, change):
     (folder / "config.json").write_text(json.dumps(config))
     random = np.random.default_rng(0)
     tensors = {}
-    for binding in bind(DEEPSEEK_V41, config):
-        for tensor in binding.upstream:
+    for mapping in map_tensors(DEEPSEEK_V41, config):
+        for tensor in mapping.upstream:
             count = math.prod(tensor.shape)
             if tensor.dtype in ("BF16", "F32"):
                 values = torch.from_numpy(0.2 * random.standard_normal(count, dtype=np.float32))

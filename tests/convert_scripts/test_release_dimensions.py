@@ -12,7 +12,7 @@ import engram_hf
 from engram_hf import EngramForConditionalGeneration
 from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
 from engram_hf.convert_scripts.deepseek_v41_config import HASHING, to_engram_config
-from engram_hf.convert_scripts.tensor_rules import bind
+from engram_hf.convert_scripts.tensor_rules import map_tensors
 
 # The release's shapes, layer by layer and in its tables.
 RELEASE = {
@@ -97,22 +97,22 @@ def test_the_table_names_what_the_model_holds(release):
     config.draft = True
     with torch.device("meta"):
         state = EngramForConditionalGeneration(config).state_dict()
-    bindings = bind(DEEPSEEK_V41, release)
-    named = {binding.ours for binding in bindings}
-    named |= {binding.ours_scale for binding in bindings if binding.rule.file == "table"}
+    mappings = map_tensors(DEEPSEEK_V41, release)
+    named = {mapping.ours for mapping in mappings}
+    named |= {mapping.ours_scale for mapping in mappings if mapping.rule.file == "table"}
     # Scales of linear weights exist once transformers' quantizer has replaced the modules; the hash is the model's own.
     assert {name for name in state if not name.startswith(f"{HASHING}.")} == named
     assert {name: tuple(state[name].shape) for name in SHAPES} == SHAPES
-    assert all(tuple(state[binding.ours].shape) == binding.shape for binding in bindings)
+    assert all(tuple(state[mapping.ours].shape) == mapping.shape for mapping in mappings)
 
 
 def test_every_name_of_the_release_is_used_once(release):
-    bindings = bind(DEEPSEEK_V41, release)
-    names = [tensor.name for binding in bindings for tensor in binding.upstream]
+    mappings = map_tensors(DEEPSEEK_V41, release)
+    names = [tensor.name for mapping in mappings for tensor in mapping.upstream]
     assert len(names) == len(set(names)) == 96_085  # as many as the release's index has
     sizes = {"BF16": 2, "F32": 4}
     total = sum(
-        math.prod(tensor.shape) * sizes.get(tensor.dtype, 1) for binding in bindings for tensor in binding.upstream
+        math.prod(tensor.shape) * sizes.get(tensor.dtype, 1) for mapping in mappings for tensor in mapping.upstream
     )
     # Its `total_size` is this, if the tower's norms (65 of 1024 channels, whose header was not read) are bfloat16.
     assert total - 65 * 1024 * 2 == 510_286_023_000

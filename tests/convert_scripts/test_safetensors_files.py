@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
 from engram_hf.convert_scripts.safetensors_files import ConversionError, read_checkpoint, read_shard
-from engram_hf.convert_scripts.tensor_rules import bind, check_tensors
+from engram_hf.convert_scripts.tensor_rules import check_tensors, map_tensors
 from engram_hf.safetensors_engram import FileFormatError, header_bytes, read_json
 
 
@@ -17,7 +17,7 @@ def check(folder):
     """What a conversion checks before it writes, without the hash."""
     config = read_json(folder / "config.json")
     checkpoint = read_checkpoint(folder)
-    check_tensors(DEEPSEEK_V41, bind(DEEPSEEK_V41, config), checkpoint.tensors)
+    check_tensors(DEEPSEEK_V41, map_tensors(DEEPSEEK_V41, config), checkpoint.tensors)
     return checkpoint
 
 

@@ -43,7 +43,7 @@ def draw(request) -> random.Random:
 
 @pytest.fixture
 def rounds():
-    """The number of rounds of a trial that has so many in CI."""
+    """The number of rounds of a trial that has `count` of them in CI."""
     return lambda count: count * FACTOR
 
 

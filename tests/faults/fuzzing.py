@@ -358,7 +358,11 @@ def try_apart(kinds: Kinds, seed: int, numbers: range, only: str | None) -> tupl
 
     def run() -> None:
         faulthandler.disable()  # which pytest enables: a crash is told by the parent
-        with open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
             theirs.send(try_files(kinds, seed, numbers, only))
 
     process = context.Process(target=run)

@@ -21,7 +21,7 @@ CASES = [("old files", "mapped"), ("old plain", "mapped"), ("old plain", "reside
 
 
 def interrupted(seconds: float, action: Callable[[], object]) -> bool:
-    """Whether a real signal after so many seconds raised KeyboardInterrupt in `action`, as Ctrl-C does, before it ended."""
+    """Whether a real signal after `seconds` raised KeyboardInterrupt in `action`, as Ctrl-C does, before it ended."""
     ended = False
 
     def interrupt(*_):

@@ -48,7 +48,7 @@ DRY_RUNS = {
 
 
 def needed_shards(release: Path, layers: int = 9) -> set[str]:
-    """Those with a tensor that a conversion of the first `layers` of nine layers converts or carries."""
+    """Those with a tensor that a conversion of the first `layers` of nine layers converts or passes through."""
     weight_map = json.loads((release / INDEX).read_text())["weight_map"]
     found = {key: re.match(r"layers\.(\d+)\.", key) for key in weight_map}
     return {weight_map[key] for key, match in found.items() if match is None or int(match[1]) < layers}

@@ -125,7 +125,7 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 def server_threads() -> list[threading.Thread]:
-    """Threads that keep a process alive; those of the Hub do."""
+    """Threads that keep a process from ending; those of the Hub's client do."""
     return [thread for thread in threading.enumerate() if not thread.daemon]
 
 

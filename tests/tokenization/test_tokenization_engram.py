@@ -394,7 +394,7 @@ def test_python_overrides_are_refused_not_lost(plain, tmp_path):
 
 @pytest.mark.slow
 def test_copies_and_loader_workers(engram, texts):
-    """A spawned worker gets the tokenizer as a collator would carry it there."""
+    """A spawned worker gets the tokenizer as a collator would take it there."""
     copied = copy.deepcopy(engram)
     copied.add_tokens(["<copy only>"])
     assert len(copied.token_map) == len(engram.token_map) + 1

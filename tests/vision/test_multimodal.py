@@ -16,7 +16,7 @@ IMAGE = 1277
 def remember(model, answers, release) -> InjectedMemory:
     """Give the backbone the miniature's memory, for the case `two`."""
     memory = InjectedMemory(model.model.layers, model.config.engram_layer_ids, release)
-    memory.alive = answers["two.vision_token_types"] < 0
+    memory.valid = answers["two.vision_token_types"] < 0
     memory.rows = {layer: answers[f"two.layers.{layer}.engram.rows"] for layer in (1, 4)}
     return memory
 

@@ -130,8 +130,8 @@ BAD_PIXELS = {
 BAD_GRIDS = {
     "floats": (torch.tensor([[8.0, 13.0]]), "integers"),
     "three numbers": (torch.tensor([[1, 8, 13]]), "integers"),
-    "no rows": (torch.tensor([[8, 13], [0, 5]]), "hand on both"),
-    "none": (torch.zeros(0, 2, dtype=torch.long), "hand on both"),
+    "no rows": (torch.tensor([[8, 13], [0, 5]]), "pass both"),
+    "none": (torch.zeros(0, 2, dtype=torch.long), "pass both"),
     "left out": (None, "without `image_grid_hws`"),
 }
 

@@ -18,7 +18,7 @@ GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 on_every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def silenced(model):
+def zeroed(model):
     """The same model whose memory adds nothing."""
     model = copy.deepcopy(model)
     for memory in model.memory_model.memories().values():
@@ -62,7 +62,7 @@ def test_positions_of_images_have_no_memory(kind):
     behind = inputs["input_ids"][:, 8:]
     rows = model.memory_model.prepare_memory(inputs["input_ids"], **told).row_ids[:, :, 8:]
     assert torch.equal(rows, model.memory_model.prepare_memory(behind).row_ids)
-    change = (logits_of(model, inputs) - logits_of(silenced(model), inputs)).abs().amax(-1)
+    change = (logits_of(model, inputs) - logits_of(zeroed(model), inputs)).abs().amax(-1)
     assert change[:, 8:].min() > 1e-4
 
 
@@ -88,7 +88,7 @@ def test_a_cache_and_left_padding_change_nothing(kind):
     for others, settings in ((padded, {"use_cache": False}), (inputs, {})):
         output = model.generate(**others, **GREEDY, **options, **settings)
         torch.testing.assert_close(torch.stack(output.logits), torch.stack(cached.logits), **EXACT)
-    assert not torch.equal(cached.sequences, silenced(model).generate(**padded, **GREEDY))
+    assert not torch.equal(cached.sequences, zeroed(model).generate(**padded, **GREEDY))
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl"])
