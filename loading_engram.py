@@ -176,7 +176,7 @@ class Checkpoint:
                 )
             return None
         if residency == "auto":
-            residency = _settle_auto(sum(table.size for table in tables.values()), *_free_memory(self.kwargs))
+            residency = resolve_auto(sum(table.size for table in tables.values()), *_free_memory(self.kwargs))
         names = {name.rpartition(".")[2] for table in tables.values() for name in table.parts[0].names.values()}
         if (
             manifest is None and residency == "resident" and names <= set(KINDS.values())
@@ -466,14 +466,12 @@ def _device_of(name: str, device_map: dict) -> int | str | torch.device | None:
     return device_map.get(name)
 
 
-def _settle_auto(size: int, free_host: int, free_device: int | None) -> str:
-    """[`choose_residency`], and a message that says so."""
-    choice, free = choose_residency(size, free_host, free_device), free_host if free_device is None else free_device
-    if choice == "resident":
-        logger.info(f"Memory tables of {size / 1e9:.1f} GB are resident: {free / 1e9:.1f} GB are free.")
-    else:
+def resolve_auto(size: int, free_host: int, free_device: int | None) -> str:
+    """[`choose_residency`], with a warning where tables that a user may want to train are no parameters."""
+    choice = choose_residency(size, free_host, free_device)
+    if choice != "resident":
         logger.warning_once(
-            f"Memory tables of {size / 1e9:.1f} GB are {choice}, not parameters: {free / 1e9:.1f} GB are free. They are not "
+            f"Memory tables of {size / 1e9:.1f} GB are {choice}, not parameters: too little memory is free. They are not "
             "trained; pass engram_residency='resident' to hold them in the module."
         )
     return choice

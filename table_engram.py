@@ -15,18 +15,11 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from .safetensors_engram import EngramError
-from .table_format_engram import QUANTIZED_FORMATS, RowFormat
+from .table_format_engram import QUANTIZED_FORMATS, ROW_FORMATS, RowFormat
 
 # Of stored numbers, by their dtype's name in a safetensors file.
-TORCH_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
+TORCH_DTYPES = {name: getattr(torch, form.name) for name, form in ROW_FORMATS.items() if form.packed == 1}
+TORCH_DTYPES |= {"U8": torch.uint8, "F8_E8M0": torch.float8_e8m0fnu}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # The values of the 4-bit floats that have 2 bits of exponent and one of mantissa, by their lower three bits.
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,9 +34,6 @@ try:
     import psutil
 except ImportError:  # it comes with accelerate
     psutil = None
-
-if TYPE_CHECKING:
-    import torch  # only in annotations: whoever looks at tables without a model does not wait for torch
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "engram_tables.json"
@@ -130,23 +127,12 @@ def require_version(version, what: str) -> None:
 
 def is_prime(number: int) -> bool:
     """Whether `number` is prime (deterministic Miller-Rabin, exact below 3.3e24)."""
-    if number < 2:
-        return False
+    if number < 2 or any(number % witness == 0 for witness in _WITNESSES):
+        return number in _WITNESSES
+    twos = ((number - 1) & (1 - number)).bit_length() - 1  # how often two divides `number - 1`
     for witness in _WITNESSES:
-        if number % witness == 0:
-            return number == witness
-    odd, twos = number - 1, 0
-    while odd % 2 == 0:
-        odd, twos = odd // 2, twos + 1
-    for witness in _WITNESSES:
-        power = pow(witness, odd, number)
-        if power in (1, number - 1):
-            continue
-        for _ in range(twos - 1):
-            power = power * power % number
-            if power == number - 1:
-                break
-        else:
+        powers = [pow(witness, (number - 1) >> shift, number) for shift in range(twos, 0, -1)]
+        if powers[0] != 1 and number - 1 not in powers:
             return False
     return True
 
@@ -339,24 +325,20 @@ def _keeps_ids(hasher) -> bool:
     return token_map is not None and token_map[:size].tolist() == list(range(size))
 
 
-def _count_known_ids(token_map: "torch.Tensor | np.ndarray | None") -> int | None:
+def _count_known_ids(token_map) -> int | None:
     """Ids a model's token map covers; behind them, the vocabulary may be padded with ids that no token has."""
     if token_map is None:
         return None
-    known = np.flatnonzero(_as_array(token_map) >= 0)
+    known = np.flatnonzero(np.array(token_map.tolist()) >= 0)
     return int(known[-1]) + 1 if known.size else 0
 
 
-def token_map_digest(token_map: "torch.Tensor | np.ndarray") -> str:
-    """SHA-256 of a token map `[ids]` as little-endian int32, in hex."""
-    return hashlib.sha256(_as_array(token_map).astype("<i4").tobytes()).hexdigest()
+def token_map_digest(token_map) -> str:
+    """SHA-256 of a token map `[ids]`, a tensor or an array, as little-endian int32, in hex."""
+    return hashlib.sha256(np.array(token_map.tolist(), dtype="<i4").tobytes()).hexdigest()
 
 
-def _as_array(token_map: "torch.Tensor | np.ndarray") -> np.ndarray:
-    return token_map if isinstance(token_map, np.ndarray) else token_map.cpu().numpy()
-
-
-def covers_token_map(described: TableDescription, token_map: "torch.Tensor | np.ndarray") -> bool:
+def covers_token_map(described: TableDescription, token_map) -> bool:
     """Whether a token map `[ids]` begins with the one that a table was written for."""
     covered = token_map[: described.token_map_ids]
     return len(covered) == described.token_map_ids and token_map_digest(covered) == described.token_map_sha256
