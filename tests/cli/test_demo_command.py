@@ -3,8 +3,10 @@
 import errno
 import os
 import shutil
+import site
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,31 @@ def test_it_answers_where_nothing_of_ours_is_installed(saved):
     script = [sys.executable, str(ROOT / "examples" / "continue_text.py"), str(saved), PROMPT, "--tokens", "4"]
     done = subprocess.run(script, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.startswith(PROMPT)
+
+
+@pytest.mark.slow
+def test_a_wheel_in_a_fresh_environment_has_the_demo(tmp_path):
+    """The wheel is built and installed; its dependencies are those of this environment, which has no package index to ask."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=_left_out_of_a_wheel)
+    wheels = ["wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run([*pip, *wheels], check=True, timeout=300)
+    venv.create(tmp_path / "environment", with_pip=False, symlinks=True)
+    (packages,) = (tmp_path / "environment" / "lib").glob("python*/site-packages")
+    (wheel,) = tmp_path.glob("engram_hf-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(packages), str(wheel)], check=True)
+    # A path in a .pth file is searched after the wheel's own, and .pth files in it, as of an editable install, are not read.
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
+    engram = [str(tmp_path / "environment" / "bin" / "python"), "-P", "-m", "engram_cli"]
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for words in (["demo", "demo"], ["check", "demo"]):
+        done = subprocess.run([*engram, *words], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("demo: all well\n")
+    where = [engram[0], "-P", "-c", "import engram_cli; print(engram_cli.__file__)"]
+    assert str(packages) in subprocess.run(where, env=clean, capture_output=True, text=True, check=True).stdout
+
+
+def _left_out_of_a_wheel(folder: str, names: list[str]) -> set[str]:
+    """What lies in a checkout beside the sources, such as environments."""
+    return {name for name in names if name.startswith(".") or name in ("build", "dist", "out", "tests", "__pycache__")}
