@@ -84,7 +84,7 @@ def config_for_backbone(
         )
     whole = text_config.backbone if isinstance(text_config, EngramConfig) else text_config
     text_config = whole.get_text_config(decoder=True)
-    # Of older encoder-decoders, that is a copy without the encoder.
+    # For older encoder-decoders, transformers returns a copy without the encoder.
     is_composite = text_config is not whole and getattr(whole, "text_config", None) is text_config
     engram_fields |= {"backbone_config": whole} if is_composite else {"text_config": text_config}
     fields = {**VARIANTS[variant], "engram_layer_ids": list(map(int, layer_ids)), **engram_fields}
@@ -93,7 +93,7 @@ def config_for_backbone(
         fields.setdefault("engram_compressed_vocab_size", _compressed_size(tokenizer, text_config))
     fields.setdefault("engram_pad_token_id", _first_id(tokenizer, text_config))
     if rows is not None or memory_fraction is not None:
-        # With any size first: every other field is checked before the size is searched for.
+        # The first config has an arbitrary size, so that every other field is checked before the search for the size.
         smallest = config_class(**{**fields, "engram_vocab_size": 1})
         fields["engram_vocab_size"] = find_buckets(smallest, rows, memory_fraction)
     return config_class(**fields)

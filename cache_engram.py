@@ -17,7 +17,7 @@ from .safetensors_engram import EngramError
 # Convolution inputs kept beyond what the next token needs: this many positions can be cropped away at any time, as a
 # DynamicCache of most backbones allows, without holding `[B, S, G, D]` for a whole text.
 SPARE_POSITIONS = 64
-# In the log of past positions: one that was padding, which look-backs skip.
+# Marks a padding position in the log of past positions; look-backs skip it.
 _PADDING = -2
 
 

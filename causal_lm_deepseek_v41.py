@@ -82,7 +82,7 @@ class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausal
                 "This model was not loaded from a folder; say where its draft layers are: load_drafts(folder)."
             )
         if folder == self.name_or_path:
-            # Of the revision that this model is of, and with its code if that was trusted.
+            # The draft layers come from the revision of this model, with its code if that was trusted.
             kwargs = {**self.location, "trust_remote_code": __name__.startswith("transformers_modules."), **kwargs}
         # As it is stored; this model's own config no longer says so where its weights were dequantized.
         names = ("token", "trust_remote_code", *_LOCATION)

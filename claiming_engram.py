@@ -126,7 +126,7 @@ class FolderClaim:
 
 
 def _unwritable(folder: Path, error: OSError) -> OSError:
-    """The same error with what to do, if that is known."""
+    """The same error, which says what to do about it if that is known."""
     if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
         return error
     return OSError(error.errno, f"{folder} cannot be written ({error.strerror}); choose a folder that is writable")

@@ -49,7 +49,7 @@ def remote_module(model_type: str) -> str | None:
     return _ENTRY_MODULES.get(model_type)
 
 
-# What the outer config says of itself. Every other attribute is the backbone's, and lives in `text_config` alone.
+# Attributes of the outer config itself. Every other attribute is the backbone's, and is stored in `text_config` alone.
 _OWN = {
     "text_config",
     "backbone",
@@ -86,7 +86,7 @@ _OF_EVERY_CONFIG = {
     "base_model_pp_plan",
     "base_model_tp_plan",
     "per_layer_config",
-    # Of mixins, such as what rotary embeddings ask for.
+    # Attributes of mixins, such as those that rotary embeddings ask for.
     *(
         name
         for mixin in PreTrainedConfig.__mro__[1:-1]

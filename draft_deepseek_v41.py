@@ -26,7 +26,7 @@ from .modeling_deepseek_v41 import (
 )
 from .safetensors_engram import EngramError
 
-# Of the text model's config: what describes the draft layers.
+# The fields of the text model's config that describe the draft layers.
 DRAFT_FIELDS = (
     "num_nextn_predict_layers",
     "dspark_block_size",

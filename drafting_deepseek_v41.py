@@ -31,7 +31,7 @@ class DraftReport:
 
     @property
     def acceptance(self) -> list[float]:
-        """By position in the block, the share of rounds that drafted so far in which the draft was accepted."""
+        """The share of accepted drafts by position in the block, among the rounds that drafted up to there."""
         longest = max((drafted for drafted, _ in self.rounds), default=0)
         reached = [
             [accepted > place for drafted, accepted in self.rounds if drafted > place] for place in range(longest)

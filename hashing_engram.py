@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .safetensors_engram import EngramError
 from .table_format_engram import draw_multipliers, draw_primes
 
-# Below its own loggers, so that the verbosity that is set for transformers holds here, too.
+# The logger is a child of transformers', so that the verbosity that is set for transformers applies here, too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 # A position without a compressed id: padding, an image span, an unknown token, or before the start of the sequence.

@@ -255,7 +255,7 @@ def flatten_images(images) -> list:
 
 
 def load_image(image) -> "Image.Image":
-    """One Pillow image of a Pillow image, array, tensor, file name, `file:` or `data:` URL."""
+    """Make a Pillow image from a Pillow image, array, tensor, file name, `file:` or `data:` URL."""
     if isinstance(image, (str, Path)):
         image = _open_image(str(image))
     elif isinstance(image, (np.ndarray, torch.Tensor)):
@@ -306,7 +306,7 @@ def _decode_data_url(url: str) -> bytes:
 
 
 def _image_of_array(array: np.ndarray | torch.Tensor) -> "Image.Image":
-    """Of bytes `[height, width]`, or `[height, width, C]` or `[C, height, width]` with C 1, 3 or 4."""
+    """Make a Pillow image from bytes `[height, width]`, or `[height, width, C]` or `[C, height, width]` with C 1, 3 or 4."""
     array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
     if array.dtype != np.uint8:
         raise EngramError(

@@ -51,7 +51,7 @@ class Carrier:
         self.inputs, self.was_needed = inputs, False
 
 
-# Of the innermost forward that runs in this thread.
+# The inputs of the innermost forward that runs in this thread.
 CARRIER: ContextVar[Carrier | None] = ContextVar("what layers with memory read", default=None)
 BESIDE: ContextVar[dict[str, Any] | None] = ContextVar(
     "arguments for the base model that its head does not know", default=None

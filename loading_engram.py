@@ -51,12 +51,12 @@ from .table_format_engram import (
     tables_in_checkpoint,
 )
 
-# Below the loggers of transformers, so that the verbosity that is set for those holds here, too.
+# The logger is a child of transformers', so that the verbosity that is set for transformers applies here, too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 _IS_HASH = re.compile(r"\bhashing\.(?:token_map|multipliers|primes)$")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Of a file in the Hub's cache, whose layout is documented.
+# The commit in the path of a file in the Hub's cache, whose layout is documented.
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 _ORIGIN = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder", "local_files_only")
 RESIDENCIES = ("auto", "resident", "mapped", "pinned")
@@ -512,7 +512,7 @@ def gpus_of(device_map, count: int, current: int) -> set[int]:
 
 
 def renamings_of_version(format_version: int) -> list[WeightRenaming]:
-    """From the names of tensors in a checkpoint of an earlier format to today's."""
+    """Renamings from the tensor names of an earlier format to the current ones."""
     # Version 1 kept the backbone in a submodule of that name.
     return [WeightRenaming(r"^model\.backbone\.", "model.")] if format_version == 1 else []
 

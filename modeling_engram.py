@@ -295,7 +295,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         # Under the names of the modules: `Trainer` resumes by `load_state_dict`, and would silently skip experts that had
         # been split and renamed as the backbone's own hub layout has them (transformers issue 48805).
         kwargs.setdefault("save_original_format", False)
-        # Of a sharded model every process calls this; only the first one writes, unless all write a part each.
+        # Every process of a sharded model calls this; only the first one writes, unless each writes a part.
         writes = self.should_save_on_this_rank(is_main_process) and not os.path.isfile(save_directory)
         if not writes or self._saves_adapter() or kwargs.get("distributed_checkpoint"):
             return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
@@ -339,7 +339,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         }
 
     def _saves_adapter(self) -> bool:
-        # Of a model with adapters that transformers added, it saves those alone.
+        # For a model with adapters that transformers added, transformers saves the adapters alone.
         return getattr(self, "_hf_peft_config_loaded", False)
 
 
@@ -380,7 +380,7 @@ class EngramModel(EngramPreTrainedModel):
         cls, config: EngramConfig, backbone: PreTrainedModel | None = None, engram_tables: FoundTables | None = None
     ) -> PreTrainedModel:
         if backbone is None:
-            # In the dtype that the caller builds this model in, as a backbone that is built by itself.
+            # The memory gets the dtype that the caller builds this model in, as the backbone does.
             backbone = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         require_extensible(backbone)
         cls.require_decoder(backbone, config)

@@ -124,7 +124,7 @@ class MappedRows:
 
     @property
     def digests(self) -> dict[Path, bytes]:
-        """Of samples of each file, which another file would not have."""
+        """A digest of samples of each file, which another file would not have."""
         return {path: opened.digest for path, opened in self._maps.items()}
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -210,7 +210,7 @@ class PinnedRows(MappedRows):
                 "engram_residency='pinned' keeps tables in page-locked memory for a GPU, but there is none; use 'mapped'."
             )
         self.readers: dict[torch.device, RowBytes | None] = {}
-        # On the CPU, whatever the default: transformers builds models with "meta" as that.
+        # The CPU is named because transformers builds models with "meta" as the default device.
         tables = [torch.empty((self.num_rows, size), dtype=torch.uint8, device="cpu") for size in self.row_bytes]
         for table in tables:
             _lock_pages(self, table)
@@ -297,7 +297,7 @@ class FileMap:
 
     @property
     def descriptor(self) -> int:
-        """Of the open file."""
+        """The descriptor of the open file."""
         return self._descriptor
 
     def _peek(self, offset: int, size: int) -> bytes:
@@ -392,7 +392,7 @@ def _lock_pages(owner: PinnedRows, memory: torch.Tensor) -> None:
 
 
 def _forget_error() -> None:
-    """CUDA keeps an error for whoever asks next, and that should not be somebody else's kernel."""
+    """Clear CUDA's last error, which the next kernel of another library would report otherwise."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")
 

@@ -34,7 +34,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
 # What an error may quote of a hostile file.
 _MAX_MESSAGE = 1000
-# Of all dtypes that safetensors knows.
+# Bits of a number, for all dtypes of safetensors.
 ITEM_BITS = {
     "F4": 4,
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -109,7 +109,7 @@ def system_error(error: OSError, path: str | os.PathLike, doing: str, advice: st
 
 @contextlib.contextmanager
 def reading(path: Path, advice: str = "fetch the missing file") -> Iterator[None]:
-    """Says of an error that reading `path` meets what can be done about it.
+    """Explain what can be done about an error that occurs while `path` is read.
 
     Args:
         advice: for a file that is not there.
@@ -617,7 +617,7 @@ def lock_file(file: int) -> bool | None:
 
 @contextlib.contextmanager
 def _explained(path: Path, size: int) -> Iterator[None]:
-    """Says of errors that writing `size` bytes to `path` meets what can be done about them; their kind stays the same."""
+    """Explain what can be done about errors that occur while `size` bytes are written to `path`; their class stays the same."""
     try:
         yield
     except OSError as error:

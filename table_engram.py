@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .safetensors_engram import EngramError
 from .table_format_engram import QUANTIZED_FORMATS, ROW_FORMATS, RowFormat
 
-# Of stored numbers, by their dtype's name in a safetensors file.
+# The torch dtype of stored numbers, by its name in a safetensors file.
 TORCH_DTYPES = {name: getattr(torch, form.name) for name, form in ROW_FORMATS.items() if form.packed == 1}
 TORCH_DTYPES |= {"U8": torch.uint8, "F8_E8M0": torch.float8_e8m0fnu}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -209,7 +209,7 @@ def require_format(table_dtype: str, width: int) -> RowFormat:
 
 def apply_global_scale(scale: torch.Tensor | None, global_scale: torch.Tensor | None) -> torch.Tensor | None:
     """Scales, divided in float32 by that of the whole table `[1]` if there is one."""
-    # By a tensor: a GPU multiplies by the reciprocal of a number.
+    # The divisor is a tensor, because a GPU multiplies by the reciprocal of a Python number.
     return scale if global_scale is None else scale.to(torch.float32) / global_scale.to(scale.device)
 
 

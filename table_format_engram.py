@@ -366,7 +366,7 @@ def parse_description(members: dict, what: str) -> TableDescription:
 
 
 def _description_rules(d: dict) -> Iterator[tuple[bool, str, str]]:
-    """Whether a member is as the others ask for, its name, and what it is to be; each relies on those before."""
+    """For each member: whether it is valid, its name, and what is expected. Each rule relies on those before it."""
     for name in ("layer", "width", "pad_id", "vocab_size"):
         yield are_counts([d[name]]), name, "a count"
     yield isinstance(d["dtype"], str) and d["dtype"] in ROW_FORMATS, "dtype", f"one of {', '.join(ROW_FORMATS)}"
@@ -412,17 +412,17 @@ class TablePart:
 
     @property
     def weight(self) -> TensorSpan:
-        """Of the rows."""
+        """The span of the rows."""
         return self.spans["weight"]
 
     @property
     def scale(self) -> TensorSpan | None:
-        """Of their scales."""
+        """The span of their scales."""
         return self.spans.get("scale")
 
     @property
     def row_spans(self) -> dict[str, TensorSpan]:
-        """Those of `spans` that have something for every row."""
+        """The spans that have an entry for every row."""
         return {kind: self.spans[kind] for kind in ("weight", "scale") if kind in self.spans}
 
     @property
@@ -460,7 +460,7 @@ class StoredTable:
 
     @property
     def dtype(self) -> str:
-        """Of the rows, a key of `ROW_FORMATS`."""
+        """The dtype of the rows, a key of `ROW_FORMATS`."""
         return self.parts[0].dtype
 
     @property
@@ -718,7 +718,7 @@ def require_disjoint(parts: Sequence[TablePart]) -> None:
     Raises:
         TableFormatError: names the tensors.
     """
-    # By inode: a file may be there under several names.
+    # Files are compared by inode, since one may have several names.
     spans = [(part.file.stamp[:2], span.offset, span) for part in parts for span in part.spans.values()]
     spans.sort(key=lambda entry: entry[:2])
     for (file, start, span), (other_file, other_start, other) in pairwise(spans):
@@ -783,7 +783,7 @@ def choose_residency(size: int, free_host: int, free_device: int | None) -> str:
     return "mapped" if free_device is None or size > _PINNED_SHARE * free_host else "pinned"
 
 
-# Of both versions of control groups: the limit, what is used, and the counts that say what of it would be given back.
+# For both versions of control groups: the limit, the memory in use, and the counts that say how much of it is reclaimable.
 _GROUP_FILES = [
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),

@@ -78,7 +78,7 @@ class TableWriter(FileWriter):
 
 
 class ResumableTableWriter(TableWriter):
-    """Writes one table file in place, so that whoever is killed can go on with it.
+    """Writes one table file in place, so that a process can continue after a kill.
 
     Args:
         goes_on: whether what is there is kept.
@@ -320,7 +320,7 @@ def _quantized(description: TableDescription, table_dtype: str) -> TableDescript
 
 
 def _bits(row_format: RowFormat) -> float:
-    """Of a channel, without scales."""
+    """Bits of a channel, without scales."""
     return ITEM_BITS[row_format.dtype] / row_format.packed
 
 
@@ -381,7 +381,7 @@ def _by_least_squares(rows: torch.Tensor, largest: torch.Tensor, bits: int) -> t
         scale = torch.maximum(scale, largest * (_LEAST_REACH / (half - 0.5)))
     levels = _levels_below(rows, scale, half).add_(0.5)
     scale = (torch.linalg.vecdot(rows, levels) / torch.linalg.vecdot(levels, levels)).unsqueeze(-1).to(torch.bfloat16)
-    # By way of int8, which floats are converted to several times as fast as to uint8.
+    # Floats are converted to int8 several times as fast as to uint8.
     codes = _levels_below(rows, scale.float(), half).to(torch.int8).add_(half)
     return pack(codes.view(torch.uint8), bits), scale
 
@@ -420,5 +420,5 @@ def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
     torch.minimum(codes, magnitudes.round().add_(2), out=codes)
     torch.minimum(codes, magnitudes.mul_(0.5).round_().add_(4), out=codes).clamp_max_(7)
     signs = values.contiguous().view(torch.int32).bitwise_right_shift(28).to(torch.int8).bitwise_and_(8)
-    # By way of int8, which floats are converted to several times as fast as to uint8.
+    # Floats are converted to int8 several times as fast as to uint8.
     return codes.to(torch.int8).bitwise_or_(signs).view(torch.uint8)

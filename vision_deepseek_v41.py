@@ -240,7 +240,7 @@ class DeepseekV41VisionModel(DeepseekV41VisionPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines `[N, head_dim / 2]` in float32: a patch's row angles, then its column angles."""
         pairs = self.config.hidden_size // self.config.num_attention_heads // 4  # of each axis
-        # Of the images' exact places, so in float32 whatever the model's dtype.
+        # Positions are exact places in the images, so they are float32 whatever the model's dtype.
         exponents = torch.arange(pairs, device=device, dtype=torch.float32) / pairs
         frequencies = self.config.rope_theta**-exponents
         angles = []

@@ -54,7 +54,7 @@ class Measurement:
     """Plain data that a measurement found."""
 
     def to_json(self) -> str:
-        """All of it, as one JSON document."""
+        """The result as one JSON document."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
 

@@ -37,7 +37,7 @@ class Ngram:
 
 @dataclass
 class TokenReading:
-    """One token.
+    """What one token reads, and what memory changes there.
 
     Args:
         text, token_id, compressed: the token, its id, and the compressed id that is hashed (-1: none).

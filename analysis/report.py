@@ -1,4 +1,4 @@
-"""All measurements of one model, as a page and as data."""
+"""A report has all measurements of one model, as a page and as data."""
 
 import json
 from collections.abc import Callable
@@ -69,11 +69,11 @@ class Report:
         self._parts.append({"title": "Effective depth", "text": _DEPTH, "figure": draw_depths(depths), "table": None})
 
     def page(self) -> str:
-        """One HTML document."""
+        """The report as one HTML document."""
         return report_page(self.title, self.facts, self._parts)
 
     def to_json(self) -> str:
-        """All numbers, as one JSON document."""
+        """The numbers of the report as one JSON document."""
         return json.dumps({"model": self.title, **self.facts, **self.data}, indent=2, ensure_ascii=False)
 
 

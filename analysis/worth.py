@@ -158,7 +158,7 @@ def _conditions(engram: "EngramModel", means: dict[int, torch.Tensor], seed: int
 
 @torch.no_grad()
 def _mean_rows(engram: "EngramModel", windows: Windows, batch: int) -> dict[int, torch.Tensor]:
-    """By position of the layer, the mean `[T * W]` of what each head reads in a corpus."""
+    """The mean `[T * W]` of the rows that the heads read in a corpus, by the position of the layer."""
     sums: dict[int, torch.Tensor] = {}
     positions = 0
     for inputs in windows.batches(batch):

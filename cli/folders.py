@@ -186,7 +186,7 @@ def _read_hash(folder: Path, config: Any) -> StoredHash:
 
 
 def _load_hash(folder: Path, config: "EngramConfig", spans: "dict[str, TensorSpan]") -> StoredHash:
-    """The same by the module that has it in a model: it knows casts of these tensors, and says what is wrong with them.
+    """The stored hash as the model's own module loads it: it reverses casts of these tensors, or says what is wrong with them.
 
     Raises:
         ValueError: tensors are missing or do not belong to the config.

@@ -1,4 +1,4 @@
-"""`engram inspect` and `engram card`: what a folder holds, from its config and file headers alone."""
+"""`engram inspect` and `engram card` describe a folder from its config and file headers alone."""
 
 import argparse
 import ctypes
@@ -123,7 +123,7 @@ def _read_results(name: str | None) -> list[Any]:
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """Facts about a model folder or table folder, as JSON values; the tables last.
+    """Describe a model folder or table folder as JSON values, with the tables last.
 
     Raises:
         ValueError: it is neither, or something in it is broken.
@@ -132,11 +132,11 @@ def describe_folder(folder: Path) -> dict[str, Any]:
 
     tables = read_stored_tables(folder)
     in_tables = sum(table.size for table in tables.values())
-    facts: dict[str, Any] = {"folder": str(folder)}
+    found: dict[str, Any] = {"folder": str(folder)}
     if is_model(folder):
-        facts |= _describe_model(folder, in_tables)
+        found |= _describe_model(folder, in_tables)
     return {
-        **facts,
+        **found,
         "table_bytes": in_tables,
         "residency": {"auto": choose_residency(in_tables, free_host_memory(), None), "options": _residencies()},
         "tables": [
@@ -177,7 +177,7 @@ def _tensor_names(folder: Path) -> set[str]:
 
 
 def _parts(text: Any, names: Iterable[str]) -> list[str]:
-    """What a model with this backbone config reads or does, as far as the tensors `names` are there for it."""
+    """What a model with this backbone config reads or does, as far as the folder has the tensors for it."""
     vision = getattr(text, "vision_config", None)
     expected = {
         "images": (_VISION, getattr(vision, "num_hidden_layers", 0)),

@@ -34,7 +34,7 @@ class _PrintVersion(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All commands and their arguments."""
+    """The parser of all commands and their arguments."""
     parser = argparse.ArgumentParser(
         prog="engram",
         description="Look at, check and convert language models with Engram memory.",

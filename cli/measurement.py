@@ -116,5 +116,5 @@ def compare(before: "EngramForCausalLM", after: "EngramForCausalLM", blocks: "to
 
 
 def _log_probabilities(model: "EngramForCausalLM", ids: "torch.Tensor", **options: Any) -> "torch.Tensor":
-    """Of each next token, float32 `[n * (S - 1), V]`."""
+    """Log-probabilities for each next token, float32 `[n * (S - 1), V]`."""
     return model(input_ids=ids, use_cache=False, **options).logits[:, :-1].flatten(0, 1).float().log_softmax(-1)

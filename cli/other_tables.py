@@ -1,4 +1,4 @@
-"""What `engram inspect` says of models of other projects: their id-addressed tables, by the names and headers of their files."""
+"""Descriptions for `engram inspect` of the id-addressed tables of other projects' models, from names and headers of files."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ class _Tensor(NamedTuple):
 
 
 def describe_folder_of_others(folder: Path) -> dict[str, Any] | None:
-    """Facts about the id-addressed tables of a model of another project; None if it has none that is known.
+    """Describe the id-addressed tables of a model of another project; None if it has no table of a known kind.
 
     Raises:
         ValueError: a file is damaged.
@@ -34,7 +34,7 @@ def describe_folder_of_others(folder: Path) -> dict[str, Any] | None:
 
 
 def describe_repository(name: str) -> dict[str, Any]:
-    """The same of a Hub repository, of which only the config and the headers of its files are fetched.
+    """Describe the tables of a Hub repository, of which only the config and the headers of its files are downloaded.
 
     Raises:
         ValueError: the Hub does not give it, or it has no table of a kind that is known.

@@ -36,9 +36,9 @@ DTYPES = {
     "int2": "4 levels and a scale per row, by least squares",
     "nvfp4": "4-bit floats with a float8 scale per 16 channels, as compressed-tensors has them",
 }
-# Where tables grow inside the target, so that whoever is killed can go on with them.
+# Tables grow in this folder inside the target, so that a command that was killed can continue with them.
 WORK_NAME = ".engram-quantize"
-# Says of every file of a conversion what it was made of, which is no longer so.
+# This manifest says what every file of a conversion was made of, which is no longer true.
 CONVERSION_RECORD = "conversion_manifest.json"
 
 
@@ -286,7 +286,7 @@ def _index_without(path: Path, moved: "Mapping[Path, Mapping[str, TensorSpan]]")
 
 
 def _copy_documents(folder: Path, target: Path, left_out: Path) -> None:
-    """Copy what is neither weights nor written anew: tokenizer, code, templates, model card, licence."""
+    """Copy the files that are neither weights nor rewritten: tokenizer, code, templates, model card, licence."""
     from engram_hf.table_format_engram import MANIFEST_NAME
 
     written = {"config.json", MANIFEST_NAME, CONVERSION_RECORD}
@@ -314,7 +314,7 @@ def _renew_code(target: Path) -> None:
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
-    """All files below `folder`, but for hidden ones and a trainer's checkpoints, which are models of their own."""
+    """All files below `folder` except hidden ones and the checkpoints of a trainer, which are models of their own."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if path.is_file() and not any(part.startswith((".", "checkpoint-")) for part in parts):

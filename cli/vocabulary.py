@@ -52,7 +52,7 @@ def _summarize(name: str, examples: int) -> "CompressionSummary":
 
 
 def _summarize_plain(folder: Path, examples: int) -> "CompressionSummary | None":
-    """The same without transformers; None where that would load anything else than the folder's tokenizer.json as it is."""
+    """The summary of a folder's tokenizer.json; None if transformers would load anything else than this file as it is."""
     from engram_hf.safetensors_engram import FileFormatError, read_json
 
     try:
@@ -60,7 +60,7 @@ def _summarize_plain(folder: Path, examples: int) -> "CompressionSummary | None"
         tokens = {entry["content"]: entry["id"] for entry in read_json(folder / "tokenizer.json")["added_tokens"]}
     except (FileFormatError, OSError, KeyError, TypeError):
         return None
-    # Other classes build the tokenizer anew from its vocabulary, and named tokens that are not there are added.
+    # Other classes rebuild the tokenizer from its vocabulary, and transformers adds named tokens that are missing.
     declared = config.get("tokenizer_class")
     if declared not in (_OURS, *_GENERIC_CLASSES) or not _named_tokens(config) <= tokens.keys():
         return None

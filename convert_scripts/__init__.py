@@ -1,1 +1,1 @@
-"""Checkpoints of other layouts to ours and back: a script a direction, a table of tensor rules, one streaming engine."""
+"""Conversion of checkpoints to this package's layout and back: one script for each direction, tables of tensor rules, one streaming engine."""

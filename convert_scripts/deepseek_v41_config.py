@@ -48,7 +48,7 @@ _ENGRAM_FIELDS = (
 )
 
 
-# What the release says of its tower.
+# Fields of the release's vision tower.
 _VISION_FIELDS = (
     "model_type",
     "num_hidden_layers",
@@ -72,7 +72,7 @@ _TOP_FIELDS = (
 _TEXT_FIELDS = ("rope_scaling", "torch_dtype")
 _FIXED = {"topk_method": "noaux_tc", "tie_word_embeddings": False}
 
-# Of DeepSeek-V4.1's config: the ratios go on with those of draft layers; sources are named by their layer.
+# In DeepSeek-V4.1's config, the ratios of draft layers follow those of the decoder; sources are named by their layer.
 _RATIOS = "compress_ratios"
 _SOURCES, _LAST_SOURCE = ("kv_source_layer_ids", "index_source_layer_ids"), "candidate_source_layer_id"
 
@@ -140,7 +140,7 @@ def first_layers(config: Mapping, count: int) -> dict:
 
 
 def _first_layers_of(fields: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Those fields of a backbone's config that are others when it has only its first `count` layers.
+    """The fields of a backbone's config that change when it keeps only its first `count` layers.
 
     Args:
         fields: of the backbone with all its layers, by name.

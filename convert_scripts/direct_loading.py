@@ -164,7 +164,7 @@ def _table_conversions() -> list[LoadingConverter]:
 def _full_precision_conversion(layout: Layout) -> LoadingConverter:
     """What the release keeps in full precision: the FP8 quantizer would pass it through in the file's dtype, not the model's."""
     kept = [_leaf(rule) for rule in layout.rules if rule.storage.block is None and not _is_of_the_tower(rule)]
-    # By their whole names: below a layer they are called like the parameters of other backbones.
+    # Whole names are needed: below a layer, parameters are called like those of other backbones.
     kept += [rule.ours.removeprefix("model.") for rule in layout.rules if _is_of_the_tower(rule)]
     names = "|".join(
         re.escape(name).replace(re.escape("{layer}"), r"\d+")
@@ -260,7 +260,7 @@ class _OfTheRelease:
             )
         location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
         model.set_token_map(EngramTokenizer.from_pretrained(checkpoint.name_or_path, **location))
-        # From here on nothing tells it from a converted one, and it is saved as one.
+        # Nothing distinguishes the model from a converted one from here on, so it is saved as one.
         ordinary = next(base for base in cls.__mro__ if base in (EngramForCausalLM, EngramForConditionalGeneration))
         model.__class__, model.config.__class__ = ordinary.extending(model._extends[1]), EngramConfig
         model.model.settle_memory()

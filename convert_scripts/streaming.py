@@ -1,9 +1,9 @@
-"""One engine under every conversion: output files are byte recipes, streamed, checked, resumable.
+"""The engine of every conversion: it writes output files from byte recipes, streamed, checked and resumable.
 
 An `OutputFile` is a list of parts in the order of their bytes: ranges copied from source files, literal bytes, and computed
 bytes (dequantization) produced chunk by chunk. Nothing ever holds a whole tensor. A file is written as `NAME.part`, synced,
-and renamed; only then its size and checksum go into a journal. Whoever is killed and started again keeps the journalled files
-and writes the others anew, so the result does not depend on where it stopped. The manifest, written last, replaces the journal.
+and renamed; only then its size and checksum go into a journal. A conversion that was killed and is started again keeps
+the journalled files and rewrites the others, so the result does not depend on where it stopped. The manifest, written last, replaces the journal.
 
 Checksums are CRC-32: they find damage, not malice, and cost a fraction of the copying. (SHA-256 was measured to halve the throughput
 on a machine with two busy cores.)

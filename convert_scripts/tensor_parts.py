@@ -81,7 +81,7 @@ def _row_chunks(shape: tuple[int, ...], multiple: int) -> Iterator[tuple[int, in
 
 
 def _flat(span: TensorSpan) -> TensorSpan:
-    """The same bytes as a matrix of one column, so that vectors and scalars are cut like matrices."""
+    """The span as a matrix of one column, so that vectors and scalars are cut like matrices."""
     return TensorSpan(span.path, span.name, span.dtype, (math.prod(span.shape), 1), span.offset)
 
 

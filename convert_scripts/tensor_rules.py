@@ -1,8 +1,8 @@
 """Tensor rules: one declarative table that import, export, verification and direct loading all read.
 
 A `Rule` says which upstream tensors make one of ours, on which layers it exists, how wide it is in terms of the config, and
-how the release stores it. A `Layout` is a table of rules with the dimensions they speak of; another upstream layout is another
-`Layout`, the code here does not change. `map_tensors` fills the placeholders in for one config; what it returns, `TensorMapping`s, lists
+how the release stores it. A `Layout` is a table of rules with the dimensions that they name. Another upstream layout is another
+`Layout`; the code here does not change. `map_tensors` fills the placeholders in for one config; what it returns, `TensorMapping`s, lists
 every tensor that must exist, with dtype and shape.
 
 Placeholders in names: `{layer}`; for experts which we keep stacked in one tensor, `{expert}`; upstream, for what the last draft
@@ -89,7 +89,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamTensor:
-    """One upstream tensor as the table expects it: of ours, the `part`-th of equal runs of rows, after `expert` is chosen."""
+    """An upstream tensor as the table expects it. It is the `part`-th of equal runs of rows of our tensor, after `expert` is chosen."""
 
     name: str
     dtype: str

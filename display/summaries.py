@@ -10,7 +10,7 @@ from ..tokenization import EngramTokenizer
 
 
 class TableSummary(NamedTuple):
-    """One table: rows of `width` numbers, and the bytes that they take where they are."""
+    """The size of one table: its rows of `width` numbers, and the bytes that they take where they are stored."""
 
     layer: int
     rows: int
@@ -59,7 +59,7 @@ def print_memory_summary(model: EngramPreTrainedModel) -> None:
 
 
 def _totals(model: EngramPreTrainedModel) -> str:
-    """One sentence of the numbers in tables, in the rest of memory and in the backbone."""
+    """A sentence with the counts of numbers in tables, in the rest of the memory and in the backbone."""
     memories = model.memory_model.memories().values()
     in_tables = sum(memory.table.num_rows * memory.table.width for memory in memories)
     tables = {id(parameter) for memory in memories for parameter in memory.table.parameters()}
@@ -75,7 +75,7 @@ def _totals(model: EngramPreTrainedModel) -> str:
 
 
 def model_html(model: EngramPreTrainedModel) -> str:
-    """The same for a notebook, with the modules, which `print(model)` lists, folded below."""
+    """The summary for a notebook, with the modules that `print(model)` lists folded below it."""
     head = "".join(f"<th>{title}</th>" for title in TITLES)
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in table.cells()) for table in summarize_tables(model)]
     body = "".join(f"<tr>{line}</tr>" for line in lines)

@@ -28,7 +28,7 @@ from .presets import Preset
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from stdlib_text import END_OF_TEXT, SKIPPED, train_tokenizer
 
-# Of 20 files, by a checksum of the name, one is for the test and one for choosing learning rates.
+# One file in 20, by a checksum of its name, is for the test, and one for choosing learning rates.
 _PARTS = 20
 _TEST, _VALIDATION = 0, 1
 FREQUENCIES = ("never", "1 to 3", "4 to 15", "16 to 63", "64 and more")

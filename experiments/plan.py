@@ -48,7 +48,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The name of the run's file."""
         parts = [self.kind, self.variant, f"rate-{self.rate}" if self.rate is not None else f"seed-{self.seed}"]
         return "_".join(part.replace(" ", "-") for part in parts)
 
@@ -61,7 +61,7 @@ def side_of(variant: str) -> str:
 
 
 def make_plan(preset: Preset) -> list[Run]:
-    """All runs of a preset, in order."""
+    """The runs of a preset, in the order in which they are done."""
     rates = range(len(preset.rates))
     dense = [_tuning(side, rate, (2, 3, 4, 5, 6)) for side in ("memory", "twin") for rate in rates]
     moe = [_tuning(side, rate, (1,)) for side in ("share 0", "share 20") for rate in rates]

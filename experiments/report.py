@@ -26,7 +26,7 @@ from .tasks import NEED_NONE, NEED_RECALL
 _MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _NOTHING = "No run of this is in yet.\n"
 _COLOURS = ("#2a78b8", "#d1722c", "#3a9b63")
-# Of the article: where its curve is lowest.
+# The article's curve is lowest here.
 _BEST_SHARE = (20, 25)
 
 Pick = Callable[[dict[str, Any]], float]

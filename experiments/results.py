@@ -51,7 +51,7 @@ class Results:
             ) from error
 
     def path(self, name: str) -> Path:
-        """Of a run's file."""
+        """The path of a run's file."""
         return self.folder / f"{name}.json"
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -95,7 +95,7 @@ def held(path: Path) -> Iterator[bool]:
 
 
 def provenance(corpus_digest: str, device: str) -> dict[str, Any]:
-    """By what kind of machine and by which code results come to be; no names, no paths."""
+    """The kind of machine and the code that made a result, without names or paths."""
     return {
         "commit": _commit(),
         "machine": _machine(device),

@@ -65,7 +65,7 @@ class Runner:
 
     @property
     def items(self) -> dict[str, list[tasks.Item]]:
-        """Of the downstream tasks."""
+        """The items of the downstream tasks, by task."""
         if self._tasks is None:
             parts = self.corpus.parts
             self._tasks = tasks.make_tasks(

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from engram_hf import EngramTokenizer
 
 _CONTEXT = 320  # characters
-# With an underscore or a capital inside, as names of code have.
+# Names of code have an underscore or a capital inside.
 _NAME = re.compile(r"\b[A-Za-z_]+?(?:_|(?<=[a-z])[A-Z])[A-Za-z0-9_]{3,}\b")
 _CALL = re.compile(r"(?<![\w.])([a-z_]+)\.([A-Za-z_]+\()")
 _IMPORTED = re.compile(r"^\s*(?:import|from) (\w+)", re.MULTILINE)

@@ -15,7 +15,7 @@ from .row_embedding import TableReader
 
 
 class _NoteIds(nn.Module):
-    """In the place of a table: keeps the ids that are looked up."""
+    """Stands in for a table and keeps the ids that are looked up."""
 
     def __init__(self):
         super().__init__()

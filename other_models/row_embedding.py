@@ -96,16 +96,16 @@ class TableReader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is read."""
+        """The dtype of rows as they are read."""
         return self.casts[-1] if self.casts else self.stored.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         return (self.source.num_rows, *self.stored.row_shape)
 
     def cast(self, dtype: torch.dtype) -> "TableReader":
-        """The same rows after one more cast."""
+        """A view of the same rows with one more cast."""
         casts = self.casts if dtype == self.dtype else (*self.casts, dtype)
         return type(self)(self.name, self.stored, self.source, casts)
 

@@ -83,7 +83,7 @@ def _require_saveable(model: PreTrainedModel) -> None:
 
 
 def readers_of(model: PreTrainedModel) -> Iterator[TableReader]:
-    """All readers of a model's tables."""
+    """The readers of all tables of a model."""
     for module in model.modules():
         if isinstance(module, EmbeddingOfRows):
             yield from module.readers.values()

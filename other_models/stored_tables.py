@@ -60,12 +60,12 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it is stored."""
+        """The dtype in which it is stored."""
         return TORCH_DTYPES[self.parts[0][1].dtype]
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Of one row."""
+        """The shape of one row."""
         return self.parts[0][1].shape[1:]
 
     @property
@@ -74,7 +74,7 @@ class StoredTensor:
         return sum(span.size for _, span in self.parts)
 
     def as_bytes(self) -> StoredTable:
-        """The same as rows of bytes, which every row source takes, whatever the dtype."""
+        """The table as rows of bytes, which every row source takes, whatever the dtype."""
         stops = accumulate(span.shape[0] for _, span in self.parts)
         return StoredTable(
             _layer_of(self.name),
@@ -112,7 +112,7 @@ class CheckpointNames:
     def of_checkpoint(
         cls, where: str, resolve: Callable[[str], Path | None], variant: str | None
     ) -> "CheckpointNames":
-        """Of the weights that transformers would load; none if there are no safetensors files."""
+        """The names of the weights that transformers would load; none if there are no safetensors files."""
         single, index = find_weights(resolve, variant)
         if index is not None:
             return cls(where, read_weight_map(index), resolve)
@@ -120,7 +120,7 @@ class CheckpointNames:
 
     @classmethod
     def of_files(cls, where: str, paths: Iterable[Path]) -> "CheckpointNames":
-        """Of all tensors of some files.
+        """Collect the tensors of some files.
 
         Raises:
             FileFormatError: a file is damaged, or two of them have a tensor of one name.

@@ -184,7 +184,7 @@ def test_rows_are_met_on_average(rows, variant, layer_ids):
 
 
 def test_the_nearest_size_is_taken():
-    """Of one order with one head, the table is a prime itself."""
+    """With one order and one head, the number of rows is a prime."""
     sizes = [
         EngramConfig.for_backbone(
             BACKBONES["llama"](), layer_ids=[1], rows=rows, engram_max_ngram_size=2, engram_n_heads=1

@@ -791,7 +791,7 @@ def test_float8_rows_stay_float8(tmp_path):
 
 
 def test_replicas_do_not_share_modules(mixtral):
-    """Those of `DataParallel` run in threads."""
+    """The replicas of `DataParallel` run in threads."""
     replica, ids = mixtral._replicate_for_data_parallel(), random_ids(2, 9)
     before = logits_of(mixtral, ids)
     replica.lm_head = torch.nn.Linear(32, VOCAB, bias=False)

@@ -185,7 +185,7 @@ def test_auto_says_what_it_chose(library_log):
 
 
 def test_auto_takes_a_quarter_of_max_memory(tmp_path):
-    """Within which all of the model would fit."""
+    """The whole model would fit into `max_memory`."""
     model = build("qwen3", engram_vocab_size=2_000)
     model.save_pretrained(tmp_path)
     size = sum(memory.table.weight.nbytes for memory in model.model.memories().values())

@@ -39,7 +39,7 @@ class Recall(NamedTuple):
 
 @dataclass
 class FactResult:
-    """One fact, before and after.
+    """The results of one fact before and after the training.
 
     Args:
         prompt, target: its texts.
@@ -116,7 +116,7 @@ class FactReport:
         return sum(fact.rank_after == 1 for fact in self.facts) / len(self.facts)
 
     def to_json(self) -> str:
-        """All of it, as one JSON document."""
+        """The report as one JSON document."""
         return json.dumps({**asdict(self), "recall": self.recall}, indent=2, ensure_ascii=False)
 
     def __str__(self) -> str:

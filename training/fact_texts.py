@@ -62,7 +62,7 @@ class WrittenFact:
     orders: tuple[int, ...]
 
     def rows(self, engram: "EngramModel") -> dict[int, torch.Tensor]:
-        """By layer, the distinct rows that these positions read."""
+        """The distinct rows that these positions read, by layer."""
         row_ids = _row_ids(engram, self.fact)[:, list(self.positions)][..., heads_of_orders(engram, self.orders)]
         return {layer: torch.unique(row_ids[engram.hashing.layer_ids.index(layer)]) for layer in self.layers}
 

@@ -37,7 +37,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 _BATCH = 32
 # Training ends when every token of every target leads every other token by this many nats.
 _SURE = 2.0
-# Below this, a gate lets through next to nothing.
+# A gate below this value adds almost nothing.
 _SHUT = 0.05
 
 
@@ -191,7 +191,7 @@ def facts_of(model: nn.Module, name: str) -> list[WrittenFact]:
 
 
 def rows_layers(model: nn.Module, name: str) -> dict[int, RowsLayer]:
-    """By decoder layer, the tables that have rows of an adapter."""
+    """The tables that have rows of an adapter, by decoder layer."""
     tables = {layer: memory.table for layer, memory in find_engram(model).memories().items()}
     return {
         layer: table
@@ -272,7 +272,7 @@ def _union(rows: Sequence[Mapping[int, torch.Tensor]]) -> dict[int, torch.Tensor
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards every module is in the mode it was in."""
+    """Turn dropout off; afterwards every module is in its former mode."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -371,7 +371,7 @@ def _accumulate(model: PeftModel, facts: Sequence[Fact], deltas: Sequence[nn.Par
         with torch.enable_grad():
             logits = logits_of(model, batch_of(some, model))
             losses = torch.stack([_loss(fact, rows) for fact, rows in zip(some, logits, strict=True)])
-            # Of these alone: whatever else of the model has gradients keeps its own.
+            # Only these gradients are computed; other parameters keep the gradients that they have.
             gradients = torch.autograd.grad(losses.sum() / len(facts), list(deltas), allow_unused=True)
         for delta, gradient in zip(deltas, gradients, strict=True):
             if gradient is not None:
@@ -457,5 +457,5 @@ def _results(
 
 
 def _bytes(engram: Any, rows: int, layer: int) -> int:
-    """Of a number and differences for each row, as they are saved."""
+    """Bytes of the row numbers and differences, as they are saved."""
     return rows * (8 + 2 * engram.memories()[layer].table.width)

@@ -129,7 +129,7 @@ def heads_of_orders(engram: "EngramModel", orders: Sequence[int]) -> list[int]:
 
 
 def rows_of_orders(engram: "EngramModel", layer: int) -> dict[int, tuple[int, int]]:
-    """By order, the first row of a layer's table that its heads read, and the one behind the last."""
+    """The first row of a layer's table that the heads of each order read, and the row after the last, by order."""
     hashing = engram.hashing
     primes = cast(torch.Tensor, hashing.primes)[hashing.layer_ids.index(layer)]
     ends = [0, *primes.sum(1).cumsum(0).tolist()]

@@ -9,7 +9,7 @@ from ..safetensors_engram import EngramError
 # The paper trains tables at five times the backbone's learning rate (arXiv 2601.07372, pre-training setup).
 TABLE_LR_SCALE = 5.0
 
-# By name and not by class: the classes of a remote-code model are not the installed ones, and PEFT, DDP and FSDP wrap
+# Modules are found by name, not by class: the classes of a remote-code model are not the installed ones, and PEFT, DDP and FSDP wrap
 # modules but keep their names. Row adapters are submodules of their table, so they count as tables too.
 _TABLE = re.compile(r"(^|\.)engram\.table\.")
 

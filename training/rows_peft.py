@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
 
 NAME = "ENGRAM_ROWS"
-# Of what a hash is made, beside the token map; as in a table file (docs/engram-table-format.md).
+# The members of a hash besides the token map, as in a table file (docs/engram-table-format.md).
 _OF_THE_HASH = ("primes", "multipliers", "vocab_size", "pad_id")
 _LOADING = """
 ## Loading
@@ -198,7 +198,7 @@ class EngramRowsModel(BaseTuner):
         target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _check_merge_allowed(self) -> None:
-        """All tables are asked before the first one changes."""
+        """Check all tables before the first one changes."""
         super()._check_merge_allowed()
         for module in self.model.modules():
             if isinstance(module, RowsLayer):

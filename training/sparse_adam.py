@@ -84,7 +84,7 @@ class _RowMoments:
         return slots
 
     def update(self, slots: torch.Tensor, gradient: torch.Tensor, beta1: float, beta2: float) -> tuple:
-        """Both moments `[n, W]` after a gradient `[n, W]`."""
+        """Update both moments `[n, W]` with a gradient `[n, W]`."""
         average = self._exp_avg.index_select(0, slots).lerp_(gradient, 1 - beta1)
         square = self._exp_avg_sq.index_select(0, slots).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         self._exp_avg.index_copy_(0, slots, average)

@@ -58,7 +58,7 @@ def test_what_is_missing_is_not_told_of(engram, converted, tmp_path, prefix, hol
 
 
 def test_drafts_that_have_nothing_to_read_are_none(engram, release, tmp_path):
-    """Of the first layers alone, draft layers are passed through for the export, but cannot draft."""
+    """A model of the first layers passes its draft layers through for the export, but cannot draft."""
     assert convert_deepseek_v41.main([str(release), str(tmp_path / "first"), "--layers", "5"]) == 0
     assert json.loads(engram("inspect", tmp_path / "first", "--json"))["holds"] == ["text", "images"]
 
