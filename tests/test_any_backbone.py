@@ -88,7 +88,7 @@ def logits(model, ids=IDS, **kwargs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", SAMPLE)
-def test_everything_that_the_sweep_asks(kind):
+def test_backbone_passes_the_checks_of_the_sweep(kind):
     assert backbones.check(kind, quick=True) == ("full", "")
 
 
@@ -386,7 +386,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_no_backbone_is_refused_as_what_it_is(what):
+def test_from_backbone_refuses_other_models(what):
     make, message = REFUSED[what]
     model = make()
     names = set(vars(model))

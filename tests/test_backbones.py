@@ -182,7 +182,7 @@ def test_from_backbone_is_exact_until_it_is_trained(name, by, tmp_path):
 
 
 @on_every_backbone
-def test_what_a_backbone_keeps_in_float32_stays_so(name, tmp_path):
+def test_from_pretrained_keeps_float32_modules_of_a_backbone(name, tmp_path):
     """Loaded in bfloat16: the logits are those of the backbone that is loaded so."""
     config = BACKBONES[name]()
     torch.manual_seed(0)

@@ -77,7 +77,7 @@ def test_cropping_everything_is_a_reset(mixtral):
     torch.testing.assert_close(read(mixtral, ids, cache), read_alone(mixtral, ids, 12), **EXACT)
 
 
-def test_what_the_convolution_needs_is_gone_without_recording(mixtral):
+def test_crop_refuses_more_than_the_convolution_remembers(mixtral):
     cache = filled_cache(mixtral, random_ids(1, 100), recording=False)
     with pytest.raises(ValueError, match=r"forget at most 64 positions, not 65.*activate_past_recording"):
         cache.crop(-65)

@@ -111,7 +111,7 @@ def test_every_rule_names_the_field_and_the_remedy(fields, message):
         {"engram_layer_ids": [0], "engram_vocab_size": 1},
     ],
 )
-def test_what_just_fits_is_accepted(fields):
+def test_config_accepts_values_at_the_bounds(fields):
     small(**fields)
 
 

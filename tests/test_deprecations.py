@@ -50,7 +50,7 @@ def test_a_decorated_argument_that_we_pass():
         ours("def f(): host(past=1)", host=Host())()
 
 
-def test_what_is_only_logged():
+def test_own_deprecations_fail_if_they_are_only_logged():
     logger = logging.get_logger("transformers.modeling_utils")
     logs = library("def f(): logger.warning_once('`x` is deprecated')", logger=logger)
     for _ in range(2):  # also after another test has seen it
@@ -58,7 +58,7 @@ def test_what_is_only_logged():
             ours("def f(): g()", g=logs)()
 
 
-def test_what_others_cause_is_theirs():
+def test_deprecations_that_other_libraries_cause_pass():
     logger = logging.get_logger("transformers.modeling_utils")
     warns = library(WARNING.format(", stacklevel=2"), warnings=warnings)
     logs = library("def f(): logger.warning('`x` is deprecated')", logger=logger)

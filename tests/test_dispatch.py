@@ -74,7 +74,7 @@ def test_values_do_not_depend_on_where_parts_are(saved, tmp_path, where, tables,
 
 @pytest.mark.parametrize("residency", ["resident", "mapped"])
 @pytest.mark.parametrize("tables", ["together", "apart"])
-def test_what_is_on_disk_is_saved(saved, tmp_path, tables, residency):
+def test_save_pretrained_of_a_model_offloaded_to_disk(saved, tmp_path, tables, residency):
     model, folder = saved
     offloaded = EngramForCausalLM.from_pretrained(
         folder / tables,

@@ -75,7 +75,7 @@ def make_runner(corpus, folder: Path) -> Runner:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_what_a_run_needs_stands_before_it(preset):
+def test_make_plan_puts_a_run_after_those_it_needs(preset):
     plan = make_plan(PRESETS[preset])
     before: set[str] = set()
     for run in plan:
@@ -289,7 +289,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(corpus, tmp_path):
         torch.testing.assert_close(trained[1][name], tensor, rtol=0, atol=0)
 
 
-def test_what_is_done_is_not_done_again(corpus, tmp_path):
+def test_runner_skips_finished_runs(corpus, tmp_path):
     runner = make_runner(corpus, tmp_path)
     runs = [Run("tuning", side, 100, (2,), rate=rate) for side in ("memory", "twin") for rate in (0, 1)]
     runner.do_all(runs[:2])

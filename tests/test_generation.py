@@ -131,7 +131,7 @@ def test_a_backbone_may_assist_and_be_assisted(mixtral):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_its_own_first_layers_may_assist(mixtral, layers):
+def test_generate_assisted_by_the_models_first_layers(mixtral, layers):
     """The first memory is in layer 1: one layer assists without any."""
     ids = random_ids(1, 9)
     assert torch.equal(mixtral.generate(ids, **GREEDY, assistant_early_exit=layers), mixtral.generate(ids, **GREEDY))

@@ -210,7 +210,7 @@ def test_any_length(length):
 @pytest.mark.parametrize(
     "dead", [[0], [11], [22], [0, 1, 2], range(23)], ids=["first", "middle", "last", "run", "all"]
 )
-def test_dead_positions(dead):
+def test_hash_ngrams_at_invalid_positions(dead):
     hasher = make_hasher()
     ids = random_ids(2, 23).masked_fill(torch.isin(torch.arange(23), torch.tensor(list(dead))), DEAD)
     row_ids = hasher(ids)
@@ -456,7 +456,7 @@ def test_a_state_dict_of_another_hash_is_refused(settled):
 
 @pytest.mark.parametrize("name", ["token_map", "multipliers", "primes"])
 @pytest.mark.parametrize("how", ["averaged", "cast", "overwritten"])
-def test_what_a_tool_did_to_the_buffers_is_undone(settled, name, how):
+def test_hasher_restores_buffers_that_a_tool_changed(settled, name, how):
     hasher, expected = settled
     buffer = getattr(hasher, name)
     if how == "cast":

@@ -144,7 +144,7 @@ def test_the_tokenizer_needs_nothing_of_the_model():
         assert [module for level, module in imports(path) if level > 1 or module.startswith("engram_hf")] == []
 
 
-def test_nothing_installed_imports_what_is_not():
+def test_installed_files_import_only_installed_ones():
     for path in installed_files():
         names = {module.removeprefix("engram_hf.").partition(".")[0] for level, module in imports(path) if level != 1}
         assert names & ROOMS_THAT_ARE_NOT_INSTALLED == set(), path

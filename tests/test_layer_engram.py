@@ -290,7 +290,7 @@ def test_dead_positions_are_exactly_without_memory_in_v41():
     assert torch.equal(same, ~two_invalid())
 
 
-def test_nothing_of_a_dead_position_is_not_a_number():
+def test_fuse_gives_no_nan_at_invalid_positions():
     """The norm of the convolution meets rows of zeros."""
     memory = make_memory(dtype=torch.float32)
     hidden, rows = random_states(dtype=torch.float32)

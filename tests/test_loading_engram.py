@@ -40,7 +40,7 @@ def test_files_are_looked_for_where_the_model_comes_from(monkeypatch):
 
 
 @pytest.mark.parametrize("cause", [None, ConnectionError("busy")], ids=["full disk", "busy Hub"])
-def test_what_cannot_be_had_is_not_absent(monkeypatch, cause):
+def test_resolver_raises_where_a_file_cannot_be_fetched(monkeypatch, cause):
     """Else a model would be loaded without it."""
 
     def fail(*_, **__):

@@ -44,7 +44,7 @@ def outcome(call: Callable[[], object]) -> object:
 
 
 @on_every_backbone
-def test_it_is_a_model_of_the_backbones_own_class(name):
+def test_model_is_an_instance_of_the_backbones_own_class(name):
     host, model = bare(name), built(name)
     assert isinstance(model, type(host)) and isinstance(model, EngramForCausalLM)
     assert isinstance(model.model, type(host.model)) and isinstance(model.model, EngramModel)
@@ -137,7 +137,7 @@ def test_every_field_of_the_backbones_config_is_read_and_set_on_the_outer_one(na
 
 
 @on_every_backbone
-def test_what_the_backbones_config_does_not_declare_reaches_it_too(name):
+def test_undeclared_config_attributes_reach_the_backbone(name):
     """transformers itself reads such fields: a model is built with checkpointing where its config asks for it."""
     config, host = engram_config(name), BACKBONES[name]()
     for each in (config, host):

@@ -52,7 +52,7 @@ def test_rows_that_are_fetched_ahead_are_the_rows(saved_tables, monkeypatch):
         assert rows.row_ids.tolist() == sorted(set(some.flatten().tolist()))  # each is read once, in file order
 
 
-def test_what_could_not_be_read_is_an_error(saved_tables):
+def test_fetched_rows_raise_when_reading_failed(saved_tables):
     source = (
         EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped").model.memories()[1].table.source
     )

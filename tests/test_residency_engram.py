@@ -313,7 +313,7 @@ def test_asking_for_what_there_is_not(saved_tables, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["nowhere", "no/where/at/all", "folder", "config.json", ""])
-def test_what_is_no_model_is_an_os_error(saved_tables, tmp_path, monkeypatch, place):
+def test_from_pretrained_of_no_model_raises_an_os_error(saved_tables, tmp_path, monkeypatch, place):
     """As of every model of transformers; weights without a config would be given the one of a model of many gigabytes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()

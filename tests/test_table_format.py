@@ -230,7 +230,7 @@ def test_the_command_prints_a_summary(tmp_path, hasher, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-def test_it_runs_as_a_module(tmp_path, hasher, capsys, monkeypatch):
+def test_table_check_runs_as_a_module(tmp_path, hasher, capsys, monkeypatch):
     write_folder(tmp_path, hasher)
     monkeypatch.setattr(sys, "argv", ["table_check_engram", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:

@@ -30,7 +30,7 @@ def report(tests: dict, *entries: Excuse, complete: bool = True) -> int:
 GOOD = {"test_a": ("passed", "passed"), "test_b": ("failed", "failed"), "test_c": ("skipped", "failed")}
 
 
-def test_what_fails_on_the_bare_backbone_is_not_asked_for(capsys):
+def test_report_leaves_out_tests_that_fail_on_the_bare_backbone(capsys):
     assert report(outcomes(**GOOD)) == 0
     assert capsys.readouterr().out.splitlines()[2].split() == ["llama", "1", "1", "0", "0"]
 

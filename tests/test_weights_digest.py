@@ -27,7 +27,7 @@ def digest(folder, *shards):
 
 
 @pytest.mark.parametrize("state", [SMALL, LARGE])
-def test_it_depends_on_tensors_and_not_on_shards(tmp_path, state):
+def test_weights_digest_depends_on_tensors_and_not_on_shards(tmp_path, state):
     names = list(state)
     whole = digest(tmp_path, state)
     assert digest(tmp_path, {name: state[name] for name in names[1:]}, {names[0]: state[names[0]]}) == whole

@@ -106,7 +106,7 @@ def test_a_file_system_that_locks_only_what_is_open_for_writing(tmp_path, monkey
     assert asked and [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
-def test_what_a_killed_writer_left_is_removed_and_never_written_to(tmp_path, monkeypatch):
+def test_a_writer_removes_what_a_killed_one_left(tmp_path, monkeypatch):
     """It may be a link to a file of another folder, which is renamed at once unless its writer was killed."""
     (tmp_path / "source").write_bytes(b"rows of another model")
     path, left = tmp_path / "a", tmp_path / "a.0123.unfinished"
@@ -130,7 +130,7 @@ def test_what_a_killed_writer_left_is_removed_and_never_written_to(tmp_path, mon
     assert len(os.listdir("/proc/self/fd")) == len(opened)
 
 
-def test_what_others_left_stays_where_nobody_can_tell(tmp_path, monkeypatch):
+def test_a_writer_keeps_unfinished_files_on_systems_without_locks(tmp_path, monkeypatch):
     refuse_locks(monkeypatch)
     (tmp_path / "a.0.unfinished").write_bytes(b"half")
     write(tmp_path / "a")
@@ -243,7 +243,7 @@ def test_blocks_are_shared_where_that_is_possible(tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_what_is_linked_is_read_only(tmp_path):
+def test_link_or_copy_makes_links_read_only(tmp_path):
     """Under both names; whoever may not make it so gets a copy."""
     (tmp_path / "a").write_bytes(b"rows")
     (tmp_path / "a").chmod(0o640)
@@ -256,7 +256,7 @@ def test_what_is_linked_is_read_only(tmp_path):
     os.close(source)
 
 
-def test_what_cannot_be_protected_is_copied(tmp_path, monkeypatch):
+def test_link_or_copy_copies_what_cannot_be_made_read_only(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -322,7 +322,7 @@ def test_a_tensor_is_copied_out_of_a_file(tmp_path, monkeypatch, kernel_copies):
         ("EDQUOT", "do not fit there; free space"),
     ],
 )
-def test_what_else_goes_wrong_is_said(tmp_path, monkeypatch, code, said):
+def test_link_errors_name_the_file(tmp_path, monkeypatch, code, said):
     def fail(*_):
         raise OSError(getattr(errno, code), "no link")
 

@@ -266,7 +266,7 @@ def test_a_folder_that_is_taken_away_before_it_is_claimed(tmp_path, monkeypatch)
     assert taken and contents(tmp_path) == NEW
 
 
-def test_what_a_living_save_is_writing_stays(tmp_path):
+def test_a_second_save_keeps_the_files_of_a_running_one(tmp_path):
     with ClaimedFolderWriter(tmp_path) as first:
         fill(first.path, NEW)
         save(tmp_path, {"config.json": b"of the second"})

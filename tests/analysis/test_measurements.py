@@ -152,7 +152,7 @@ def test_worth(model, windows):
         assert total / worth.tokens == pytest.approx(off.value, abs=1e-5)
 
 
-def test_what_the_controls_read(model, windows):
+def test_measure_worth_controls_read_other_rows(model, windows):
     """The rows that reach a layer are another position's, the mean of those read, or the first of each head."""
     from engram_hf.analysis.worth import MeanRows, OneRow, Shuffled, _mean_rows
 

@@ -32,13 +32,13 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_it_says_what_to_try_and_keeps_what_is_there(engram, complaint, tmp_path):
+def test_demo_prints_what_to_try_and_refuses_an_existing_folder(engram, complaint, tmp_path):
     said = engram("demo", tmp_path / "new")
     assert "engram show" in said and "engram quantize" in said and "pipeline(" in said
     assert "is there already" in complaint("demo", tmp_path / "new")
 
 
-def test_its_code_is_the_package_s(saved):
+def test_demo_code_is_that_of_the_package(saved):
     entries = [ROOT / "modeling_engram.py", ROOT / "tokenization" / "tokenization_engram.py"]
     own = {Path(path) for entry in entries for path in (entry, *get_relative_import_files(entry))}
     assert {path.name for path in saved.glob("*.py")} == {path.name for path in own}
@@ -46,12 +46,12 @@ def test_its_code_is_the_package_s(saved):
         assert (saved / path.name).read_bytes() == path.read_bytes() and not (saved / path.name).is_symlink()
 
 
-def test_it_is_small(saved):
+def test_demo_model_is_small(saved):
     assert sum(path.stat().st_size for path in saved.iterdir()) <= 12_000_000
 
 
 @torch.no_grad()
-def test_it_continues_and_its_memory_matters(saved):
+def test_demo_model_continues_a_text_and_needs_its_memory(saved):
     model = AutoModelForCausalLM.from_pretrained(saved, engram_residency="mapped").eval()
     tokenizer = AutoTokenizer.from_pretrained(saved)
     inputs = tokenizer(PROMPT, return_tensors="pt")
@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_nothing(complaint, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_answers_where_nothing_of_ours_is_installed(saved):
+def test_demo_model_runs_without_the_package(saved):
     script = [sys.executable, str(ROOT / "examples" / "continue_text.py"), str(saved), PROMPT, "--tokens", "4"]
     done = subprocess.run(script, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.startswith(PROMPT)

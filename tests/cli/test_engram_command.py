@@ -133,7 +133,7 @@ def test_wrong_usage_ends_with_2(words, capsys):
     assert "usage: engram" in capsys.readouterr().err
 
 
-def test_it_runs_as_a_module_and_stops_quietly_when_nobody_reads(saved):
+def test_command_runs_as_a_module_and_ends_without_traceback_on_a_closed_pipe(saved):
     command = [sys.executable, "-m", "engram_cli", "compress", str(saved)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
@@ -448,7 +448,7 @@ def test_a_config_of_wrong_types(complaint, copy, fields):
     ("text", "said"),
     [("{", "engram: It looks like the config file"), ('{"model_type": "abacus"}', "engram: The checkpoint you are")],
 )
-def test_what_transformers_says_of_a_config_is_enough(complaint, copy, text, said):
+def test_inspect_passes_on_the_message_of_transformers(complaint, copy, text, said):
     (copy / "config.json").write_text(text)
     assert complaint("inspect", copy).startswith(said)
 
@@ -491,7 +491,7 @@ def test_lookup_without_a_tokenizer(complaint, copy):
     assert "has no tokenizer; tokenizer.save_pretrained puts one there" in complaint("lookup", copy, TEXT)
 
 
-def test_what_is_no_text(complaint, saved):
+def test_lookup_refuses_text_that_is_not_utf8(complaint, saved):
     assert "is not valid UTF-8" in complaint("lookup", saved, "caf\udce9")
 
 

@@ -52,7 +52,7 @@ def without(folder, target, prefix: str):
         ("draft.layers.2.", ["text", "images", "drafts (1 of 3 layers missing)"]),
     ],
 )
-def test_what_is_missing_is_not_told_of(engram, converted, tmp_path, prefix, holds):
+def test_inspect_leaves_out_missing_parts(engram, converted, tmp_path, prefix, holds):
     folder = without(converted, tmp_path / "copy", prefix)
     assert json.loads(engram("inspect", folder, "--json"))["holds"] == holds
 

@@ -89,7 +89,7 @@ def test_a_model(engram, model, tmp_path, dtype, folder, request):
     assert sizes[0] < 0.6 * sizes[1]
 
 
-def test_it_loads_as_remote_code(engram, model, sharded, tmp_path):
+def test_quantized_model_loads_as_remote_code(engram, model, sharded, tmp_path):
     engram("quantize", sharded, tmp_path / "target")
     code = f"""
 import json, sys
@@ -129,7 +129,7 @@ def test_shards_and_their_index_lose_the_tables_alone(engram, sharded, tmp_path)
     assert index["metadata"]["total_size"] == sum(span.size for span in after.tensors.values())
 
 
-def test_what_lies_beside_the_weights_comes_along(engram, copy, tmp_path):
+def test_quantize_copies_documents_and_links_weights(engram, copy, tmp_path):
     """Weights are linked. Documents are not: whoever edits one would edit both."""
     documents = {
         "README.md": "Mine.",
@@ -211,7 +211,7 @@ def test_tables_that_do_not_say_how_they_are_hashed(complaint, tmp_path):
     assert "does not describe its hash; name a model's folder" in complaint("quantize", folder, tmp_path / "new")
 
 
-def test_what_is_quantized_and_what_is_there_is_refused(engram, complaint, saved, tmp_path):
+def test_quantize_refuses_quantized_tables_and_existing_targets(engram, complaint, saved, tmp_path):
     engram("quantize", saved, tmp_path / "once")
     assert "holds a model or tables already" in complaint("quantize", saved, tmp_path / "once")
     assert "is F8_E4M3 already" in complaint("quantize", tmp_path / "once", tmp_path / "twice")
@@ -241,7 +241,7 @@ def test_rows_of_float8_become_rows_of_two_bits(engram, saved, tmp_path):
     torch.testing.assert_close(logits(mapped.eval()), logits(resident.eval()), rtol=0, atol=1e-5)
 
 
-def test_what_was_interrupted_goes_on(engram, saved, tmp_path, monkeypatch):
+def test_quantize_continues_after_an_interrupt(engram, saved, tmp_path, monkeypatch):
     engram("quantize", saved, tmp_path / "whole", "--dtype", "int2")
     target, begun = tmp_path / "target", []
     write = quantization._link_or_move
@@ -265,7 +265,7 @@ def test_what_was_interrupted_goes_on(engram, saved, tmp_path, monkeypatch):
         assert (target / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_what_it_cost_is_measured(engram, complaint, saved, tmp_path):
+def test_quantize_measures_the_loss(engram, complaint, saved, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cafe w7 the THE café " * 30)
     report = engram("quantize", saved, tmp_path / "int2", "--dtype", "int2", "--measure", text)

@@ -115,7 +115,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_it_cannot_render_is_refused(tokenizer, case):
+def test_template_refuses_messages_that_it_cannot_render(tokenizer, case):
     messages, options, words = REFUSED[case]
     with pytest.raises(jinja2.exceptions.TemplateError, match=words):
         render(tokenizer, messages, **options)

@@ -342,7 +342,7 @@ def test_impossible_prefixes(tiny, tmp_path, capsys, layers):
     assert f"--layers is {layers}" in capsys.readouterr().err
 
 
-def test_what_is_no_source(tmp_path, capsys):
+def test_convert_refuses_a_source_that_is_neither_folder_nor_hub_id(tmp_path, capsys):
     for source in (tmp_path / "nowhere", "./a/b", "just-a-name"):
         assert run(source, tmp_path / "out") == 1
         assert "neither a folder nor a Hub id" in capsys.readouterr().err

@@ -193,7 +193,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused(backbone, tmp_path, capsys, case):
+def test_convert_refuses_a_state_dict_that_does_not_fit(backbone, tmp_path, capsys, case):
     folder, streams = backbone
     state = demo_state(streams)
     change, options, words = REFUSED[case]

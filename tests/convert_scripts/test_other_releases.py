@@ -107,7 +107,7 @@ def write_release(miniature, folder, change):
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_it_converts_as_far_as_its_config_allows(miniature, tmp_path, change):
+def test_convert_a_release_as_far_as_its_config_allows(miniature, tmp_path, change):
     """Kept and dequantized, and opened as it is: the same logits; drafts draft, images are read; the export is equal."""
     release, kept, plain = (tmp_path / name for name in ("release", "kept", "plain"))
     config = write_release(miniature, release, change)
@@ -199,7 +199,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_rule_would_be_wrong_about_is_refused_by_name(miniature, tmp_path, case, capsys):
+def test_convert_refuses_unknown_config_values_by_name(miniature, tmp_path, case, capsys):
     change, message = REFUSED[case]
     change(copy_release(miniature, tmp_path / "release"))
     assert convert_deepseek_v41.main([str(tmp_path / "release"), str(tmp_path / "target")]) == 1

@@ -55,7 +55,7 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["convert", "export", "quantize", "demo", "save", "facts"])
-def test_a_few_kills(killed, tmp_path, draw, name):
+def test_kills_in_short(killed, tmp_path, draw, name):
     seen = kills.trial(*killed[name], tmp_path, 3, random.Random(draw.random()))
     assert seen["killed"] >= 3
     assert not seen["left something wrong"] and not seen["differ after the next run"], seen

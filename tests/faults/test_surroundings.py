@@ -110,7 +110,7 @@ def test_every_public_method_is_asked_beside_other_threads(folders):
 @pytest.mark.parametrize("name", ASKED)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_what_is_asked_for_beside_other_threads(folders, rounds, kind, name):
+def test_public_methods_beside_other_threads(folders, rounds, kind, name):
     """It is that of the text that was asked for, whatever else the model reads meanwhile."""
     model, done, failed = load_kind(folders, kind), threading.Event(), []
     asked, others = random_ids(1, 12), random_ids(3, 20, seed=5)
@@ -212,7 +212,7 @@ def test_files_that_are_deleted_or_replaced(folders, expected, tmp_path, residen
     assert torch.equal(answer(load(folder)), expected)
 
 
-def test_nothing_depends_on_assertions():
+def test_results_do_not_depend_on_assertions():
     """`python -O` leaves out assertions, and nothing else."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/**/*.py")]:
         if path.relative_to(ROOT).parts[0] not in ("tests", "benchmarks", "examples", "build"):

@@ -123,7 +123,7 @@ def test_a_resident_table_is_the_stock_models(folders):
     assert not tables_of(model) and type(model.get_submodule(GEMMA).weight) is nn.Parameter
 
 
-def test_nothing_of_a_mapped_table_is_in_memory_of_its_own(tmp_path):
+def test_a_mapped_table_takes_no_anonymous_memory(tmp_path):
     """A table of 25 MB beside a model of less than one."""
     folder = tiny.save(tiny.gemma4(vocab_size_per_layer_input=1 << 19), tmp_path)
     gc.collect()

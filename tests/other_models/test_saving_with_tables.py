@@ -78,7 +78,7 @@ def test_shards_in_many_files(folders, qwen, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "b")), logits(qwen))
 
 
-def test_what_transformers_itself_cannot_save_is_refused(folders, tmp_path):
+def test_save_pretrained_refuses_models_that_transformers_cannot_save(folders, tmp_path):
     """A model dequantized at loading forgets how its tables are stored; Google's quantizer does not save on some versions."""
     with pytest.raises(
         EngramError, match=r"was dequantized while it was loaded.*copy the folder that it was loaded from"

@@ -115,7 +115,7 @@ def test_text_in_front_of_a_written_row_keeps_every_bit(built, written):
     assert torch.equal(before[:, :5], after[:, :5]) and not torch.equal(before[:, 5], after[:, 5])
 
 
-def test_what_is_protected_only_often_is_measured(model):
+def test_write_facts_measures_texts_that_are_protected_in_part(model):
     texts = [f"{FACTS[0]['prompt']} word50 word51", *OTHER_TEXTS]
     _, report = write_facts(model, TOKENIZER, FACTS, protect=texts, max_protected_reads=1, steps=20)
     found = report.protected

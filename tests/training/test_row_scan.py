@@ -120,7 +120,7 @@ def test_long_corpora_are_counted_in_pieces(text_model, monkeypatch):
     assert same(whole, pieces) and same(whole.counts, pieces.counts)
 
 
-def test_what_was_found_prints_as_a_table_and_goes_into_an_adapter(text_model):
+def test_row_scan_prints_as_a_table_and_goes_into_an_adapter(text_model):
     found = scan_rows(TEXTS, tiny_tokenizer(), text_model, orders=[3])
     lines = str(found).splitlines()
     assert lines[0] == "10 positions" and lines[1].split() == ["layer", "order", "read", "kept", "of", "table"]

@@ -311,7 +311,7 @@ def test_lora_stands_beside_rows(saved, folder, expected, tmp_path, trainer):
     assert torch.equal(logits(again), after)
 
 
-def test_they_go_onto_a_remote_code_model(built, rows, saved):
+def test_row_adapters_on_a_remote_code_model(built, rows, saved):
     # Its classes are others than the installed ones, so nothing may depend on `isinstance`.
     remote = get_class_from_dynamic_module("modeling_engram.EngramForCausalLM", saved).from_pretrained(saved)
     assert not isinstance(remote, EngramForCausalLM)

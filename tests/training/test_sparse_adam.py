@@ -90,7 +90,7 @@ def every_row(model, layer=LAYER_IDS[0]):
     return (table(ids) ** 3).sum()
 
 
-def test_it_is_dense_adamw_where_every_row_is_read():
+def test_sparse_adamw_is_dense_adamw_where_every_row_is_read():
     models = [model_of(sparse=sparse) for sparse in (False, True)]
     for model, sparse in zip(models, (False, True), strict=True):
         groups = [{"params": [table_of(model)], "lr": 0.03}, {"params": [model.lm_head.weight], "weight_decay": 0.3}]
@@ -103,7 +103,7 @@ def test_it_is_dense_adamw_where_every_row_is_read():
     assert not torch.equal(table_of(models[0]), table_of(built("llama")))
 
 
-def test_it_is_lazy_as_torchs_sparse_adam():
+def test_sparse_adamw_is_lazy_as_torchs_sparse_adam():
     """Whichever rows are read when, and however many are new in a step."""
     models = [model_of(sparse=True) for _ in range(2)]
     tables = [table_of(model) for model in models]
@@ -122,7 +122,7 @@ def test_it_is_lazy_as_torchs_sparse_adam():
     assert changed.numel() > 20
 
 
-def test_its_state_grows_with_the_rows_that_are_read():
+def test_sparse_adamw_state_grows_with_the_rows_that_are_read():
     model = model_of(sparse=True)
     optimizer = optimizer_of(model, True)
     sizes = []

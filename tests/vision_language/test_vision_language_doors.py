@@ -174,7 +174,7 @@ print(json.dumps(answer))
     assert entry["AutoModelForImageTextToText"] == "multimodal_engram.EngramForConditionalGeneration"
 
 
-def test_what_can_be_made_of_a_processor():
+def test_from_backbone_takes_the_tokenizer_of_a_processor():
     backbone = bare_vl("llava")
     with pytest.raises(
         EngramError, match="A CLIPImageProcessorPil has no tokenizer whose vocabulary can be compressed"
