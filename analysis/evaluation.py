@@ -23,7 +23,7 @@ from .texts import Windows
 if TYPE_CHECKING:
     from ..layer_engram import EngramInputs, EngramMemory
 
-# Two-sided, 95 %.
+# The quantile of a two-sided interval of 95 %.
 _NORMAL = 1.96
 
 
@@ -79,7 +79,7 @@ def estimate(values: torch.Tensor, valid: torch.Tensor) -> Estimate:
     windows = int((counts > 0).sum())
     if windows < 2:
         return Estimate(mean, None, None)
-    # The ratio estimator of cluster sampling.
+    # This is the ratio estimator of cluster sampling.
     spread = float((sums - mean * counts).square().sum().sqrt() / counts.sum())
     reach = _NORMAL * spread * math.sqrt(windows / (windows - 1))
     return Estimate(mean, mean - reach, mean + reach)

@@ -12,7 +12,7 @@ from .texts import Windows
 if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
 
-# How often an n-gram occurs in a corpus, in classes; the first is of positions that have not enough tokens before them.
+# Classes of how often an n-gram occurs in a corpus; the first class has the positions with too few tokens before them.
 FREQUENCIES = ("no n-gram", "once", "2-3", "4-15", "16-63", "64 and more")
 _FIRST_OF_CLASS = (1, 2, 4, 16, 64)
 

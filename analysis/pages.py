@@ -62,7 +62,7 @@ def _svg(figure: "Figure") -> str:
     from markupsafe import Markup
 
     buffer = io.StringIO()
-    # Letters stay letters, so that they can be searched and copied; ids are the same in every run.
+    # Text in the SVG stays text, so that it can be searched and copied, and ids are the same in every run.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "engram"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()

@@ -15,7 +15,7 @@ from .evaluation import Measurement, Off, run
 from .frequency import compressed_ids
 from .texts import Pieces, cut_windows
 
-# Beyond it, a page of one text is no longer read.
+# A page of a longer text would no longer be readable.
 LONGEST = 2048
 
 

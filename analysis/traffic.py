@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-# Rows whose norms are looked at.
+# The number of rows whose norms are measured.
 _SAMPLE = 4096
 
 

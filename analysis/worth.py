@@ -133,7 +133,9 @@ def measure_worth(model: PreTrainedModel, windows: Windows, *, batch: int = 8, s
         for name, edit in _conditions(engram, _mean_rows(engram, windows, batch), seed).items()
     }
     off = changed["memory off"] - base
-    frequencies = frequency_classes(engram, windows)[:, :-1]  # what is read before the token is known
+    frequencies = frequency_classes(engram, windows)[
+        :, :-1
+    ]  # the frequencies of n-grams that end before the predicted token
     return MemoryWorth(
         tokens=int(valid.sum()),
         loss=estimate(base, valid).value,

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-# Command, layout: the script, and what it does.
+# The script for each command and layout, with a sentence for the help.
 SCRIPTS = {
     ("convert", "deepseek-v4.1"): ("convert_deepseek_v41", "a DeepSeek-V4.1 checkpoint to a model of this package"),
     ("convert", "demo"): ("convert_engram_demo", "memory of the public Engram demo, put onto a backbone"),

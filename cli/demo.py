@@ -45,7 +45,7 @@ def run_demo(options: argparse.Namespace) -> None:
         copied = Path(beside, "model")
         copied.mkdir()
         for path in sorted(path for path in source.iterdir() if path.is_file()):
-            # Contents only: in the repository, code is links to the package's files, and table files are read-only.
+            # Only contents are copied: in the repository, code files are links to the package's files, and table files are read-only.
             shutil.copyfile(path, copied / path.name)
         copied.rename(target)
     print(THINGS_TO_TRY.format(folder=target))

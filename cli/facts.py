@@ -65,14 +65,14 @@ def run_write(options: argparse.Namespace) -> None:
         raise ValueError(f"{output} holds a model; name another folder for the adapter.")
     facts = read_json_lines(Path(options.facts))
     protect = None if options.protect is None else read_texts(Path(options.protect))
-    # A folder that cannot be written, or that somebody writes to, is found before the training.
+    # A folder that cannot be written, or that another process writes to, is refused before the training.
     with FolderClaim(output), ClaimedFolderWriter(output) as writer:
         model, tokenizer = _load(folder)
         adapted, report = write_facts(
             model,
             tokenizer,
             facts,
-            name="default",  # which PEFT saves in the folder itself
+            name="default",  # PEFT saves the adapter of this name in the folder itself
             protect=protect,
             steps=options.steps,
             layers=options.layers,

@@ -75,7 +75,7 @@ def read_whole_config(folder: Path) -> "EngramConfig":
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # what a field of a wrong type leads to is up to the backbone's config
+    except Exception as error:  # a field of a wrong type can raise any error in the backbone's config
         raise ValueError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}, {error}.") from error
     if not isinstance(config, EngramConfig):
         raise ValueError(
@@ -141,7 +141,7 @@ def read_stored_tables(folder: Path) -> "dict[int, StoredTable]":
 
     tables = read_tables(folder) if (folder / MANIFEST_NAME).exists() else {}
     named = {part.file.path for table in tables.values() for part in table.parts}
-    # As for `from_pretrained`, they come before what an older save left in files of its own.
+    # Tables among the weights take precedence over files of an earlier save, as in `from_pretrained`.
     among_weights = [path for path in weight_files(folder) if path not in named]
     table_dtype = read_config(folder).engram_table_dtype if is_model(folder) and among_weights else None
     tables |= tables_in_checkpoint(among_weights, table_dtype)
@@ -197,7 +197,7 @@ def _load_hash(folder: Path, config: "EngramConfig", spans: "dict[str, TensorSpa
     from engram_hf import EngramConfig
     from engram_hf.hashing_engram import NgramHasher
 
-    with torch.device("meta"):  # the word of a config alone takes no memory
+    with torch.device("meta"):  # a size that only a config states takes no memory
         expected = NgramHasher.from_config(config).state_dict()
     if missing := sorted(expected.keys() - spans.keys()):
         if config.model_type != EngramConfig.model_type:
@@ -228,7 +228,7 @@ def _require_same_token_map(folder: Path, stored_hash: StoredHash) -> None:
         return
     ids = min(len(found), len(own))
     own, found = own[:ids], found[:ids]
-    hashed = (own >= 0) & (own < stored_hash.hash_vocab_size)  # tokens that were added since may have other ids
+    hashed = (own >= 0) & (own < stored_hash.hash_vocab_size)  # tokens that were added later may have other ids
     if (own[hashed] != found[hashed]).any():
         raise ValueError(
             f"{folder / TOKEN_MAP_NAME} is that of another tokenizer than the model's; put the one back that belongs to it."

@@ -21,7 +21,7 @@ from .folders import (
 from .other_tables import describe_folder_of_others, describe_repository
 from .output import columns, print_json, printable, size
 
-# Tensors of the layers of each part that a model may have beside its text, by our names and by those of the release.
+# Names of the layers of the parts that a model may have besides text, in this package and in the release.
 _VISION = re.compile(r"\bvision(?:_tower\.layers|\.blocks)\.(\d+)\.")
 _DRAFTS = re.compile(r"^(?:draft\.layers|mtp)\.(\d+)\.")
 

@@ -10,7 +10,7 @@ class _Package(ModuleType):
     """`engram_hf` before its `__init__` has run; it runs when one of the package's own names is asked for."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the import system asks for those, and they are all there that a package has
+        if name.startswith("__"):  # the import system asks for such names; a package has all that it needs already
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         self.__class__ = ModuleType
         self.__spec__.loader.exec_module(self)

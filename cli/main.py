@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None, *, owns_process: bool = False) 
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader (`| head`) has enough; closing the stream at exit must not fail again.
+        # The reader (`| head`) has closed the pipe; closing the stream at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:

@@ -48,7 +48,7 @@ def describe_repository(name: str) -> dict[str, Any]:
         config = read_json(Path(api.hf_hub_download(name, "config.json")), constants=True)
         files = [file for file in api.list_repo_files(name) if file.endswith(".safetensors")]
         headers = {file: api.parse_safetensors_file_metadata(name, file) for file in files}
-    except Exception as error:  # what a connection that fails raises is up to the client's own HTTP library
+    except Exception as error:  # the HTTP library of the client decides what a failed connection raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
             f"{name} is not a folder here, and the Hub does not give it ({reason}); `hf download {name} --local-dir FOLDER` "

@@ -36,7 +36,7 @@ _FIELDS = {
     "engram_vocab_size",
     "engram_zero_gate_sign",
 }
-# What a saved config says beside them, and of which type.
+# The other members of a saved config, with their types.
 _OTHERS = {
     "architectures": list,
     "auto_map": dict,
@@ -45,7 +45,7 @@ _OTHERS = {
     "text_config": dict,
     "transformers_version": str,
 }
-# Versions of these fields, of which the second named the model's parameters anew.
+# The known versions of these fields; the second one renamed the model's parameters.
 _FORMAT_VERSIONS = (1, 2)
 _MOST_ORDERS, _MOST_HEADS = 64, 1024
 

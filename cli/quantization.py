@@ -131,7 +131,7 @@ def quantize_model(folder: Path, target: Path, work: Path, dtype: str, left_out:
     for index, (layer, stored) in enumerate(tables.items()):
         sources[layer] = MappedRows(stored), describe_table(hasher, index, width=stored.width, dtype=stored.dtype)
     moved = _table_tensors(tables)
-    # Table files that are not the model's were left by an earlier save.
+    # Table files that the model does not use were left by an earlier save.
     paths = [path for path in weight_files(folder) if path in moved or not is_table_file(path.name)]
     shards = [read_header(path) for path in paths]
     total = sum(span.size for shard in shards for span in shard.tensors.values())
@@ -184,7 +184,7 @@ def quantize_folder(folder: Path, target: Path, work: Path, dtype: str) -> None:
 def _progress(total: int) -> Any:
     from tqdm import tqdm
 
-    # `disable=None`: no bar where the error stream is not a terminal.
+    # With `disable=None`, no bar is shown unless the error stream is a terminal.
     return tqdm(total=total, unit="B", unit_scale=True, disable=None)
 
 
@@ -212,7 +212,7 @@ def _write_quantized(
     for layer, (source, description) in sources.items():
         name = table_file_name(layer)
         error = quantize_table(source, work / name, description, dtype, advance, work / f"{layer}.json")
-        # Under both names until the folder is whole: what comes after the tables may fail, too.
+        # The file has both names until the folder is whole, because a later step may fail, too.
         _link_or_move(work / name, target / name)
         histograms[layer] = error.histogram
         written = file_description(read_header(target / name))
@@ -296,7 +296,7 @@ def _copy_documents(folder: Path, target: Path, left_out: Path) -> None:
         if not is_written and path not in weights and not path.resolve().is_relative_to(left_out.resolve()):
             copied = target / path.relative_to(folder)
             copied.parent.mkdir(parents=True, exist_ok=True)
-            # Not linked: documents are edited in place.
+            # Documents are not linked, because people edit them in place.
             shutil.copyfile(path, copied)
 
 
@@ -328,7 +328,7 @@ def _rewrite_card(folder: Path, target: Path, dtype: str) -> None:
     path, before = target / "README.md", read_whole_config(folder)
     if not path.exists():
         return
-    # As bytes: what is not ours may have any encoding and line ends.
+    # The file is read as bytes, because it may have any encoding and line ends.
     after, text = copy.deepcopy(before), path.read_bytes()
     after.engram_table_dtype = dtype
     for old, new in zip(model_card(before).splitlines(), model_card(after).splitlines(), strict=True):

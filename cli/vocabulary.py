@@ -72,7 +72,7 @@ def _named_tokens(config: dict[str, Any]) -> set[Any]:
     lists = [
         config.get(name) for name in ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder")
     ]
-    named = [value for name, value in config.items() if name.endswith("_token") and value is not None]
+    named = [value for name, value in config.items() if name.rpartition("_")[2] == "token" and value is not None]
     return {token if isinstance(token, str) else None for token in named} | ({None} if any(lists) else set())
 
 
@@ -90,6 +90,6 @@ def _summarize_file(folder: Path, is_ours: bool, examples: int) -> "CompressionS
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         token_map = build_token_map(tokenizer) if not (is_ours or path.exists()) else read_token_map(path, tokenizer)
-    except Exception:  # the Rust library has no class of its own for what it refuses
+    except Exception:  # the Rust library raises plain exceptions
         return None
     return summarize(tokenizer, token_map, examples)

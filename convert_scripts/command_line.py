@@ -123,7 +123,7 @@ def _download_range(repository: str, commit: str, file: str, first: int, stop: i
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     headers = {**build_hf_headers(), "Range": f"bytes={first}-{stop - 1}"}
-    # Streamed, so that an answer with the whole file is not taken in.
+    # The answer is streamed, so that an answer with the whole file is not downloaded.
     with get_session().stream("GET", hf_hub_url(repository, file, revision=commit), headers=headers) as response:
         if response.is_error:
             response.read()

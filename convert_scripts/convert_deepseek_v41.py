@@ -74,7 +74,7 @@ def plan_conversion(source: Source, options) -> Plan:
     ours = to_engram_config(config, options.dtype, options.dequantize_tables)
     documents = {"chat_template.jinja": TEMPLATE.read_bytes()}
     if options.dtype != "keep":
-        # Weights that are kept quantized need `direct_loading` to be read, which is no part of the remote code.
+        # Weights that stay quantized are read by `direct_loading`, which is no part of the remote code.
         documents |= remote_code(ours)
     if ours.text_config.vision_config is not None:
         documents |= processor_config(ours)

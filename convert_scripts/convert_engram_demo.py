@@ -39,7 +39,7 @@ RULES = (
     DemoRule("conv.weight", ("short_conv.conv.weight",)),
     DemoRule("conv_norm.weight", ("short_conv.norms.{g}.weight",), "streams"),
 )
-# Follows from the primes; compared, not loaded.
+# This tensor follows from the primes, so it is compared and not loaded.
 OFFSETS = "multi_head_embedding.offsets"
 
 

@@ -49,7 +49,7 @@ TEXT = (
     _rule("attn.wo_a.weight", "self_attn.o_a_proj.weight", "o_width o_group_width", FP8_BLOCKS),
     _rule("attn.wo_b.weight", "self_attn.o_b_proj.weight", "hidden_size o_width", FP8_BLOCKS),
     _rule("attn.attn_sink", "self_attn.sinks", "num_attention_heads", F32),
-    # Compressed attention: a KV source pools, an index source chooses.
+    # Compressed attention: a KV source pools positions, and an index source selects them.
     _rule(
         "attn.compressor.wkv.weight", "self_attn.compressor.kv_proj.weight", "head_dim hidden_size", BF16, "kv_sources"
     ),
@@ -218,7 +218,7 @@ def _sizes(text: Mapping) -> dict:
         "moe_intermediate_size engram_head_dim hc_mult"
     )
     return {name: text[name] for name in copied.split()} | {
-        # Per stream one `pre` and one `post`, and the matrix that mixes the streams; one scale each.
+        # Every stream has one `pre` and one `post`; a matrix mixes the streams; each of the three has one scale.
         "hc_rows": (2 + streams) * streams,
         "hc_width": streams * hidden,
         "hc_scales": 3,
@@ -238,7 +238,7 @@ def _layer_sets(text: Mapping) -> dict[str, tuple[int, ...]]:
     return {
         "layers": tuple(range(text["num_hidden_layers"])),
         "kv_sources": tuple(kv_sources),
-        # At ratio 1 there is no group to pool, so nothing to weigh.
+        # At ratio 1 there is no group to pool, so there are no weights.
         "pooling": tuple(layer for layer in kv_sources if ratios[layer] > 1),
         "index_sources": tuple(text["index_source_layer_ids"]),
         "index_keys": tuple(layer for layer in text["index_source_layer_ids"] if layer in kv_sources),

@@ -32,7 +32,7 @@ from .tensor_rules import unquantized_modules
 
 TEMPLATE = Path(__file__).with_name("chat_template_deepseek_v41.jinja")
 
-# Where the hash constants stand in our state dict.
+# The prefix of the hash constants in a state dict of this package.
 HASHING = "model.hashing"
 
 _QUANTIZATION = {"quant_method": "fp8", "weight_block_size": [32, 32], "scale_fmt": "ue8m0", "expert_dtype": "fp4"}
@@ -64,7 +64,7 @@ _VISION_FIELDS = (
 )
 
 
-# What a config.json may say besides; fields that have one meaning alone here.
+# Members that a config.json may have at its top level.
 _TOP_FIELDS = (
     *("text_config", "vision_config", "image_token_id", "quantization_config", "auto_map", "torch_dtype"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
@@ -148,7 +148,7 @@ def _first_layers_of(fields: Mapping[str, Any], count: int) -> dict[str, Any]:
     total = fields["num_hidden_layers"]
     changed = {"num_hidden_layers": count}
     for name, value in fields.items():
-        # Any list with one entry a layer (`layer_types`, ...); of token ids there may be as many by chance.
+        # Any list with one entry for each layer is cut (`layer_types`, ...), except lists of token ids, whose length may agree by chance.
         per_layer = isinstance(value, (list, tuple)) and len(value) == total and "token" not in name
         if name in _SOURCES and value is not None:
             changed[name] = [layer for layer in value if layer < count]
@@ -181,7 +181,7 @@ def to_engram_config(config: Mapping, dtype: str, dequantize_tables: bool) -> En
     except (ValueError, TypeError) as error:
         raise ConversionError(f"config.json of the checkpoint is not valid: {error}") from error
     if dtype == "keep":
-        # `fp8` modules replace all linear ones that are not named here.
+        # transformers replaces all linear modules that are not named here by `fp8` ones.
         skipped = {"modules_to_not_convert": unquantized_modules(DEEPSEEK_V41)}
         ours.quantization_config = {**config["quantization_config"], **skipped}
     return ours

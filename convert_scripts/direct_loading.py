@@ -43,7 +43,7 @@ from .number_formats import FP4_ROWS, FP8_BLOCKS, decode
 from .safetensors_files import ConversionError, enumerate_names
 from .tensor_rules import Layout, Rule
 
-_NO_NAME = "$^"  # an end before a beginning
+_NO_NAME = "$^"  # matches nothing: an end before a beginning
 
 
 class LoadingConverter(WeightConverter):
@@ -69,7 +69,7 @@ class LoadingRenaming(WeightRenaming):
 class TakeStacked(ConversionOps):
     """Experts already stacked `[E, R, C]`, with or without a scale: kept where the module has one, else dequantized."""
 
-    # transformers' loader leaves the dtypes of a converter's inputs alone if one of its operations says it is a quantizer's.
+    # transformers' loader does not cast the inputs of a converter if one of its operations is marked as a quantizer's.
     hf_quantizer = True
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class TakeAsIs(ConversionOps):
         """`input_dict`: pattern -> list of one tensor; see `ConversionOps.convert`."""
         (values,) = input_dict.values()
         value = _only(values)
-        # transformers leaves the floats of a quantized checkpoint as they are stored; those of any other it has cast by now.
+        # transformers leaves the floats of a quantized checkpoint as they are stored; it has cast those of any other checkpoint by now.
         if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
             value = _as_parameter(value, model, full_layer_name)
         return {full_layer_name: value}
@@ -179,7 +179,7 @@ def upstream_conversions(layout: Layout) -> list[LoadingRenaming | LoadingConver
     renamings = [_renaming(rule) for rule in layout.rules if not rule.is_stacked]
     stacked = [rule for rule in layout.rules if rule.is_stacked]
     renamings += [_stacked_renaming(rule) for rule in stacked]
-    merged = {_leaf(rule): rule for rule in stacked}.values()  # draft layers have the text layers' names
+    merged = {_leaf(rule): rule for rule in stacked}.values()  # draft layers have the names of the text layers
     return renamings + [_merge(rule) for rule in merged] + stored_form_conversions(layout)
 
 
@@ -311,6 +311,6 @@ def register() -> None:
         AutoProcessor.register(DeepseekV41Config, DeepseekV41Processor)
         for name in (DeepseekV41ForCausalLM.__name__, DeepseekV41ForConditionalGeneration.__name__):
             register_checkpoint_conversion_mapping(name, upstream_conversions(DEEPSEEK_V41), overwrite=True)
-    # Draft layers are loaded by themselves, from a folder of either kind.
+    # Draft layers are loaded separately, from a folder of either kind.
     name = DeepseekV41DraftModel.__name__
     register_checkpoint_conversion_mapping(name, upstream_conversions(DEEPSEEK_V41), overwrite=True)

@@ -27,7 +27,7 @@ from .safetensors_files import (
 from .streaming import Copy, OutputFile, Part, Plan, Tensor, copy_of, tensor_file
 from .tensor_rules import Layout, TensorMapping, UpstreamTensor, iterate_upstream
 
-# Parts of our state dict that upstream derives from the config.
+# Tensors of this package's state dict that the release derives from its config.
 DERIVED = re.compile(r"model\.hashing\.")
 
 

@@ -24,7 +24,7 @@ from .streaming import MANIFEST_NAME, Copy, OutputFile, Part, Plan, Tensor, copy
 from .tensor_rules import Layout, TensorMapping
 
 RECORD_FOLDER = "upstream"
-# Documents every loader looks for beside the weights.
+# Documents that every loader looks for beside the weights.
 SHARED_DOCUMENTS = (
     "tokenizer.json",
     "tokenizer_config.json",

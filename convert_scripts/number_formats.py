@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ..table_engram import E2M1_VALUES, E4M3_MAX, exponent_above
 from ..table_writer_engram import E2M1_LIMIT, e2m1_codes, pack
 
-# Weights get no floor beyond the smallest scale that is a normal number: what was decoded must encode to the same values.
+# The only floor for weights is the smallest scale that is a normal number, because decoded values must encode to the same bytes.
 SMALLEST_NORMAL = 2.0**-126
 
 

@@ -39,7 +39,7 @@ from .safetensors_files import ConversionError
 MANIFEST_NAME = "conversion_manifest.json"
 JOURNAL_NAME = ".conversion-journal"
 FORMAT_VERSION = 1
-# Small enough to be hashed and written while it is in the processor's cache.
+# A chunk is small enough to be hashed and written while it is in the processor's cache.
 CHUNK_BYTES = 1 << 20
 # Several files at once hide the wait for the disk; reading, checksums and writing release the interpreter lock.
 WORKERS = 4
@@ -177,10 +177,13 @@ def run_plan(plan: Plan, target: Path) -> int:
             writing to it. Nothing is left under a final name that is not complete, and files already complete are kept
             for the next start.
     """
-    from ..claiming_engram import FolderClaim, FolderInUseError  # it takes torch, which `--help` need not wait for
+    from ..claiming_engram import (
+        FolderClaim,
+        FolderInUseError,
+    )  # importing it imports torch, which `--help` does not need
 
     try:
-        # What is finished may lie where nothing can be written.
+        # A finished conversion may be in a folder where nothing can be written.
         if _is_finished(plan, target) and _is_whole(plan, target):
             _remove_abandoned_claim(target)
             return 0
@@ -203,12 +206,12 @@ def _remove_abandoned_claim(target: Path) -> None:
 
 def _run_claimed(plan: Plan, target: Path) -> int:
     if _is_finished(plan, target):
-        if _is_whole(plan, target):  # by now, another process having finished it
+        if _is_whole(plan, target):  # another process has finished it in the meantime
             return 0
         _reopen(plan, target)
     with _Journal(plan, target) as journal:
         todo = [file for file in plan.files if not _is_done(file, target, journal.done)]
-        # A table of 100 GB left for last would be written by one thread alone.
+        # Large files come first: a table of 100 GB at the end would be written by one thread alone.
         todo.sort(key=lambda file: file.size, reverse=True)
         needed = sum(file.size for file in todo if not file.link) + sum(map(len, plan.documents.values()))
         _check_space(needed, target)
@@ -286,8 +289,8 @@ class _Journal:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # A start that wrote nothing leaves nothing behind that other options would trip over. What it wrote may be there
-        # without being on record, if it was interrupted between the two.
+        # A start that wrote nothing removes its journal, so that a start with other options is not refused. A file may exist
+        # without being on record, if the process was interrupted between writing and recording it.
         if kind is None or not (self.done or self._strangers()):
             self.path.unlink()
         self._file.close()
@@ -362,7 +365,7 @@ def _write_files(todo: list[OutputFile], target: Path, journal: _Journal) -> Non
 
     stop = threading.Event()
     total = sum(file.size for file in todo if not file.link)
-    # `disable=None`: no bar where the error stream is not a terminal.
+    # With `disable=None`, no bar is shown unless the error stream is a terminal.
     with (
         tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
         ThreadPoolExecutor(WORKERS) as pool,
@@ -371,7 +374,7 @@ def _write_files(todo: list[OutputFile], target: Path, journal: _Journal) -> Non
         try:
             finished, _ = wait(jobs, return_when=FIRST_EXCEPTION)
         finally:
-            # The first error, or an interruption from the keyboard, stops the other files too.
+            # The first error or keyboard interrupt stops the other files, too.
             stop.set()
             for job in jobs:
                 job.cancel()
@@ -490,7 +493,7 @@ def verify_files(folder: Path, manifest: dict) -> int:
                 read += job.result()
                 bar.update(read - bar.n)
         finally:
-            # The first damage, or an interruption from the keyboard, is told before hundreds of gigabytes are read.
+            # The first damage or keyboard interrupt is reported before hundreds of gigabytes are read.
             stop.set()
             for job in jobs:
                 job.cancel()

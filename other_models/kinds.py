@@ -37,7 +37,7 @@ KINDS = (
         "n-grams of Qwen4-Exp",
         re.compile(r"(?:^|\.)ple\.ple_embedding\.ngram_embedding$"),
         ("vocab_size", "seed", "ngram_size", "heads_per_ngram", "ngram_vocab_size_base", "ple_layer_ids"),
-        # The defaults are those of its config class, which a config.json may leave out.
+        # A config.json may leave fields out; these defaults are those of the model's config class.
         lambda config: (config.get("ngram_size", 3) - 1) * config.get("heads_per_ngram", 8),
         is_hashed=True,
     ),
@@ -50,7 +50,7 @@ KINDS = (
 )
 
 
-# This package's own, which `EngramForCausalLM` loads; here so that a list of a checkpoint's tables is complete.
+# Tables of this package, which `EngramForCausalLM` loads; they are listed here so that the list of a checkpoint's tables is complete.
 MEMORY = TableKind(
     "Engram memory",
     re.compile(r"(?:^|\.)layers\.\d+\.engram\.(?:table|embed)$"),

@@ -30,9 +30,9 @@ RESIDENCIES = ("mapped", "pinned", "resident")
 # Arguments of `from_pretrained` that say where files come from, and how the Hub is reached.
 _REACH = ("cache_dir", "force_download", "proxies", "token", "local_files_only")
 _ORIGIN = (*_REACH, "revision", "subfolder")
-# What has no meaning for a model's config, though its loader would take it.
+# Arguments that a config's loader would accept although they have no meaning for it.
 _NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config", "device_map")
-# Arguments with which the weights come from elsewhere, or are cut up.
+# Arguments with which weights come from another source, or are split between devices.
 _REFUSED = {
     "state_dict": "tables are read from safetensors files",
     "gguf_file": "tables are read from safetensors files",
@@ -320,7 +320,7 @@ class ModelWithTables(RuntimeSubclass):
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
-        # Configs, pipelines and conversions know the class by its name.
+        # Configs, pipelines and conversions identify the class by its name.
         return {"__module__": base.__module__, "__name__": base.__name__, "__qualname__": base.__qualname__}
 
     def __init__(self, *args: Any, table_plan: TablePlan | None = None, **kwargs: Any):
@@ -328,7 +328,7 @@ class ModelWithTables(RuntimeSubclass):
         self.table_plan = table_plan
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
-        # transformers asks this of a model that is built and quantized, before it makes a device map or loads anything.
+        # transformers calls this on a model that is built and quantized, before it makes a device map or loads anything.
         dtype_plan = super()._get_dtype_plan(dtype)
         if self.table_plan is not None:
             plan, self.table_plan = self.table_plan, None

@@ -22,7 +22,7 @@ from ..safetensors_engram import EngramError
 from ..table_format_engram import free_host_memory
 from .stored_tables import StoredTensor
 
-# As many rows as a token or two read: for so few, sorting and asking for pages take longer than reading.
+# One or two tokens read this many rows; for fewer, sorting and requesting pages take longer than reading.
 _FEW = 64
 
 
@@ -158,7 +158,7 @@ _ATTRIBUTES = (
     "ndim requires_grad shape"
 )
 _METHODS = "__len__ dim element_size is_complex is_contiguous is_floating_point nelement numel size stride"
-# What may be asked of a table without its numbers.
+# Attributes of a table that need none of its numbers.
 _METADATA = {
     *(getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES.split()),
     *(getattr(torch.Tensor, name) for name in _METHODS.split()),
@@ -254,7 +254,7 @@ class EmbeddingOfRows(RuntimeSubclass):
         return super().requires_grad_(requires_grad)
 
     def __deepcopy__(self, memo: dict) -> "EmbeddingOfRows":
-        # PEFT copies a module by itself to train the copy, of which it would find no parameter and say nothing.
+        # PEFT would train a copy of this module, find no parameter in it, and give no warning.
         if not memo:
             raise _frozen(next(iter(self.readers.values())).name)
         made = memo[id(self)] = type(self).__new__(type(self))

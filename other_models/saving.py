@@ -52,7 +52,7 @@ def save_with_tables(
         OSError: the folder cannot be written.
     """
     if not is_main_process or getattr(model, "_hf_peft_config_loaded", False):
-        # Another process saves, or an adapter alone is saved: no tables.
+        # No tables are saved if another process saves, or if only an adapter is saved.
         save(folder, *args, variant=variant, is_main_process=is_main_process, **kwargs)
         return
     _require_saveable(model)

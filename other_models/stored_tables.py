@@ -29,11 +29,11 @@ from ..safetensors_engram import (
 from ..table_format_engram import StoredTable, TablePart
 from .kinds import TableKind, text_config
 
-# Member of the metadata of an index: the digest of samples of each file with tables, by name.
+# The member of an index' metadata that holds, by name, the digest of samples of each file with tables.
 DIGESTS_MEMBER = "tables_sha256"
 # A tensor of a table, or of one of its shards: `STEM.weight` or `STEM.shard_7.weight`.
 _NAME = re.compile(r"(?P<stem>.+?)(?:\.shard_(?P<shard>[0-9]{1,6}))?\.(?P<leaf>[^.]+)")
-# What may be stored for a parameter of each dtype. Floats are cast as transformers casts them.
+# The stored dtypes that are accepted for a parameter of each dtype. Floats are cast as transformers casts them.
 _FLOATS = ("BF16", "F16", "F32")
 _STORED_AS = {
     **dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), _FLOATS),

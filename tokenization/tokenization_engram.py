@@ -21,7 +21,7 @@ from .vocabulary_compression import (
     write_token_map,
 )
 
-# What tells `from_pretrained` where files are, and so has to reach every file it looks for.
+# Arguments that tell `from_pretrained` where files are; they are needed for every file that it looks for.
 LOCATION_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -108,8 +108,8 @@ class EngramTokenizer(PreTrainedTokenizerFast):
         missing or does not belong to the tokenizer beside it.
         """
         location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
-        # By its module: `datasets` hashes a tokenizer that is remote code with all functions that its methods name, and these
-        # lead it around in circles.
+        # The function is called through its module: `datasets` hashes a tokenizer of remote code with all functions that its
+        # methods refer to, and would recurse without end.
         declared = tokenization_auto.get_tokenizer_config(pretrained_model_name_or_path, **location).get(
             "tokenizer_class"
         )
@@ -189,7 +189,7 @@ class EngramTokenizer(PreTrainedTokenizerFast):
                 "the folder with PreTrainedTokenizerFast and make a new map with EngramTokenizer.from_tokenizer."
             )
 
-    # Not in `save_pretrained`: `push_to_hub` uploads what changes between its two ends, and this runs between them.
+    # The map is not written in `save_pretrained`: `push_to_hub` uploads files that change while this method runs.
     def _save_pretrained(
         self,
         save_directory: str | os.PathLike,

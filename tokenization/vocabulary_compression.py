@@ -244,7 +244,7 @@ def _remove_left(path: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
-    if os.name == "nt":  # where asking would end it
+    if os.name == "nt":  # `os.kill` would end the process there
         return True
     try:
         os.kill(process, 0)

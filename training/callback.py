@@ -159,7 +159,7 @@ def _reader(table: nn.Module, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
     @torch.no_grad()
     def read() -> torch.Tensor:
         parts = [p[rows.to(p.device)] if p.shape[0] == table.num_rows else p for p in trained]
-        # A parameter with other rows is a row adapter, of which all may change.
+        # A parameter with another number of rows is a row adapter, all rows of which may change.
         return torch.cat([part.flatten().float() for part in parts]) if parts else torch.empty(0)
 
     return read

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
 
 _BATCH = 32
-# Upper ends of the distances that are told apart.
+# The upper bounds of the classes of distances.
 _DISTANCES = (0, 1, 3, 7, 15, 31)
 
 

@@ -16,7 +16,7 @@ from .memory import heads_of_orders, read_rows_of
 if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
 
-# N-grams of its own that a prompt is to have among those that are written.
+# The number of written n-grams that a prompt should share with no other prompt.
 _OWN_NGRAMS = 3
 
 
@@ -161,7 +161,7 @@ def _tokenize(tokenizer: Any, prompt: str, target: str) -> tuple[tuple[int, ...]
     prompt_ids, both = (tuple(tokenizer(text)["input_ids"]) for text in (prompt, prompt + space + target))
     if both[: len(prompt_ids)] == prompt_ids:
         return prompt_ids, both[len(prompt_ids) :]
-    # A token runs across the border, or the tokenizer ends every text with one of its own.
+    # A token crosses the border between prompt and target, or the tokenizer appends a special token to every text.
     return prompt_ids, tuple(tokenizer(space + target, add_special_tokens=False)["input_ids"])
 
 

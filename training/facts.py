@@ -294,7 +294,7 @@ def _adapter(model: nn.Module, config: EngramRowsConfig, name: str) -> Iterator[
     else:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there are adapters of another method already, which is meant
+            warnings.simplefilter("ignore")  # about adapters of another method, which are intended here
             peft_model = get_peft_model(base, config, adapter_name=name)
     try:
         peft_model.base_model.set_adapter([*active, name])
@@ -358,7 +358,7 @@ def _train(model: PeftModel, name: str, facts: Sequence[Fact], steps: int, learn
         bar.close()
         for adapter in adapters.values():
             adapter.delta.grad = None
-            adapter.round()  # half the bytes; the report speaks of what is saved
+            adapter.round()  # bfloat16 takes half the bytes, and the report measures what is saved
 
 
 def _accumulate(model: PeftModel, facts: Sequence[Fact], deltas: Sequence[nn.Parameter]) -> list[float]:

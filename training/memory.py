@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..layer_engram import EngramMemory
     from ..modeling_engram import EngramModel
 
-# What `prepare_memory` takes beside the ids, by the names that collators give it.
+# The inputs that `prepare_memory` takes besides the ids, by the names that collators use.
 _BESIDE_IDS = ("attention_mask", "position_ids", "image_mask", "seq_idx")
 
 

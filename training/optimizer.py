@@ -65,5 +65,5 @@ def _require_trainable_dtype(name: str, parameter: nn.Parameter) -> None:
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
-    # Norms of the memory have a weight for each residual stream, so the number of dimensions alone does not tell.
+    # Norms of the memory have a weight for each residual stream, so the number of dimensions alone does not identify them.
     return parameter.dim() > 1 and "norm" not in name and not name.endswith("bias")

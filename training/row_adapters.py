@@ -54,7 +54,7 @@ class RowDifferences(nn.Module):
     ):
         super().__init__()
         self.num_rows, self.digest, self._awaits_checkpoint = num_rows, digest, rows is None
-        # A number that no row has: an adapter whose rows were never loaded is refused, not taken for another.
+        # No row has this number, so an adapter whose rows were never loaded is refused.
         self.register_buffer("rows", torch.full((count,), -1, device=device) if rows is None else rows.to(device))
         delta = torch.full(
             (count, width), 0.0 if rows is not None else float("nan"), device=device, dtype=torch.float32
@@ -73,7 +73,7 @@ class RowDifferences(nn.Module):
         Raises:
             ValueError: says so.
         """
-        if self._checked is self.rows:  # moving and loading put another tensor in its place, or call the hook
+        if self._checked is self.rows:  # moving and loading replace the tensor, or call the hook
             return
         rows = self.rows
         is_fine = rows.dtype == torch.int64 and bool((rows[1:] > rows[:-1]).all())
@@ -98,7 +98,7 @@ class RowDifferences(nn.Module):
         """Differences `[..., T, W]` of row ids `[..., T]`, and where there are any, bool `[..., T, 1]`."""
         if not torch.compiler.is_compiling():
             self.require_rows()
-        if not self.rows.numel():  # all of them were taken out again
+        if not self.rows.numel():  # all rows were removed again
             adapted = torch.zeros_like(row_ids, dtype=torch.bool).unsqueeze(-1)
             return self.delta.new_zeros((*row_ids.shape, self.delta.shape[1])), adapted
         place = torch.searchsorted(self.rows, row_ids.contiguous()).clamp_max(self.rows.numel() - 1)

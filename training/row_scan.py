@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
 
 _BATCH = 32
-# Reads that are collected before they are sorted into what was counted before.
+# This many reads are collected before they are merged into the sorted counts.
 _PENDING = 1 << 20
 
 
@@ -40,7 +40,7 @@ class _Counter:
         """Count every number of `rows` `[n]` once more."""
         self._pending.append(rows)
         self._size += rows.numel()
-        # As much as was counted before, so that each read is sorted a few times only, however long the corpus is.
+        # The buffer grows with the counts, so that each read is sorted only a few times, however long the corpus is.
         if self._size > max(_PENDING, self.rows.numel()):
             self.settle()
 

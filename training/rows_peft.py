@@ -171,7 +171,7 @@ class EngramRowsModel(BaseTuner):
             require_same_memory(engram, layer, described)
         layers = sorted(map(int, peft_config.memory))
         for described in peft_config.memory.values():
-            # PEFT leaves out what it has no place for without a word.
+            # PEFT ignores tensors that it has no place for, without a warning.
             if described.get("layers", layers) != layers:
                 raise EngramError(
                     f"adapter_config.json describes rows of the layers {layers}, but this adapter has rows of the layers "
@@ -277,7 +277,7 @@ def _same_token_map(engram: "EngramModel", own: dict[str, Any], described: dict[
     if token_map is None or type(ids) is not int:
         return False
     covered = _Covered(described["token_map_sha256"], ids)
-    return covers_token_map(covered, token_map)  # it reads these two attributes alone
+    return covers_token_map(covered, token_map)  # the function reads only these two attributes
 
 
 @dataclass
@@ -295,7 +295,7 @@ def register() -> None:
     """Make the method known to PEFT, once a process."""
     if NAME in PeftType.__members__:
         return
-    # PEFT registers methods of others, but only under names that its closed enumeration has.
+    # PEFT registers methods of other packages only under names of its closed enumeration.
     member = str.__new__(PeftType, NAME)
     member._name_ = member._value_ = NAME
     PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member

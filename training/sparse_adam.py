@@ -182,7 +182,7 @@ class SparseAdamW(torch.optim.AdamW):
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
         moments = {}
-        for number, parameter in zip(saved, own, strict=False):  # torch says what is wrong with the numbers
+        for number, parameter in zip(saved, own, strict=False):  # torch raises the error if the numbers differ
             state = state_dict["state"].get(number)
             if state is not None and has_sparse_gradients(parameter):
                 moments[parameter] = _checked(state, parameter)

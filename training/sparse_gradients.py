@@ -20,7 +20,7 @@ from .memory import find_engram
 
 # Optimizers of torch that update the rows of a sparse gradient and leave the others as they are.
 _TAKE_SPARSE_GRADIENTS: list[type] = [torch.optim.SparseAdam, torch.optim.SGD, torch.optim.Adagrad]
-# What was registered with torch, once a process; a kernel goes with its library.
+# Kernels that were registered with torch, once in a process; they live as long as this library object.
 _kernels: list[torch.library.Library] = []
 
 
@@ -51,7 +51,7 @@ def _embed_sparsely(table: TableWithSparseGradients, row_ids: torch.Tensor) -> t
         return F.embedding(row_ids, table.weight, sparse=True)
     except IndexError:
         with torch.no_grad():
-            return table._embed(row_ids)  # which says what is wrong with the ids
+            return table._embed(row_ids)  # it raises the error for wrong ids
 
 
 def enable_sparse_gradients(model: nn.Module) -> None:
