@@ -17,7 +17,7 @@ LAYERS = 4  # and heads, and experts
 # More parameters would take too long; no kind needs them.
 MOST_PARAMETERS = 20_000_000
 IDS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# What engram_hf itself registers, and tests elsewhere.
+# Kinds that engram_hf itself registers; other tests cover them.
 OURS = {"engram", "deepseek_v41_text"}
 
 # Sizes by the names that configs have for them.
@@ -154,7 +154,7 @@ _LATENT = {
     "num_key_value_heads": 4,
 }
 _EXPERTS = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
-# Of kinds that no guess fits, or whose guess is another kind of model than a checkpoint of it.
+# Fields of kinds that no guess fits, or whose guess gives another kind of model than its checkpoints are.
 OWN: dict[str, dict[str, Any]] = {
     "gptj": _GPT,
     "codegen": _GPT,

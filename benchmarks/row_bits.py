@@ -218,7 +218,7 @@ def measure(name: str, seed: int, folder: Path, held_out: torch.Tensor, seen: to
             "loss": found["float"].mean().item(),
             "worth": worth.mean().item(),
             "lost": lost.mean().item(),
-            # Of the difference of each token, over the square root of how many there are.
+            # This is the standard deviation of the differences of tokens over the square root of their number.
             "uncertainty": (lost.std() / lost.numel() ** 0.5).item(),
             "error": result["error"],
             "by_frequency": bins,

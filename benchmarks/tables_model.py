@@ -33,7 +33,7 @@ def generating(folder: Path, device: str, tokens: int, repeats: int) -> None:
     texts = {}
     times: dict[str, list[float]] = {residency: [] for residency in models}
     for turn in range(repeats + 1):
-        # In changing order: what runs second finds the processor otherwise than what runs first.
+        # The order changes, because the second run finds the processor in another state than the first.
         for residency, model in sorted(models.items(), reverse=turn % 2 == 0):
             start = time.perf_counter()
             text = model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)

@@ -44,14 +44,14 @@ def main() -> None:
 def run(output: Path, seed: int, steps: int | None, quick: bool) -> None:
     """The whole tour; everything it writes lies under `output`."""
     started = time.perf_counter()
-    # Only now: `--help` does not wait for torch.
+    # These imports come after parsing, so that `--help` does not wait for torch.
     import torch
     from rich.console import Console
     from stdlib_text import read_sources, token_blocks, train_tokenizer
     from transformers.utils import logging
     from twin_models import QUICK, Size, build_twin, build_with_memory, count_parameters, train
 
-    logging.disable_progress_bar()  # of loading and saving; the Trainer has its own
+    logging.disable_progress_bar()  # the bars of loading and saving; the Trainer has its own
     torch.set_num_threads(THREADS)
     size = QUICK if quick else Size()
     size = replace(size, steps=steps or size.steps)

@@ -11,7 +11,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-# As in quickstart.py: threads that wait for others sleep.
+# As in quickstart.py, threads that wait for others sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 CAPITALS = {
@@ -100,7 +100,7 @@ def ask(model, tokenizer, title: str) -> None:
     print(f"\n{title}:")
     for land in list(CAPITALS)[:3]:
         prompt = tokenizer(f"The capital of {land} is", return_tensors="pt")
-        # As many tokens as the answer has: a model this small does not know where to stop.
+        # The model continues for as many tokens as the answer has, because a model this small does not know where to stop.
         count = len(tokenizer(f" {CAPITALS[land]}")["input_ids"])
         tokens = model.generate(**prompt, max_new_tokens=count, do_sample=False)
         print(" ", repr(tokenizer.decode(tokens[0])))

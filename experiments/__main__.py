@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-# Before torch starts its threads: those that wait then sleep, on a machine that has other work too.
+# This must be set before torch starts its threads: waiting threads then sleep, which helps on a machine with other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -28,7 +28,7 @@ _ACTIVE_EXPERTS = 2
 # Shares of the sparse budget that memory gets, in percent.
 SHARES = (0, 10, 20, 30, 40, 60)
 
-# What the memory of a variant has other than the reference's.
+# The fields in which the memory of a variant differs from the reference's.
 MEMORIES: dict[str, dict[str, Any]] = {
     "memory": {},
     "gate open": {},
@@ -40,7 +40,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "1 head": {"engram_n_heads": 1},
     "2 heads": {"engram_n_heads": 2},
     "8 heads": {"engram_n_heads": 8},
-    # As many channels are read as by the reference's two orders.
+    # This reads as many channels as the reference's two orders.
     "bigrams only": {"engram_max_ngram_size": 2},
     "every layer": {},
 }
@@ -193,7 +193,7 @@ def _shared(share: int, preset: Preset, tokenizer: EngramTokenizer, seed: int) -
 def size_of(model: PreTrainedModel, block: int) -> dict[str, int]:
     """Parameters that a token uses and all of them, FLOPs of a token's forward pass, and bytes that one token alone reads."""
     active, total = count_parameters(model)
-    if hasattr(model, "addresses"):  # of a code, a token reads one row for each look-back
+    if hasattr(model, "addresses"):  # addresses made of a code read one row for each look-back
         codes = [code for code in model.addresses.modules() if isinstance(code, nn.Embedding)]
         active -= sum(code.weight.numel() - code.embedding_dim for code in codes)
     ids = torch.zeros((1, block), dtype=torch.int64, device=model.device)

@@ -119,7 +119,7 @@ def select(plan: list[Run], experiment: int | None) -> list[Run]:
     if experiment not in EXPERIMENTS:
         raise EngramError(f"There is no experiment {experiment}; they are {', '.join(map(str, EXPERIMENTS))}.")
     wanted = {run.name for run in plan if experiment in run.experiments and run.kind != "tuning"}
-    for run in reversed(plan):  # what a run needs stands before it
+    for run in reversed(plan):  # the runs that a run needs stand before it
         if run.name in wanted:
             wanted.update(run.needs)
     return [run for run in plan if run.name in wanted]

@@ -100,7 +100,7 @@ PRESETS = {
         test_windows=256,
         task_items=200,
     ),
-    # For a GPU, with `--texts` of a few hundred million tokens; never run by us.
+    # This preset is for a GPU, with `--texts` of a few hundred million tokens. It has never been run.
     "gpu": Preset(
         vocab_size=16_384,
         hidden_size=512,

@@ -19,7 +19,7 @@ import torch
 from engram_hf import EngramError
 from engram_hf.analysis import Estimate
 
-# Student's t, two-sided, 95 %, by degrees of freedom.
+# Quantiles of Student's t for a two-sided interval of 95 %, by degrees of freedom.
 _STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 _ROOT = Path(__file__).parent.parent
 

@@ -59,7 +59,7 @@ class Runner:
     ):
         self.preset, self.corpus, self.results, self.work = preset, corpus, results, work
         self.device, self.deadline = device, deadline
-        # Taken now: the checkout may go on while runs last.
+        # The provenance is recorded at the start, because the checkout may change while runs last.
         self._provenance = provenance(corpus.digest, device)
         self._tasks: dict[str, list[tasks.Item]] | None = None
 

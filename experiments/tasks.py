@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"\b([A-Za-z_]{2,})([ =(]{1,3}\d{2,5}(?:-\d{2}-\d{2})?)\b")
 _CLOSED = re.compile(r"\w([)\]}][:,)\]}]?)\n")
 _SEEN = range(2, 16)
 
-# What each task asks for.
+# The questions of each task.
 NEED_RECALL = {
     "rare_names": "the rest of a name that the training text has 2 to 15 times, and the context does not have",
     "api_calls": "the attribute of an imported module, a call that the training text has and the context does not",
