@@ -15,7 +15,7 @@ from engram_hf import EngramTokenizer
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
-# Tests and generated tables are left out: the near-copies in `encodings` would make a memory look better than it is.
+# Other packages, tests and generated tables are left out: the near-copies in `encodings` would make a memory look better than it is.
 SKIPPED = {
     "__pycache__",
     "dist-packages",
