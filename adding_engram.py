@@ -21,7 +21,7 @@ from .modeling_engram import EngramForCausalLM
 from .safetensors_engram import EngramError
 from .table_format_engram import is_prime
 
-# What the two published forms of Engram differ in; see arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
+# The fields in which the two published forms of Engram differ: arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {
         "engram_max_ngram_size": 3,
@@ -261,11 +261,13 @@ def _leave_memory_unquantized(model: PreTrainedModel) -> None:
         )
     setattr(config, skipped, _unquantized_modules(model))
     model.hf_quantizer.quantization_config = model.config.quantization_config = config
-    vars(model.config.backbone).pop("quantization_config", None)  # of the backbone alone, and no longer true of it
+    vars(model.config.backbone).pop(
+        "quantization_config", None
+    )  # it describes the backbone alone, and is no longer true
 
 
 def _unquantized_modules(model: PreTrainedModel) -> list[str]:
-    # Patterns, from the root of a model with head or without: not every quantizer takes the end of a name.
+    # The names are patterns from the root of a model, with or without head, because not every quantizer matches the end of a name.
     prefix = f"{model.base_model_prefix}."
     names = [name for name, module in model.named_modules() if _is_unquantized(module)]
     return [f"({prefix})?{name.removeprefix(prefix)}" if name.startswith(prefix) else name for name in names]

@@ -35,7 +35,7 @@ _NO_CACHE = (
 )
 _NO_TOKENS = "reads no token ids of a text but sound or other signals, and memory is looked up by token id; give a language model"
 _UNRETURNED = "does not return the cache that it takes: what it has read is somewhere else, where the memory's history cannot follow"
-# What the names of classes with heads that predict no token contain.
+# Parts of the names of classes whose heads predict no token.
 _CLASSIFIERS = ("Classification", "Reward", "QuestionAnswering", "MultipleChoice")
 # Arguments of `from_pretrained` that say where a config is.
 _LOCATION = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -134,7 +134,7 @@ def _faults_of_decoder(model: PreTrainedModel, config: PreTrainedConfig) -> Iter
         yield "puts tokens of its own in front of a text, which have no ids, so that rows and positions would not agree"
     outputs = [kind for kind in _types_in(signature.return_annotation) if dataclasses.is_dataclass(kind)]
     names = {field.name for kind in outputs for field in dataclasses.fields(kind)}
-    # BERT and its like do not say all that they return.
+    # The outputs of BERT and similar models do not name all that they hold.
     if outputs and not names & set(CACHE_NAMES) and not hasattr(config, "is_decoder"):
         yield _UNRETURNED
 

@@ -103,7 +103,7 @@ class EngramHistory:
 
     def _trimmed(self, states: torch.Tensor) -> torch.Tensor:
         kept = _last(states, self.reach + SPARE_POSITIONS)
-        # A slice of a prompt would hold all of it in memory.
+        # A slice of a prompt would keep the whole prompt in memory.
         return kept.clone() if kept.shape[1] < states.shape[1] // 2 else kept
 
     def commit(self) -> None:
@@ -392,7 +392,7 @@ def attach_history(cache: Cache, config: EngramConfig) -> EngramHistory:
             "cache, or None to start afresh."
         )
     history.discard()
-    if not isinstance(history, StaticEngramHistory):  # asking a static one would wait for the device at every step
+    if not isinstance(history, StaticEngramHistory):  # a static one would synchronize with the device at every step
         _require_same_past(cache, history.get_seq_length())
     return history
 

@@ -13,7 +13,7 @@ from .adding_engram import count_parameters, parameters_beside_table
 from .configuration_engram import EngramConfig
 from .table_engram import EngramTable
 
-# How transformers' `create_and_tag_model_card` describes a repository that had no card.
+# The text by which transformers' `create_and_tag_model_card` describes a repository that had no card.
 _PLACEHOLDER = "This model card has been automatically generated."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COUNT_PREFIXES, _BYTE_PREFIXES = "kMBT", "kMGT"

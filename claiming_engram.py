@@ -18,7 +18,7 @@ from .safetensors_engram import EngramError, lock_file, still_names
 from .saving_engram import EXCHANGE_PREFIX, LOAD_WAITS, POLL_SECONDS, SAVE_PREFIX, FolderWriter
 
 LOCK_NAME = ".engram-lock"
-# How many seconds a save waits for others that are put in place in the same folder.
+# Seconds that a save waits for other saves that are being put in place in the same folder.
 SAVE_WAITS = 60.0
 
 
@@ -75,10 +75,10 @@ class FolderClaim:
     def release(self) -> None:
         """Let others write; does nothing if the folder was not claimed."""
         if self._file is not None:
-            if os.name == "nt":  # where no open file can be removed
+            if os.name == "nt":  # Windows cannot remove an open file
                 self._file.close()
             with contextlib.suppress(OSError):
-                self.path.unlink()  # while it is locked, so that nobody locks a file that has no name
+                self.path.unlink()  # it is removed while it is locked, so that no process locks a file without a name
             self._file.close()
             self._file = None
         if self._made_folder:
@@ -110,12 +110,12 @@ class FolderClaim:
             file = open(self.path, "x+b", buffering=0)  # noqa: SIM115 (it is held open as long as the claim)
         except FileExistsError:
             return _remove_abandoned(self.path)
-        except FileNotFoundError:  # another process took the folder, which was empty, for an abandoned one
+        except FileNotFoundError:  # another process removed the folder, which was empty, as an abandoned one
             self.make_folder()
             return None
         except OSError as error:
             raise _unwritable(self.folder, error) from error
-        # Between the two calls others may take the file for an abandoned one.
+        # Between the two calls, another process may remove the file as an abandoned one.
         if lock_file(file.fileno()) is False or not still_names(self.path, file.fileno()):
             file.close()
             return None
@@ -135,7 +135,7 @@ def _unwritable(folder: Path, error: OSError) -> OSError:
 def _remove_abandoned(path: Path) -> dict | None:
     """Remove the lock file of a process that has ended; otherwise, what it says of the process that holds it."""
     try:
-        # NFS locks only what is open for writing. A pipe in its place must not be waited for.
+        # NFS locks only files that are open for writing. Opening a pipe in its place must not block.
         file = os.open(path, os.O_RDWR | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         return None
@@ -185,8 +185,10 @@ class ClaimedFolderWriter(FolderWriter):
 
     def __init__(self, target: str | os.PathLike):
         super().__init__(target)
-        self._claim = FolderClaim(self._staged)  # by which others tell it from what a killed process left
-        self._parent = FolderClaim(self.target)  # not taken: it makes the folder, and removes it if it stays empty
+        self._claim = FolderClaim(self._staged)  # it distinguishes the folder from one that a killed process left
+        self._parent = FolderClaim(
+            self.target
+        )  # this claim is not taken: it only makes the folder, and removes it if it stays empty
 
     def _begin(self) -> None:
         self._parent.make_folder()
@@ -209,7 +211,7 @@ class ClaimedFolderWriter(FolderWriter):
         try:
             if not is_claimed and self.names is None:
                 claim.take(SAVE_WAITS)
-            if os.name == "nt":  # where no folder is renamed that has an open file in it
+            if os.name == "nt":  # Windows does not rename a folder with an open file in it
                 self._claim.release()
             super().publish(is_stale, last)
         finally:

@@ -19,23 +19,23 @@ from transformers.models.auto import CONFIG_MAPPING
 from .safetensors_engram import EngramError
 from .table_format_engram import QUANTIZED_FORMATS, draw_primes
 
-# 2: parameters have the names that they have in the backbone's own class, without `backbone.` in front.
+# In version 2, parameters have the names of the backbone's own class, without the prefix `backbone.` of version 1.
 FORMAT_VERSION = 2
 
-# Far beyond any use; more would take minutes to check.
+# These limits are far beyond any use; larger values would take minutes to check.
 _MOST_ORDERS, _MOST_HEADS = 64, 1024
 
-# The demo's default: five buckets of every order for each token of the vocabulary.
+# The demo's default is five buckets of every order for each token of the vocabulary.
 _PAPER_BUCKETS_PER_TOKEN = 5
 
-# Where a folder with remote code has the class for each Auto class: module and name.
+# The module and the name of the class for each Auto class in a folder with remote code.
 _AUTO_CLASSES = {
     "AutoConfig": ("configuration_engram", "EngramConfig"),
     "AutoModel": ("modeling_engram", "EngramModel"),
     "AutoModelForCausalLM": ("modeling_engram", "EngramForCausalLM"),
 }
 _AUTO_CLASSES_WITH_IMAGES = {"AutoModelForImageTextToText": ("multimodal_engram", "EngramForConditionalGeneration")}
-# For a backbone that transformers does not have: the module that brings it and these classes, by the backbone's model type.
+# Modules that bring a backbone which transformers does not have, and these classes, by the backbone's model type.
 _ENTRY_MODULES: dict[str, str] = {}
 
 
@@ -69,13 +69,13 @@ _OWN = {
     "transformers_version",
     "transformers_weights",
 }
-# Where transformers keeps what it sets through a property, with the argument that sets it.
+# Attributes in which transformers keeps values that are set through a property, with the argument that sets each.
 _STORED_BY_PROPERTIES = {
     "_attn_implementation_internal": "attn_implementation",
     "_experts_implementation_internal": "experts_implementation",
     "_output_attentions": "output_attentions",
 }
-# Where attributes of the backbone wait while its config is still being made.
+# The attribute that keeps attributes of the backbone while its config is still being made.
 _UNSETTLED = "set before the backbone's config"
 # Attributes that every config has on its class, where `__getattr__` would never be asked for them.
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PreTrainedConfig) if field.name not in _OWN}
@@ -209,7 +209,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
-        # Hidden from the base class, which would fill in defaults that the backbone has settled already.
+        # They are hidden from the base class, which would fill in defaults of attributes that the backbone has.
         text, whole = (vars(self).pop(name) for name in ("text_config", "backbone_config"))
         backbone = as_decoder_config(text) if whole is None else as_composite_config(whole, text)
         super().__post_init__(**kwargs)
@@ -301,7 +301,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
             )
         unknown = [key for key in extras if key.startswith("engram_")]
         if unknown:
-            # Compared without the prefix, which alone would make any two names similar.
+            # Names are compared without the prefix, which would make any two of them similar.
             known = {
                 key.removeprefix("engram_"): key for key in type(self).__annotations__ if key.startswith("engram_")
             }
@@ -371,7 +371,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         yield width > 0, f"engram_head_dim is {width}; it must be positive."
         yield kernel >= 0, f"engram_conv_kernel_size is {kernel}; give a number of taps, 0 for no convolution."
         for name in ("engram_norm_eps", "engram_conv_norm_eps"):
-            # Zero is no epsilon: a position without memory is all zeros, and its norm would be NaN.
+            # Zero is refused: a position without memory is all zeros, and its norm would be NaN.
             eps = getattr(self, name)
             yield eps is None or 0 < eps < math.inf, f"{name} is {eps}; it must be positive, and finite."
         yield (
@@ -453,7 +453,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         fields = super().to_diff_dict()
         part = "backbone_config" if self.is_composite else "text_config"
         backbone, alone = fields[part], self.backbone.to_diff_dict()
-        # Parts of the backbone's config as it saves them itself: they need not take all that is written of a whole one.
+        # Parts of the backbone's config are saved as the backbone saves them: they may refuse fields of a complete config.
         backbone |= {name: alone[name] for name in self.backbone.sub_configs if name in alone}
         for config in (backbone, *(backbone[part] or {} for part in self.backbone.sub_configs if part in backbone)):
             name = config.get("_name_or_path", "")

@@ -111,7 +111,7 @@ class Compaction:
     def __init__(self, is_text: torch.Tensor | None):
         self.is_text = is_text
         if is_text is not None and is_text.shape[1] > 1:
-            number = is_text.long().cumsum(1)  # of the text so far
+            number = is_text.long().cumsum(1)  # number of each text position in its row
             first = is_text.shape[1] - number[:, -1:]
             self._rows = torch.arange(is_text.shape[0], device=is_text.device).unsqueeze(1)
             self._places = (first + number - 1).clamp_min(0)  # [B, S], where each position goes
@@ -121,7 +121,7 @@ class Compaction:
         joined = torch.cat([past, current], dim=1)
         if self.is_text is None:
             return joined
-        if self.is_text.shape[1] == 1:  # a decoding step, in which time counts
+        if self.is_text.shape[1] == 1:  # a shortcut for decoding steps
             moved = torch.cat([current, past], dim=1)
             return torch.where(self.is_text.view(-1, *[1] * (joined.dim() - 1)), joined, moved)
         is_text = F.pad(self.is_text, (past.shape[1], 0), value=True)
@@ -132,7 +132,7 @@ class Compaction:
         return moved if self.is_text is None or self.is_text.shape[1] == 1 else moved[self._rows, self._places]
 
 
-# Makes an `EngramTokenizer` of another fast tokenizer. Compression lives with the tokenizer, and a model folder works without.
+# Makes an `EngramTokenizer` from another fast tokenizer; None in a model folder, which works without vocabulary compression.
 _compress_tokenizer: Callable[[Any], Any] | None = None
 
 
@@ -239,7 +239,7 @@ class NgramHasher(nn.Module):
         # Zeros until `derive_constants` or a checkpoint fills them: on the meta device there is nothing to derive into.
         self.register_buffer("multipliers", torch.zeros((len(layer_ids), max_ngram), dtype=torch.int64))
         self.register_buffer("primes", torch.zeros((len(layer_ids), max_ngram - 1, heads), dtype=torch.int64))
-        self.stored_dtype: torch.dtype | None = None  # of a checkpoint in which they were cast; see `settle`
+        self.stored_dtype: torch.dtype | None = None  # of buffers that a checkpoint has cast; see `settle`
         self._settled: list[tuple[torch.Tensor, int]] | None = None
         self._exact: dict[str, torch.Tensor] = {}
         self._has_token_map = False
@@ -299,7 +299,7 @@ class NgramHasher(nn.Module):
             ValueError: they are not those that the configuration implies, or a cast has lost the token map.
         """
         for name, buffer in list(self.named_buffers()):
-            if self.stored_dtype is not None:  # as `from_pretrained` found it, and truncated it
+            if self.stored_dtype is not None:  # `from_pretrained` found floats, and truncated them
                 buffer = buffer.to(self.stored_dtype)
             if buffer.is_floating_point():
                 setattr(self, name, self._as_integers(name, buffer))

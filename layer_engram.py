@@ -37,11 +37,11 @@ class EngramInputs(NamedTuple):
     valid: torch.Tensor | None = None  # bool [B, S], False where there is no memory; None if it is everywhere
     documents: torch.Tensor | None = None  # [B, R + S], padding moved in front; None if there is one document
     history: EngramHistory | None = None
-    cache: Cache | None = None  # where the history lives, and where the backbone has to put its keys
-    readers: set[int] | None = None  # memories that read these inputs, noted as they do; None if nobody asks
+    cache: Cache | None = None  # it holds the history, and the backbone has to store its keys in it
+    readers: set[int] | None = None  # layers whose memory has read these inputs; None if they are not recorded
     fetched: tuple[RowReader, ...] | None = None  # rows of every layer that are being read already
-    gates: dict[int, torch.Tensor] | None = None  # filled with each memory's gates [B, S, G]; None if nobody asks
-    edit: Callable | None = None  # of (memory, rows, inputs): the rows to use instead, or None for no memory here
+    gates: dict[int, torch.Tensor] | None = None  # receives the gates [B, S, G] of each memory if it is given
+    edit: Callable | None = None  # called with (memory, rows, inputs); returns other rows, or None for no memory
 
 
 class Carrier:
@@ -352,7 +352,7 @@ def require_extensible(module: nn.Module) -> None:
 def extend(module: nn.Module, front: type[RuntimeSubclass]) -> None:
     """Make a module an instance of `front` in front of its own class."""
     module.__class__ = front.extending(type(module))
-    # A hook of accelerate (`device_map`) keeps the forward it wraps on the instance, which would go past the memory.
+    # A hook of accelerate (`device_map`) keeps the wrapped forward on the instance, which would bypass the memory.
     if "_old_forward" in vars(module):
         module._old_forward = types.MethodType(type(module).forward, module)
 
@@ -375,7 +375,7 @@ def decoder_layers(model: PreTrainedModel, expected: int) -> tuple[str, nn.Modul
     candidates = whole or {name: found for name, found in lists.items() if len(found) >= expected}
     if len(candidates) > 1:
         candidates = {name: found for name, found in candidates.items() if len(found) >= expected}
-    if len(candidates) > 1:  # a list of the model's own goes before those of its parts
+    if len(candidates) > 1:  # a list in the model itself takes precedence over lists in its parts
         candidates = {name: found for name, found in candidates.items() if "." not in name}
     if len(candidates) != 1:
         found = f"several lists of modules ({', '.join(sorted(lists))})" if lists else "none"

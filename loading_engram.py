@@ -60,11 +60,10 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 _ORIGIN = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder", "local_files_only")
 RESIDENCIES = ("auto", "resident", "mapped", "pinned")
-# Member of the manifest, beside those of the table format, which readers that do not know it ignore.
-# Members of the manifest by which tables and the other weights know each other: digests by variant of the weights, and by name
-# of the table file.
+# Members of the manifest, which other readers of the table format ignore, with digests of the weights by variant, and of
+# table files by name: they show whether tables and weights belong together.
 WEIGHTS_MEMBER, TABLES_MEMBER = "weights_digest", "tables_sha256"
-# Values of `device_map` that have transformers make a map of its own.
+# Values of `device_map` for which transformers makes a map of its own.
 _MADE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Weights up to this size are read whole.
 _WHOLE_BYTES = 1 << 20
@@ -178,9 +177,8 @@ class Checkpoint:
         if residency == "auto":
             residency = resolve_auto(sum(table.size for table in tables.values()), *_free_memory(self.kwargs))
         names = {name.rpartition(".")[2] for table in tables.values() for name in table.parts[0].names.values()}
-        if (
-            manifest is None and residency == "resident" and names <= set(KINDS.values())
-        ):  # as the model's own are called
+        # Names of tables of this package: transformers loads them as any parameter.
+        if manifest is None and residency == "resident" and names <= set(KINDS.values()):
             return None
         variant = self.kwargs.get("variant")
         digest = recorded_digests(manifest, WEIGHTS_MEMBER).get(variant or "") if own_files else None
@@ -196,7 +194,7 @@ class Checkpoint:
             folder = manifest.parent
             tables = read_tables(folder, lambda name: self._resolve(name) or folder / name, layers)
         own_files = set(tables)
-        # They come first, as they do for transformers: an upload does not remove what an earlier one had in files of its own.
+        # Tables among the weights take precedence, as in transformers: an upload does not remove table files of an earlier one.
         among_weights = self._tables_among_weights(layers)
         own_files -= set(among_weights)
         tables |= among_weights
@@ -228,7 +226,7 @@ def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callabl
             if not _means_absent(error) and not _is_known_absent(name_or_path, file, options):
                 raise
             found = None
-        return None if found is None else Path(found).absolute()  # wherever the process goes later
+        return None if found is None else Path(found).absolute()  # the process may change its folder later
 
     return resolve
 
@@ -252,7 +250,7 @@ def _is_known_absent(name_or_path: str | os.PathLike, file: str, options: dict[s
         found = try_to_load_from_cache(str(name_or_path), path, **where)
     except HFValidationError:  # neither a folder nor a Hub id
         return False
-    return not (found is None or isinstance(found, str))  # else nobody asked, or it is there
+    return not (found is None or isinstance(found, str))  # otherwise the Hub was not asked, or the file is there
 
 
 @dataclass
@@ -291,7 +289,7 @@ class FoundTables:
                 memory.table.unread = rows
             else:
                 memory.table.mount(rows)
-        # transformers hands these on to the model that holds this one.
+        # transformers passes these to the model that holds this one.
         patterns = {table_keys(model.memories()).pattern}
         model._keys_to_ignore_on_load_missing = patterns | set(model._keys_to_ignore_on_load_missing or ())
         model._keys_to_ignore_on_load_unexpected = patterns | set(model._keys_to_ignore_on_load_unexpected or ())
@@ -454,14 +452,14 @@ def leave_tables_on_disk(model: PreTrainedModel, device_map: dict | None) -> Non
     """Map the tables, out of files of their own, that a device map sends to the disk: that is where they are."""
     modules = dict(model.named_modules())
     tables = {name: one for name, one in modules.items() if isinstance(one, EngramTable) and one.unread is not None}
-    # All of them if any: a saved model has the tables of all layers in files of their own, or those of none.
+    # If one table is mapped, all are: a saved model has either all tables in files of their own, or none.
     if any(_device_of(f"{name}.weight", device_map or {}) == "disk" for name in tables):
         for table in tables.values():
             table.mount(table.unread)
 
 
 def _device_of(name: str, device_map: dict) -> int | str | torch.device | None:
-    while name and name not in device_map:  # a map names modules, which stand for all that is in them
+    while name and name not in device_map:  # a map names modules, which include everything in them
         name = name.rpartition(".")[0]
     return device_map.get(name)
 
@@ -480,7 +478,7 @@ def resolve_auto(size: int, free_host: int, free_device: int | None) -> str:
 def _free_memory(kwargs: dict) -> tuple[int, int | None]:
     """Free bytes of the host, and of the GPUs that a model goes to (None if it goes to none), within `max_memory`."""
     device_map, limits = kwargs.get("device_map"), kwargs.get("max_memory")
-    # Only where transformers makes the map it looks at limits, which then name all devices that are used.
+    # transformers considers limits only where it makes the map itself; they then name all devices that are used.
     if limits and device_map in _MADE_MAPS:
         from accelerate.utils import get_max_memory  # transformers needs it for these maps, and for nothing else
 
@@ -495,7 +493,7 @@ def _free_memory(kwargs: dict) -> tuple[int, int | None]:
     if not torch.cuda.is_available():
         return host, None
     if device_map is None:
-        # What is quantized goes to a GPU unasked.
+        # Quantized models go to a GPU by default.
         device_map = "cuda" if kwargs.get("quantization_config") is not None else torch.get_default_device()
     gpus = gpus_of(device_map, torch.cuda.device_count(), torch.cuda.current_device())
     return host, sum(usable(gpu, torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus) or None

@@ -76,7 +76,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 TESTED_VERSIONS = ((5, 17), (5, 24))
 # The cache's name as an argument and in outputs: transformers 5.24 renamed it.
 CACHE_NAMES = ("cache", "past_key_values")
-# The save that runs: what it is written with, and the variant of its weights.
+# The running save: its writer, and the variant of its weights.
 _SAVE: ContextVar[tuple[FolderWriter, str | None] | None] = ContextVar("the save that runs", default=None)
 
 
@@ -98,7 +98,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     # Called as `write_model_card(path, config, repo_id, token)` when a model is pushed; the package engram_hf sets it, and a
     # model that was loaded as remote code has the card that transformers writes.
     write_model_card: Callable[..., None] | None = None
-    # What makes all files of a save part of a folder in one step; that of the package keeps other processes out, too.
+    # The class that makes all files of a save part of a folder in one step; the package's class excludes other processes, too.
     folder_writer: type[FolderWriter] = FolderWriter
     _takes_image_mask: bool = False
     _runs_inside: bool = False
@@ -121,12 +121,12 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
-        # Named as the class that users know: config.json names it, and trainers look for it.
+        # It is named as the class that users know, because config.json names it, and trainers look for it.
         module = remote_module(base.config_class.model_type) or cls.__module__.rpartition(".")[2]
         return {
             "__module__": f"{cls.__module__.rpartition('.')[0]}.{module}",
             "__name__": cls.__name__,
-            "__qualname__": f"{cls.__name__}[{base.__qualname__}]",  # by which transformers tells classes apart
+            "__qualname__": f"{cls.__name__}[{base.__qualname__}]",  # transformers distinguishes classes by it
             "__doc__": cls.__doc__,
             "config_class": EngramConfig,
         }
@@ -204,7 +204,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         require_sizes(model, () if load_config.ignore_mismatched_sizes else checkpoint_files)
         leave_tables_on_disk(model, load_config.device_map)
         model.memory_model.prefetch_mounted()
-        # The backbone's own, which may refuse checkpoints too.
+        # The backbone's own method may refuse checkpoints, too.
         info, *others = model._extends[1]._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
@@ -219,7 +219,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, token=None, **kwargs):
         # `push_to_hub` and `save_pretrained(push_to_hub=True)` meet here, after their README.md is written.
-        if _SAVE.get() is not None:  # an upload that breaks off must not lose what is saved here
+        if _SAVE.get() is not None:  # a failed upload must not lose what is saved here
             self._complete_save()
             writer, _ = _SAVE.get()
             working_dir, others = writer.target, set(os.listdir(writer.target)) - writer.names
@@ -229,7 +229,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, token=token, **kwargs)
 
     def barrier_after_gathered_checkpoint_save(self, *args, **kwargs):
-        # The other processes of a sharded model go on behind this, and may load what was saved.
+        # The other processes of a sharded model wait here, and may load what was saved.
         self._complete_save()
         return super().barrier_after_gathered_checkpoint_save(*args, **kwargs)
 
@@ -237,7 +237,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, EngramTable):
             if not module.is_resident or module.weight.is_meta:
-                return  # a device map put it on disk
+                return  # a device map has sent it to the disk
             module.reset_parameters(getattr(self.config, "initializer_range", None) or 0.02)
         elif isinstance(module, EngramRMSNorm):
             init.ones_(module.weight)
@@ -391,7 +391,7 @@ class EngramModel(EngramPreTrainedModel):
                 f"layers of {type(backbone).__name__} (0-based)."
             )
         for layer_id in config.engram_layer_ids:
-            require_extensible(layers[layer_id])  # all of them before the first one is changed
+            require_extensible(layers[layer_id])  # all layers are checked before the first one is changed
         return backbone
 
     def __init__(
@@ -400,9 +400,9 @@ class EngramModel(EngramPreTrainedModel):
         backbone: PreTrainedModel | None = None,
         engram_tables: FoundTables | None = None,
     ):
-        # The backbone has been initialized as what it is: here the memory is added.
+        # The backbone has been initialized by its own class; only the memory is added here.
         _warn_of_untested_version()
-        config.text_config = self.config  # from_config copies; there is to be one
+        config.text_config = self.config  # from_config copies the config, but both must be one object
         self._become(config)
         self.hashing = NgramHasher.from_config(config)
         # Use the embedding's dtype; layers may be partly float32 or quantized.
@@ -412,9 +412,9 @@ class EngramModel(EngramPreTrainedModel):
             add_memory_to_layer(layers[layer_id], config, index, dtype)
         names = {type(layers[layer_id]).__name__ for layer_id in config.engram_layer_ids}
         self._no_split_modules = {*(self._no_split_modules or ()), *names}
-        # Whether the backbone hands what it does not know on to its layers; None before the first forward.
+        # Whether the backbone passes unknown keywords to its layers; None before the first forward.
         self._hands_on: bool | None = None
-        # A head may call a decoder inside of its base model, past the base model's own forward.
+        # A head may call a decoder inside its base model, without the base model's own forward.
         inner = self.get_submodule(self._layers_name.rpartition(".")[0])
         self._runs_inside = inner is not self and isinstance(inner, PreTrainedModel)
         if self._runs_inside:
@@ -428,7 +428,7 @@ class EngramModel(EngramPreTrainedModel):
         self._keep_token_map_beside_embeddings()
         self.init_weights()
         if not self.hashing.primes.is_meta and bool(self.hashing.primes.any()):
-            self.hashing.settle()  # else it is to be loaded first
+            self.hashing.settle()  # otherwise it must be loaded first
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
@@ -509,7 +509,7 @@ class EngramModel(EngramPreTrainedModel):
             return
         config, hashing = self.config, self.hashing
         if hashing.token_map is None:
-            # The hash was drawn for the old vocabulary; from here on that has to be said.
+            # The hash was drawn for the old vocabulary, so its size must be stated from here on.
             config.engram_compressed_vocab_size = old_size
             hashing.token_map = torch.arange(old_size, device=hashing.multipliers.device)
         token_map = hashing.token_map[:new_size]
@@ -572,7 +572,7 @@ class EngramModel(EngramPreTrainedModel):
         else:
             past = nothing_before(ids, lookback_reach(self.config))
         row_ids, documents = self._hash(ids, documents, past, compaction)
-        # Known to reach the layers, or compiled: what they note would be guarded, and compiled again whenever it changes.
+        # Nothing is recorded where inputs are known to reach the layers, or in compiled code, which every change would recompile.
         readers = None if self._hands_on is not None or torch.compiler.is_compiling() else set()
         return EngramInputs(row_ids, compaction, valid, documents, history, readers=readers)
 
@@ -710,7 +710,7 @@ def forward_with_memory(forward: Callable) -> Callable:
     def with_memory(self: EngramModel, *args, **kwargs):
         given = dict(zip(parameters, args, strict=False))
         if self._runs_inside or len(args) > len(given) or given.keys() & kwargs.keys():
-            return forward(self, *args, **kwargs)  # which runs the decoder with memory, or refuses them
+            return forward(self, *args, **kwargs)  # it runs the decoder with memory, or refuses the arguments
         if kwargs.get("pixel_values") is not None and not {"pixel_values", "image_mask"} & set(parameters):
             raise EngramError(
                 f"{type(self)._extends[1].__name__} reads text alone, but was given pixel_values; leave the images out, or use "
@@ -769,7 +769,7 @@ def _mask_of_call(
         start = others if past is None else min(past, others)
         mask = mask[:, start : start + length]
     else:
-        # A static cache knows its length on the device; asking for it would wait for that.
+        # A static cache has its length on the device; reading it would synchronize with the device.
         start = past.to(mask.device).clamp_max(others)
         mask = mask.index_select(1, torch.arange(length, device=mask.device) + start)
     return mask.to(input_ids.device).bool()
@@ -794,7 +794,7 @@ def _documents(
     positions = position_ids[0] if position_ids.dim() == 3 else position_ids  # multimodal: the temporal axis
     index = torch.ones_like(input_ids) if compaction.is_text is None else compaction.is_text.long()
     index = index.cumsum(1) - 1 + (0 if history is None else history.text_before(input_ids))
-    # Where a document began, counted in text: the same for all of its positions, and another for the next document.
+    # The beginning of each document, counted in text: equal for all of its positions, and different for the next document.
     return index - positions.to(input_ids.device)
 
 
@@ -831,7 +831,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             host = cls.host_class.from_config(config.backbone, dtype=torch.get_default_dtype())
         require_extensible(host)
         cls.require_backbone(host)
-        config.backbone = host.config  # from_config copies; there is to be one
+        config.backbone = host.config  # from_config copies the config, but both must be one object
         name_base_model(host)
         EngramModel(config, host.base_model, engram_tables)  # changes the host's base model in place
         return host
@@ -842,7 +842,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         host: PreTrainedModel | None = None,
         engram_tables: FoundTables | None = None,
     ):
-        # The host has been initialized as what it is, and its base model has memory.
+        # The host has been initialized by its own class, and its base model has memory.
         self._become(config)
         self._take_over(self.base_model, self.base_model_prefix)
         self.init_weights()
@@ -863,9 +863,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
         if embeds is not None and input_ids.shape[1] >= length:
             inputs["input_ids"] = input_ids[:, -length:]
-        if image_mask is not None:  # what is generated is text
+        if image_mask is not None:  # generated tokens are text
             inputs["image_mask"] = _slice_to_step(image_mask, torch.zeros_like(image_mask[:, :1]), cache, length)
-        if seq_idx is not None:  # and belongs to the last document
+        if seq_idx is not None:  # and belong to the last document
             inputs["seq_idx"] = _slice_to_step(seq_idx, seq_idx[:, -1:], cache, length)
         if attention_mask is not None and inputs.get("attention_mask") is not attention_mask:
             # For a static cache the mask became 4-D, which no longer says what is padding.
@@ -917,7 +917,7 @@ def _slice_to_step(mask: torch.Tensor, fill: torch.Tensor, cache: Cache | None, 
     return torch.cat([mask, fill.expand(-1, missing)], dim=1)[:, start : start + length]
 
 
-# Trainer looks here for whether labels are to be shifted when it smooths them.
+# Trainer looks here to decide whether labels are shifted when it smooths them.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(EngramConfig.model_type, EngramForCausalLM.__name__)
 
 EngramModel.register_for_auto_class("AutoModel")

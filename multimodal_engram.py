@@ -27,12 +27,12 @@ _PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id", "image_to
 class _Call(NamedTuple):
     """What the outer model was called with, for as long as it runs."""
 
-    reader: EngramConfig  # of the language model that is meant
+    reader: EngramConfig  # the config of the language model that the call is for
     told: dict[str, torch.Tensor | None]  # arguments of `prepare_memory`
     options: dict[str, Any]  # keyword arguments of [`EngramModel`] that a backbone does not know
 
 
-# A context is a thread's own, so that models may be called side by side, and within each other.
+# Every thread has its own context, so that models may be called concurrently, and within each other.
 _CALL: ContextVar[_Call | None] = ContextVar("the call of a model that reads images", default=None)
 
 
@@ -80,7 +80,7 @@ class EngramMultimodalModel(EngramPreTrainedModel):
         if backbone is None:
             backbone = AutoModel.from_config(config.backbone, dtype=torch.get_default_dtype())
         require_extensible(backbone)
-        config.backbone = backbone.config  # from_config copies; there is to be one
+        config.backbone = backbone.config  # from_config copies the config, but both must be one object
         EngramLanguageModel(config.text_config, _language_model(backbone), engram_tables)
         return backbone
 
@@ -90,7 +90,7 @@ class EngramMultimodalModel(EngramPreTrainedModel):
         backbone: PreTrainedModel | None = None,
         engram_tables: FoundTables | None = None,
     ):
-        # The backbone has been initialized as what it is, and its language model has memory.
+        # The backbone has been initialized by its own class, and its language model has memory.
         self._become(config)
         part = self.memory_model
         self._take_over(part, next(name for name, module in self.named_modules() if module is part))

@@ -35,7 +35,7 @@ class SideStream:
         """Queue `read`, after what is queued for computing so far if it `needs` a tensor of that."""
         if needs is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            needs.record_stream(self._stream)  # a forward that is given up does not hold it until it was read
+            needs.record_stream(self._stream)  # an abandoned forward does not keep the tensor until it is read
         with torch.cuda.stream(self._stream):
             return Arrival(list(read()), self._stream.record_event())
 
@@ -51,7 +51,7 @@ class Arrival:
         current = torch.cuda.current_stream(self._tensors[0].device)
         current.wait_event(self._event)
         for tensor in self._tensors:
-            tensor.record_stream(current)  # not to be used again for others before it is read
+            tensor.record_stream(current)  # its memory must not be reused before it is read
         return self._tensors
 
 
@@ -192,8 +192,8 @@ class Prefetcher:
             for step in (FetchedRows.request, FetchedRows.gather):
                 for rows in fetched:
                     step(rows, self._pool)
-        except RuntimeError as error:  # there is no thread left, or the process is ending
-            self._begin()  # drops what would wait for a thread that never starts
+        except RuntimeError as error:  # no thread can be started, or the process is ending
+            self._begin()  # drops requests that would wait for a thread that never starts
             logger.warning_once(f"Rows are read without prefetching, because no thread can be started ({error}).")
             return None
         return fetched

@@ -98,7 +98,7 @@ class MappedRows:
             for kind, span in part.spans.items()
             if kind not in part.row_spans
         ]
-        # As compressed-tensors takes over what ModelOpt wrote.
+        # compressed-tensors converts ModelOpt's scales in the same way.
         scales = [scale.reciprocal() if kind == "scale_2" else scale for kind, scale in found]
         if any(not scale.isfinite() or scale <= 0 or scale != scales[0] for scale in scales):
             raise TableFormatError(
@@ -183,7 +183,7 @@ class MappedRows:
 
     def require_unchanged(self) -> None:
         """Raise `TableFormatError` if a file was cut off or overwritten since it was opened; see [`FileMap.changed`]."""
-        # A page behind the end of a file that was cut off kills the process, so the size is asked for every time.
+        # Reading a page behind the end of a truncated file kills the process, so the size is checked every time.
         for path, opened in self._maps.items():
             if opened.changed():
                 raise _changed(path)
@@ -284,7 +284,7 @@ class FileMap:
             # there is.
             self._map = mmap.mmap(self._descriptor, self._stamp.size, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):
-            with contextlib.suppress(OSError):  # advice, which not every file system takes
+            with contextlib.suppress(OSError):  # not every file system takes advice
                 self._map.madvise(mmap.MADV_RANDOM)
         is_checked = header.stamp is None or header.stamp.is_same_file(self._stamp)
         if not is_checked or self._peek(0, len(header.head)) != header.head:
@@ -353,7 +353,7 @@ class FileMap:
         begins = np.flatnonzero(np.append(True, first[1:] > last[:-1] + 1))
         ends = np.append(begins[1:], len(first)) - 1
         runs = zip((first[begins] * mmap.PAGESIZE).tolist(), ((last[ends] + 1) * mmap.PAGESIZE).tolist(), strict=True)
-        with contextlib.suppress(OSError):  # advice, which not every file system takes
+        with contextlib.suppress(OSError):  # not every file system takes advice
             for begin, end in runs:
                 os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
@@ -388,7 +388,7 @@ def _lock_pages(owner: PinnedRows, memory: torch.Tensor) -> None:
             f"({cudart.cudaGetErrorString(error)}); free memory, raise `ulimit -l`, or use engram_residency='mapped'."
         )
     unlock = weakref.finalize(owner, _unlock_pages, address, owner.readers, os.getpid())
-    unlock.atexit = False  # the end of the process does that
+    unlock.atexit = False  # the end of the process unlocks the pages
 
 
 def _forget_error() -> None:

@@ -30,9 +30,9 @@ except ModuleNotFoundError:  # not a Unix system
 
 # The limit of safetensors' own reader; a longer header is damaged.
 MAX_HEADER_BYTES = 100_000_000
-# The product of many sizes is a number that takes minutes to compute.
+# With more dimensions, the product of sizes could take minutes to compute.
 MAX_DIMENSIONS = 64
-# What an error may quote of a hostile file.
+# An error quotes at most this many characters of a file.
 _MAX_MESSAGE = 1000
 # Bits of a number, for all dtypes of safetensors.
 ITEM_BITS = {
