@@ -772,12 +772,7 @@ def tables_in_checkpoint(files: Sequence[str | os.PathLike], table_dtype: str | 
 
 
 def choose_residency(size: int, free_host: int, free_device: int | None) -> str:
-    """Where tables of `size` bytes live with `engram_residency="auto"`: `"resident"`, `"mapped"` or `"pinned"`.
-
-    Args:
-        free_host: bytes of host memory that are free.
-        free_device: bytes free on the GPU the model goes to; None if it stays on the CPU.
-    """
+    """Where tables of `size` bytes live with `"auto"`, by the free bytes of the host and of the model's GPU (None without one)."""
     if size <= _RESIDENT_SHARE * (free_host if free_device is None else free_device):
         return "resident"
     return "mapped" if free_device is None or size > _PINNED_SHARE * free_host else "pinned"
