@@ -33,6 +33,8 @@ from .table_format_engram import TableDescription, tensor_names
 _STEP_NUMBERS = 1 << 19
 # Numbers that are converted at once: all that is needed for them stays in a processor's own cache.
 _CHUNK_NUMBERS = 1 << 17
+# Counts the changes of what `quantize_rows` makes of the same rows: a table that was begun before one is begun again.
+_RULES = 2
 E2M1_LIMIT = 6.0
 # The step between neighbouring levels of so many bits that leaves about the least squares, as a combination of the root mean
 # square of a row and of its largest magnitude. Fitted to the best steps for rows of trained tables, and of normal, uniform and
@@ -194,7 +196,9 @@ def quantize_table(
     """
     target, step = _quantized(description, table_dtype), max(1, _STEP_NUMBERS // description.width)
     stop, row_bytes = description.rows[1], source.stored.size // source.num_rows
-    made_of = Journal(journal, [target.to_json(), *sorted(digest.hex() for digest in source.digests.values())])
+    made_of = Journal(
+        journal, [target.to_json(), f"rules {_RULES}", *sorted(digest.hex() for digest in source.digests.values())]
+    )
     state = made_of.read() if Path(path).exists() else {}
 
     def chunks(first: int) -> Iterator[torch.Tensor]:
@@ -289,10 +293,15 @@ def _lone_threads(count: int) -> ThreadPoolExecutor:
         started.wait()
 
     pool = ThreadPoolExecutor(count, "engram-quantize", start)
-    for _ in range(count):
-        pool.submit(int)  # starts a thread, since none is idle yet
-    started.wait()
-    torch.set_num_threads(count)
+    try:
+        for _ in range(count):
+            pool.submit(int)  # starts a thread, since none is idle yet
+        started.wait()
+    except BaseException:
+        started.abort()  # so that threads end that wait for one that could not be started
+        raise
+    finally:
+        torch.set_num_threads(count)
     return pool
 
 
