@@ -289,6 +289,7 @@ def _lone_threads(count: int) -> ThreadPoolExecutor:
     started = threading.Barrier(count + 1)
 
     def start() -> None:
+        torch.get_num_threads()  # the first question gives a thread the process's number, whatever it was set to before
         torch.set_num_threads(1)
         started.wait()
 

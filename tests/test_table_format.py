@@ -301,6 +301,8 @@ def test_threads_change_no_bytes_and_nothing_for_others(tmp_path, hasher, monkey
             path = tmp_path / f"{threads}.safetensors"
             made.append((quantize_table(source, path, description, "nvfp4", advance), path.read_bytes()))
             assert set(seen) == {threads}
+            own = table_writer_engram._in_order(lambda _: torch.get_num_threads(), range(9))
+            assert {found for _, found in own} == {1}
             seen.clear()
     finally:
         torch.set_num_threads(before)
