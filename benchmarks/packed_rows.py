@@ -3,13 +3,13 @@
     python benchmarks/packed_rows.py [FOLDER] [--gigabytes 1] [--repeats 5]
 
 Bytes of every table against what its bits promise; gathering and decoding warm rows against float8 ones; and quantizing a
-bfloat16 table against `cp` of its file, both until the bytes are on the disk. FOLDER is on the disk to measure.
+bfloat16 and a float8 table against `cp` of its file, as either ends and with `fsync` after it. FOLDER is on the disk to measure.
 """
 
 import argparse
-import math
 import os
 import shutil
+import statistics
 import subprocess
 import tempfile
 import time
@@ -24,7 +24,7 @@ from engram_hf.row_sources_engram import MappedRows
 from engram_hf.safetensors_engram import ITEM_BITS, read_header
 from engram_hf.saving_engram import manifest_entry, table_file_name, write_manifest
 from engram_hf.table_engram import read_rows
-from engram_hf.table_format_engram import QUANTIZED_FORMATS, describe_table, file_description, read_tables
+from engram_hf.table_format_engram import QUANTIZED_FORMATS, StoredTable, describe_table, file_description, read_tables
 from engram_hf.table_writer_engram import TableWriter, quantize_table
 
 
@@ -44,6 +44,54 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def making(table: StoredTable, dtypes: list[str], home: Path, of: str, rounds: int) -> None:
+    """Quantize a table to files in `home/DTYPE`, and print medians of `rounds` in which all, and `cp`, take turns."""
+    description, file, copied = (
+        replace(table.description, tensors=table.parts[0].names),
+        table.parts[0].file.path,
+        home / "copy",
+    )
+    home.mkdir(exist_ok=True)
+    sync(file)
+
+    def copy() -> Path:
+        copied.unlink(missing_ok=True)
+        subprocess.run(["cp", "--reflink=never", str(file), str(copied)], check=True)
+        return copied
+
+    def quantize(dtype: str) -> Path:
+        shutil.rmtree(home / dtype, ignore_errors=True)
+        (home / dtype).mkdir()
+        quantize_table(MappedRows(table), home / dtype / file.name, description, dtype)
+        return home / dtype / file.name
+
+    actions = {"cp": copy} | {dtype: lambda dtype=dtype: quantize(dtype) for dtype in dtypes}
+    took: dict[str, list[tuple[float, float, float]]] = {name: [] for name in actions}
+    for _ in range(rounds):
+        for name, action in actions.items():
+            start, processor = time.perf_counter(), processor_seconds()
+            made = action()
+            written = time.perf_counter() - start
+            sync(made)
+            took[name].append((written, time.perf_counter() - start, processor_seconds() - processor))
+    print(
+        f"rows of {WIDTH} channels from {table.size / 1e9:.2f} GB of {of}, {torch.get_num_threads()} threads; times of cp's bytes a second"
+    )
+    medians = {name: [statistics.median(some) for some in zip(*rows, strict=True)] for name, rows in took.items()}
+    for name, seconds in medians.items():
+        ratios = [own / other for own, other in zip(medians["cp"], seconds, strict=True)]
+        print(
+            f"  {name:14} {table.size / seconds[0] / 1e9:6.3f} GB/s, {ratios[0]:5.2f}x   with fsync {table.size / seconds[1] / 1e9:6.3f} GB/s, "
+            f"{ratios[1]:5.2f}x   {table.size / seconds[2] / 1e9:6.3f} GB a processor second, {ratios[2]:5.2f}x"
+        )
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    times = os.times()
+    return sum(times[:4])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?")
@@ -55,38 +103,8 @@ def main() -> None:
         floats.mkdir()
         write_floats(floats, options.gigabytes)
         table = read_tables(floats)[LAYER]
-        description = replace(table.description, tensors=table.parts[0].names)
-        processor: dict[str, float] = {}
-        file, copied = table.parts[0].file.path, Path(home, "copy")
-        sync(file)
-
-        def copy(durable: bool = True) -> None:
-            copied.unlink(missing_ok=True)
-            subprocess.run(["cp", "--reflink=never", str(file), str(copied)], check=True)
-            if durable:
-                sync(copied)
-
-        def quantize(dtype: str) -> None:
-            folder = Path(home, dtype)
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            before = time.process_time()
-            quantize_table(MappedRows(table), folder / file.name, description, dtype)
-            processor[dtype] = min(processor.get(dtype, math.inf), time.process_time() - before)
-            sync(folder / file.name)
-
-        actions = {"cp": copy, "cp, no fsync": lambda: copy(False)} | {
-            dtype: lambda dtype=dtype: quantize(dtype) for dtype in QUANTIZED_FORMATS
-        }
-        seconds = best(actions, max(2, options.repeats // 2))
-        print(
-            f"making rows of {WIDTH} channels from {table.size / 1e9:.2f} GB of bfloat16, {torch.get_num_threads()} threads"
-        )
-        for name, took in seconds.items():
-            own = f"   {table.size / processor[name] / 1e9:6.3f} GB a processor second" if name in processor else ""
-            print(
-                f"  {name:14} {table.size / took / 1e9:6.3f} GB/s of bfloat16   {seconds['cp'] / took:5.2f}x cp's{own}"
-            )
+        making(table, list(QUANTIZED_FORMATS), Path(home), "bfloat16", max(3, options.repeats // 2))
+        file = table.parts[0].file.path
 
         sources = {}
         print("bytes of a table file, against bits of its values and scales")
@@ -101,6 +119,8 @@ def main() -> None:
             expected = table.num_rows * WIDTH * promised / 8
             print(f"  {dtype:14} {promised:6.3f} bits a channel  {size / 1e6:9.1f} MB  {size / expected - 1:+.3%}")
 
+        eight = read_tables(Path(home, "float8_e4m3fn"))[LAYER]
+        making(eight, ["nvfp4", "int4", "int2"], Path(home, "of eight"), "float8", max(3, options.repeats // 2))
         ids = torch.randint(0, table.num_rows, (4096, 24))
         for dtype in (torch.bfloat16, torch.float32):
             reads = {

@@ -2,8 +2,8 @@
 
     python benchmarks/row_bits.py [--home out/row_bits] [--models NAME ...] [--seeds 0 1 2] [--picture docs/row-bits.svg]
 
-Trains small models on the sources of Python's standard library (minutes each), stores their tables in one format after another,
-and measures the loss on files that none has seen. A change is given in shares of what memory is worth: of how much the loss
+Trains small models on the sources of Python's standard library, and the demo model on its documentation (minutes each), stores
+their tables in one format after another, and measures the loss on files that none has seen. A change is given in shares of what memory is worth: of how much the loss
 rises when memory is off. HOME/results.jsonl has one line for each model, seed and format; what is there is not done again.
 """
 
@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,15 +29,17 @@ from engram_hf.table_engram import apply_global_scale, dequantize_rows
 from engram_hf.table_writer_engram import quantize_rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from stdlib_text import read_sources, token_blocks, train_tokenizer
+from make_demo import DEMO
+from stdlib_text import read_documentation, read_sources, token_blocks, train_tokenizer
 from twin_models import Size, build_with_memory, train
 
 MODELS = {
     "quickstart": Size(steps=600),
+    "demo": DEMO,
     "wide rows": Size(memory_width=128, memory_heads=2, rows=40_000, steps=150),
     "dense": Size(experts=0, hidden_size=256, expert_width=512, layers=6, memory_width=64, rows=60_000, steps=150),
 }
-HELD_OUT_BLOCKS = 128
+HELD_OUT_TOKENS = 16_384
 # How often the three tokens that a position reads memory by were in the text that the model was trained on.
 FREQUENCIES = {"never": (0, 0), "1 to 3 times": (1, 3), "4 to 15 times": (4, 15), "16 times and more": (16, 1 << 40)}
 ROWS_AT_ONCE = 8192
@@ -134,17 +137,44 @@ FORMATS = {
 }
 
 
-def trained(name: str, seed: int, home: Path, tokenizer: EngramTokenizer, texts: tuple, steps: int | None) -> Path:
+class Corpus(NamedTuple):
+    """What models are trained and measured on.
+
+    Args:
+        train, unseen: texts.
+        tokenizer: trained on the former.
+        held_out: blocks of the latter, `[n, S]`.
+        seen: see [`seen_before`].
+    """
+
+    train: list[str]
+    unseen: list[str]
+    tokenizer: EngramTokenizer
+    held_out: torch.Tensor
+    seen: torch.Tensor
+
+
+@cache
+def read_corpus(read: Callable[[], tuple[list[str], list[str]]], vocab_size: int, block: int) -> Corpus:
+    """What `read` reads, in tokens."""
+    train, unseen = read()
+    tokenizer = train_tokenizer(train, vocab_size)
+    blocks = token_blocks(tokenizer, unseen, block, 0)[: HELD_OUT_TOKENS // block]
+    held_out = torch.stack([one["input_ids"] for one in blocks])
+    return Corpus(train, unseen, tokenizer, held_out, seen_before(tokenizer(train)["input_ids"], held_out))
+
+
+def trained(name: str, seed: int, home: Path, corpus: Corpus, steps: int | None) -> Path:
     """The folder of a trained model, which is trained if it is not there."""
     folder, size = home / f"{name.replace(' ', '-')}-{seed}", MODELS[name]
     if not (folder / "done.json").exists():
         size = replace(size, steps=steps or size.steps)
-        blocks = [token_blocks(tokenizer, some, size.block, seed) for some in texts]
-        model = build_with_memory(size, tokenizer, seed)
+        blocks = [token_blocks(corpus.tokenizer, some, size.block, seed) for some in (corpus.train, corpus.unseen)]
+        model = build_with_memory(size, corpus.tokenizer, seed)
         data = {"train": blocks[0], "held_out": blocks[1][:256]}
         outcome = train(model, f"{name}, seed {seed}", size, data, home / "trainer", seed)
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        corpus.tokenizer.save_pretrained(folder)
         (folder / "done.json").write_text(json.dumps({"loss": outcome.loss, "steps": size.steps}))
     return folder
 
@@ -303,17 +333,13 @@ def main() -> None:
     results = options.home / "results.jsonl"
     if not options.report:
         options.home.mkdir(parents=True, exist_ok=True)
-        texts = read_sources()
-        tokenizer = train_tokenizer(texts[0], MODELS["quickstart"].vocab_size)
-        block = MODELS["quickstart"].block
-        held_out = torch.stack(
-            [one["input_ids"] for one in token_blocks(tokenizer, texts[1], block, 0)[:HELD_OUT_BLOCKS]]
-        )
-        seen = seen_before(tokenizer(texts[0])["input_ids"], held_out)
         for seed in options.seeds:
             for name in options.models:
-                folder = trained(name, seed, options.home, tokenizer, texts, options.steps)
-                measure(name, seed, folder, held_out, seen, results)
+                size = MODELS[name]
+                read = read_documentation if name == "demo" else read_sources
+                corpus = read_corpus(read, size.vocab_size, size.block)
+                folder = trained(name, seed, options.home, corpus, options.steps)
+                measure(name, seed, folder, corpus.held_out, corpus.seen, results)
     lines = read_results(results)
     print(report(lines))
     if options.picture is not None:

@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .output import print_json
+
 THINGS_TO_TRY = """\
 {folder}: written. Three things to try:
 
@@ -28,6 +30,7 @@ def add_commands(commands: Any) -> None:
     demo.add_argument(
         "folder", nargs="?", type=Path, default=Path("engram-demo"), help="new folder (default: %(default)s)"
     )
+    demo.add_argument("--json", action="store_true", help="print one JSON document")
     demo.set_defaults(run=run_demo)
 
 
@@ -48,7 +51,10 @@ def run_demo(options: argparse.Namespace) -> None:
             # Only contents are copied: in the repository, code files are links to the package's files, and table files are read-only.
             shutil.copyfile(path, copied / path.name)
         copied.rename(target)
-    print(THINGS_TO_TRY.format(folder=target))
+    if options.json:
+        print_json({"folder": str(target)})
+    else:
+        print(THINGS_TO_TRY.format(folder=target))
 
 
 def find_demo() -> Path:

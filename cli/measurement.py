@@ -59,14 +59,32 @@ class Loss(NamedTuple):
     positions: int
 
     @property
-    def share(self) -> float:
-        """What part of the memory's worth is lost."""
-        worth = self.without - self.before
-        return (self.after - self.before) / worth if worth > 0 else float("nan")
+    def share(self) -> float | None:
+        """What part of the memory's worth is lost; None where it is worth nothing."""
+        return (self.after - self.before) / self.worth if self.worth > 0 else None
+
+    @property
+    def worth(self) -> float:
+        """How much the loss rises without memory."""
+        return self.without - self.before
+
+    def __str__(self) -> str:
+        rows = [
+            ["without memory", f"{self.without:.4f}", "", ""],
+            ["before", f"{self.before:.4f}", "", ""],
+            ["after", f"{self.after:.4f}", f"{self.after - self.before:+.4f}", f"{self.divergence:.5f}"],
+        ]
+        table = columns(["held-out loss, nats a token", "loss", "change", "KL from before"], rows)
+        verdict = (
+            f"Memory is worth nothing on this text ({self.worth:.4f} nats), so that this says nothing of its tables."
+            if self.share is None
+            else f"Memory is worth {self.worth:.4f} nats on this text; {self.share:.1%} of that is lost."
+        )
+        return f"{table}\n{verdict} ({self.positions:,} positions)"
 
 
-def measure(folder: Path, target: Path, blocks: "torch.Tensor") -> str:
-    """What a model lost, for people.
+def measure(folder: Path, target: Path, blocks: "torch.Tensor") -> Loss:
+    """What a model lost.
 
     Args:
         folder, target: the model before and after.
@@ -77,20 +95,7 @@ def measure(folder: Path, target: Path, blocks: "torch.Tensor") -> str:
     before, after = (
         EngramForCausalLM.from_pretrained(at, engram_residency="mapped").eval() for at in (folder, target)
     )
-    loss = compare(before, after, blocks)
-    rows = [
-        ["without memory", f"{loss.without:.4f}", "", ""],
-        ["before", f"{loss.before:.4f}", "", ""],
-        ["after", f"{loss.after:.4f}", f"{loss.after - loss.before:+.4f}", f"{loss.divergence:.5f}"],
-    ]
-    table = columns(["held-out loss, nats a token", "loss", "change", "KL from before"], rows)
-    worth = loss.without - loss.before
-    verdict = (
-        f"Memory is worth {worth:.4f} nats on this text; {loss.share:.1%} of that is lost."
-        if worth > 0
-        else f"Memory is worth nothing on this text ({worth:.4f} nats), so that this says nothing of its tables."
-    )
-    return f"{table}\n{verdict} ({loss.positions:,} positions)"
+    return compare(before, after, blocks)
 
 
 def compare(before: "EngramForCausalLM", after: "EngramForCausalLM", blocks: "torch.Tensor") -> Loss:

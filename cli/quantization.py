@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .folders import (
     check_model,
@@ -21,13 +21,14 @@ from .folders import (
     require_shards,
     weight_files,
 )
-from .measurement import measure, read_blocks
-from .output import columns, size
+from .measurement import Loss, measure, read_blocks
+from .output import columns, print_json, size
 
 if TYPE_CHECKING:
     from engram_hf.row_sources_engram import MappedRows
     from engram_hf.safetensors_engram import FileHeader, TensorSpan
     from engram_hf.table_format_engram import StoredTable, TableDescription
+    from engram_hf.table_writer_engram import QuantizationError
 
 DTYPES = {
     "float8_e4m3fn": "a power-of-two scale per 32 channels, as DeepSeek-V4.1 (default)",
@@ -65,7 +66,24 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="a text that the model was not trained on: print its loss before, after, and without memory",
     )
+    quantize.add_argument("--json", action="store_true", help="print one JSON document")
     quantize.set_defaults(run=run_quantize)
+
+
+class QuantizedTable(NamedTuple):
+    """What became of the table of a layer.
+
+    Args:
+        layer: decoder layer, counted from 0.
+        before: bytes of its tensors.
+        after: bytes of its new file.
+        error: what quantizing changed.
+    """
+
+    layer: int
+    before: int
+    after: int
+    error: "QuantizationError"
 
 
 def run_quantize(options: argparse.Namespace) -> None:
@@ -83,14 +101,59 @@ def run_quantize(options: argparse.Namespace) -> None:
         if any((target / name).exists() for name in ("config.json", MANIFEST_NAME)):
             raise ValueError(f"{target} holds a model or tables already; name a new folder.")
         if is_model(folder):
-            quantize_model(folder, written.path, work, options.dtype, left_out=target)
+            tables = quantize_model(folder, written.path, work, options.dtype, left_out=target)
         else:
-            quantize_folder(folder, written.path, work, options.dtype)
+            tables = quantize_folder(folder, written.path, work, options.dtype)
         written.publish(last=MANIFEST_NAME, is_claimed=True)
         shutil.rmtree(work)
-    print(f"{target}: written")
-    if blocks is not None:
-        print(f"\n{measure(folder, target, blocks)}")
+    if not options.json:
+        print(_for_people(tables), f"{target}: written", sep="\n")
+    loss = None if blocks is None else measure(folder, target, blocks)
+    if options.json:
+        print_json(_for_programs(options, tables, loss))
+    elif loss is not None:
+        print(f"\n{loss}")
+
+
+def _for_people(tables: "list[QuantizedTable]") -> str:
+    rows = [
+        [
+            table.layer,
+            table.error.rows,
+            size(table.before),
+            size(table.after),
+            f"{table.error.relative:.2%}",
+            f"{table.error.largest:.3g}",
+        ]
+        for table in tables
+    ]
+    report = columns(["layer", "rows", "before", "after", "relative error", "largest error"], rows)
+    return f"{report}\n\n{_histogram({table.layer: table.error.histogram for table in tables})}"
+
+
+def _for_programs(options: argparse.Namespace, tables: "list[QuantizedTable]", loss: Loss | None) -> dict[str, Any]:
+    from engram_hf.table_writer_engram import ERROR_EDGES
+
+    found = [
+        {
+            "layer": table.layer,
+            "rows": table.error.rows,
+            "bytes_before": table.before,
+            "bytes": table.after,
+            "relative_error": table.error.relative,
+            "largest_error": table.error.largest,
+            "rows_by_relative_error": table.error.histogram,
+        }
+        for table in tables
+    ]
+    return {
+        "folder": str(options.folder),
+        "target": str(options.target),
+        "dtype": options.dtype,
+        "relative_error_edges": [0, *ERROR_EDGES],
+        "tables": found,
+        "loss": None if loss is None else {**loss._asdict(), "lost_share_of_worth": loss.share},
+    }
 
 
 @contextlib.contextmanager
@@ -108,7 +171,7 @@ def _kept_for_another_try(work: Path) -> Iterator[Path]:
         raise OSError(error.errno, message, error.filename) from error
 
 
-def quantize_model(folder: Path, target: Path, work: Path, dtype: str, left_out: Path) -> None:
+def quantize_model(folder: Path, target: Path, work: Path, dtype: str, left_out: Path) -> list[QuantizedTable]:
     """Write the model in `folder` to `target` with tables of `dtype`, and all that lies beside it.
 
     The backbone does not pass through memory.
@@ -150,10 +213,10 @@ def quantize_model(folder: Path, target: Path, work: Path, dtype: str, left_out:
     write_json(
         target / "config.json", {**read_json(folder / "config.json", constants=True), "engram_table_dtype": dtype}
     )
-    print(report)
+    return report
 
 
-def quantize_folder(folder: Path, target: Path, work: Path, dtype: str) -> None:
+def quantize_folder(folder: Path, target: Path, work: Path, dtype: str) -> list[QuantizedTable]:
     """Write the tables of a folder without a model to `target` with `dtype`, and the token map beside them.
 
     Args:
@@ -178,7 +241,7 @@ def quantize_folder(folder: Path, target: Path, work: Path, dtype: str) -> None:
     if (folder / TOKEN_MAP_NAME).exists():
         shutil.copyfile(folder / TOKEN_MAP_NAME, target / TOKEN_MAP_NAME)
     write_manifest(target, entries)
-    print(report)
+    return report
 
 
 def _progress(total: int) -> Any:
@@ -199,8 +262,8 @@ def _write_quantized(
     work: Path,
     dtype: str,
     advance: Callable[[int], object],
-) -> tuple[dict[int, dict], str]:
-    """Write a file for every layer; returns their entries of the manifest, and the error each quantization makes."""
+) -> tuple[dict[int, dict], list[QuantizedTable]]:
+    """Write a file for every layer; returns their entries of the manifest, and what became of each table."""
     from engram_hf.safetensors_engram import read_header
     from engram_hf.saving_engram import manifest_entry, table_file_name
     from engram_hf.table_format_engram import file_description
@@ -208,19 +271,16 @@ def _write_quantized(
 
     target.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
-    entries, report, histograms = {}, [], {}
+    entries, report = {}, []
     for layer, (source, description) in sources.items():
         name = table_file_name(layer)
         error = quantize_table(source, work / name, description, dtype, advance, work / f"{layer}.json")
         # The file has both names until the folder is whole, because a later step may fail, too.
         _link_or_move(work / name, target / name)
-        histograms[layer] = error.histogram
         written = file_description(read_header(target / name))
         entries[layer] = manifest_entry([(name, written.rows, written.tensors)])
-        sizes = size(source.stored.size), size((target / name).stat().st_size)
-        report.append([layer, source.num_rows, *sizes, f"{error.relative:.2%}", f"{error.largest:.3g}"])
-    table = columns(["layer", "rows", "before", "after", "relative error", "largest error"], report)
-    return entries, f"{table}\n\n{_histogram(histograms)}"
+        report.append(QuantizedTable(layer, source.stored.size, (target / name).stat().st_size, error))
+    return entries, report
 
 
 def _link_or_move(path: Path, target: Path) -> None:

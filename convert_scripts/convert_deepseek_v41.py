@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .command_line import Source, run_command
 from .safetensors_files import ConversionError
-from .streaming import Plan, Stopwatch, format_bytes, free_bytes, read_manifest, run_plan, verify_files
+from .streaming import Plan, Stopwatch, print_plan, read_manifest, run_plan, verify_files
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify-only", action="store_true", help="compare a finished TARGET with SOURCE and its checksums"
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
 
@@ -82,7 +83,7 @@ def plan_conversion(source: Source, options) -> Plan:
     return plan_import(DEEPSEEK_V41, checkpoint, config, mappings, options, ours_alone)
 
 
-def convert(source: str, target: Path, options, revision: str | None = None) -> None:
+def convert(source: str, target: Path, options, revision: str | None = None, as_json: bool = False) -> None:
     """Convert `source`, a folder or Hub id, into `target`."""
     from .tensor_parts import single_threaded_tensors
 
@@ -92,10 +93,10 @@ def convert(source: str, target: Path, options, revision: str | None = None) -> 
     checkpoint.fetch_read_shards()
     with single_threaded_tensors():
         written = run_plan(plan, target)
-    print(watch.report(f"{target}: wrote", written) if written else f"{target}: already complete")
+    print(watch.report(target, "wrote", written, as_json))
 
 
-def verify(source: str, target: Path, revision: str | None = None) -> None:
+def verify(source: str, target: Path, revision: str | None = None, as_json: bool = False) -> None:
     """Check that `target` is a complete, undamaged conversion of `source`."""
     from .import_plan import ImportOptions
 
@@ -106,17 +107,12 @@ def verify(source: str, target: Path, revision: str | None = None) -> None:
         raise ConversionError(
             f"{target} is a conversion of another checkpoint than {source}, or of another version of it."
         )
-    print(watch.report(f"{target}: verified", verify_files(target, manifest)))
+    print(watch.report(target, "verified", verify_files(target, manifest), as_json))
 
 
-def dry_run(source: str, target: Path, options, revision: str | None = None) -> None:
+def dry_run(source: str, target: Path, options, revision: str | None = None, as_json: bool = False) -> None:
     """Print the files a conversion would write and the disk it needs."""
-    plan = plan_conversion(Source.open(source, revision), options)
-    for file in plan.files:
-        print(f"{format_bytes(file.size):>10}  {file.name}" + (f" -> {file.link}" if file.link else ""))
-    print(
-        f"{format_bytes(plan.bytes_to_write)} to write, {format_bytes(free_bytes(target))} free on the disk of {target}"
-    )
+    print_plan(plan_conversion(Source.open(source, revision), options), target, as_json)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,10 +123,10 @@ def main(arguments: list[str] | None = None) -> int:
         from .import_plan import ImportOptions
 
         if given.verify_only:
-            return verify(given.source, given.target, given.revision)
+            return verify(given.source, given.target, given.revision, given.json)
         options = ImportOptions(given.dtype, given.link_tables, given.dequantize_tables, given.layers)
         action = dry_run if given.dry_run else convert
-        return action(given.source, given.target, options, given.revision)
+        return action(given.source, given.target, options, given.revision, given.json)
 
     return run_command(command)
 

@@ -8,6 +8,7 @@ and the row count of every table is checked against the primes that follow.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pad-token-id", type=int, default=2, help="pad id of the hash (default: the demo's 2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the hash (default: the demo's 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
 
@@ -195,7 +197,12 @@ def convert(given: argparse.Namespace) -> None:
             folder.publish(is_claimed=True)
     except FolderInUseError as error:
         raise ConversionError(str(error)) from error
-    print(f"{given.target}: {given.backbone} with memory in layers {layers}")
+    said = {"target": str(given.target), "backbone": given.backbone, "layers": layers}
+    print(
+        json.dumps(said, indent=2)
+        if given.json
+        else f"{given.target}: {given.backbone} with memory in layers {layers}"
+    )
 
 
 def _write(given: argparse.Namespace, target: Path) -> list[int]:

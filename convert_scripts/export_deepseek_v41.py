@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .command_line import local_folder, run_command
 from .safetensors_files import ConversionError
-from .streaming import Plan, Stopwatch, format_bytes, free_bytes, read_manifest, run_plan, verify_files
+from .streaming import Plan, Stopwatch, print_plan, read_manifest, run_plan, verify_files
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry-run", action="store_true", help="check the source, print what would be written, stop")
     parser.add_argument("--verify-only", action="store_true", help="compare a finished TARGET with its checksums")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
 
@@ -49,7 +50,7 @@ def plan(folder: Path, record: Path) -> Plan:
     return plan_export(DEEPSEEK_V41, model, record, config, map_tensors(DEEPSEEK_V41, config))
 
 
-def export(source: str, target: Path, record: Path | None = None) -> None:
+def export(source: str, target: Path, record: Path | None = None, as_json: bool = False) -> None:
     """Export `source`, a folder or Hub id, into `target`."""
     from .tensor_parts import single_threaded_tensors
 
@@ -58,33 +59,28 @@ def export(source: str, target: Path, record: Path | None = None) -> None:
     planned = plan(folder, record or folder)
     with single_threaded_tensors():
         written = run_plan(planned, target)
-    print(watch.report(f"{target}: wrote", written) if written else f"{target}: already complete")
+    print(watch.report(target, "wrote", written, as_json))
 
 
-def dry_run(source: str, target: Path, record: Path | None = None) -> None:
+def dry_run(source: str, target: Path, record: Path | None = None, as_json: bool = False) -> None:
     """Print the files an export would write and the disk it needs."""
     folder = local_folder(source)
-    planned = plan(folder, record or folder)
-    for file in planned.files:
-        print(f"{format_bytes(file.size):>10}  {file.name}")
-    print(
-        f"{format_bytes(planned.bytes_to_write)} to write, {format_bytes(free_bytes(target))} free on the disk of {target}"
-    )
+    print_plan(plan(folder, record or folder), target, as_json)
 
 
-def verify(target: Path) -> None:
+def verify(target: Path, as_json: bool = False) -> None:
     """Check that `target` is a complete, undamaged export."""
     watch = Stopwatch()
-    print(watch.report(f"{target}: verified", verify_files(target, read_manifest(target))))
+    print(watch.report(target, "verified", verify_files(target, read_manifest(target)), as_json))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = build_parser().parse_args(arguments)
     if given.verify_only:
-        return run_command(lambda: verify(given.target))
+        return run_command(lambda: verify(given.target, given.json))
     action = dry_run if given.dry_run else export
-    return run_command(lambda: action(given.source, given.target, given.record))
+    return run_command(lambda: action(given.source, given.target, given.record, given.json))
 
 
 if __name__ == "__main__":

@@ -532,6 +532,27 @@ class Stopwatch:
     def __init__(self) -> None:
         self.start = time.perf_counter()
 
-    def report(self, what: str, count: int) -> str:
+    def report(self, target: Path, done: str, count: int, as_json: bool = False) -> str:
+        """What was `done` to the `count` bytes of `target`, for people or as JSON."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
-        return f"{what} {format_bytes(count)} in {seconds:.1f} s ({format_bytes(count / seconds)}/s)"
+        if as_json:
+            return json.dumps({"target": str(target), f"bytes_{done}": count, "seconds": seconds}, indent=2)
+        if count == 0:
+            return f"{target}: already complete"
+        return f"{target}: {done} {format_bytes(count)} in {seconds:.1f} s ({format_bytes(count / seconds)}/s)"
+
+
+def print_plan(plan: Plan, target: Path, as_json: bool = False) -> None:
+    """The files that `plan` would write to `target`, and the disk they need."""
+    needed, free = plan.bytes_to_write, free_bytes(target)
+    if as_json:
+        files = [
+            {"name": file.name, "bytes": file.size, "linked_to": file.link and str(file.link)} for file in plan.files
+        ]
+        print(
+            json.dumps({"target": str(target), "files": files, "bytes_to_write": needed, "bytes_free": free}, indent=2)
+        )
+        return
+    for file in plan.files:
+        print(f"{format_bytes(file.size):>10}  {file.name}" + (f" -> {file.link}" if file.link else ""))
+    print(f"{format_bytes(needed)} to write, {format_bytes(free)} free on the disk of {target}")

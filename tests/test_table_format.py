@@ -15,6 +15,7 @@ import runpy
 import shutil
 import struct
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -280,6 +281,33 @@ def test_quantizing_reports_its_error(tmp_path, hasher, monkeypatch, table_dtype
     assert error.largest == (decoded - rows).abs().max().item() > 0
     assert error.relative == pytest.approx(((decoded - rows).norm() / rows.norm()).item(), rel=1e-5)
     assert error.largest <= worst * rows.abs().max()
+
+
+def test_threads_change_no_bytes_and_nothing_for_others(tmp_path, hasher, monkeypatch):
+    monkeypatch.setattr(table_writer_engram, "_STEP_NUMBERS", 7 * WIDTH)
+    write_folder(tmp_path, hasher, "BF16")
+    source = MappedRows(read_tables(tmp_path)[1])
+    description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
+    seen: list[int] = []
+
+    def advance(count: int) -> None:
+        seen.append(torch.get_num_threads())
+        other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        other.start(), other.join()
+
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            path = tmp_path / f"{threads}.safetensors"
+            made.append((quantize_table(source, path, description, "nvfp4", advance), path.read_bytes()))
+            assert set(seen) == {threads}
+            own = table_writer_engram._in_order(lambda _: torch.get_num_threads(), range(9))
+            assert {found for _, found in own} == {1}
+            seen.clear()
+    finally:
+        torch.set_num_threads(before)
+    assert made[0] == made[1]
 
 
 def test_quantizing_zeros_makes_no_error():

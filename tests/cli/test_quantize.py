@@ -227,9 +227,14 @@ def test_rows_of_four_bits_or_fewer_are_refused(engram, complaint, saved, tmp_pa
 
 def test_rows_of_float8_become_rows_of_two_bits(engram, saved, tmp_path):
     engram("quantize", saved, tmp_path / "float8")
-    engram("quantize", tmp_path / "float8", tmp_path / "int2", "--dtype", "int2")
+    said = json.loads(engram("quantize", tmp_path / "float8", tmp_path / "int2", "--dtype", "int2", "--json"))
     engram("check", tmp_path / "int2", "--rows")
     (table, *_) = json.loads(engram("inspect", tmp_path / "int2", "--json"))["tables"]
+    quantized, edges = said["tables"][0], said["relative_error_edges"]
+    assert [quantized[name] for name in ("layer", "rows")] == [table[name] for name in ("layer", "rows")]
+    assert said["loss"] is None and table["bytes"] <= quantized["bytes"] < quantized["bytes_before"] / 2
+    assert sum(quantized["rows_by_relative_error"]) == table["rows"] and 0.05 < quantized["relative_error"] < 0.5
+    assert len(edges) == len(quantized["rows_by_relative_error"])
     assert table["dtype"] == "I2" and table["bytes"] == table["rows"] * (table["width"] // 4 + 2)
     assert engram("lookup", tmp_path / "int2", "the café") != engram("lookup", saved, "the café")
     resident = EngramForCausalLM.from_pretrained(tmp_path / "int2", engram_residency="resident")
@@ -281,8 +286,8 @@ def test_quantize_measures_the_loss(engram, complaint, saved, tmp_path):
         assert float(without) == pytest.approx(models[0](ids, labels=ids).loss.item(), abs=1e-4)
     assert re.search(r"Memory is worth (nothing|\S+ nats)", report)
 
-    (tmp_path / "config.json").unlink(missing_ok=True)
-    engram("quantize", saved, tmp_path / "float8")
+    said = json.loads(engram("quantize", saved, tmp_path / "float8", "--measure", text, "--json"))["loss"]
+    assert said["before"] == pytest.approx(losses[0], abs=1e-4) and said["positions"] == (ids.shape[1] - 1) * len(ids)
     (tmp_path / "float8" / "config.json").unlink()
     wrong = tmp_path / "wrong"
     assert "without a model" in complaint("quantize", tmp_path / "float8", wrong, "--measure", text)

@@ -188,6 +188,10 @@ def test_dry_run_writes_nothing(tiny, tmp_path, capsys):
     assert run(tiny, tmp_path / "out", "--dry-run") == 0
     printed = capsys.readouterr().out
     assert "model-00011-of-00011.safetensors" in printed and "to write" in printed
+    assert run(tiny, tmp_path / "out", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert all(file["name"] in printed for file in plan["files"]) and len(plan["files"]) == printed.count("\n") - 1
+    assert 0 < plan["bytes_to_write"] < plan["bytes_free"]
     assert list(tmp_path.iterdir()) == []
 
 

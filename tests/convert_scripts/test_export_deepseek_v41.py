@@ -187,7 +187,10 @@ def test_dry_run_and_verification(converted, tmp_path, capsys):
     assert export(converted, tmp_path / "back", "--dry-run") == 0
     assert "model-00014-of-00014.safetensors" in capsys.readouterr().out and not (tmp_path / "back").exists()
     exported(converted, tmp_path / "back")
-    assert export(converted, tmp_path / "back", "--verify-only") == 0
+    capsys.readouterr()
+    assert export(converted, tmp_path / "back", "--verify-only", "--json") == 0
+    verified = json.loads(capsys.readouterr().out)
+    assert verified["bytes_verified"] > 0 and verified["target"] == str(tmp_path / "back")
     path = tmp_path / "back" / "model-00007-of-00014.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -102,7 +102,7 @@ def test_copies_and_other_processes_read_the_same_files(folders):
 
 def test_pinned_rows_are_the_same(folders, monkeypatch):
     driver = Driver()
-    for name in ("gemma3n", "gemma4 int2"):
+    for name in ("gemma3n", "gemma4", "gemma4 int2", "qwen4_exp float8"):
         folder = folders(name)
         expected = logits(AutoModelForCausalLM.from_pretrained(folder))
         with monkeypatch.context() as patch:
@@ -119,8 +119,11 @@ def test_pinned_rows_are_the_same(folders, monkeypatch):
 
 
 def test_a_resident_table_is_the_stock_models(folders):
-    model = load(folders("gemma4"), residency="resident")
-    assert not tables_of(model) and type(model.get_submodule(GEMMA).weight) is nn.Parameter
+    for name in ("gemma3n", "gemma4", "qwen4_exp"):
+        model = load(folders(name), residency="resident")
+        assert not tables_of(model)
+        assert not name.startswith("gemma") or type(model.get_submodule(GEMMA).weight) is nn.Parameter
+        assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(folders(name))))
 
 
 def test_a_mapped_table_takes_no_anonymous_memory(tmp_path):
