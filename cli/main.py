@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import checkpoints, facts, inspection, lookup, pictures, quantization, tables, vocabulary
+from . import checkpoints, facts, inspection, lookup, pictures, quantization, serving, tables, vocabulary
 from .output import printable
 
 EPILOG = """\
@@ -17,6 +17,7 @@ examples:
   engram quantize ./model ./smaller --dtype int4  store its tables in four bits a number
   engram check ./model                            verify table files against the format
   engram facts write ./model facts.jsonl --output ./facts   teach it facts, in an adapter of kilobytes
+  engram serve ./model                            an OpenAI-compatible server for it
 
 exit status: 0 done, 1 bad input (one sentence on the error stream), 2 wrong usage.
 """
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"engram-hf {version('engram-hf')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts):
+    for group in (inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts, serving):
         group.add_commands(commands)
     return parser
 
@@ -50,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"{argument!r} is not valid UTF-8; give names and texts in that encoding.")
         if checkpoints.is_for_script(arguments):
             return checkpoints.run_script(*arguments)
-        options = build_parser().parse_args(arguments)
+        parser = build_parser()
+        options, options.others = parser.parse_known_args(arguments)
+        if options.others and not getattr(options, "takes_others", False):
+            parser.error(f"unrecognized arguments: {' '.join(options.others)}")
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
