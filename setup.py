@@ -71,6 +71,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.12",
+            "transformers[serving]",  # the tests serve models
         ],
         # Needed by transformers' own tests, which `make test-upstream` runs.
         "upstream": ["parameterized>=0.9"],

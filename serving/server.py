@@ -49,17 +49,30 @@ def serve(
     if not is_serve_available():
         raise EngramError("`engram serve` starts transformers' server; install it: pip install 'engram-hf[serving]'.")
     require_free_port(host, port)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if residency != "auto" and not isinstance(config, EngramConfig):
-        raise EngramError(f"{name} has no memory whose residency could be {residency}; leave --residency out.")
-    _check_tokenizer(name, trust_remote_code)
-    _make_known(config, residency, continuous_batching)
+    prepare(name, residency, continuous_batching, trust_remote_code)
 
     from transformers.cli.transformers import app
 
     flags = {"--continuous-batching": continuous_batching, "--trust-remote-code": trust_remote_code}
     arguments = ["serve", name, "--host", host, "--port", str(port), *(flag for flag, is_set in flags.items() if is_set)]
     app([*arguments, *options], prog_name="engram")
+
+
+def prepare(name: str, residency: str, continuous_batching: bool, trust_remote_code: bool = False) -> None:
+    """Check a model before it is loaded, and let the server of this process find what loads it.
+
+    Args:
+        name, residency, continuous_batching, trust_remote_code: as in [`serve`].
+
+    Raises:
+        ValueError: the model has no tokenizer, or no memory to have a `residency`.
+        OSError: there is no such model.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if residency != "auto" and not isinstance(config, EngramConfig):
+        raise EngramError(f"{name} has no memory whose residency could be {residency}; leave --residency out.")
+    _check_tokenizer(name, trust_remote_code)
+    _make_known(config, residency, continuous_batching)
 
 
 def require_free_port(host: str, port: int) -> None:
@@ -94,17 +107,21 @@ def _check_tokenizer(name: str, trust_remote_code: bool) -> None:
 
 def _make_known(config: PreTrainedConfig, residency: str, continuous_batching: bool) -> None:
     """Let the server find what loads a model of this config, if its class is not one of transformers."""
-    (architecture, *_) = config.architectures or [None]
+    architecture = (config.architectures or [None])[0]
     if architecture is None or hasattr(transformers, architecture):
         return
-    auto_map = getattr(config, "auto_map", None) or {}
-    auto_class = AutoModelForCausalLM
-    if architecture == EngramForConditionalGeneration.__name__ or AutoModelForCausalLM.__name__ not in auto_map:
-        auto_class = AutoModelForImageTextToText
+    auto_class = AutoModelForImageTextToText if _reads_images(config, architecture) else AutoModelForCausalLM
     options = {"engram_residency": residency} if isinstance(config, EngramConfig) else {}
     setattr(transformers, architecture, Loader(auto_class, continuous_batching, options))
     if auto_class is AutoModelForImageTextToText:  # by which it tells that requests may have images
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault(config.model_type, architecture)
+
+
+def _reads_images(config: PreTrainedConfig, architecture: str) -> bool:
+    others = getattr(config, "auto_map", None) or {}
+    if isinstance(config, EngramConfig) or not others:
+        return architecture == EngramForConditionalGeneration.__name__
+    return AutoModelForCausalLM.__name__ not in others
 
 
 class Loader:

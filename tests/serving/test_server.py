@@ -1,0 +1,342 @@
+"""`engram serve`: transformers' own server answers with what `generate` says."""
+
+import concurrent.futures
+import contextlib
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+from engram_cli.main import main
+from tiny_backbones import BACKBONES, randomize
+from tiny_tokenizer import make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
+from transformers.utils.import_utils import is_serve_available
+
+from engram_hf import EngramConfig, EngramForCausalLM
+from engram_hf.convert_scripts import convert_deepseek_v41
+from engram_hf.serving.server import Loader, prepare
+
+needs_server = pytest.mark.skipif(not is_serve_available(), reason="the extra `serving` is not installed")
+PROMPT = "the café w7"
+TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model that never ends an answer by itself, and its tokenizer; not to be changed."""
+    folder = tmp_path_factory.mktemp("served") / "model"
+    sizes = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": 499}
+    config = EngramConfig.for_backbone(BACKBONES["mixtral"](), make_tokenizer(), layer_ids=[1, 2], **sizes)
+    model, tokenizer = randomize(EngramForCausalLM(config)).eval(), make_tokenizer()
+    model.set_token_map(tokenizer)
+    model.generation_config.eos_token_id = None
+    tokenizer.chat_template = TEMPLATE
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def serving(name: Path, continuous_batching: bool = False, **options) -> Iterator:
+    """An `openai` client of a server in this process, and the model that it serves."""
+    from openai import OpenAI
+    from transformers.cli.serve import Serve
+
+    known = set(vars(transformers))
+    prepare(str(name), continuous_batching=continuous_batching, **{"residency": "mapped", **options})
+    server = Serve(str(name), continuous_batching, port=(port := free_port()), device="cpu", non_blocking=True)
+    try:
+        client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        wait_until(lambda: is_healthy(client))
+        yield client, server._model_manager.loaded_models[str(name)].model
+    finally:
+        server.kill_server()
+        for added in set(vars(transformers)) - known:
+            if isinstance(getattr(transformers, added), Loader):
+                delattr(transformers, added)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def is_healthy(client) -> bool:
+    from openai import APIConnectionError
+
+    try:
+        return client.get("../health", cast_to=dict) == {"status": "ok"}
+    except APIConnectionError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    with serving(folder) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server[0]
+
+
+@pytest.fixture(scope="module")
+def answer(folder) -> Callable[..., str]:
+    """What `generate` of a model of its own says, the tables resident."""
+    model = AutoModelForCausalLM.from_pretrained(folder, engram_residency="resident")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def answer(prompt: str, count: int) -> str:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=count, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+
+    return answer
+
+
+def complete(client, prompt: str = PROMPT, count: int = 8, **options):
+    return client.completions.create(model=None, prompt=prompt, max_tokens=count, temperature=0, **options)
+
+
+def chat(client, prompt: str = PROMPT, count: int = 8, **options):
+    messages = [{"role": "user", "content": prompt}]
+    return client.chat.completions.create(model=None, messages=messages, max_tokens=count, temperature=0, **options)
+
+
+# --- what it answers
+
+
+@needs_server
+def test_the_served_model_reads_its_tables_where_it_was_told(server):
+    _, model = server
+    assert isinstance(model, EngramForCausalLM) and isinstance(model, MixtralForCausalLM)
+    assert not [name for name, _ in model.named_parameters() if "table" in name]
+
+
+@needs_server
+def test_every_route_answers_as_generate(client, folder, answer):
+    expected = answer(PROMPT, 8)
+    assert complete(client).choices[0].text == expected
+    assert chat(client).choices[0].message.content == expected
+    asked = {"input": PROMPT, "max_output_tokens": 8, "temperature": 0}
+    response = client.responses.create(model=str(folder), stream=False, **asked)  # else this server streams
+    assert response.output_text == expected
+    assert complete(client).usage.completion_tokens == 8
+    if transformers.__version__ >= "5.20":  # before, only what is in the cache of the Hub was listed
+        assert [model.id for model in client.models.list()] == [str(folder)]
+
+
+@needs_server
+def test_streams_say_the_same(client, answer):
+    expected = answer(PROMPT, 8)
+    pieces = [chunk.choices[0].text for chunk in complete(client, stream=True)]
+    assert "".join(pieces) == expected and len(pieces) > 4
+    deltas = [chunk.choices[0].delta.content or "" for chunk in chat(client, stream=True)]
+    assert "".join(deltas) == expected
+    stream = client.responses.create(model=None, input=PROMPT, max_output_tokens=8, temperature=0, stream=True)
+    assert "".join(event.delta for event in stream if event.type == "response.output_text.delta") == expected
+
+
+@needs_server
+def test_many_requests_at_once_are_not_mixed_up(client, answer):
+    prompts = [" ".join(f"w{(7 * index + step) % 118}" for step in range(1 + index % 5)) for index in range(32)]
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        texts = list(pool.map(lambda prompt: complete(client, prompt, 4).choices[0].text, prompts))
+    assert texts == [answer(prompt, 4) for prompt in prompts] and len(set(texts)) > 8
+
+
+@needs_server
+def test_a_client_that_goes_away_does_not_keep_the_others_waiting(client, answer):
+    began = time.monotonic()
+    stream = complete(client, count=4000, stream=True)
+    next(iter(stream))
+    stream.close()
+    assert complete(client).choices[0].text == answer(PROMPT, 8)
+    assert time.monotonic() - began < 15  # 4,000 tokens take longer
+
+
+@needs_server
+def test_bad_requests_are_refused_and_the_next_one_is_answered(client, answer):
+    from openai import APIStatusError
+
+    client = client.with_options(max_retries=2)  # the server ends the connection after an error of its own
+    bad = {
+        "pinned": (400, {"model": "another"}),
+        "must be a string": (400, {"prompt": [1, 2]}),
+        "no_such_field": (422, {"extra_body": {"no_such_field": 1}}),
+        "Internal Server Error": (500, {"temperature": "warm"}),
+    }
+    for words, (status, options) in bad.items():
+        with pytest.raises(APIStatusError) as refused:
+            client.completions.create(**{"model": None, "prompt": PROMPT, **options})
+        assert refused.value.status_code == status and words in refused.value.response.text
+    assert complete(client).choices[0].text == answer(PROMPT, 8)
+
+
+@needs_server
+def test_a_prompt_longer_than_the_model_was_made_for_is_answered_as_generate_does(client, answer):
+    """transformers goes on past `max_position_embeddings` (256 here), and so does its server."""
+    prompt = " ".join(f"w{index % 100}" for index in range(300))
+    assert complete(client, prompt, 4).choices[0].text == answer(prompt, 4)
+
+
+# --- the release's own chat
+
+
+@needs_server
+def test_the_release_thinks_in_a_field_of_its_own(golden, tmp_path):
+    """The server tells reasoning from the answer by the tokenizer's response template, which converting writes."""
+    folder = tmp_path / "v41"
+    assert convert_deepseek_v41.main([str(golden / "deepseek_v41_tiny_vl"), str(folder), "--dtype", "float32"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with serving(folder) as (client, model):
+        for thinks in (False, True):
+            messages = [{"role": "user", "content": "1+1?"}]
+            options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+            inputs = tokenizer.apply_chat_template(messages, enable_thinking=thinks, **options)
+            tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            extra = {"extra_body": {"chat_template_kwargs": {"enable_thinking": thinks}}}
+            message = chat(client, "1+1?", 6, **extra).choices[0].message
+            said = tokenizer.decode(tokens).strip()  # a response template takes the space around a text away
+            texts = (message.reasoning_content, message.content) if thinks else (message.content, "")
+            assert texts == (said, "") and said
+
+
+# --- what is refused before a server starts
+
+
+@pytest.fixture
+def complaint(capfd):
+    def run(*arguments: object) -> str:
+        assert main(["serve", *map(str, arguments)]) == 1
+        (sentence,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("engram: ")]
+        return sentence
+
+    return run
+
+
+@needs_server
+def test_a_port_in_use_is_named(folder, complaint):
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert f"Cannot listen on port {port} of localhost: Address already in use" in complaint(
+            folder, "--port", port
+        )
+
+
+@needs_server
+def test_a_folder_without_a_tokenizer_is_named(folder, tmp_path, complaint):
+    for path in folder.iterdir():
+        if "token" not in path.name:
+            shutil.copy(path, tmp_path)
+    assert f"{tmp_path} has no tokenizer that can be loaded" in complaint(tmp_path, "--port", free_port())
+
+
+@needs_server
+def test_residency_needs_a_memory(tmp_path, complaint):
+    MixtralForCausalLM(BACKBONES["mixtral"]()).save_pretrained(tmp_path)
+    assert "has no memory whose residency could be mapped" in complaint(
+        tmp_path, "--residency", "mapped", "--port", free_port()
+    )
+
+
+@needs_server
+def test_an_unknown_option_is_for_transformers_to_refuse(folder, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", str(folder), "--port", str(free_port()), "--no-such-option"])
+    assert stopped.value.code == 2 and "--no-such-option" in capfd.readouterr().err
+
+
+def test_without_the_extra_it_says_what_to_install(folder, monkeypatch, complaint):
+    monkeypatch.setattr("engram_hf.serving.server.is_serve_available", lambda: False)
+    assert "pip install 'engram-hf[serving]'" in complaint(folder)
+
+
+def test_other_commands_still_refuse_what_they_do_not_know(folder, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", str(folder), "--no-such-option"])
+    assert stopped.value.code == 2 and "unrecognized arguments: --no-such-option" in capfd.readouterr().err
+
+
+# --- models that bring their own code
+
+OTHERS_CONFIG = """
+from transformers import LlamaConfig
+
+class OtherConfig(LlamaConfig):
+    model_type = "other_model"
+"""
+OTHERS_MODEL = """
+from transformers import LlamaForCausalLM
+from .configuration_other import OtherConfig
+
+class OtherForCausalLM(LlamaForCausalLM):
+    config_class = OtherConfig
+"""
+
+
+@needs_server
+def test_code_from_a_folder_is_served_when_it_is_trusted(tmp_path, monkeypatch):
+    (tmp_path / "configuration_other.py").write_text(OTHERS_CONFIG)
+    (tmp_path / "modeling_other.py").write_text(OTHERS_MODEL)
+    backbone = AutoModelForCausalLM.from_config(BACKBONES["llama"]())
+    backbone.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    auto_map = {
+        "AutoConfig": "configuration_other.OtherConfig",
+        "AutoModelForCausalLM": "modeling_other.OtherForCausalLM",
+    }
+    config |= {"model_type": "other_model", "architectures": ["OtherForCausalLM"], "auto_map": auto_map}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        prepare(str(tmp_path), "auto", False)
+    prepare(str(tmp_path), "auto", False, trust_remote_code=True)
+    loader = transformers.OtherForCausalLM
+    monkeypatch.delattr(transformers, "OtherForCausalLM")
+    model = loader.from_pretrained(str(tmp_path), trust_remote_code=True)
+    assert type(model).__name__ == "OtherForCausalLM" and type(model).__module__.startswith("transformers_modules")
+
+
+# --- the command itself
+
+
+@needs_server
+@pytest.mark.slow
+def test_shut_down_in_the_middle_of_a_request_the_answer_is_finished(folder, answer):
+    from openai import OpenAI
+
+    port = free_port()
+    command = [sys.executable, "-m", "engram_cli", "serve", str(folder), "--port", str(port), "--log-level", "error"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        try:
+            client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+            wait_until(lambda: process.poll() is None and is_healthy(client))
+            stream = iter(complete(client, count=150, stream=True))
+            text = next(stream).choices[0].text
+            process.send_signal(signal.SIGTERM)
+            text += "".join(chunk.choices[0].text for chunk in stream)
+            assert text == answer(PROMPT, 150)
+            assert process.wait(30) == -signal.SIGTERM
+            assert not is_healthy(client)
+        finally:
+            process.kill()
