@@ -54,7 +54,15 @@ def serve(
     from transformers.cli.transformers import app
 
     flags = {"--continuous-batching": continuous_batching, "--trust-remote-code": trust_remote_code}
-    arguments = ["serve", name, "--host", host, "--port", str(port), *(flag for flag, is_set in flags.items() if is_set)]
+    arguments = [
+        "serve",
+        name,
+        "--host",
+        host,
+        "--port",
+        str(port),
+        *(flag for flag, is_set in flags.items() if is_set),
+    ]
     app([*arguments, *options], prog_name="engram")
 
 

@@ -86,7 +86,10 @@ def read_vllm(wheel: Wheel, names: list[str]) -> dict[str, object]:
     mapper_class = wheel.node(utils, "WeightsMapper")
     mapper_class.decorator_list = [ast.Name("dataclass", ast.Load())]
     kept = [node for node in mapper_class.body if isinstance(node, ast.AnnAssign)]
-    mapper_class.body = [*kept, *(node for node in mapper_class.body if getattr(node, "name", "").startswith("_map_name_w"))]
+    mapper_class.body = [
+        *kept,
+        *(node for node in mapper_class.body if getattr(node, "name", "").startswith("_map_name_w")),
+    ]
     tools = {"re": re, "dataclass": dataclasses.dataclass, "field": field, "Mapping": Mapping}
     made = run(mapper_class, wheel.node(model, "_make_deepseek_v4_weights_mapper"), **tools)
     mapper = made["_make_deepseek_v4_weights_mapper"]("fp4", "weight_scale")
@@ -119,7 +122,12 @@ def read_vllm(wheel: Wheel, names: list[str]) -> dict[str, object]:
         architecture="DeepseekV41ForCausalLM",
         model_type="deepseek_v41",
         options=fields,
-        lookback={"attribute": "token_lookback_depth", "keyword": "lookback_token_ids", "dtype": "int32", "unknown": -1},
+        lookback={
+            "attribute": "token_lookback_depth",
+            "keyword": "lookback_token_ids",
+            "dtype": "int32",
+            "unknown": -1,
+        },
         config=wheel.config_fields(model, engram, folder + "attention.py", folder + "compressor.py"),
         tensors=TABLE,
         names={name: rename(name) for name in names},
@@ -137,7 +145,9 @@ def read_sglang(wheel: Wheel, names: list[str]) -> dict[str, object]:
         "n_hash_cols * layout.head_dim, dim * (hc_mult + 1)",
         "self.q_weight = nn.Parameter(torch.ones(hc_mult, dim), requires_grad=False)",
     )
-    wheel.require(config, 'if values.get("architectures") == ["DeepseekV41ForCausalLM"]:', 'model_type = "deepseek_v41"')
+    wheel.require(
+        config, 'if values.get("architectures") == ["DeepseekV41ForCausalLM"]:', 'model_type = "deepseek_v41"'
+    )
     wheel.require("sglang/srt/model_loader/loader.py", "filter_duplicate_safetensors_files")
     wheel.require(model, 'if name.startswith("mtp"):')
     return wheel.describe(

@@ -131,7 +131,11 @@ ANSWERS = {
 def test_answers_are_parsed_into_reasoning_and_content(converted, thinks):
     """By the response template that converting puts into the tokenizer's config; what a server streams."""
     tokenizer = AutoTokenizer.from_pretrained(converted)
-    question = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "3"}, {"role": "user", "content": "No."}]
+    question = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": "No."},
+    ]
     prompt = render(tokenizer, question, add_generation_prompt=True, enable_thinking=thinks)
     text, message = ANSWERS[thinks]
     for end in (tokenizer.eos_token, ""):
