@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import checkpoints, facts, inspection, lookup, pictures, quantization, serving, tables, vocabulary
+from . import checkpoints, demo, facts, inspection, lookup, pictures, quantization, serving, tables, vocabulary
 from .output import printable
 
 EPILOG = """\
 examples:
+  engram demo                                     a small trained model to try the other commands on
   engram inspect ./model                          what memory a model has, and where it would live
   engram lookup ./model "the capital of France"   which rows a text reads
   engram show ./model "the capital of France"     a page: which tokens open the gates, and what memory changes
@@ -19,8 +20,17 @@ examples:
   engram facts write ./model facts.jsonl --output ./facts   teach it facts, in an adapter of kilobytes
   engram serve ./model                            an OpenAI-compatible server for it
 
+completion in a shell: pip install 'engram-hf[completion]', then  eval "$(register-python-argcomplete engram)"
 exit status: 0 done, 1 bad input (one sentence on the error stream), 2 wrong usage.
 """
+
+
+class _PrintVersion(argparse.Action):
+    """Asks what is installed when it is asked itself, not whenever a parser is built."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"engram-hf {version('engram-hf')}")
+        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,11 +41,20 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"engram-hf {version('engram-hf')}")
+    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="show the installed version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts, serving):
+    for group in (demo, inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts, serving):
         group.add_commands(commands)
     return parser
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks for completions, which `register-python-argcomplete engram` has it do."""
+    try:
+        import argcomplete
+    except ImportError:  # the extra `completion`
+        return
+    argcomplete.autocomplete(parser)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if checkpoints.is_for_script(arguments):
             return checkpoints.run_script(*arguments)
         parser = build_parser()
+        _complete(parser)
         options, options.others = parser.parse_known_args(arguments)
         if options.others and not getattr(options, "takes_others", False):
             parser.error(f"unrecognized arguments: {' '.join(options.others)}")
