@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import shutil
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from engram_cli.main import main
 from tiny_backbones import BACKBONES, randomize
@@ -20,7 +22,7 @@ from tiny_tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 from transformers.utils.import_utils import is_serve_available
 
-from engram_hf import EngramConfig, EngramForCausalLM
+from engram_hf import EngramConfig, EngramError, EngramForCausalLM
 from engram_hf.convert_scripts import convert_deepseek_v41
 from engram_hf.serving.server import Loader, prepare
 
@@ -44,24 +46,41 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def bare_folder(tmp_path_factory) -> Path:
+    """A backbone without memory, and its tokenizer; not to be changed."""
+    folder = tmp_path_factory.mktemp("served") / "bare"
+    torch.manual_seed(1)
+    model, tokenizer = MixtralForCausalLM(BACKBONES["mixtral"]()), make_tokenizer()
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_known():
+    """Loaders go out of the namespace of transformers, which is shared with other tests."""
+    yield
+    for name in [name for name, value in vars(transformers).items() if isinstance(value, Loader)]:
+        delattr(transformers, name)
+
+
 @contextlib.contextmanager
-def serving(name: Path, continuous_batching: bool = False, **options) -> Iterator:
+def serving(name: Path, residency: str = "auto", continuous_batching: bool = False, **options) -> Iterator:
     """An `openai` client of a server in this process, and the model that it serves."""
     from openai import OpenAI
     from transformers.cli.serve import Serve
 
-    known = set(vars(transformers))
-    prepare(str(name), continuous_batching=continuous_batching, **{"residency": "mapped", **options})
-    server = Serve(str(name), continuous_batching, port=(port := free_port()), device="cpu", non_blocking=True)
+    prepare(str(name), residency, continuous_batching)
+    port = free_port()
+    server = Serve(str(name), continuous_batching, port=port, device="cpu", non_blocking=True, **options)
     try:
         client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=60)
         wait_until(lambda: is_healthy(client))
         yield client, server._model_manager.loaded_models[str(name)].model
     finally:
         server.kill_server()
-        for added in set(vars(transformers)) - known:
-            if isinstance(getattr(transformers, added), Loader):
-                delattr(transformers, added)
 
 
 def free_port() -> int:
@@ -88,7 +107,7 @@ def is_healthy(client) -> bool:
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with serving(folder) as served:
+    with serving(folder, "mapped") as served:
         yield served
 
 
@@ -100,9 +119,13 @@ def client(server):
 @pytest.fixture(scope="module")
 def answer(folder) -> Callable[..., str]:
     """What `generate` of a model of its own says, the tables resident."""
-    model = AutoModelForCausalLM.from_pretrained(folder, engram_residency="resident")
+    return generator(AutoModelForCausalLM.from_pretrained(folder, engram_residency="resident"), folder)
+
+
+def generator(model, folder: Path) -> Callable[..., str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
+    @functools.cache
     def answer(prompt: str, count: int) -> str:
         inputs = tokenizer(prompt, return_tensors="pt")
         tokens = model.generate(**inputs, max_new_tokens=count, do_sample=False)[0, inputs["input_ids"].shape[1] :]
@@ -154,12 +177,18 @@ def test_streams_say_the_same(client, answer):
     assert "".join(event.delta for event in stream if event.type == "response.output_text.delta") == expected
 
 
+def ask_many(client) -> list[tuple[str, str]]:
+    """Prompts of several lengths, 32 at once, and what was said to each."""
+    prompts = [" ".join(f"w{(7 * index + step) % 118}" for step in range(1 + index % 5)) for index in range(16)] * 2
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        texts = pool.map(lambda prompt: complete(client, prompt, 4).choices[0].text, prompts)
+        return list(zip(prompts, texts, strict=True))
+
+
 @needs_server
 def test_many_requests_at_once_are_not_mixed_up(client, answer):
-    prompts = [" ".join(f"w{(7 * index + step) % 118}" for step in range(1 + index % 5)) for index in range(32)]
-    with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        texts = list(pool.map(lambda prompt: complete(client, prompt, 4).choices[0].text, prompts))
-    assert texts == [answer(prompt, 4) for prompt in prompts] and len(set(texts)) > 8
+    said = ask_many(client)
+    assert said == [(prompt, answer(prompt, 4)) for prompt, _ in said] and len({text for _, text in said}) > 8
 
 
 @needs_server
@@ -197,16 +226,51 @@ def test_a_prompt_longer_than_the_model_was_made_for_is_answered_as_generate_doe
     assert complete(client, prompt, 4).choices[0].text == answer(prompt, 4)
 
 
-# --- the release's own chat
+# --- continuous batching
 
 
 @needs_server
-def test_the_release_thinks_in_a_field_of_its_own(golden, tmp_path):
-    """The server tells reasoning from the answer by the tokenizer's response template, which converting writes."""
-    folder = tmp_path / "v41"
+def test_a_backbone_is_batched_and_a_request_longer_than_its_cache_ends_the_batching(bare_folder):
+    """What the page says of the server: every later request is refused and health tells it, so a supervisor can restart it."""
+    from openai import APIStatusError
+
+    answer = generator(MixtralForCausalLM.from_pretrained(bare_folder), bare_folder)
+    with serving(bare_folder, continuous_batching=True, cb_num_blocks=4, cb_max_batch_tokens=64) as (client, _):
+        said = ask_many(client)
+        assert said == [(prompt, answer(prompt, 4)) for prompt, _ in said] and len({text for _, text in said}) > 8
+        for prompt in (" ".join(["w1"] * 1100), PROMPT):
+            with pytest.raises(APIStatusError) as refused:
+                complete(client, prompt)
+            assert refused.value.status_code == 503
+        with pytest.raises(APIStatusError) as unhealthy:
+            is_healthy(client)
+        assert "cb_worker_dead" in unhealthy.value.response.text
+
+
+@needs_server
+@pytest.mark.xfail(raises=EngramError, reason="models with memory cannot be batched continuously yet")
+def test_a_model_with_memory_is_batched(folder, answer):
+    with serving(folder, continuous_batching=True, cb_num_blocks=64, cb_max_batch_tokens=64) as (client, _):
+        said = ask_many(client)
+        assert said == [(prompt, answer(prompt, 4)) for prompt, _ in said]
+
+
+# --- the release's own chat
+
+
+@pytest.fixture(scope="module")
+def release(golden, tmp_path_factory) -> Path:
+    """The miniature of the release, converted; not to be changed."""
+    folder = tmp_path_factory.mktemp("release") / "v41"
     assert convert_deepseek_v41.main([str(golden / "deepseek_v41_tiny_vl"), str(folder), "--dtype", "float32"]) == 0
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    with serving(folder) as (client, model):
+    return folder
+
+
+@needs_server
+def test_the_release_thinks_in_a_field_of_its_own(release):
+    """The server tells reasoning from the answer by the tokenizer's response template, which converting writes."""
+    tokenizer = AutoTokenizer.from_pretrained(release)
+    with serving(release) as (client, model):
         for thinks in (False, True):
             messages = [{"role": "user", "content": "1+1?"}]
             options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
@@ -260,6 +324,43 @@ def test_residency_needs_a_memory(tmp_path, complaint):
 
 
 @needs_server
+def test_more_token_ids_than_the_model_embeds_are_named(folder, tmp_path, complaint):
+    shutil.copytree(folder, tmp_path / "grown")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["one_more"])
+    tokenizer.save_pretrained(tmp_path / "grown")
+    assert "token ids up to 128, but the model embeds 128" in complaint(tmp_path / "grown", "--port", free_port())
+
+
+@needs_server
+def test_a_model_that_cannot_be_batched_is_named_before_the_server_starts(tmp_path, complaint):
+    """On DeepSeek-V3 the first request would fail: keys and values have different widths."""
+    sizes = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": 499}
+    config = EngramConfig.for_backbone(BACKBONES["deepseek_v3"](), make_tokenizer(), layer_ids=[1], **sizes)
+    EngramForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    refusal = complaint(tmp_path, "--port", free_port(), "--continuous-batching", "--device", "cpu")
+    assert f"{tmp_path} cannot be batched continuously (" in refusal and "leave --continuous-batching out" in refusal
+
+
+@needs_server
+def test_images_are_not_batched(release, tmp_path):
+    shutil.copytree(release, tmp_path / "reads-images")
+    config = json.loads((release / "config.json").read_text()) | {"architectures": ["EngramForConditionalGeneration"]}
+    (tmp_path / "reads-images" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngramError, match="reads images, and the server batches only models of text"):
+        prepare(str(tmp_path / "reads-images"), "auto", True)
+
+
+@needs_server
+def test_a_model_is_served_as_it_was_last_asked_for(folder):
+    for residency in ("resident", "mapped"):
+        prepare(str(folder), residency, False)
+    model = transformers.EngramForCausalLM.from_pretrained(str(folder))
+    assert not [name for name, _ in model.named_parameters() if "table" in name]
+
+
+@needs_server
 def test_an_unknown_option_is_for_transformers_to_refuse(folder, capfd):
     with pytest.raises(SystemExit) as stopped:
         main(["serve", str(folder), "--port", str(free_port()), "--no-such-option"])
@@ -295,7 +396,7 @@ class OtherForCausalLM(LlamaForCausalLM):
 
 
 @needs_server
-def test_code_from_a_folder_is_served_when_it_is_trusted(tmp_path, monkeypatch):
+def test_code_from_a_folder_is_served_when_it_is_trusted(tmp_path):
     (tmp_path / "configuration_other.py").write_text(OTHERS_CONFIG)
     (tmp_path / "modeling_other.py").write_text(OTHERS_MODEL)
     backbone = AutoModelForCausalLM.from_config(BACKBONES["llama"]())
@@ -312,7 +413,6 @@ def test_code_from_a_folder_is_served_when_it_is_trusted(tmp_path, monkeypatch):
         prepare(str(tmp_path), "auto", False)
     prepare(str(tmp_path), "auto", False, trust_remote_code=True)
     loader = transformers.OtherForCausalLM
-    monkeypatch.delattr(transformers, "OtherForCausalLM")
     model = loader.from_pretrained(str(tmp_path), trust_remote_code=True)
     assert type(model).__name__ == "OtherForCausalLM" and type(model).__module__.startswith("transformers_modules")
 
