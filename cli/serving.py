@@ -31,7 +31,7 @@ def add_commands(commands: Any) -> None:
 
 def run_serve(options: argparse.Namespace) -> None:
     """Serve `options.model`; `options.others` are for transformers."""
-    from engram_hf.serving import serve
+    from engram_hf.serving.server import serve
 
     serve(
         options.model,

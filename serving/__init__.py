@@ -1,5 +1,1 @@
-"""Models with memory behind a server."""
-
-from .server import serve
-
-__all__ = ["serve"]
+"""Models with memory in engines that run requests together."""

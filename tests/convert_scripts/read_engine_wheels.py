@@ -111,10 +111,16 @@ def read_vllm(wheel: Wheel, names: list[str]) -> dict[str, object]:
         "self.weight = storage[:weight_bytes].view(torch.float8_e4m3fn).view(-1, dim)",
         "if loaded_weight.dtype == torch.float8_e8m0fnu: loaded_weight = loaded_weight.view(torch.uint8)",
     )
-    wheel.require(runner, 'lookback_depth = getattr(self.model, "token_lookback_depth", 0)', "position start - 1 - j")
+    wheel.require(
+        runner,
+        'lookback_depth = getattr(self.model, "token_lookback_depth", 0)',
+        "pos = starts - np.arange(1, depth + 1)",
+        "valid = (pos >= 0) & (pos < num_prompt)",
+    )
     wheel.require(runner, "self.max_num_reqs, lookback_depth, dtype=torch.int32", "buf.np.fill(-1)")
     wheel.require(backend, "use_cache=False, position_ids=positions, return_dict=False,")
-    wheel.require(registry, '"DeepseekV41ForCausalLM": (')
+    wheel.require(backend, "self.text_config._attn_implementation = VLLM_ATTN_IMPL", "return AutoModel.from_config(")
+    wheel.require(registry, '"DeepseekV41ForCausalLM": (', "transformers_model_cls.is_backend_compatible()")
     wheel.require("vllm/model_executor/model_loader/weight_utils.py", "def filter_duplicate_safetensors_files(")
     fields = [node.target.id for node in wheel.node(config, "EngramConfig").body if isinstance(node, ast.AnnAssign)]
     return wheel.describe(
@@ -127,6 +133,8 @@ def read_vllm(wheel: Wheel, names: list[str]) -> dict[str, object]:
             "keyword": "lookback_token_ids",
             "dtype": "int32",
             "unknown": -1,
+            "order": "nearest first",
+            "positions": "of the prompt alone",
         },
         config=wheel.config_fields(model, engram, folder + "attention.py", folder + "compressor.py"),
         tensors=TABLE,

@@ -9,8 +9,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from accelerate import init_empty_weights
+from tiny_backbones import build, random_ids
+from transformers import AutoModel, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from engram_hf import EngramConfig, EngramForCausalLM
 from engram_hf.convert_scripts import export_deepseek_v41
 from engram_hf.safetensors_engram import read_header
 
@@ -90,5 +96,55 @@ def test_the_page_names_what_the_engine_has(engine):
 
 def test_the_page_for_engine_authors_tells_the_look_back_of_vllm():
     page = (DOCS / "engines.md").read_text(encoding="utf-8")
-    for word in FACTS["vllm"]["lookback"].values():
-        assert f"`{word}`" in page
+    assert FACTS["vllm"]["wheel"].split("-")[1] in page
+    assert [word for word in FACTS["vllm"]["lookback"].values() if str(word) not in page] == []
+
+
+def test_what_vllms_transformers_backend_asks_of_a_model(monkeypatch):
+    """It builds the model on the meta device, registers an attention, and calls it with requests packed in one row."""
+    seen = []
+    own = torch.block_diag(torch.ones(5, 5), torch.ones(7, 7)).tril().bool()[None, None]
+
+    def attention(module, query, key, value, mask, **kwargs):
+        seen.append(kwargs["attention_instances"][module.layer_idx])
+        return sdpa_attention_forward(module, query, key, value, own, **kwargs)  # vLLM's keeps requests apart by itself
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", attention)
+    model, ids = build("llama").eval(), random_ids(1, 12)
+    config = EngramConfig.from_dict(model.config.to_dict())
+    config.get_text_config()._attn_implementation = "vllm"
+    with init_empty_weights():
+        wrapped = AutoModel.from_config(config, dtype=torch.float32)
+    assert type(wrapped).is_backend_compatible() or type(wrapped)._can_set_attn_implementation()
+    assert all(parameter.is_meta for parameter in wrapped.parameters())
+    wrapped = wrapped.get_decoder().eval()
+    wrapped.load_state_dict(model.model.state_dict(), assign=True)
+    positions = torch.tensor([[0, 1, 2, 3, 4, *range(7)]])
+    instances = {layer: layer for layer in range(config.get_text_config().num_hidden_layers)}
+    with torch.no_grad():
+        states = wrapped(
+            input_ids=ids,
+            inputs_embeds=None,
+            use_cache=False,
+            position_ids=positions,
+            return_dict=False,
+            attention_instances=instances,
+        )[0]
+        apart = [model.model(input_ids=part).last_hidden_state for part in ids.split([5, 7], dim=1)]
+    torch.testing.assert_close(states, torch.cat(apart, dim=1))
+    assert seen == list(instances)
+
+
+def test_resident_tables_are_saved_among_the_weights(tmp_path):
+    """As docs/engines.md says: a loader that reads only the weights or their index finds them."""
+    build("llama").save_pretrained(tmp_path / "model")
+    EngramForCausalLM.from_pretrained(tmp_path / "model", engram_residency="mapped").save_pretrained(tmp_path / "own")
+    EngramForCausalLM.from_pretrained(tmp_path / "own", engram_residency="resident").save_pretrained(
+        tmp_path / "among"
+    )
+    tables = {
+        folder: [name for name in read_header(tmp_path / folder / "model.safetensors").tensors if ".table." in name]
+        for folder in ("own", "among")
+    }
+    assert tables == {"own": [], "among": [f"model.layers.{layer}.engram.table.weight" for layer in (1, 2)]}
+    assert not list((tmp_path / "among").glob("engram-layer-*"))
