@@ -3,9 +3,9 @@
     pip install -e '.[serving]' && python benchmarks/serving.py
 
 An open-loop client sends a bounded number of streamed completions, at fixed times that no answer delays: at load N, N come in
-the time that the bare backbone takes for one alone. Every answer is compared with what `generate` says. Printed are tokens per
-second, the median and the 95th percentile of the time to the first token and between tokens (ms), and the median time between
-tokens against the bare backbone's at the same load.
+the time that the bare backbone takes for one alone. Every answer is compared with that of `generate`. The script prints tokens
+per second, the median and the 95th percentile of the time to the first token and of the time between tokens (ms), the median time
+between tokens against the bare backbone's at the same load, and how many answers were wrong or lost.
 """
 
 import argparse
@@ -61,7 +61,8 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--loads", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=32, help="of each load")
+    parser.add_argument("--requests", type=int, default=32, help="of each round of a load")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=24)
     parser.add_argument("--layers", type=int, default=4)
@@ -237,16 +238,21 @@ async def ask_all(server: Server, prompts: list[str], spacing: float, arguments:
 def report(
     load: int, servers: list[Server], prompts: list[str], spacing: float, arguments: argparse.Namespace
 ) -> None:
+    """Ask all servers in turn, in several rounds, so that other work on the machine meets each alike; print a line for each."""
+    rounds: dict[str, list[tuple]] = {server.name: [] for server in servers}
+    for _ in range(arguments.rounds):
+        for server in servers:
+            rounds[server.name].append(asyncio.run(ask_all(server, prompts, spacing, arguments)))
     between: dict[str, float] = {}
     for server in servers:
-        answers, seconds = asyncio.run(ask_all(server, prompts, spacing, arguments))
-        got = {index: answer for index, answer in enumerate(answers) if isinstance(answer, Answer)}
-        wrong = sum(answer.text != server.answers[index % PROMPTS] for index, answer in got.items())
-        firsts = sorted(answer.times[0] for answer in got.values() if answer.times)
-        gaps = sorted(gap for answer in got.values() for gap in answer.gaps)
+        answers = [(index % PROMPTS, answer) for got, _ in rounds[server.name] for index, answer in enumerate(got)]
+        got = [(index, answer) for index, answer in answers if isinstance(answer, Answer)]
+        wrong = sum(answer.text != server.answers[index] for index, answer in got)
+        firsts = sorted(answer.times[0] for _, answer in got if answer.times)
+        gaps = sorted(gap for _, answer in got for gap in answer.gaps)
         between[server.name] = statistics.median(gaps)
         ratio = between[server.name] / between.get(server.bare or server.name, between[server.name])
-        speed = sum(len(answer.times) for answer in got.values()) / seconds
+        speed = sum(len(answer.times) for _, answer in got) / sum(seconds for _, seconds in rounds[server.name])
         times = [statistics.median(firsts), quantile(firsts), statistics.median(gaps), quantile(gaps)]
         first, late_first, gap, late_gap = (f"{moment * 1e3:.1f}" for moment in times)
         print(

@@ -107,7 +107,9 @@ def test_what_vllms_transformers_backend_asks_of_a_model(monkeypatch):
 
     def attention(module, query, key, value, mask, **kwargs):
         seen.append(kwargs["attention_instances"][module.layer_idx])
-        return sdpa_attention_forward(module, query, key, value, own, **kwargs)  # vLLM's keeps requests apart by itself
+        return sdpa_attention_forward(
+            module, query, key, value, own, **kwargs
+        )  # vLLM's keeps requests apart by itself
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", attention)
     model, ids = build("llama").eval(), random_ids(1, 12)
