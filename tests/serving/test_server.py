@@ -165,7 +165,8 @@ def test_every_route_answers_as_generate(client, folder, answer):
     asked = {"input": PROMPT, "max_output_tokens": 8, "temperature": 0}
     response = client.responses.create(model=str(folder), stream=False, **asked)  # else this server streams
     assert response.output_text == expected
-    assert complete(client).usage.completion_tokens == 8
+    warm = client.completions.create(model=str(folder), prompt=PROMPT, max_tokens=8, temperature=9)
+    assert warm.choices[0].text == expected and warm.usage.completion_tokens == 8  # its config does not sample
     if transformers.__version__ >= "5.20":  # before, only what is in the cache of the Hub was listed
         assert [model.id for model in client.models.list()] == [str(folder)]
 
@@ -235,6 +236,7 @@ def test_a_prompt_longer_than_the_model_was_made_for_is_answered_as_generate_doe
 
 
 @needs_server
+@pytest.mark.slow
 def test_a_backbone_is_batched_and_a_request_longer_than_its_cache_ends_the_batching(bare_folder):
     """What the page says of the server: every later request is refused and health tells it, so a supervisor can restart it."""
     from openai import APIStatusError
@@ -243,6 +245,9 @@ def test_a_backbone_is_batched_and_a_request_longer_than_its_cache_ends_the_batc
     expected = [answer(prompt, 4) for prompt in PROMPTS]  # now: the batching's thread leaves others little time
     with serving(bare_folder, continuous_batching=True, cb_num_blocks=4, cb_max_batch_tokens=64) as (client, _):
         assert ask_many(client) == expected * 2 and len(set(expected)) > 8
+        sampling = {"generation_config": json.dumps({"do_sample": True, "temperature": 1e5})}
+        sampled = client.completions.create(model=None, prompt=PROMPTS[0], max_tokens=4, extra_body=sampling)
+        assert sampled.choices[0].text == expected[0]  # settings are those of the first request
         client = client.with_options(max_retries=2)  # the server ends the connection after an error of its own
         for prompt, status in ((" ".join(["w1"] * 1100), (500, 503)), (PROMPT, (503,))):
             with pytest.raises(APIStatusError) as refused:
@@ -273,6 +278,7 @@ def release(golden, tmp_path_factory) -> Path:
 
 
 @needs_server
+@pytest.mark.slow
 def test_the_release_thinks_in_a_field_of_its_own(release):
     """The server tells reasoning from the answer by the tokenizer's response template, which converting writes."""
     tokenizer = AutoTokenizer.from_pretrained(release)
@@ -293,6 +299,7 @@ def test_the_release_thinks_in_a_field_of_its_own(release):
 
 
 @needs_server
+@pytest.mark.slow
 def test_the_page_shows_what_is_printed(tmp_path, monkeypatch):
     """`docs/serving.md`: its requests by curl, and its Python, with the demo model behind another port."""
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -370,6 +377,7 @@ def test_a_model_that_cannot_be_batched_is_named_before_the_server_starts(tmp_pa
 
 
 @needs_server
+@pytest.mark.slow
 def test_images_are_not_batched(release, tmp_path):
     shutil.copytree(release, tmp_path / "reads-images")
     config = json.loads((release / "config.json").read_text()) | {"architectures": ["EngramForConditionalGeneration"]}
