@@ -72,9 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return checkpoints.run_script(*arguments)
         parser = build_parser()
         _complete(parser)
-        options, options.others = parser.parse_known_args(arguments)
-        if options.others and not getattr(options, "takes_others", False):
-            parser.error(f"unrecognized arguments: {' '.join(options.others)}")
+        options, others = parser.parse_known_args(arguments)
+        if others and not getattr(options, "takes_others", False):
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
+        options.others = others
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:

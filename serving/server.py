@@ -18,8 +18,8 @@ from transformers import (
     AutoTokenizer,
     ContinuousBatchingConfig,
     GenerationConfig,
+    GenerationMixin,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import is_serve_available
@@ -123,7 +123,7 @@ def require_free_port(host: str, port: int) -> None:
         raise OSError(f"Cannot listen on port {port} of {host}: {reason}; give another --port or --host.") from error
 
 
-def require_batchable(model: PreTrainedModel, name: str) -> None:
+def require_batchable(model: GenerationMixin, name: str) -> None:
     """Refuse a model that cannot be batched continuously; the server would find out with the first request.
 
     Whether it can depends on the layers, the caches and the attention of its backbone, so one short request is tried.
@@ -190,7 +190,7 @@ class Loader:
         options: further arguments of `from_pretrained`.
     """
 
-    def __init__(self, auto_class: type, continuous_batching: bool, options: dict[str, Any]):
+    def __init__(self, auto_class: Any, continuous_batching: bool, options: dict[str, Any]):
         self.auto_class, self.continuous_batching, self.options = auto_class, continuous_batching, options
 
     def from_pretrained(self, name: str, **kwargs):
