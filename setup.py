@@ -36,6 +36,7 @@ setup(
         "engram_hf.convert_scripts",
         "engram_hf.display",
         "engram_hf.other_models",
+        "engram_hf.serving",
         "engram_hf.tokenization",
         "engram_hf.training",
     ],
@@ -65,6 +66,8 @@ setup(
         "examples": ["matplotlib>=3.8", "rich>=13"],
         "notebooks": ["ipykernel>=7", "matplotlib>=3.8", "nbclient>=0.10"],
         "images": ["pillow>=11"],
+        # transformers' own server, which `engram serve` starts.
+        "serving": ["transformers[serving]"],
         "test": [
             "argcomplete>=3.4",
             "bitsandbytes>=0.50",
@@ -74,6 +77,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.12",
+            "transformers[serving]",  # the tests serve models
         ],
         # Needed by transformers' own tests, which `make test-upstream` runs.
         "upstream": ["parameterized>=0.9"],

@@ -28,7 +28,6 @@ from .safetensors_engram import (
 from .saving_engram import table_head
 from .table_engram import (
     E4M3_MAX,
-    TORCH_DTYPES,
     apply_global_scale,
     dequantize_rows,
     exponent_above,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import checkpoints, demo, facts, inspection, lookup, pictures, quantization, tables, vocabulary
+from . import checkpoints, demo, facts, inspection, lookup, pictures, quantization, serving, tables, vocabulary
 from .light import postpone_package
 from .output import printable
 
@@ -19,6 +19,7 @@ examples:
   engram quantize ./model ./smaller --dtype int4  store its tables in four bits a number
   engram check ./model                            verify table files against the format
   engram facts write ./model facts.jsonl --output ./facts   teach it facts, in an adapter of kilobytes
+  engram serve ./model                            an OpenAI-compatible server for it
 
 completion in a shell: pip install 'engram-hf[completion]', then  eval "$(register-python-argcomplete engram)"
 exit status: 0 done, 1 bad input (one sentence on the error stream), 2 wrong usage.
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_PrintVersion, nargs=0, help="show the installed version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (demo, inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts):
+    for group in (demo, inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts, serving):
         group.add_commands(commands)
     return parser
 
@@ -80,7 +81,10 @@ def main(arguments: Sequence[str] | None = None, *, owns_process: bool = False) 
             return checkpoints.run_script(*arguments)
         parser = build_parser()
         _complete(parser)
-        options = parser.parse_args(arguments)
+        options, others = parser.parse_known_args(arguments)
+        if others and not getattr(options, "takes_others", False):
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
+        options.others = others
         if owns_process and getattr(options, "runs_no_model", False):
             postpone_package()
         options.run(options)

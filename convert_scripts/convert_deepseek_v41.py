@@ -48,6 +48,7 @@ def plan_conversion(source: Source, options) -> Plan:
         additions,
         check_config,
         first_layers,
+        parsing_documents,
         processor_config,
         remote_code,
         to_engram_config,
@@ -73,7 +74,7 @@ def plan_conversion(source: Source, options) -> Plan:
     checkpoint = read_checkpoint(folder, lambda name: name not in later, source.read_shard)
     check_tensors(DEEPSEEK_V41, every, checkpoint.tensors, checkpoint.elsewhere)
     ours = to_engram_config(config, options.dtype, options.dequantize_tables)
-    documents = {"chat_template.jinja": TEMPLATE.read_bytes()}
+    documents = {"chat_template.jinja": TEMPLATE.read_bytes(), **parsing_documents(folder)}
     if options.dtype != "keep":
         # Weights that stay quantized are read by `direct_loading`, which is no part of the remote code.
         documents |= remote_code(ours)

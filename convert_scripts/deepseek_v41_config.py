@@ -21,6 +21,7 @@ from ..configuration_engram import EngramConfig
 from ..configuration_vision_deepseek_v41 import DeepseekV41VisionConfig
 from ..draft_deepseek_v41 import DRAFT_FIELDS
 from ..hashing_engram import DEAD, NgramHasher
+from ..safetensors_engram import read_json
 from ..table_engram import SAFETENSORS_NAMES
 from ..table_format_engram import TableDescription, describe_table
 from ..tokenization.vocabulary_compression import TOKEN_MAP_FILE, build_token_map, token_map_bytes
@@ -31,6 +32,17 @@ from .streaming import Literal, Tensor, json_bytes
 from .tensor_rules import unquantized_modules
 
 TEMPLATE = Path(__file__).with_name("chat_template_deepseek_v41.jinja")
+# The other way: how the tokenizer's `parse_response`, and a server, tell reasoning from the answer. A turn that is not to
+# reason begins after `</think>`.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": ["<｜Assistant｜></think>", "<｜Assistant｜>"],
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
+        "content": {"close": "<｜end▁of▁sentence｜>", "content": "text"},
+    },
+}
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # The prefix of the hash constants in a state dict of this package.
 HASHING = "model.hashing"
@@ -247,6 +259,14 @@ def build_hasher(config: EngramConfig, tokenizer: Tokenizer) -> NgramHasher:
     for name, value in hasher.derive_constants().items():
         getattr(hasher, name).copy_(value)
     return hasher
+
+
+def parsing_documents(folder: Path) -> dict[str, bytes]:
+    """The tokenizer's config, by which its `parse_response` knows what answers look like; empty if `folder` has none."""
+    path = folder / TOKENIZER_CONFIG
+    if not path.is_file():
+        return {}
+    return {path.name: json_bytes({"response_template": RESPONSE_TEMPLATE, **read_json(path)})}
 
 
 def processor_config(config: EngramConfig) -> dict[str, bytes]:

@@ -119,3 +119,26 @@ def test_template_refuses_messages_that_it_cannot_render(tokenizer, case):
     messages, options, words = REFUSED[case]
     with pytest.raises(jinja2.exceptions.TemplateError, match=words):
         render(tokenizer, messages, **options)
+
+
+ANSWERS = {
+    True: ("One and one.</think>2", {"reasoning_content": "One and one.", "content": "2"}),
+    False: ("2", {"content": "2"}),
+}
+
+
+@pytest.mark.parametrize("thinks", ANSWERS)
+def test_answers_are_parsed_into_reasoning_and_content(converted, thinks):
+    """By the response template that converting puts into the tokenizer's config; what a server streams."""
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    question = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": "No."},
+    ]
+    prompt = render(tokenizer, question, add_generation_prompt=True, enable_thinking=thinks)
+    text, message = ANSWERS[thinks]
+    for end in (tokenizer.eos_token, ""):
+        assert tokenizer.parse_response(text + end, prefix=prompt) == {"role": "assistant", **message}
+    again = render(tokenizer, [*question, message | {"role": "assistant"}], enable_thinking=thinks)
+    assert again == prompt + text + tokenizer.eos_token
