@@ -32,9 +32,18 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .cache_engram import EngramHistory, RuntimeSubclass, attach_history, begin_cache, lookback_reach, nothing_before
+from .cache_engram import (
+    EngramHistory,
+    LookbackHistory,
+    RuntimeSubclass,
+    attach_history,
+    begin_cache,
+    lookback_reach,
+    nothing_before,
+    require_known_past,
+)
 from .configuration_engram import FORMAT_VERSION, EngramConfig, needs_package, remote_module
-from .hashing_engram import DEAD, Compaction, NgramHasher, as_token_map
+from .hashing_engram import DEAD, Compaction, NgramHasher, Packing, as_token_map
 from .layer_engram import (
     BESIDE,
     CARRIER,
@@ -77,6 +86,8 @@ logger = logging.get_logger(f"transformers.{__name__}")
 TESTED_VERSIONS = ((5, 17), (5, 24))
 # The cache's name as an argument and in outputs: transformers 5.24 renamed it.
 CACHE_NAMES = ("cache", "past_key_values")
+# What an engine that keeps a cache of its own says of the sequences of a call; see `EngramModel.take_lookback`.
+LOOKBACK_NAMES = ("lookback_token_ids", "lookback_conv_inputs", "engram_conv_inputs")
 # The save that runs: what it is written with, and the variant of its weights.
 _SAVE: ContextVar[tuple[FolderWriter, str | None] | None] = ContextVar("the save that runs", default=None)
 
@@ -512,7 +523,7 @@ class EngramModel(EngramPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
-        history: EngramHistory | None = None,
+        history: EngramHistory | LookbackHistory | None = None,
         past_length: int | torch.Tensor | None = None,
     ) -> EngramInputs:
         """Row ids of all layers, from token ids alone: this can run before, or elsewhere than, the backbone.
@@ -525,14 +536,15 @@ class EngramModel(EngramPreTrainedModel):
             image_mask: bool `[B, S]`, True at image positions: no memory there, none looked back through.
             sequence_ids: `[B, S]`, equal within a packed document; instead of `position_ids`. Later calls of the same
                 `history` go on with it, or without any with the last document.
-            history: what earlier calls left; this call is staged in it, to be committed when the backbone has run.
+            history: what earlier calls left; this call is staged in it, to be committed when the backbone has run. Or what an
+                engine says of them.
             past_length: positions before this call, by which the mask is read; those of the history if not given.
         """
         _hold_hash(self.hashing)
-        if past_length is None and history is not None:
+        if past_length is None and isinstance(history, EngramHistory):
             past_length = history.get_seq_length()
         is_text = _mask_of_call(attention_mask, input_ids, past_length)
-        compaction = Compaction(is_text)
+        compaction: Compaction | Packing = Compaction(is_text)
         valid = is_text
         if image_mask is not None:
             if image_mask.shape != input_ids.shape:
@@ -546,14 +558,19 @@ class EngramModel(EngramPreTrainedModel):
             ids = ids.where(valid, DEAD)
         if self.hashing.token_map is not None:
             valid = ids >= 0  # no memory either where the hash does not know a token
-        if history is not None:
+        if isinstance(history, LookbackHistory):
+            compaction, documents = history.arrange(input_ids, compaction, position_ids, sequence_ids)
+            past = history.before(ids)
+        elif history is not None:
             history.require_batch(input_ids.shape[0])
-        documents = _documents(input_ids, compaction, position_ids, sequence_ids, history)
-        if history is not None:
+            documents = _documents(input_ids, compaction, position_ids, sequence_ids, history)
             documents = torch.zeros_like(ids) if documents is None else documents
             past = history.before(ids)
             history.stage(ids, documents, compaction, sequence_ids is not None)
         else:
+            if sequence_ids is None:
+                require_known_past(input_ids, is_text, position_ids)
+            documents = _documents(input_ids, compaction, position_ids, sequence_ids, None)
             past = nothing_before(ids, lookback_reach(self.config))
         row_ids, documents = self._hash(ids, documents, past, compaction)
         # Known to reach the layers, or compiled: what they note would be guarded, and compiled again whenever it changes.
@@ -565,17 +582,15 @@ class EngramModel(EngramPreTrainedModel):
         ids: torch.Tensor,
         documents: torch.Tensor | None,
         past: tuple[torch.Tensor, torch.Tensor],
-        compaction: Compaction,
+        compaction: Compaction | Packing,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Row ids `[L, B, S, T]` of ids `[B, S]`, and documents `[B, R + S]` with padding moved in front."""
-        length = ids.shape[1]
-        ids = compaction.join(past[0], ids)
+        reach, ids = past[0].shape[1], compaction.join(past[0], ids)
         documents = None if documents is None else compaction.join(past[1], documents)
-        reach = ids.shape[1] - length
         split = (None, None) if documents is None else (documents[:, reach:], documents[:, :reach])
         row_ids = self.hashing(ids[:, reach:], split[0], ids[:, :reach], split[1])
+        row_ids = compaction.restore(row_ids.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
         if compaction.is_text is not None:
-            row_ids = compaction.restore(row_ids.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
             row_ids = row_ids.where(compaction.is_text[..., None], 0)
         return row_ids, documents
 
@@ -584,8 +599,9 @@ class EngramModel(EngramPreTrainedModel):
         if self._asks_context:
             inputs |= BESIDE.get() or {}
         call = self._read_call(inputs)
-        cache = self._settle_cache(inputs)
-        history = None if cache is None else attach_history(cache, self.config)
+        told = self.take_lookback(inputs)
+        cache = self._settle_cache(inputs) if told is None else None
+        history = told if cache is None else attach_history(cache, self.config)
         past_length = None if cache is None else cache.get_seq_length()
         memory = self.prepare_memory(**call, history=history, past_length=past_length)
         memory = memory._replace(
@@ -594,10 +610,54 @@ class EngramModel(EngramPreTrainedModel):
         if self.prefetcher is not None:
             memory = memory._replace(fetched=self.prefetcher.start(memory.row_ids))
         outputs = self._run_to_layers(run_backbone, inputs, memory)
-        self._require_history_kept(cache, outputs, inputs["use_cache"])
-        if history is not None:
+        if cache is not None:
+            self._require_history_kept(cache, outputs, inputs["use_cache"])
             history.commit()
         return outputs
+
+    def take_lookback(self, inputs: dict[str, Any]) -> LookbackHistory | None:
+        """What an engine that keeps a cache of its own says of a call; None if nothing. Its cache stays among `inputs`.
+
+        It says, in keyword arguments of `forward`, in one row for each sequence of the call, in their order:
+
+        - `lookback_token_ids`: integers `[n, N - 1]`, the tokens right before, the last one at the end; -1 where the sequence
+          had not begun. n is B, or more if rows are packed: a sequence begins with each row and where position ids do not go on
+          by one, or where `cu_seq_lens_q` `[n + 1]` says.
+        - `lookback_conv_inputs`, if the memory has a convolution: by decoder layer, its inputs `[n, (K - 1) * N, G, D]` at the
+          positions right before, zeros where the sequence had not begun; an empty dictionary if none had.
+        - `engram_conv_inputs`: a dictionary that is filled with those of this call `[B, S, G, D]`, by decoder layer.
+
+        Raises:
+            ValueError: something is missing, or of another shape or dtype; or there is a transformers cache, which knows all that.
+        """
+        ids, kept, collected = (inputs.pop(name, None) for name in LOOKBACK_NAMES)
+        if ids is None and kept is None and collected is None:
+            return None
+        width, has_conv = self.config.engram_max_ngram_size - 1, bool(self.config.engram_conv_kernel_size)
+        is_integer = isinstance(ids, torch.Tensor) and not (ids.is_floating_point() or ids.dtype == torch.bool)
+        if not is_integer or ids.dim() != 2 or ids.shape[1] != width:
+            found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else f"a {type(ids).__name__}"
+            raise EngramError(
+                f"lookback_token_ids is {found}; give integers [sequences, {width}], the ids of the {width} tokens before each "
+                "sequence of this call, and -1 where it had not begun."
+            )
+        if has_conv and (kept is None or collected is None):
+            raise EngramError(
+                "The convolution of this memory needs more than lookback_token_ids: give its inputs at the positions before as "
+                "lookback_conv_inputs (an empty dictionary if there are none) and a dictionary engram_conv_inputs, which is "
+                "filled with those of this call."
+            )
+        if inputs.get("use_cache") or any(isinstance(inputs.get(name), Cache) for name in CACHE_NAMES):
+            raise EngramError(
+                "lookback_token_ids is for an engine that keeps a cache of its own, but this call has a transformers cache, which "
+                "holds the look-back already; leave one of them out, and use_cache=False."
+            )
+        inputs["use_cache"] = False
+        ids = self.hashing.compress(ids.to(self.hashing.multipliers.device))
+        missing = lookback_reach(self.config) - width
+        ids = torch.nn.functional.pad(ids, (missing, 0), value=DEAD)
+        kept, collected = kept or {}, {} if collected is None else collected
+        return LookbackHistory(ids, kept, collected, self.config.engram_layer_ids, inputs.get("cu_seq_lens_q"))
 
     @property
     def _asks_context(self) -> bool:
@@ -725,12 +785,12 @@ class DecoderWithMemory(RuntimeSubclass):
 def _forward_of_head(forward: Callable) -> Callable:
     """The `forward` of a model with a head, which need not hand on what it does not know: that arrives beside it."""
     known = inspect.signature(forward).parameters
-    unknown = {"engram_edit", "engram_gate_values", "image_mask", "padding_mask", "seq_idx"} - set(known)
+    unknown = {"engram_edit", "engram_gate_values", "image_mask", "padding_mask", "seq_idx", *LOOKBACK_NAMES} - set(known)
     new_name, old_name = sorted(CACHE_NAMES, key=lambda name: name not in known)
 
     @functools.wraps(forward)
     def forward_of_head(self: EngramForCausalLM, *args, **kwargs):
-        if old_name in kwargs and new_name not in kwargs:
+        if isinstance(kwargs.get(old_name), Cache) and new_name not in kwargs:  # an engine's own stays what it is
             kwargs[new_name] = kwargs.pop(old_name)
         names = unknown & kwargs.keys()
         if not names or not self.memory_model._asks_context:
