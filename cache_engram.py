@@ -1,11 +1,10 @@
-"""The memory's history, in a transformers `Cache` or as an engine tells it: what the next tokens need of the past ones.
+"""The memory's history in a transformers `Cache`: what the next tokens need of the past ones.
 
 Shape letters: B batch, S positions of a call, R positions that a look-back reaches, G residual streams, D hidden size.
 """
 
 import copyreg
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.utils import logging
 
 from .configuration_engram import EngramConfig
-from .hashing_engram import DEAD, Compaction, Packing
+from .hashing_engram import DEAD, Compaction
 from .safetensors_engram import EngramError
 
 # Below its own loggers, so that the verbosity that is set for transformers holds here, too.
@@ -253,111 +252,10 @@ class StaticEngramHistory(EngramHistory):
         """Nothing to do; see `require_croppable`."""
 
 
-class LookbackHistory:
-    """The history of one call by an engine that keeps a cache of its own: what stands before each sequence, as it says.
-
-    Args:
-        ids: int64 `[n, R]`, compressed ids before each of n sequences, `DEAD` where it had not begun.
-        conv_inputs: by decoder layer, `[n, R, G, D]`; what is left out had not begun.
-        collected: filled with the convolution inputs `[B, S, G, D]` of this call, by decoder layer.
-        layer_ids: decoder layers with memory.
-        bounds: int `[n + 1]`, where sequences begin and end in a call without padding; None to tell it from positions.
-    """
-
-    def __init__(
-        self,
-        ids: torch.Tensor,
-        conv_inputs: dict[int, torch.Tensor],
-        collected: dict[int, torch.Tensor],
-        layer_ids: Sequence[int],
-        bounds: torch.Tensor | None,
-    ):
-        self.ids, self.conv_inputs, self.collected = ids, conv_inputs, collected
-        self.layer_ids, self.bounds = layer_ids, bounds
-        collected.clear()
-
-    def arrange(
-        self,
-        input_ids: torch.Tensor,
-        compaction: Compaction,
-        position_ids: torch.Tensor | None,
-        sequence_ids: torch.Tensor | None,
-    ) -> tuple[Compaction | Packing, torch.Tensor]:
-        """What brings look-backs before the sequences of `input_ids` `[B, S]`, and the number of each position's sequence.
-
-        Raises:
-            ValueError: there are more or fewer sequences than look-backs.
-        """
-        rows, count = torch.arange(input_ids.shape[0], device=input_ids.device).unsqueeze(1), self.ids.shape[0]
-        if self.bounds is not None:
-            index = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
-            numbers = torch.searchsorted(self.bounds[1:].to(index), index, right=True).clamp_max(count - 1)
-            return Packing(numbers, count), numbers
-        begins = sequence_starts(input_ids, compaction.is_text, position_ids, sequence_ids)
-        whole_rows = count == len(rows)
-        if can_ask(begins) and int(begins.sum()) != count:
-            raise EngramError(
-                f"lookback_token_ids has {count} rows, but there are {int(begins.sum())} sequences in this call (a row begins one, and so "
-                "does a position id that does not go on by one); give a row for each, and cu_seq_lens_q where the positions of two "
-                "sequences touch."
-            )
-        if compaction.is_text is not None and not whole_rows:
-            raise EngramError(
-                "A call that packs several sequences in a row with lookback_token_ids has no padding; leave attention_mask out."
-            )
-        numbers = rows.expand_as(input_ids) if whole_rows else begins.flatten().cumsum(0).view_as(input_ids) - 1
-        return (compaction if whole_rows else Packing(numbers, count)), numbers
-
-    def before(self, current: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and numbers of sequences `[n, R]` before `current`."""
-        numbers = torch.arange(self.ids.shape[0], device=current.device)
-        return self.ids.to(current.device), numbers.unsqueeze(1).expand_as(self.ids)
-
-    def stage_conv(self, layer: int, inputs: torch.Tensor, compaction: Compaction | Packing) -> torch.Tensor:
-        """Collect convolution inputs `[B, S, G, D]` of the Engram layer of this index; returns the `[n, R, G, D]` before them.
-
-        Raises:
-            ValueError: the layer runs twice in a call, or what the engine kept has another shape.
-        """
-        layer = self.layer_ids[layer]
-        if layer in self.collected:
-            raise EngramError("A layer with memory runs several times in one forward: no engine's cache has that; call generate.")
-        self.collected[layer] = inputs
-        shape = (*self.ids.shape, *inputs.shape[2:])
-        kept = self.conv_inputs.get(layer)
-        if kept is not None and tuple(kept.shape) != shape:
-            raise EngramError(
-                f"lookback_conv_inputs are {list(kept.shape)}, but this memory's convolution needs {list(shape)}: the inputs at that many "
-                "positions before each sequence, as engram_conv_inputs had them, and zeros before its beginning."
-            )
-        return inputs.new_zeros(shape) if kept is None else kept.to(inputs)
-
-
 def can_ask(states: torch.Tensor) -> bool:
     """Whether a question to the device may be asked: neither while a graph is traced or recorded, nor of no numbers."""
     is_recorded = states.is_cuda and torch.cuda.is_current_stream_capturing()
     return not (torch.compiler.is_compiling() or is_recorded or states.is_meta)
-
-
-def sequence_starts(
-    input_ids: torch.Tensor,
-    is_text: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    sequence_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Where in `[B, S]` a sequence begins, bool: at every row, and wherever its text's positions do not go on by one."""
-    begins = torch.zeros_like(input_ids, dtype=torch.bool)
-    begins[:, 0] = True
-    told = sequence_ids
-    if told is None and position_ids is not None and position_ids.dim() == 2:
-        text = torch.ones_like(input_ids) if is_text is None else is_text.long()
-        told = text.cumsum(1) - position_ids.to(text.device)
-        if is_text is not None:  # what positions padding has says nothing
-            told = told.where(is_text, told.gather(1, is_text.byte().argmax(1, keepdim=True)))
-    if told is not None:
-        told = told.to(begins.device).expand_as(input_ids)
-        begins[:, 1:] = told[:, 1:] != told[:, :-1]
-    return begins
 
 
 def require_known_past(

@@ -214,37 +214,6 @@ class Compaction:
         return moved if self.is_text is None or self.is_text.shape[1] == 1 else moved[self._rows, self._places]
 
 
-class Packing:
-    """Puts what stands before each of several sequences in front of it, where they follow each other in one row.
-
-    It does for sequences what [`Compaction`] does for the rows of a batch, and has the same methods.
-
-    Args:
-        sequences: int64 `[B, S]`, the number of each position's sequence, counted over all rows: it never falls.
-        count: n, how many there are.
-    """
-
-    is_text = None
-
-    def __init__(self, sequences: torch.Tensor, count: int):
-        self._sequences, self._numbers = sequences, torch.arange(count, device=sequences.device)
-        self._index = torch.arange(sequences.numel(), device=sequences.device)
-
-    def join(self, past: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-        """`past` `[n, P, ...]`, each before its sequence of `current` `[B, S, ...]`: `[1, n * P + B * S, ...]`."""
-        reach, flat = past.shape[1], self._sequences.flatten()
-        joined = current.new_empty((past.shape[0] * reach + flat.numel(), *current.shape[2:]))
-        first = torch.searchsorted(flat, self._numbers) + self._numbers * reach
-        joined[first.unsqueeze(1) + torch.arange(reach, device=flat.device)] = past.to(joined.dtype)
-        joined[self._index + (flat + 1) * reach] = current.flatten(0, 1)
-        return joined.unsqueeze(0)
-
-    def restore(self, moved: torch.Tensor) -> torch.Tensor:
-        """Of a joined `[1, n * P + B * S, ...]` without its first P positions: those of `[B, S, ...]` in their places."""
-        reach = (moved.shape[1] - self._index.numel()) // max(self._numbers.numel() - 1, 1)
-        return moved[0, self._index + self._sequences.flatten() * reach].view(*self._sequences.shape, *moved.shape[2:])
-
-
 # Makes an `EngramTokenizer` of another fast tokenizer. Compression lives with the tokenizer, and a model folder works without.
 _compress_tokenizer: Callable[[Any], Any] | None = None
 

@@ -34,7 +34,6 @@ from transformers.utils import logging
 
 from .cache_engram import (
     EngramHistory,
-    LookbackHistory,
     RuntimeSubclass,
     attach_history,
     begin_cache,
@@ -43,7 +42,7 @@ from .cache_engram import (
     require_known_past,
 )
 from .configuration_engram import FORMAT_VERSION, EngramConfig, needs_package, remote_module
-from .hashing_engram import DEAD, Compaction, NgramHasher, Packing, as_token_map
+from .hashing_engram import DEAD, Compaction, NgramHasher, as_token_map
 from .layer_engram import (
     BESIDE,
     CARRIER,
@@ -85,7 +84,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 TESTED_VERSIONS = ((5, 17), (5, 24))
 # The cache's name as an argument and in outputs: transformers 5.24 renamed it.
 CACHE_NAMES = ("cache", "past_key_values")
-# What an engine that keeps a cache of its own says of the sequences of a call; see `EngramModel.take_lookback`.
+# What an engine that keeps a cache of its own says of the sequences of a call.
 LOOKBACK_NAMES = ("lookback_token_ids", "lookback_conv_inputs", "engram_conv_inputs")
 # The save that runs: what it is written with, and the variant of its weights.
 _SAVE: ContextVar[tuple[FolderWriter, str | None] | None] = ContextVar("the save that runs", default=None)
@@ -380,6 +379,8 @@ class EngramModel(EngramPreTrainedModel):
     _cache_name: str = CACHE_NAMES[0]  # what the backbone's forward calls its cache
     # For backbones of several parts; multimodal_engram sets it.
     composite_class: Callable[..., PreTrainedModel] = staticmethod(needs_package)
+    # Called with the keyword arguments of a call that has some of `LOOKBACK_NAMES`; the package engram_hf sets it.
+    read_lookback: Any = staticmethod(needs_package)
 
     def __new__(cls, config: EngramConfig | None = None, *args, **kwargs):
         if config is not None and config.is_composite:
@@ -539,7 +540,7 @@ class EngramModel(EngramPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
-        history: EngramHistory | LookbackHistory | None = None,
+        history: Any = None,
         past_length: int | torch.Tensor | None = None,
     ) -> EngramInputs:
         """Row ids of all layers, from token ids alone: this can run before, or elsewhere than, the backbone.
@@ -552,15 +553,15 @@ class EngramModel(EngramPreTrainedModel):
             image_mask: bool `[B, S]`, True at image positions: no memory there, none looked back through.
             sequence_ids: `[B, S]`, equal within a packed document; instead of `position_ids`. Later calls of the same
                 `history` go on with it, or without any with the last document.
-            history: what earlier calls left; this call is staged in it, to be committed when the backbone has run. Or what an
-                engine says of them.
+            history: the [`EngramHistory`] that earlier calls left; this call is staged in it, to be committed when the backbone
+                has run. Or what `read_lookback` made of an engine's keywords.
             past_length: positions before this call, by which the mask is read; those of the history if not given.
         """
         _hold_hash(self.hashing)
         if past_length is None and isinstance(history, EngramHistory):
             past_length = history.get_seq_length()
         is_text = _mask_of_call(attention_mask, input_ids, past_length)
-        compaction: Compaction | Packing = Compaction(is_text)
+        compaction: Any = Compaction(is_text)
         valid = is_text
         if image_mask is not None:
             if image_mask.shape != input_ids.shape:
@@ -574,9 +575,8 @@ class EngramModel(EngramPreTrainedModel):
             ids = ids.where(valid, DEAD)
         if self.hashing.token_map is not None:
             valid = ids >= 0  # no memory either where the hash does not know a token
-        if isinstance(history, LookbackHistory):
-            compaction, documents = history.arrange(input_ids, compaction, position_ids, sequence_ids)
-            past = history.before(ids)
+        if history is not None and not isinstance(history, EngramHistory):
+            compaction, documents, past = history.arrange(input_ids, compaction, position_ids, sequence_ids)
         elif history is not None:
             history.require_batch(input_ids.shape[0])
             documents = _documents(input_ids, compaction, position_ids, sequence_ids, history)
@@ -598,7 +598,7 @@ class EngramModel(EngramPreTrainedModel):
         ids: torch.Tensor,
         documents: torch.Tensor | None,
         past: tuple[torch.Tensor, torch.Tensor],
-        compaction: Compaction | Packing,
+        compaction: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Row ids `[L, B, S, T]` of ids `[B, S]`, and documents `[B, R + S]` with padding moved in front."""
         reach, ids = past[0].shape[1], compaction.join(past[0], ids)
@@ -615,7 +615,7 @@ class EngramModel(EngramPreTrainedModel):
         if self._asks_context:
             inputs |= BESIDE.get() or {}
         call = self._read_call(inputs)
-        told = self.take_lookback(inputs)
+        told = self.read_lookback(inputs) if any(name in inputs for name in LOOKBACK_NAMES) else None
         cache = self._settle_cache(inputs) if told is None else None
         history = told if cache is None else attach_history(cache, self.config)
         past_length = None if cache is None else cache.get_seq_length()
@@ -630,50 +630,6 @@ class EngramModel(EngramPreTrainedModel):
             self._require_history_kept(cache, outputs, inputs["use_cache"])
             history.commit()
         return outputs
-
-    def take_lookback(self, inputs: dict[str, Any]) -> LookbackHistory | None:
-        """What an engine that keeps a cache of its own says of a call; None if nothing. Its cache stays among `inputs`.
-
-        It says, in keyword arguments of `forward`, in one row for each sequence of the call, in their order:
-
-        - `lookback_token_ids`: integers `[n, N - 1]`, the tokens right before, the last one at the end; -1 where the sequence
-          had not begun. n is B, or more if rows are packed: a sequence begins with each row and where position ids do not go on
-          by one, or where `cu_seq_lens_q` `[n + 1]` says.
-        - `lookback_conv_inputs`, if the memory has a convolution: by decoder layer, its inputs `[n, (K - 1) * N, G, D]` at the
-          positions right before, zeros where the sequence had not begun; an empty dictionary if none had.
-        - `engram_conv_inputs`: a dictionary that is filled with those of this call `[B, S, G, D]`, by decoder layer.
-
-        Raises:
-            ValueError: something is missing, or of another shape or dtype; or there is a transformers cache, which knows all that.
-        """
-        ids, kept, collected = (inputs.pop(name, None) for name in LOOKBACK_NAMES)
-        if ids is None and kept is None and collected is None:
-            return None
-        width, has_conv = self.config.engram_max_ngram_size - 1, bool(self.config.engram_conv_kernel_size)
-        is_integer = isinstance(ids, torch.Tensor) and not (ids.is_floating_point() or ids.dtype == torch.bool)
-        if not is_integer or ids.dim() != 2 or ids.shape[1] != width:
-            found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else f"a {type(ids).__name__}"
-            raise EngramError(
-                f"lookback_token_ids is {found}; give integers [sequences, {width}], the ids of the {width} tokens before each "
-                "sequence of this call, and -1 where it had not begun."
-            )
-        if has_conv and (kept is None or collected is None):
-            raise EngramError(
-                "The convolution of this memory needs more than lookback_token_ids: give its inputs at the positions before as "
-                "lookback_conv_inputs (an empty dictionary if there are none) and a dictionary engram_conv_inputs, which is "
-                "filled with those of this call."
-            )
-        if inputs.get("use_cache") or any(isinstance(inputs.get(name), Cache) for name in CACHE_NAMES):
-            raise EngramError(
-                "lookback_token_ids is for an engine that keeps a cache of its own, but this call has a transformers cache, which "
-                "holds the look-back already; leave one of them out, and use_cache=False."
-            )
-        inputs["use_cache"] = False
-        ids = self.hashing.compress(ids.to(self.hashing.multipliers.device))
-        missing = lookback_reach(self.config) - width
-        ids = torch.nn.functional.pad(ids, (missing, 0), value=DEAD)
-        kept, collected = kept or {}, {} if collected is None else collected
-        return LookbackHistory(ids, kept, collected, self.config.engram_layer_ids, inputs.get("cu_seq_lens_q"))
 
     @property
     def _asks_context(self) -> bool:
@@ -877,6 +833,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     _reads_images = False
     # Called with a causal language model, or the name of one, to add memory to it; the package engram_hf sets it.
     from_backbone: Any = staticmethod(needs_package)
+    # Makes the manager that `generate_batch` and servers run requests through; the package engram_hf sets it.
+    init_continuous_batching: Any = staticmethod(needs_package)
 
     @classmethod
     def _prepare(
@@ -940,14 +898,6 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             history = attach_history(cache, self.memory_model.config)
             if generation_config.is_assistant:
                 history.activate_past_recording()
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """Not supported: `generate_batch` keeps its state in paged blocks, where the memory's history has no place.
-
-        Raises:
-            ValueError: always.
-        """
-        raise EngramError("Engram models do not support continuous batching (generate_batch); call generate instead.")
 
     @torch.no_grad()
     def engram_gates(self, input_ids: torch.LongTensor, **kwargs) -> dict[int, torch.Tensor]:

@@ -36,6 +36,7 @@ setup(
         "engram_hf.convert_scripts",
         "engram_hf.display",
         "engram_hf.other_models",
+        "engram_hf.serving",
         "engram_hf.tokenization",
         "engram_hf.training",
     ],
