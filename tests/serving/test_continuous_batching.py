@@ -1,5 +1,7 @@
 """Requests that are batched continuously get the tokens that `generate` gives each of them alone."""
 
+import gc
+
 import pytest
 import torch
 from tiny_backbones import BACKBONES, VOCAB, build, built, random_ids
@@ -47,6 +49,15 @@ CASES = [
     for name in BATCHED
     for variant in ("paper", "v4.1")
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects_to_collect():
+    """Each manager collects garbage twice when it stops, which takes a second beside all that the other tests have left."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
