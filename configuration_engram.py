@@ -105,7 +105,9 @@ def needs_package(*_args, **_options):
     Raises:
         ValueError: always.
     """
-    raise EngramError("Adding memory, continuous batching and lookback_token_ids need the package engram-hf: install it, and import engram_hf.")
+    raise EngramError(
+        "Adding memory, continuous batching and lookback_token_ids need the package engram-hf: install it, and import engram_hf."
+    )
 
 
 def _of_the_backbone(name: str) -> property:

@@ -757,7 +757,9 @@ class DecoderWithMemory(RuntimeSubclass):
 def _forward_of_head(forward: Callable) -> Callable:
     """The `forward` of a model with a head, which need not hand on what it does not know: that arrives beside it."""
     known = inspect.signature(forward).parameters
-    unknown = {"engram_edit", "engram_gate_values", "image_mask", "padding_mask", "seq_idx", *LOOKBACK_NAMES} - set(known)
+    unknown = {"engram_edit", "engram_gate_values", "image_mask", "padding_mask", "seq_idx", *LOOKBACK_NAMES} - set(
+        known
+    )
     new_name, old_name = sorted(CACHE_NAMES, key=lambda name: name not in known)
 
     @functools.wraps(forward)

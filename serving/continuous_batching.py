@@ -10,11 +10,14 @@ Shape letters: n sequences of a call, R positions that a look-back reaches, G re
 import copy
 import dataclasses
 import functools
+import inspect
 import math
 from typing import Any
 
 import torch
+import transformers
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationMixin
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.utils import logging
 
 from ..cache_engram import lookback_reach
@@ -44,8 +47,13 @@ def init_continuous_batching(
         The `ContinuousBatchingManager`.
 
     Raises:
-        ValueError: the backbone cannot be batched, or not with these settings.
+        ValueError: the backbone cannot be batched, or not with these settings, or not by this version of transformers.
     """
+    if "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters:
+        raise EngramError(
+            f"Continuous batching of models with memory needs transformers 5.20 or later, not {transformers.__version__}; update it, or "
+            "call generate instead of generate_batch."
+        )
     batched = BatchedModel(model)
     config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
     batched.settle(config)
@@ -188,7 +196,9 @@ class BatchedModel:
         found = read_index[(first.unsqueeze(1) + offsets).clamp(0, read_index.numel() - 1)]
         return found.where(offsets >= 0, 0)
 
-    def _keywords(self, inputs: dict[str, Any], before: tuple[torch.Tensor, dict[int, torch.Tensor]] | None) -> dict[str, Any]:
+    def _keywords(
+        self, inputs: dict[str, Any], before: tuple[torch.Tensor, dict[int, torch.Tensor]] | None
+    ) -> dict[str, Any]:
         width = self.model.config.engram_max_ngram_size - 1
         if before is None:
             count = inputs["cu_seq_lens_q"].numel() - 1
@@ -205,20 +215,20 @@ class _ConfigWithRecords:
     """A config of a model whose decoder is said to have a few more layers; everything else is the config's own."""
 
     def __init__(self, config, layout: BlockLayout):
-        vars(self).update(_config=config, _layout=layout)
+        vars(self).update(wrapped_config=config, block_layout=layout)
 
     def __getattr__(self, name: str):
-        return getattr(self._config, name)
+        return getattr(self.wrapped_config, name)
 
     def __setattr__(self, name: str, value) -> None:
-        setattr(self._config, name, value)
+        setattr(self.wrapped_config, name, value)
 
     def get_text_config(self, *args, **kwargs):
         """The decoder's config, with layers for records."""
-        text = copy.deepcopy(self._config.get_text_config(*args, **kwargs))
-        layers = self._layout.layers
+        text = copy.deepcopy(self.wrapped_config.get_text_config(*args, **kwargs))
+        layers = self.block_layout.layers
         if getattr(text, "layer_types", None) is not None:
-            text.layer_types = [*text.layer_types, *[self._layout.layer_type] * len(layers)]
+            text.layer_types = [*text.layer_types, *[self.block_layout.layer_type] * len(layers)]
         text.num_hidden_layers = layers.stop
         return text
 
@@ -284,7 +294,9 @@ def _layout_of(model: EngramForCausalLM) -> BlockLayout:
     layer_type = "full_attention" if "full_attention" in kinds else "sliding_attention"
     reach = lookback_reach(model.config)
     if layer_type == "sliding_attention" and text.sliding_window - 1 < reach:
-        raise refuse(f"its memory looks back {reach} positions, further than its sliding window of {text.sliding_window}")
+        raise refuse(
+            f"its memory looks back {reach} positions, further than its sliding window of {text.sliding_window}"
+        )
     sample = next(iter(conv_inputs.values()), None)
     return BlockLayout(
         *expected,
@@ -297,7 +309,9 @@ def _layout_of(model: EngramForCausalLM) -> BlockLayout:
     )
 
 
-def _states_of_one_token(model: EngramForCausalLM) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict[int, torch.Tensor]]:
+def _states_of_one_token(
+    model: EngramForCausalLM,
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict[int, torch.Tensor]]:
     """Keys and values `[1, heads, 1, head size]` that each layer caches, and convolution inputs by decoder layer."""
     implementation = model.config._attn_implementation
     if implementation.startswith("paged|"):  # which runs in a batch only

@@ -188,7 +188,11 @@ def _require_ids(ids: Any, width: int) -> None:
         ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
     )
     if not is_integer or ids.dim() != 2 or ids.shape[1] != width or ids.is_meta:
-        found = f"{ids.dtype} {list(ids.shape)} on {ids.device}" if isinstance(ids, torch.Tensor) else f"a {type(ids).__name__}"
+        found = (
+            f"{ids.dtype} {list(ids.shape)} on {ids.device}"
+            if isinstance(ids, torch.Tensor)
+            else f"a {type(ids).__name__}"
+        )
         raise EngramError(
             f"lookback_token_ids is {found}; give integers [sequences, {width}], the ids of the {width} tokens before each sequence of "
             "this call, and -1 where it had not begun."
@@ -196,7 +200,9 @@ def _require_ids(ids: Any, width: int) -> None:
 
 
 def _require_conv_inputs(kept: dict[int, torch.Tensor], layer_ids: Sequence[int], count: int, reach: int) -> None:
-    if kept and (sorted(kept) != sorted(layer_ids) or not all(isinstance(part, torch.Tensor) for part in kept.values())):
+    if kept and (
+        sorted(kept) != sorted(layer_ids) or not all(isinstance(part, torch.Tensor) for part in kept.values())
+    ):
         raise EngramError(
             f"lookback_conv_inputs has entries for {sorted(kept)}, but the decoder layers with memory are {sorted(layer_ids)}; give a "
             f"tensor [{count}, {reach}, streams, hidden size] for each, or an empty dictionary if no sequence has begun."

@@ -12,7 +12,7 @@ import engram_hf
 
 ROOT = Path(engram_hf.__file__).parent
 PAGE = ROOT / "docs" / "seams.md"
-ROOMS = ("training", "convert_scripts", "tokenization", "other_models", "cli")
+ROOMS = ("training", "convert_scripts", "tokenization", "other_models", "serving", "cli")
 NAME = re.compile(r"`([\w.]+)(?::(\w+))?(?:\(([\w, ]*)\))?`")
 
 

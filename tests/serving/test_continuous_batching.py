@@ -37,7 +37,9 @@ def batched(model, prompts: list[list[int]], new: int, sequences: int = 1, **con
 
 def alone(model, prompts: list[list[int]], new: int) -> list[list[int]]:
     return [
-        model.generate(torch.tensor([p]), generation_config=GenerationConfig(**GREEDY, max_new_tokens=new))[0, len(p) :].tolist()
+        model.generate(torch.tensor([p]), generation_config=GenerationConfig(**GREEDY, max_new_tokens=new))[
+            0, len(p) :
+        ].tolist()
         for p in prompts
     ]
 
@@ -175,7 +177,9 @@ def test_a_backbone_that_cannot_be_batched_is_refused_by_name(name):
 
 def test_a_window_that_is_shorter_than_the_look_back_is_refused():
     backbone = MistralConfig(**BACKBONES["llama"]().to_diff_dict() | {"sliding_window": 4})
-    config = EngramConfig.for_backbone(backbone, layer_ids=[1], engram_n_heads=2, engram_head_dim=8, engram_vocab_size=97)
+    config = EngramConfig.for_backbone(
+        backbone, layer_ids=[1], engram_n_heads=2, engram_head_dim=8, engram_vocab_size=97
+    )
     with pytest.raises(ValueError, match="looks back 9 positions, further than its sliding window of 4"):
         EngramForCausalLM(config).eval().init_continuous_batching()
 

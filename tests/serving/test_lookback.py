@@ -3,7 +3,6 @@
 import pytest
 import torch
 from tiny_backbones import VOCAB, build, built, random_ids
-
 from toy_engine import Request, ToyEngine
 
 PROMPTS = [random_ids(1, length, seed=length)[0].tolist() for length in (1, 2, 7, 13)]

@@ -18,7 +18,9 @@ def test_two_steps_of_grpo_sample_in_batches_and_train_the_memory(tmp_path, monk
 
     sampled, sample = [], type(model).generate_batch
     monkeypatch.setattr(
-        type(model), "generate_batch", lambda self, prompts, **k: sampled.append(len(prompts)) or sample(self, prompts, **k)
+        type(model),
+        "generate_batch",
+        lambda self, prompts, **k: sampled.append(len(prompts)) or sample(self, prompts, **k),
     )
     args = trl.GRPOConfig(
         output_dir=str(tmp_path),
@@ -45,5 +47,9 @@ def test_two_steps_of_grpo_sample_in_batches_and_train_the_memory(tmp_path, monk
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert trainer.state.global_step == 2 and len(losses) == 2 and len(sampled) == 2 and len(rewarded) == 8
     assert all(torch.tensor(losses).isfinite())
-    moved = [name for name, parameter in model.named_parameters() if name in before and not torch.equal(parameter, before[name])]
+    moved = [
+        name
+        for name, parameter in model.named_parameters()
+        if name in before and not torch.equal(parameter, before[name])
+    ]
     assert any(".table." in name for name in moved) and any(".kv_proj." in name for name in moved)
