@@ -9,14 +9,10 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
-from transformers.utils import logging
 
 from .configuration_engram import EngramConfig
 from .hashing_engram import DEAD, Compaction
 from .safetensors_engram import EngramError
-
-# Below its own loggers, so that the verbosity that is set for transformers holds here, too.
-logger = logging.get_logger(f"transformers.{__name__}")
 
 # Convolution inputs kept beyond what the next token needs: so many positions can be cropped away at any time, as a
 # DynamicCache of most backbones allows, without holding `[B, S, G, D]` for a whole text.
@@ -250,42 +246,6 @@ class StaticEngramHistory(EngramHistory):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Nothing to do; see `require_croppable`."""
-
-
-def can_ask(states: torch.Tensor) -> bool:
-    """Whether a question to the device may be asked: neither while a graph is traced or recorded, nor of no numbers."""
-    is_recorded = states.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (torch.compiler.is_compiling() or is_recorded or states.is_meta)
-
-
-def require_known_past(
-    input_ids: torch.Tensor, is_text: torch.Tensor | None, position_ids: torch.Tensor | None
-) -> None:
-    """Refuse a call without a cache whose positions say that something stands before it; say once where they jump.
-
-    Raises:
-        ValueError: names what is missing.
-    """
-    if position_ids is None or position_ids.dim() != 2 or not can_ask(position_ids):
-        return
-    positions = position_ids.to(input_ids.device).expand_as(input_ids)
-    text = torch.ones_like(input_ids, dtype=torch.bool) if is_text is None else is_text
-    index = torch.arange(input_ids.shape[1], device=input_ids.device)
-    first = text & (text.cumsum(1) == 1)
-    steps = torch.where(text[:, 1:] & text[:, :-1], positions.diff(dim=1), 1)
-    restarts = (steps < 1) & (positions[:, 1:] > 0)
-    begins_late = (first & (positions > index)).any() | restarts.any()
-    late, jumps = torch.stack([begins_late, (steps > 1).any()]).tolist()
-    if late:
-        raise EngramError(
-            "This call has no cache, but its position_ids begin after 0 or restart after 0: the memory reads the tokens before each "
-            "sequence, and they are missing. Pass lookback_token_ids (-1 where there are none), or a cache."
-        )
-    if jumps:
-        logger.warning_once(
-            "position_ids go on by more than one within a row, in a call without a cache: the memory takes that for the beginning "
-            "of another text. If an engine packs requests that have begun before, pass lookback_token_ids."
-        )
 
 
 def nothing_before(current: torch.Tensor, reach: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,15 +32,7 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .cache_engram import (
-    EngramHistory,
-    RuntimeSubclass,
-    attach_history,
-    begin_cache,
-    lookback_reach,
-    nothing_before,
-    require_known_past,
-)
+from .cache_engram import EngramHistory, RuntimeSubclass, attach_history, begin_cache, lookback_reach, nothing_before
 from .configuration_engram import FORMAT_VERSION, EngramConfig, needs_package, remote_module
 from .hashing_engram import DEAD, Compaction, NgramHasher, as_token_map
 from .layer_engram import (
@@ -84,7 +76,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 TESTED_VERSIONS = ((5, 17), (5, 24))
 # The cache's name as an argument and in outputs: transformers 5.24 renamed it.
 CACHE_NAMES = ("cache", "past_key_values")
-# What an engine that keeps a cache of its own says of the sequences of a call.
+# What an engine with a cache of its own says of a call.
 LOOKBACK_NAMES = ("lookback_token_ids", "lookback_conv_inputs", "engram_conv_inputs")
 # The save that runs: what it is written with, and the variant of its weights.
 _SAVE: ContextVar[tuple[FolderWriter, str | None] | None] = ContextVar("the save that runs", default=None)
@@ -553,8 +545,8 @@ class EngramModel(EngramPreTrainedModel):
             image_mask: bool `[B, S]`, True at image positions: no memory there, none looked back through.
             sequence_ids: `[B, S]`, equal within a packed document; instead of `position_ids`. Later calls of the same
                 `history` go on with it, or without any with the last document.
-            history: the [`EngramHistory`] that earlier calls left; this call is staged in it, to be committed when the backbone
-                has run. Or what `read_lookback` made of an engine's keywords.
+            history: what earlier calls left; this call is staged in it, to be committed when the backbone has run. Or what
+                `read_lookback` gave.
             past_length: positions before this call, by which the mask is read; those of the history if not given.
         """
         _hold_hash(self.hashing)
@@ -585,7 +577,7 @@ class EngramModel(EngramPreTrainedModel):
             history.stage(ids, documents, compaction, sequence_ids is not None)
         else:
             if sequence_ids is None:
-                require_known_past(input_ids, is_text, position_ids)
+                _require_known_past(input_ids, is_text, position_ids)
             documents = _documents(input_ids, compaction, position_ids, sequence_ids, None)
             past = nothing_before(ids, lookback_reach(self.config))
         row_ids, documents = self._hash(ids, documents, past, compaction)
@@ -791,6 +783,30 @@ def _mask_of_call(
         start = past.to(mask.device).clamp_max(others)
         mask = mask.index_select(1, torch.arange(length, device=mask.device) + start)
     return mask.to(input_ids.device).bool()
+
+
+def _require_known_past(ids: torch.Tensor, is_text: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
+    """Refuse positions `[B, S]` without a cache that begin or restart after 0; say once where they jump."""
+    if position_ids is None or position_ids.dim() != 2 or torch.compiler.is_compiling() or position_ids.is_meta:
+        return
+    if position_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    positions = position_ids.to(ids.device).expand_as(ids)
+    text = torch.ones_like(ids, dtype=torch.bool) if is_text is None else is_text
+    late = text & (text.cumsum(1) == 1) & (positions > torch.arange(ids.shape[1], device=ids.device))
+    steps = positions.diff(dim=1).where(text[:, 1:] & text[:, :-1], 1)
+    late = late.any() | ((steps < 1) & (positions[:, 1:] > 0)).any()
+    is_late, jumps = torch.stack([late, (steps > 1).any()]).tolist()
+    if is_late:
+        raise EngramError(
+            "This call has no cache, but its position_ids begin or restart after 0: the memory reads the tokens before each "
+            "sequence, and they are missing. Pass lookback_token_ids (-1 where there are none), or a cache."
+        )
+    if jumps:
+        logger.warning_once(
+            "position_ids go on by more than one within a row, without a cache: the memory takes that for the beginning of "
+            "another text. If an engine packs requests that began earlier, pass lookback_token_ids."
+        )
 
 
 def _documents(

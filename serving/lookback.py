@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from ..cache_engram import can_ask, lookback_reach
+from ..cache_engram import lookback_reach
 from ..hashing_engram import DEAD, Compaction
 from ..modeling_engram import CACHE_NAMES, LOOKBACK_NAMES, EngramModel
 from ..safetensors_engram import EngramError
@@ -95,7 +95,7 @@ class LookbackHistory:
             numbers = self._numbers_by_bounds(input_ids)
             return Packing(numbers, count), numbers, self._before(input_ids)
         begins = _sequence_starts(input_ids, compaction.is_text, position_ids, sequence_ids)
-        if can_ask(begins) and int(begins.sum()) != count:
+        if _can_ask(begins) and int(begins.sum()) != count:
             raise EngramError(
                 f"lookback_token_ids has {count} rows, but this call has {int(begins.sum())} sequences: one begins with each row, and "
                 "wherever position ids do not go on by one. Give a row for each, and cu_seq_lens_q where the positions of two "
@@ -181,6 +181,11 @@ class Packing:
         """Of a joined `[1, n * P + B * S, ...]` without its first P positions: those of `[B, S, ...]` in their places."""
         reach = (moved.shape[1] - self._index.numel()) // max(self._numbers.numel() - 1, 1)
         return moved[0, self._index + self._sequences.flatten() * reach].view(*self._sequences.shape, *moved.shape[2:])
+
+
+def _can_ask(states: torch.Tensor) -> bool:
+    """Whether a question to the device may be asked: not while a graph is traced or recorded."""
+    return not (torch.compiler.is_compiling() or (states.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def _require_ids(ids: Any, width: int) -> None:

@@ -158,7 +158,7 @@ POSITIONS = {
 @pytest.mark.parametrize("case", POSITIONS)
 def test_positions_that_say_something_is_missing_are_refused_without_a_cache(case):
     positions = torch.tensor(POSITIONS[case])
-    with pytest.raises(ValueError, match="This call has no cache, but its position_ids"):
+    with pytest.raises(ValueError, match="This call has no cache, but its position_ids begin or restart"):
         built("llama")(random_ids(len(positions), 4), position_ids=positions, use_cache=False)
 
 
