@@ -749,14 +749,13 @@ class DecoderWithMemory(RuntimeSubclass):
 def _forward_of_head(forward: Callable) -> Callable:
     """The `forward` of a model with a head, which need not hand on what it does not know: that arrives beside it."""
     known = inspect.signature(forward).parameters
-    unknown = {"engram_edit", "engram_gate_values", "image_mask", "padding_mask", "seq_idx", *LOOKBACK_NAMES} - set(
-        known
-    )
+    ours = {"engram_edit", "engram_gate_values", "image_mask", "padding_mask", "seq_idx", *LOOKBACK_NAMES}
+    unknown = ours.difference(known)
     new_name, old_name = sorted(CACHE_NAMES, key=lambda name: name not in known)
 
     @functools.wraps(forward)
     def forward_of_head(self: EngramForCausalLM, *args, **kwargs):
-        if isinstance(kwargs.get(old_name), Cache) and new_name not in kwargs:  # an engine's own stays what it is
+        if old_name in kwargs and new_name not in kwargs and LOOKBACK_NAMES[0] not in kwargs:  # an engine's own stays
             kwargs[new_name] = kwargs.pop(old_name)
         names = unknown & kwargs.keys()
         if not names or not self.memory_model._asks_context:
