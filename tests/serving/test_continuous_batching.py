@@ -4,13 +4,14 @@ import gc
 
 import pytest
 import torch
-from tiny_backbones import BACKBONES, VOCAB, build, built, random_ids
+from tiny_backbones import BACKBONES, VOCAB, build, built, needs_continuous_batching, random_ids
 from transformers import ContinuousBatchingConfig, GenerationConfig, MistralConfig
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 from engram_hf import EngramConfig, EngramForCausalLM, EngramModel
 from engram_hf.serving.continuous_batching import BlockLayout
 
+pytestmark = needs_continuous_batching
 BATCHED = ["mixtral", "llama", "gpt_oss", "glm4_moe"]
 GREEDY = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
 
@@ -191,14 +192,17 @@ def test_block_tables_of_flash_kernels_are_left_out(library_log):
     assert any("max_blocks_per_request is taken for 0" in line for line in library_log)
 
 
-def test_a_request_that_the_cache_cannot_hold_ends_with_an_error():
-    model, long = built("llama"), random_ids(1, 100)[0].tolist()
-    settings = ContinuousBatchingConfig(page_size=8, num_blocks=4, max_batch_tokens=16)
+@pytest.mark.parametrize(
+    "prompt", [random_ids(1, 100)[0].tolist(), [3, VOCAB + 5, 4]], ids=["too long", "unknown token"]
+)
+def test_a_request_that_cannot_be_run_ends_with_an_error(prompt):
+    """One that the cache cannot hold, or with a token id beyond the vocabulary; as with the bare model. Later ones are run."""
+    model, settings = built("llama"), ContinuousBatchingConfig(page_size=8, num_blocks=4, max_batch_tokens=16)
     outputs = model.generate_batch(
-        [long], generation_config=GenerationConfig(**GREEDY, max_new_tokens=4), continuous_batching_config=settings
+        [prompt], generation_config=GenerationConfig(**GREEDY, max_new_tokens=4), continuous_batching_config=settings
     )
     assert all(output.error for output in outputs.values())
-    assert batched(model, [long[:9]], 4) == alone(model, [long[:9]], 4)
+    assert batched(model, [prompt[:1]], 4) == alone(model, [prompt[:1]], 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

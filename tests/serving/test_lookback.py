@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_backbones import VOCAB, build, built, random_ids
 from toy_engine import Request, ToyEngine
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 PROMPTS = [random_ids(1, length, seed=length)[0].tolist() for length in (1, 2, 7, 13)]
 
@@ -181,3 +182,12 @@ def test_a_jump_of_positions_is_told_once(library_log):
 def test_positions_that_packing_and_padding_explain_are_not_refused(call, library_log):
     assert built("llama")(random_ids(1, 6), use_cache=False, **call).logits.isfinite().all()
     assert not [line for line in library_log if "position_ids" in line]
+
+
+def test_a_transformers_that_keeps_blocks_in_another_way_is_refused(monkeypatch):
+    """As releases before 5.20 do."""
+    monkeypatch.setattr(
+        PagedAttentionCache, "update", lambda self, key_states, value_states, layer_idx, read_index: None
+    )
+    with pytest.raises(ValueError, match="needs transformers 5.20 or later"):
+        built("llama").generate_batch([[3, 4, 5]])

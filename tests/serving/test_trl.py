@@ -3,11 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset
-from tiny_backbones import build, tiny_tokenizer
+from tiny_backbones import build, needs_continuous_batching, tiny_tokenizer
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 
 
+@needs_continuous_batching
 @pytest.mark.slow  # importing the trainer alone takes a while
 def test_two_steps_of_grpo_sample_in_batches_and_train_the_memory(tmp_path, monkeypatch):
     model, rewarded = build("llama"), []
