@@ -15,6 +15,8 @@ from .modeling_engram import EngramForCausalLM, EngramModel, EngramPreTrainedMod
 from .multimodal_engram import EngramForConditionalGeneration
 from .other_models import load_with_tables
 from .safetensors_engram import EngramError
+from .serving.continuous_batching import init_continuous_batching
+from .serving.lookback import read_lookback
 from .tokenization import EngramTokenizer
 from .tokenization.vocabulary_compression import set_refusal_class
 from .training import peft_defaults, rows_peft
@@ -44,6 +46,8 @@ EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
 EngramPreTrainedModel.folder_writer = ClaimedFolderWriter
 EngramConfig.for_backbone = classmethod(config_for_backbone)
 EngramForCausalLM.from_backbone = classmethod(add_memory)
+EngramForCausalLM.init_continuous_batching = init_continuous_batching
+EngramModel.read_lookback = read_lookback
 EngramPreTrainedModel.require_backbone = staticmethod(require_backbone)
 EngramPreTrainedModel.require_decoder = staticmethod(require_decoder)
 register_compression(EngramTokenizer.from_tokenizer)

@@ -104,7 +104,9 @@ def needs_package(*_args, **_options):
     Raises:
         ValueError: always.
     """
-    raise EngramError("Adding memory to a backbone needs the package engram-hf: install it, and import engram_hf.")
+    raise EngramError(
+        "Adding memory, continuous batching and lookback_token_ids need the package engram-hf: install it, and import engram_hf."
+    )
 
 
 def _of_the_backbone(name: str) -> property:
@@ -251,6 +253,13 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
             vars(self).setdefault(_UNSETTLED, {})[name] = value
         else:
             setattr(self._config_with(name), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute where setting it puts it; transformers sets `is_causal` for the time of a call."""
+        if name in vars(self) or not self._is_elsewhere(name):
+            super().__delattr__(name)
+        else:
+            delattr(self._config_with(name), name)
 
     def _is_elsewhere(self, name: str) -> bool:
         """Whether an attribute lives in another config: the backbone's, or that of a backbone's language model."""

@@ -245,16 +245,14 @@ class EngramMemory(nn.Module):
 
     def _convolve(self, states: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
         """The convolution of `[B, S, G, D]`, with what earlier calls left in front; stages `states` for later ones."""
-        reach, length = self.conv.reach, states.shape[1]
+        if not self.conv.reach:
+            return self.conv(states)
         if inputs.history is not None:
             past = inputs.history.stage_conv(self.index, states, inputs.compaction)
-            past = past[:, past.shape[1] - reach :]
         else:
-            past = states.new_zeros((states.shape[0], reach, *states.shape[2:]))
-        documents = inputs.documents
-        if documents is not None:
-            documents = documents[:, documents.shape[1] - reach - length :]
-        return inputs.compaction.restore(self.conv(inputs.compaction.join(past, states), documents))
+            past = states.new_zeros((states.shape[0], self.conv.reach, *states.shape[2:]))
+        # With a convolution that looks back, no look-back is longer: documents reach as far.
+        return inputs.compaction.restore(self.conv(inputs.compaction.join(past, states), inputs.documents))
 
 
 def _update(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -76,6 +76,8 @@ logger = logging.get_logger(f"transformers.{__name__}")
 TESTED_VERSIONS = ((5, 17), (5, 24))
 # The cache's name as an argument and in outputs: transformers 5.24 renamed it.
 CACHE_NAMES = ("cache", "past_key_values")
+# What an engine with a cache of its own says of a call.
+LOOKBACK_NAMES = ("lookback_token_ids", "lookback_conv_inputs", "engram_conv_inputs")
 # The running save: its writer, and the variant of its weights.
 _SAVE: ContextVar[tuple[FolderWriter, str | None] | None] = ContextVar("the save that runs", default=None)
 
@@ -369,6 +371,8 @@ class EngramModel(EngramPreTrainedModel):
     _cache_name: str = CACHE_NAMES[0]  # what the backbone's forward calls its cache
     # For backbones of several parts; multimodal_engram sets it.
     composite_class: Callable[..., PreTrainedModel] = staticmethod(needs_package)
+    # Called with the keyword arguments of a call that has some of `LOOKBACK_NAMES`; the package engram_hf sets it.
+    read_lookback: Any = staticmethod(needs_package)
 
     def __new__(cls, config: EngramConfig | None = None, *args, **kwargs):
         if config is not None and config.is_composite:
@@ -528,7 +532,7 @@ class EngramModel(EngramPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
-        history: EngramHistory | None = None,
+        history: Any = None,
         past_length: int | torch.Tensor | None = None,
     ) -> EngramInputs:
         """Row ids of all layers, from token ids alone: this can run before, or elsewhere than, the backbone.
@@ -541,14 +545,15 @@ class EngramModel(EngramPreTrainedModel):
             image_mask: bool `[B, S]`, True at image positions: no memory there, none looked back through.
             sequence_ids: `[B, S]`, equal within a packed document; instead of `position_ids`. Later calls of the same
                 `history` go on with it, or without any with the last document.
-            history: what earlier calls left; this call is staged in it, to be committed when the backbone has run.
+            history: what earlier calls left; this call is staged in it, to be committed when the backbone has run. Or what
+                `read_lookback` gave.
             past_length: positions before this call, by which the mask is read; those of the history if not given.
         """
         _hold_hash(self.hashing)
-        if past_length is None and history is not None:
+        if past_length is None and isinstance(history, EngramHistory):
             past_length = history.get_seq_length()
         is_text = _mask_of_call(attention_mask, input_ids, past_length)
-        compaction = Compaction(is_text)
+        compaction: Any = Compaction(is_text)
         valid = is_text
         if image_mask is not None:
             if image_mask.shape != input_ids.shape:
@@ -562,14 +567,18 @@ class EngramModel(EngramPreTrainedModel):
             ids = ids.where(valid, DEAD)
         if self.hashing.token_map is not None:
             valid = ids >= 0  # no memory either where the hash does not know a token
-        if history is not None:
+        if history is not None and not isinstance(history, EngramHistory):
+            compaction, documents, past = history.arrange(input_ids, compaction, position_ids, sequence_ids)
+        elif history is not None:
             history.require_batch(input_ids.shape[0])
-        documents = _documents(input_ids, compaction, position_ids, sequence_ids, history)
-        if history is not None:
+            documents = _documents(input_ids, compaction, position_ids, sequence_ids, history)
             documents = torch.zeros_like(ids) if documents is None else documents
             past = history.before(ids)
             history.stage(ids, documents, compaction, sequence_ids is not None)
         else:
+            if sequence_ids is None:
+                _require_known_past(input_ids, is_text, position_ids)
+            documents = _documents(input_ids, compaction, position_ids, sequence_ids, None)
             past = nothing_before(ids, lookback_reach(self.config))
         row_ids, documents = self._hash(ids, documents, past, compaction)
         # Nothing is recorded where inputs are known to reach the layers, or in compiled code, which every change would recompile.
@@ -581,17 +590,15 @@ class EngramModel(EngramPreTrainedModel):
         ids: torch.Tensor,
         documents: torch.Tensor | None,
         past: tuple[torch.Tensor, torch.Tensor],
-        compaction: Compaction,
+        compaction: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Row ids `[L, B, S, T]` of ids `[B, S]`, and documents `[B, R + S]` with padding moved in front."""
-        length = ids.shape[1]
-        ids = compaction.join(past[0], ids)
+        reach, ids = past[0].shape[1], compaction.join(past[0], ids)
         documents = None if documents is None else compaction.join(past[1], documents)
-        reach = ids.shape[1] - length
         split = (None, None) if documents is None else (documents[:, reach:], documents[:, :reach])
         row_ids = self.hashing(ids[:, reach:], split[0], ids[:, :reach], split[1])
+        row_ids = compaction.restore(row_ids.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
         if compaction.is_text is not None:
-            row_ids = compaction.restore(row_ids.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
             row_ids = row_ids.where(compaction.is_text[..., None], 0)
         return row_ids, documents
 
@@ -600,8 +607,9 @@ class EngramModel(EngramPreTrainedModel):
         if self._asks_context:
             inputs |= BESIDE.get() or {}
         call = self._read_call(inputs)
-        cache = self._settle_cache(inputs)
-        history = None if cache is None else attach_history(cache, self.config)
+        told = self.read_lookback(inputs) if any(name in inputs for name in LOOKBACK_NAMES) else None
+        cache = self._settle_cache(inputs) if told is None else None
+        history = told if cache is None else attach_history(cache, self.config)
         past_length = None if cache is None else cache.get_seq_length()
         memory = self.prepare_memory(**call, history=history, past_length=past_length)
         memory = memory._replace(
@@ -610,8 +618,8 @@ class EngramModel(EngramPreTrainedModel):
         if self.prefetcher is not None:
             memory = memory._replace(fetched=self.prefetcher.start(memory.row_ids))
         outputs = self._run_to_layers(run_backbone, inputs, memory)
-        self._require_history_kept(cache, outputs, inputs["use_cache"])
-        if history is not None:
+        if cache is not None:
+            self._require_history_kept(cache, outputs, inputs["use_cache"])
             history.commit()
         return outputs
 
@@ -741,12 +749,13 @@ class DecoderWithMemory(RuntimeSubclass):
 def _forward_of_head(forward: Callable) -> Callable:
     """The `forward` of a model with a head, which need not pass on keywords that it does not know: these arrive through a context variable."""
     known = inspect.signature(forward).parameters
-    unknown = {"engram_edit", "engram_gate_values", "image_mask", "padding_mask", "seq_idx"} - set(known)
+    ours = {"engram_edit", "engram_gate_values", "image_mask", "padding_mask", "seq_idx", *LOOKBACK_NAMES}
+    unknown = ours.difference(known)
     new_name, old_name = sorted(CACHE_NAMES, key=lambda name: name not in known)
 
     @functools.wraps(forward)
     def forward_of_head(self: EngramForCausalLM, *args, **kwargs):
-        if old_name in kwargs and new_name not in kwargs:
+        if old_name in kwargs and new_name not in kwargs and LOOKBACK_NAMES[0] not in kwargs:  # an engine's own stays
             kwargs[new_name] = kwargs.pop(old_name)
         names = unknown & kwargs.keys()
         if not names or not self.memory_model._asks_context:
@@ -773,6 +782,30 @@ def _mask_of_call(
         start = past.to(mask.device).clamp_max(others)
         mask = mask.index_select(1, torch.arange(length, device=mask.device) + start)
     return mask.to(input_ids.device).bool()
+
+
+def _require_known_past(ids: torch.Tensor, is_text: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
+    """Refuse positions `[B, S]` without a cache that begin or restart after 0; say once where they jump."""
+    if position_ids is None or position_ids.dim() != 2 or torch.compiler.is_compiling() or position_ids.is_meta:
+        return
+    if position_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    positions = position_ids.to(ids.device).expand_as(ids)
+    text = torch.ones_like(ids, dtype=torch.bool) if is_text is None else is_text
+    late = text & (text.cumsum(1) == 1) & (positions > torch.arange(ids.shape[1], device=ids.device))
+    steps = positions.diff(dim=1).where(text[:, 1:] & text[:, :-1], 1)
+    late = late.any() | ((steps < 1) & (positions[:, 1:] > 0)).any()
+    is_late, jumps = torch.stack([late, (steps > 1).any()]).tolist()
+    if is_late:
+        raise EngramError(
+            "This call has no cache, but its position_ids begin or restart after 0: the memory reads the tokens before each "
+            "sequence, and they are missing. Pass lookback_token_ids (-1 where there are none), or a cache."
+        )
+    if jumps:
+        logger.warning_once(
+            "position_ids go on by more than one within a row, without a cache: the memory takes that for the beginning of "
+            "another text. If an engine packs requests that began earlier, pass lookback_token_ids."
+        )
 
 
 def _documents(
@@ -817,6 +850,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     _reads_images = False
     # Called with a causal language model, or the name of one, to add memory to it; the package engram_hf sets it.
     from_backbone: Any = staticmethod(needs_package)
+    # Makes the manager that `generate_batch` and servers run requests through; the package engram_hf sets it.
+    init_continuous_batching: Any = staticmethod(needs_package)
 
     @classmethod
     def _prepare(
@@ -880,14 +915,6 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             history = attach_history(cache, self.memory_model.config)
             if generation_config.is_assistant:
                 history.activate_past_recording()
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """Not supported: `generate_batch` keeps its state in paged blocks, where the memory's history has no place.
-
-        Raises:
-            ValueError: always.
-        """
-        raise EngramError("Engram models do not support continuous batching (generate_batch); call generate instead.")
 
     @torch.no_grad()
     def engram_gates(self, input_ids: torch.LongTensor, **kwargs) -> dict[int, torch.Tensor]:

@@ -27,6 +27,7 @@ import torch
 from deepseek_v41_reference import copy_release, needs_auto_image_processor
 from engram_cli.main import main as engram
 from test_house import PUBLIC_NAMES
+from tiny_backbones import needs_continuous_batching
 from transformers import (
     DataCollatorForLanguageModeling,
     Qwen3Config,
@@ -206,7 +207,7 @@ def names_of_a_page(place: Path) -> dict:
 
 def pages_to_run() -> list:
     found = [page for page in PAGES if any(block.is_run_here for block in read_blocks(page))]
-    marks = {"convert-v41": needs_auto_image_processor}
+    marks = {"convert-v41": needs_auto_image_processor, "continuous-batching": needs_continuous_batching}
     return [
         pytest.param(page, id=name_of(page), marks=[marks[page.stem]] if page.stem in marks else []) for page in found
     ]

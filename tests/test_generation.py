@@ -232,11 +232,6 @@ def test_image_positions_stay_without_memory(mixtral, arguments):
     assert not torch.equal(mixtral.generate(ids, **GREEDY, **arguments), expected)
 
 
-def test_continuous_batching_is_refused(mixtral):
-    with pytest.raises(ValueError, match="do not support continuous batching"):
-        mixtral.generate_batch([[3, 4, 5]])
-
-
 def test_a_pipeline_completes_text():
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)

@@ -282,3 +282,10 @@ def test_sampling_an_id_that_no_token_has_does_not_end_a_generation(name):
         assert tokens.shape == (1, 24)
         sampled |= set(tokens[0, 4:].tolist())
     assert max(sampled) >= 120, "an id without a token was to be sampled"
+
+
+def test_what_is_set_for_the_time_of_a_call_is_gone_after_it():
+    """transformers sets `is_causal` on the config during a forward, and deletes it."""
+    model = built("llama")
+    model(random_ids(1, 4), is_causal=True)
+    assert not hasattr(model.config, "is_causal")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from engram_hf import EngramConfig, EngramForCausalLM, EngramTokenizer
 
@@ -47,6 +49,13 @@ _MLA = {
     "v_head_dim": 8,
     "num_key_value_heads": 4,
 }
+
+
+# Before 5.20, transformers keeps keys and values of continuous batching in another way.
+needs_continuous_batching = pytest.mark.skipif(
+    "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters,
+    reason="continuous batching of models with memory needs transformers 5.20 or later",
+)
 
 
 def _moe(**fields):
