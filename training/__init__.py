@@ -6,6 +6,7 @@ from .facts import forget_facts, write_facts
 from .optimizer import engram_parameter_groups
 from .row_scan import RowScan, scan_rows
 from .rows_peft import EngramRowsConfig
+from .sharding import shard_tables, tables_on_meta
 from .sparse_adam import SparseAdamW
 from .sparse_gradients import enable_sparse_gradients
 
@@ -19,5 +20,7 @@ __all__ = [
     "engram_parameter_groups",
     "forget_facts",
     "scan_rows",
+    "shard_tables",
+    "tables_on_meta",
     "write_facts",
 ]
