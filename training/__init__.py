@@ -6,6 +6,7 @@ from .facts import forget_facts, write_facts
 from .optimizer import engram_parameter_groups
 from .row_scan import RowScan, scan_rows
 from .rows_peft import EngramRowsConfig
+from .shard_checkpoints import export_model, load_shards, save_shards
 from .sharding import shard_tables, tables_on_meta
 from .sparse_adam import SparseAdamW
 from .sparse_gradients import enable_sparse_gradients
@@ -18,7 +19,10 @@ __all__ = [
     "SparseAdamW",
     "enable_sparse_gradients",
     "engram_parameter_groups",
+    "export_model",
     "forget_facts",
+    "load_shards",
+    "save_shards",
     "scan_rows",
     "shard_tables",
     "tables_on_meta",

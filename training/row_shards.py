@@ -145,7 +145,9 @@ class ShardGradient(torch.Tensor):
 def _summed(rows: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct rows, ascending, and the sums of their values; in float32 at least, and rounded once."""
     distinct, place = torch.unique(rows, return_inverse=True)
-    sums = values.new_zeros((distinct.numel(), values.shape[1]), dtype=torch.promote_types(values.dtype, torch.float32))
+    sums = values.new_zeros(
+        (distinct.numel(), values.shape[1]), dtype=torch.promote_types(values.dtype, torch.float32)
+    )
     return distinct, sums.index_add_(0, place, values.to(sums.dtype)).to(values.dtype)
 
 

@@ -87,9 +87,9 @@ def _look_up(table: Any, row_ids: torch.Tensor, dtype: torch.dtype | None) -> to
 def tables_on_meta() -> Iterator[None]:
     """Within it, the tables of models that are built take no memory until [`shard_tables`] fills them.
 
-        with tables_on_meta():
-            model = EngramForCausalLM.from_backbone(name, tokenizer, layer_ids=[1, 15], rows=200_000_000)
-        shard_tables(model)
+    with tables_on_meta():
+        model = EngramForCausalLM.from_backbone(name, tokenizer, layer_ids=[1, 15], rows=200_000_000)
+    shard_tables(model)
     """
     with within(TABLE_DEVICE, torch.device("meta")):
         yield

@@ -206,6 +206,23 @@ class SparseAdamW(torch.optim.AdamW):
         shard = shard_of(table)
         return moments.rows if shard is None else moments.rows + shard.first
 
+    def moments_of(self, table: nn.Parameter) -> dict[str, torch.Tensor] | None:
+        """The `step`, `rows` `[K]`, `exp_avg` and `exp_avg_sq` `[K, W]` of a table, copied; None before its first gradient.
+
+        Rows are numbered as in the whole table; of one in shards, they are this process's.
+        """
+        state = self.state.get(table, {})
+        if "moments" not in state:
+            return None
+        return {"step": state["step"].clone(), **state["moments"].tensors(), "rows": self.rows_of(table).clone()}
+
+    def set_moments(self, table: nn.Parameter, moments: dict[str, torch.Tensor]) -> None:
+        """Replace what `moments_of` gives."""
+        shard = shard_of(table)
+        rows = moments["rows"] if shard is None else moments["rows"] - shard.first
+        tensors = (some.to(table.device) for some in (rows, moments["exp_avg"], moments["exp_avg_sq"]))
+        self.state[table] = {"step": moments["step"].clone(), "moments": _RowMoments(*tensors)}
+
     def _tables(self) -> dict[nn.Parameter, dict[str, Any]]:
         """The tables, with the group that each is in."""
         pairs = ((parameter, group) for group in self.param_groups for parameter in group["params"])
@@ -269,7 +286,9 @@ def _checked(state: dict[str, Any], table: nn.Parameter) -> dict[str, torch.Tens
     tensors: list[Any] = [state.get(name) for name in ("rows", "exp_avg", "exp_avg_sq", "step")]
     own, shard = own_rows(table), shard_of(table)
     count, part = own.shape[0], state.get("shard")
-    if (None if part is None else part.tolist()) != (None if shard is None else [shard.first, shard.stop, shard.num_rows]):
+    if (None if part is None else part.tolist()) != (
+        None if shard is None else [shard.first, shard.stop, shard.num_rows]
+    ):
         raise EngramError(
             f"The saved moments are of {'a whole table' if part is None else 'the rows {} to {} of {}'.format(*part.tolist())}, but "
             f"this process has {'a whole one' if shard is None else f'the rows {shard.first} to {shard.stop} of {shard.num_rows}'}: "
