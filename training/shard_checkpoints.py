@@ -9,6 +9,7 @@ Shape letters: K rows of a table that ever had a gradient in one process, W chan
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -287,7 +288,14 @@ def _read_manifest(folder: Path, model: nn.Module) -> dict[str, Any]:
 
 
 def _save(tensors: dict[str, torch.Tensor], writer: Any, shard: RowShard) -> None:
-    dcp.save(tensors, storage_writer=writer, process_group=shard.group)
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=shard.group)
+    except dcp.CheckpointException as error:  # raised in all processes
+        own = error.failures.get(shard.rank)
+        if own is not None:
+            raise own[0] from error
+        if not error.failures:
+            raise
 
 
 def _load(tensors: dict[str, torch.Tensor], reader: Any) -> None:
@@ -300,7 +308,9 @@ def _load(tensors: dict[str, torch.Tensor], reader: Any) -> None:
             raise EngramError(f"The checkpoint {what} {name}; it is of another model, or of one with other adapters.")
         _require_tiled(name, stored)
     # What each process reads is its own affair; the others may have nothing to read.
-    dcp.load({name: tensor for name, tensor in tensors.items() if tensor.numel()}, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load({name: some for name, some in tensors.items() if some.numel()}, storage_reader=reader, no_dist=True)
 
 
 def _require_tiled(name: str, stored: Any) -> None:
@@ -364,7 +374,7 @@ def _read_moments(
         if first >= stop:
             continue
         names = {kind: _moments_name(name, kind, rank) for kind in _MOMENTS}
-        if not names.values() <= found.keys():
+        if not set(names.values()) <= found.keys():
             raise EngramError(f"The checkpoint lacks the moments that process {rank} had of {name}; it is damaged.")
         tensors = {key: torch.empty(found[key].size, dtype=found[key].properties.dtype) for key in names.values()}
         _load(tensors, reader)

@@ -216,4 +216,4 @@ def _cut(
         rows = torch.empty((_BLOCK, table.width)).normal_(std=std, generator=generator)
         first, stop = max(begin, shard.first), min(begin + _BLOCK, shard.stop)
         local[first - shard.first : stop - shard.first] = rows[first - begin : stop - begin].to(local.dtype)
-    return local
+    return {"weight": local}
