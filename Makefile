@@ -8,10 +8,15 @@ PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 OLDEST := 5.17.0
 TESTS ?= not slow
 
-.PHONY: quickstart test test-oldest test-matrix test-upstream run-tests backbones trials faults fuzz kills soak style check build clean
+.PHONY: quickstart evidence test test-oldest test-matrix test-upstream run-tests backbones trials faults fuzz kills soak style check docs notebooks build clean
 
 quickstart: $(VENV)/.installed  ## train a small model with memory and its twin without, compare, save, reload
 	$(BIN)/python examples/quickstart.py
+
+evidence: $(VENV)/.installed  ## the six experiments of docs/evidence.md with tiny models, and a page of what came out, in out/evidence/ (minutes)
+	mkdir -p out/evidence && cp docs/evidence.md out/evidence/evidence.md
+	$(ONE_THREAD) $(BIN)/python -m experiments run --preset quick --results out/evidence
+	$(ONE_THREAD) $(BIN)/python -m experiments report --preset quick --results out/evidence --page out/evidence/evidence.md
 
 test: check run-tests  ## style and types, then all but the slow tests on two processes
 
@@ -42,7 +47,7 @@ faults: $(VENV)/.installed  ## the trials of tests/faults, those that draw at ra
 fuzz: $(VENV)/.installed  ## 100,000 mutated files (an hour)
 	$(ONE_THREAD) $(BIN)/python tests/faults/fuzzing.py --count 100000 $(TRIAL_ARGS)
 
-kills: $(VENV)/.installed  ## 100 kills each of convert, export, quantize, saving and writing facts (a quarter of an hour)
+kills: $(VENV)/.installed  ## 100 kills each of convert, export, quantize, demo, saving and writing facts (a quarter of an hour)
 	$(ONE_THREAD) $(BIN)/python tests/faults/kills.py --count 100 $(TRIAL_ARGS)
 
 soak: $(VENV)/.installed  ## 20 minutes of mixed requests on mapped tables, adapters switched between them
@@ -65,6 +70,22 @@ $(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS) $(wildcard constraint
 
 $(VENV)/.installed-upstream: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[upstream]"
+	touch $@
+
+docs: .venv-docs/.installed  ## the documentation site, in out/site; a warning is an error, and no network is needed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+notebooks: $(VENV)/.installed-notebooks  ## runs the notebooks and stores what they print
+	$(ONE_THREAD) $(BIN)/python docs/tools/run_notebooks.py
+
+# Needs neither torch nor transformers: the reference is read from the sources.
+.venv-docs/.installed: constraints/docs.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r constraints/docs.txt
+	touch $@
+
+$(VENV)/.installed-notebooks: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[notebooks]"
 	touch $@
 
 build: $(VENV)/.installed  ## sdist and wheel, in dist/

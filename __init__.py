@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from . import auto_deepseek_v41 as auto_deepseek_v41
+from . import display
 from .adding_engram import add_memory, find_buckets
 from .backbone_engram import require_backbone, require_decoder
 from .card_engram import write_model_card
@@ -36,6 +37,7 @@ AutoTokenizer.register(EngramConfig, fast_tokenizer_class=EngramTokenizer)
 direct_loading.register()
 peft_defaults.register()
 rows_peft.register()
+display.register()
 # What the code beside a model's weights does without: it comes from here while the package is installed.
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
 EngramConfig.find_buckets = staticmethod(find_buckets)

@@ -17,6 +17,7 @@ from .table_engram import EngramTable
 _PLACEHOLDER = "This model card has been automatically generated."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COUNT_PREFIXES, _BYTE_PREFIXES = "kMBT", "kMGT"
+_PROMPT = "The capital of France is"
 _LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
@@ -26,13 +27,16 @@ def model_card(config: EngramConfig, repo_id: str | None = None, **metadata: Any
     Args:
         config: of the model the card describes.
         repo_id: Hub id of the model, for the title and the loading example.
-        **metadata: fields of `huggingface_hub.ModelCardData`, such as `license`, `base_model` or `language`. `tags`
-            are added to the card's own.
+        **metadata: fields of `huggingface_hub.ModelCardData`, such as `license`, `base_model`, `language` or
+            `eval_results`. `tags` are added to the card's own, and `widget` replaces its example of a prompt.
     """
     model_type = config.backbone.model_type
     tags = list(dict.fromkeys(["engram", model_type, *(metadata.pop("tags", None) or ())]))
     task = "image-text-to-text" if config.is_composite else "text-generation"
-    fields = {"library_name": "transformers", "pipeline_tag": task, **metadata}
+    widget = {} if config.is_composite else {"widget": [{"text": _PROMPT}]}
+    fields = {"library_name": "transformers", "pipeline_tag": task, **widget, **metadata}
+    if fields.get("eval_results"):
+        fields.setdefault("model_name", (repo_id or "this model").split("/")[-1])
     data = ModelCardData(tags=tags, **fields)
     return f"---\n{data.to_yaml()}\n---\n\n{_body(config, repo_id or 'path/to/this/model', data)}"
 
@@ -92,6 +96,12 @@ from transformers import AutoModelFor{model}, Auto{tokenizer}
 
 {tokenizer.lower()} = Auto{tokenizer}.from_pretrained("{repo_id}", trust_remote_code=True)
 model = AutoModelFor{model}.from_pretrained("{repo_id}", trust_remote_code=True, device_map="auto")
+```
+
+The tables can stay in their files, from which only the rows that a text reads are fetched:
+
+```python
+model = AutoModelFor{model}.from_pretrained("{repo_id}", trust_remote_code=True, engram_residency="mapped")
 ```
 
 The model's code lies beside its weights, which is what `trust_remote_code` allows to run. Memory is addressed by token ids:

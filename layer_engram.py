@@ -293,7 +293,8 @@ class LayerWithMemory(RuntimeSubclass):
             if carrier is None:
                 raise EngramError(
                     f"A {type(self).__name__} ran outside of its model's forward, where nothing tells which rows its memory reads; "
-                    "call the model, and of one that is to be compiled or checkpointed from outside, once before that."
+                    "call the model (of one that is to be compiled, once before), and let it checkpoint its layers itself, by "
+                    "gradient_checkpointing_enable(), instead of wrapping them."
                 )
             carrier.was_needed = True
             kwargs["engram_inputs"] = carrier.inputs

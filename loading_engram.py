@@ -6,10 +6,13 @@ its `EngramTable` modules, so that transformers never allocates, initializes, mo
 
 import contextlib
 import hashlib
+import io
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from transformers.utils import CONFIG_NAME, cached_file, is_peft_available, logg
 from transformers.utils.hub import extract_commit_hash
 
 from .row_sources_engram import MappedRows, PinnedRows
-from .safetensors_engram import EngramError, FileFormatError, TensorSpan, read_header, read_json, read_weight_map
+from .safetensors_engram import EngramError, FileFormatError, read_header, read_json, read_weight_map, reading
 from .table_engram import EngramTable
 from .table_format_engram import (
     KINDS,
@@ -52,7 +55,7 @@ RESIDENCIES = ("auto", "resident", "mapped", "pinned")
 # Member of the manifest, beside those of the table format, which readers that do not know it ignore.
 # Members of the manifest by which tables and the other weights know each other: digests by variant of the weights, and by name
 # of the table file.
-WEIGHTS_MEMBER, TABLES_MEMBER = "weights_sha256", "tables_sha256"
+WEIGHTS_MEMBER, TABLES_MEMBER = "weights_digest", "tables_sha256"
 # What `auto` lets tables take of the memory that is free: beside them the backbone, a cache and other processes live.
 _RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
 # Values of `device_map` that have transformers make a map of its own.
@@ -62,7 +65,7 @@ _WEIGHTS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 # Weights up to this size are read whole.
 _WHOLE_BYTES = 1 << 20
 # Of larger ones, each tensor gives at most so many pieces of at most so many bytes, and 1% of its bytes or two pieces of 64.
-_MOST_PIECES, _PIECE_BYTES, _LEAST_BYTES = 8, 4096, 64
+_MOST_PIECES, _PIECE_BYTES, _LEAST_BYTES = 8, 512, 64
 
 
 class Checkpoint:
@@ -372,38 +375,66 @@ def weights_digest(files: Iterable[str | os.PathLike]) -> str:
         OSError: a file cannot be read.
     """
     is_table = table_keys().search
-    spans = [span for file in files for span in read_header(file).tensors.values() if not is_table(span.name)]
-    is_small = sum(span.size for span in spans) <= _WHOLE_BYTES
-    digest, opened = hashlib.sha256(), {}
-    try:
-        for span in sorted(spans, key=lambda span: span.name):
-            digest.update(repr((span.name, span.dtype, span.shape)).encode())
-            if span.path not in opened:
-                opened[span.path] = open(span.path, "rb", buffering=0)  # noqa: SIM115 (closed below)
-            for offset, size in [(0, span.size)] if is_small else _pieces(span):
-                digest.update(_read(opened[span.path], span.path, span.offset + offset, size))
-    finally:
-        for file in opened.values():
-            file.close()
+    with contextlib.ExitStack() as stack:
+        tensors = [
+            tensor
+            for path in files
+            for tensor in _stored_tensors(stack.enter_context(_open(path)))
+            if not is_table(tensor[0])
+        ]
+        is_small = sum(size for *_, size in tensors) <= _WHOLE_BYTES
+        digest = hashlib.sha256()
+        for name, dtype, shape, file, offset, size in sorted(tensors, key=itemgetter(0)):
+            pieces = [(0, size)] if is_small else _pieces(size)
+            read = [_read(file, offset + begin, count) for begin, count in pieces]
+            digest.update(b"".join([repr((name, dtype, shape)).encode(), *read]))
     return digest.hexdigest()
 
 
-def _pieces(span: TensorSpan) -> list[tuple[int, int]]:
-    """Offset and size of pieces that are spread evenly over a tensor, its first and last bytes included."""
-    count = min(_MOST_PIECES, max(2, span.size >> 22))
-    size = max(_LEAST_BYTES, min(_PIECE_BYTES, span.size // (100 * count)))
-    if span.size <= count * size:
-        return [(0, span.size)]
-    return [(index * (span.size - size) // (count - 1), size) for index in range(count)]
+def _open(path: str | os.PathLike) -> io.FileIO:
+    with reading(Path(path)):
+        return open(path, "rb", buffering=0)
 
 
-def _read(file, path: Path, offset: int, size: int) -> bytes:
+def _stored_tensors(file: io.FileIO) -> list[tuple[str, str, tuple[int, ...], io.FileIO, int, int]]:
+    """Name, dtype, shape, file, offset and bytes of each tensor in a file that safetensors wrote or has loaded.
+
+    What that has checked is not checked again, which would take longer than to read the pieces. [`read_header`] says what
+    is wrong with a file that was damaged since.
+    """
+    size, head = os.fstat(file.fileno()).st_size, 8 + int.from_bytes(file.read(8), "little")
+    try:
+        entries, tensors = json.loads(_read(file, 8, min(head, size) - 8)), []
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            tensors.append((name, entry["dtype"], tuple(entry["shape"]), file, head + begin, end - begin))
+        if head + sum(tensor[-1] for tensor in tensors) == size:
+            return tensors
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        pass
+    spans = read_header(file.name).tensors.values()
+    return [(span.name, span.dtype, span.shape, file, span.offset, span.size) for span in spans]
+
+
+def _pieces(size: int) -> list[tuple[int, int]]:
+    """Offset and bytes of pieces that are spread evenly over `size` bytes, the first and last ones included."""
+    count = min(_MOST_PIECES, max(2, size >> 22))
+    piece = max(_LEAST_BYTES, min(_PIECE_BYTES, size // (100 * count)))
+    if size <= count * piece:
+        return [(0, size)]
+    return [(index * (size - piece) // (count - 1), piece) for index in range(count)]
+
+
+def _read(file: io.FileIO, offset: int, size: int) -> bytes:
     file.seek(offset)
-    data = b""
+    data = file.read(size)
     while len(data) < size:
         piece = file.read(size - len(data))
         if not piece:
-            raise FileFormatError(f"{path} became shorter while it was read; restore it, and load the model again.")
+            raise FileFormatError(
+                f"{file.name} became shorter while it was read; restore it, and load the model again."
+            )
         data += piece
     return data
 

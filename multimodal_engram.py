@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_engram import EngramConfig
 from .layer_engram import BESIDE, extend, require_extensible, within
@@ -179,6 +180,11 @@ class EngramForConditionalGeneration(EngramForCausalLM):
                 "(AutoModelForCausalLM), or give the config of a backbone that reads images."
             )
         return super().__new__(cls, config, host, engram_tables)
+
+    def _get_name(self) -> str:
+        """The backbone's own name if `Trainer` knows that as a causal language model's, whose smoothed labels it shifts."""
+        name = self._extends[1].__name__
+        return name if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else super()._get_name()
 
 
 EngramModel.composite_class = EngramMultimodalModel

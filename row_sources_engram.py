@@ -59,7 +59,7 @@ class MappedRows:
     Attributes:
         parts: the rows of every file, over the file.
         global_scale: float32 `[1]`, which divides all scales; None for rows without.
-        saved: the files that the last save of these rows made or linked, as `(table, digests)`; None before one.
+        saved: folder of the last save of these rows, and digests in hex of its table files by name; None before one.
 
     Raises:
         TableFormatError: a file is not the one that was checked any more.
@@ -81,7 +81,7 @@ class MappedRows:
         if digests is not None and digests != self.digests:
             raise _changed(next(path for path in headers if digests.get(path) != self.digests[path]))
         self.global_scale = self._read_global_scale()
-        self.saved: tuple[StoredTable, dict[Path, bytes]] | None = None
+        self.saved: tuple[Path, dict[str, str]] | None = None
         self.parts = self._open_parts()
 
     def _open_parts(self) -> list[RowBytes]:

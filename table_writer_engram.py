@@ -1,10 +1,12 @@
 """Writing new table files: row range by row range, and quantized."""
 
+import collections
 import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ from .table_engram import (
 )
 from .table_format_engram import TableDescription, tensor_names
 
+# Numbers that a thread reads and writes at once.
+_STEP_NUMBERS = 1 << 19
 # Numbers that are converted at once: all that is needed for them stays in a processor's own cache.
-_STEP_NUMBERS = 1 << 18
+_CHUNK_NUMBERS = 1 << 17
 E2M1_LIMIT = 6.0
 # The steps between neighbouring levels that suit normal numbers best, in standard deviations: where the search begins.
 _FIRST_STEPS = {4: 0.3352, 2: 0.9957}
@@ -141,19 +145,24 @@ class QuantizationError:
     def relative(self) -> float:
         return (self.squared_differences / self.squares) ** 0.5 if self.squares else 0.0
 
-    def add(self, rows: torch.Tensor, decoded: torch.Tensor) -> None:
-        """Count float32 rows and what became of them, which is overwritten."""
-        difference = decoded.sub_(rows)
-        squares = torch.linalg.vector_norm(rows, dim=-1).double().square_()
-        squared_differences = torch.linalg.vector_norm(difference, dim=-1).double().square_()
-        self.rows += len(rows)
-        self.largest = max(self.largest, *(abs(end.item()) for end in torch.aminmax(difference)))
+    def add(self, *compared: "tuple[torch.Tensor, torch.Tensor, float]") -> None:
+        """Count rows; see [`compare_rows`]."""
+        squares, squared_differences = (torch.cat(some).double() for some in list(zip(*compared, strict=True))[:2])
+        self.rows += len(squares)
+        self.largest = max(self.largest, *(largest for _, _, largest in compared))
         self.squares += squares.sum().item()
         self.squared_differences += squared_differences.sum().item()
         relative = (squared_differences / squares.clamp_min_(1e-300)).sqrt_()
         bins = torch.bucketize(relative, torch.tensor(ERROR_EDGES, dtype=torch.float64), right=True)
         counts = torch.bincount(bins, minlength=len(self.histogram)).tolist()
         self.histogram = [count + more for count, more in zip(self.histogram, counts, strict=True)]
+
+
+def compare_rows(rows: torch.Tensor, decoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Squares and squared differences `[n]` of float32 rows and what became of them, which is overwritten; the largest difference."""
+    difference = decoded.sub_(rows)
+    largest = max(abs(end.item()) for end in torch.aminmax(difference))
+    return torch.linalg.vecdot(rows, rows), torch.linalg.vecdot(difference, difference), largest
 
 
 def quantize_table(
@@ -187,17 +196,32 @@ def quantize_table(
     made_of = Journal(journal, [target.to_json(), *sorted(digest.hex() for digest in source.digests.values())])
     state = made_of.read() if Path(path).exists() else {}
 
-    def read(first: int) -> torch.Tensor:
-        rows = dequantize_rows(*source.read(first, min(first + step, stop)))
-        advance(len(rows) * row_bytes)
-        return rows
+    def chunks(first: int) -> Iterator[torch.Tensor]:
+        stored = source.read(first, min(first + step, stop))
+        count = max(1, _CHUNK_NUMBERS // description.width)
+        for begin in range(0, len(stored[0]), count):
+            some = (None if tensor is None else tensor[begin : begin + count] for tensor in stored)
+            yield dequantize_rows(*some)
+
+    firsts = range(*description.rows, step)
+
+    def count(first: int) -> None:
+        advance((min(first + step, stop) - first) * row_bytes)
 
     global_scale = None
     if "global_scale" in target.tensors:
         found = state.get("global_scale")
-        global_scale = (
-            _global_scale(map(read, range(*description.rows, step))) if found is None else torch.tensor([found])
-        )
+        if found is None:
+            largest = 0.0
+            with contextlib.closing(
+                _in_order(lambda first: max(map(_magnitude, chunks(first))), firsts)
+            ) as found_largest:
+                for first, some in found_largest:
+                    count(first)
+                    largest = max(largest, some)
+            global_scale = _global_scale(largest)
+        else:
+            global_scale = torch.tensor([found])
         advance(0 if found is None else source.num_rows * row_bytes)
     known = {} if global_scale is None else {"global_scale": global_scale.item()}
     error = QuantizationError(**state.get("error", {}))
@@ -208,22 +232,59 @@ def quantize_table(
         if journal is None
         else ResumableTableWriter(path, target, global_scale, bool(state))
     ) as writer:
-        for first in range(done, stop, step):
-            rows = read(first)
-            values, scale = quantize_rows(rows, table_dtype, global_scale)
-            writer.write(first, values, scale)
-            error.add(rows, dequantize_rows(values, apply_global_scale(scale, global_scale), None, description.width))
-            is_end = first + step >= stop
-            if journal is not None and (is_end or time.monotonic() - saved >= save_seconds):
-                writer.sync()
-                made_of.write({"rows": min(first + step, stop), "error": asdict(error), **known})
-                saved = time.monotonic()
+
+        def quantize(first: int) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+            made, compared = [], []
+            for rows in chunks(first):
+                values, scale = quantize_rows(rows, table_dtype, global_scale)
+                made.append((values, scale))
+                whole_scale = apply_global_scale(scale, global_scale)
+                compared.append(compare_rows(rows, dequantize_rows(values, whole_scale, None, description.width)))
+            writer.write(first, *map(_joined, zip(*made, strict=True)))
+            return compared
+
+        with contextlib.closing(_in_order(quantize, range(done, stop, step))) as results:
+            for first, compared in results:
+                count(first)
+                error.add(*compared)
+                is_end = first + step >= stop
+                if journal is not None and (is_end or time.monotonic() - saved >= save_seconds):
+                    writer.sync()
+                    made_of.write({"rows": min(first + step, stop), "error": asdict(error), **known})
+                    saved = time.monotonic()
     return error
 
 
-def _global_scale(chunks: Iterable[torch.Tensor]) -> torch.Tensor:
+def _in_order(work: Callable[[int], Any], items: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """Each item with what `work` makes of it, in their order, computed a few ahead in as many threads as torch uses."""
+    waiting: collections.deque[tuple[int, Future]] = collections.deque()
+    threads = torch.get_num_threads()
+    # Each works alone: threads of torch's own would wait for each other after every operation.
+    with ThreadPoolExecutor(threads, "engram-quantize", torch.set_num_threads, (1,)) as pool:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(work, item)))
+                if len(waiting) > 2 * threads:
+                    first, result = waiting.popleft()
+                    yield first, result.result()
+            for first, result in waiting:
+                yield first, result.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
+
+def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Tensors of any dtype one after another, as bytes."""
+    return torch.cat([part.view(torch.uint8) for part in parts])
+
+
+def _magnitude(rows: torch.Tensor) -> float:
+    return max(abs(end.item()) for end in torch.aminmax(rows))
+
+
+def _global_scale(largest: float) -> torch.Tensor:
     """What brings the scales of all blocks into float8, with the largest one at its end; as compressed-tensors."""
-    largest = max(_largest(rows, rows.shape[-1]).max().item() for rows in chunks)
     scale = torch.tensor([E4M3_MAX * E2M1_LIMIT]) / max(largest, torch.finfo(torch.float32).tiny)
     return scale if scale.isfinite().item() else torch.ones(1)
 
@@ -278,16 +339,18 @@ def quantize_rows(
         return _by_least_squares(rows, largest, 8 // row_format.packed)
     blocks = rows.unflatten(-1, (largest.shape[-1], -1))
     if row_format.has_global:
-        return _to_nvfp4(blocks, largest, _global_scale([rows]) if global_scale is None else global_scale)
+        return _to_nvfp4(blocks, largest, _global_scale(_magnitude(rows)) if global_scale is None else global_scale)
     if table_dtype == "int8":
         scale = torch.where(largest > 0, largest / 127, 1.0)
         # A subnormal maximum may round to a scale of zero.
         scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-        values = (blocks / scale.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8)
-        return values.flatten(-2), scale
-    scale = exponent_above(largest.clamp_min(1e-4) / E4M3_MAX).to(torch.uint8).view(row_format.scale_dtype)
-    values = (blocks / scale.to(torch.float32).unsqueeze(-1)).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return values.flatten(-2), scale
+        # No quotient rounds to more than 127: that of the largest channel is 127 up to an error of division.
+        return (blocks / scale.unsqueeze(-1)).round_().to(torch.int8).flatten(-2), scale
+    exponents = exponent_above(largest.clamp_min(1e-4) / E4M3_MAX)
+    # A power of two divides exactly by its reciprocal, and no quotient rounds to more than 448.
+    inverse = (254 - exponents).bitwise_left_shift_(23).view(torch.float32)
+    values = (blocks * inverse.unsqueeze(-1)).to(torch.float8_e4m3fn)
+    return values.flatten(-2), exponents.to(torch.uint8).view(row_format.scale_dtype)
 
 
 def _largest(rows: torch.Tensor, block: int) -> torch.Tensor:
@@ -310,9 +373,10 @@ def _by_least_squares(rows: torch.Tensor, largest: torch.Tensor, bits: int) -> t
     if bits > 2:
         scale = torch.maximum(scale, largest * (_LEAST_REACH / (half - 0.5)))
     levels = _levels_below(rows, scale, half).add_(0.5)
-    squares = torch.linalg.vector_norm(levels, dim=-1, keepdim=True).square_()
-    scale = ((rows * levels).sum(-1, keepdim=True) / squares).to(torch.bfloat16)
-    return pack(_levels_below(rows, scale.float(), half).add_(half).to(torch.uint8), bits), scale
+    scale = (torch.linalg.vecdot(rows, levels) / torch.linalg.vecdot(levels, levels)).unsqueeze(-1).to(torch.bfloat16)
+    # By way of int8, which floats are converted to several times as fast as to uint8.
+    codes = _levels_below(rows, scale.float(), half).to(torch.int8).add_(half)
+    return pack(codes.view(torch.uint8), bits), scale
 
 
 def _levels_below(rows: torch.Tensor, scale: torch.Tensor, half: int) -> torch.Tensor:
@@ -346,7 +410,8 @@ def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
     magnitudes = values.abs()
     # Codes are 1/2 apart up to 2, then 1, then 2; where a spacing is not the right one, it gives a larger code.
     codes = (magnitudes * 2).round_()
-    codes = torch.minimum(codes, magnitudes.round().add_(2))
-    codes = torch.minimum(codes, magnitudes.mul_(0.5).round_().add_(4)).clamp_max_(7)
-    signs = values.contiguous().view(torch.int32).bitwise_right_shift(28).bitwise_and_(8)
-    return codes.to(torch.uint8).bitwise_or_(signs.to(torch.uint8))
+    torch.minimum(codes, magnitudes.round().add_(2), out=codes)
+    torch.minimum(codes, magnitudes.mul_(0.5).round_().add_(4), out=codes).clamp_max_(7)
+    signs = values.contiguous().view(torch.int32).bitwise_right_shift(28).to(torch.int8).bitwise_and_(8)
+    # By way of int8, which floats are converted to several times as fast as to uint8.
+    return codes.to(torch.int8).bitwise_or_(signs).view(torch.uint8)

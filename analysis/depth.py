@@ -53,7 +53,7 @@ def measure_depth(
     States of several residual streams are averaged before the norm.
 
     Args:
-        model: an Engram causal language model in evaluation mode.
+        model: a causal language model in evaluation mode, with memory or without.
         windows: see [`cut_windows`].
         batch: windows at a time.
         edit: changes the memory, for example [`Off`].
@@ -121,8 +121,11 @@ def _layer_states(outputs: Any) -> list[torch.Tensor]:
 
 
 def _final_norm(model: PreTrainedModel) -> nn.Module:
-    base = find_engram(model)
-    width = base.config.get_text_config().hidden_size
+    try:
+        base: nn.Module = find_engram(model)
+    except EngramError:
+        base = model.base_model  # a twin without memory
+    width = model.config.get_text_config().hidden_size
     norms = [part for part in base.children() if getattr(getattr(part, "weight", None), "shape", None) == (width,)]
     if not norms:
         raise EngramError(f"{type(base).__name__} has no norm behind its layers, by which their states could be read.")

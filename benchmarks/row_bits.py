@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import LlamaConfig
 
 from engram_hf import EngramForCausalLM, EngramTokenizer
 from engram_hf.analysis.evaluation import Off
@@ -29,14 +28,13 @@ from engram_hf.table_engram import apply_global_scale, dequantize_rows
 from engram_hf.table_writer_engram import quantize_rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import twin_models
 from stdlib_text import read_sources, token_blocks, train_tokenizer
-from twin_models import Size
+from twin_models import Size, build_with_memory, train
 
 MODELS = {
-    "quickstart": Size(),
+    "quickstart": Size(steps=600),
     "wide rows": Size(memory_width=128, memory_heads=2, rows=40_000, steps=150),
-    "dense": Size(hidden_size=256, layers=6, memory_width=64, rows=60_000, steps=150),
+    "dense": Size(experts=0, hidden_size=256, expert_width=512, layers=6, memory_width=64, rows=60_000, steps=150),
 }
 HELD_OUT_BLOCKS = 128
 # How often the three tokens that a position reads memory by were in the text that the model was trained on.
@@ -136,38 +134,15 @@ FORMATS = {
 }
 
 
-def dense_config(size: Size, tokenizer: EngramTokenizer, expert_width: int) -> LlamaConfig:
-    """A small Llama in the place of the quickstart's mixture of experts."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size.hidden_size,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.hidden_size // 32,
-        num_key_value_heads=size.hidden_size // 64,
-        head_dim=32,
-        intermediate_size=2 * size.hidden_size,
-        max_position_embeddings=4 * size.block,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
 def trained(name: str, seed: int, home: Path, tokenizer: EngramTokenizer, texts: tuple, steps: int | None) -> Path:
     """The folder of a trained model, which is trained if it is not there."""
     folder, size = home / f"{name.replace(' ', '-')}-{seed}", MODELS[name]
     if not (folder / "done.json").exists():
         size = replace(size, steps=steps or size.steps)
         blocks = [token_blocks(tokenizer, some, size.block, seed) for some in texts]
-        of_quickstart = twin_models.backbone_config
-        twin_models.backbone_config = dense_config if name == "dense" else of_quickstart
-        try:
-            model = twin_models.build_with_memory(size, tokenizer, seed)
-        finally:
-            twin_models.backbone_config = of_quickstart
+        model = build_with_memory(size, tokenizer, seed)
         data = {"train": blocks[0], "held_out": blocks[1][:256]}
-        outcome = twin_models.train(model, f"{name}, seed {seed}", size, data, home / "trainer", seed)
+        outcome = train(model, f"{name}, seed {seed}", size, data, home / "trainer", seed)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "done.json").write_text(json.dumps({"loss": outcome.loss, "steps": size.steps}))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def add_commands(commands: Any) -> None:
         description="Train the rows that the prompts read until the model continues each with its target. The model's own "
         "files stay as they are.",
     )
-    write.add_argument("model", help="a saved model with its tokenizer")
+    write.add_argument("model", help="a saved model with its tokenizer, or a Hub id")
     write.add_argument("facts", help='JSON lines such as {"prompt": "The capital of France is", "target": "Paris"}')
     write.add_argument("--output", required=True, metavar="DIR", help="folder of the adapter")
     write.add_argument(
@@ -39,7 +40,7 @@ def add_commands(commands: Any) -> None:
     show = actions.add_parser(
         "list", help="which facts an adapter holds", description="Show the facts of an adapter; no model is loaded."
     )
-    show.add_argument("folder", help="folder of the adapter")
+    show.add_argument("folder", help="folder or Hub id of the adapter")
     show.add_argument("--json", action="store_true", help="print one JSON document")
     show.set_defaults(run=run_list)
     check = actions.add_parser(
@@ -48,8 +49,9 @@ def add_commands(commands: Any) -> None:
         description="Load the adapter onto the model, and ask for every fact without and with it. It is an error if the model "
         "does not fit, or does not recall one.",
     )
-    check.add_argument("model", help="a saved model")
-    check.add_argument("folder", help="folder of the adapter")
+    check.add_argument("model", help="a saved model, or a Hub id")
+    check.add_argument("folder", help="folder or Hub id of the adapter")
+    check.add_argument("--json", action="store_true", help="print one JSON document")
     check.set_defaults(run=run_check)
 
 
@@ -107,11 +109,15 @@ def run_check(options: argparse.Namespace) -> None:
     describe_adapter(adapter)
     model, _ = _load(folder, needs_tokenizer=False)
     results = results_of(PeftModel.from_pretrained(model, str(adapter)), "default")
-    print(printable_lines(fact_lines(results)))
     failed = [index for index, fact in enumerate(results) if fact.rank_after != 1]
+    if options.json:
+        print_json({"facts": [asdict(fact) for fact in results], "not_recalled": failed})
+    else:
+        print(printable_lines(fact_lines(results)))
     if failed:
         raise ValueError(f"{len(failed)} of {len(results)} facts are not recalled: {', '.join(map(str, failed))}.")
-    print(f"all {len(results)} facts are recalled")
+    if not options.json:
+        print(f"all {len(results)} facts are recalled")
 
 
 def describe_adapter(folder: Path) -> dict[str, Any]:

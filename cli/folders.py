@@ -9,19 +9,21 @@ if TYPE_CHECKING:
     from engram_hf.table_format_engram import StoredTable
 
 
-def require_folder(name: str) -> Path:
-    """The folder `name`.
+def require_folder(name: str, only: list[str] | None = None) -> Path:
+    """The folder `name`, or the files of the Hub repository `name`, which are fetched if they are not here yet.
+
+    Args:
+        only: patterns of the files that are needed of a repository; None for all.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is neither.
     """
     folder = Path(name)
-    if not folder.is_dir():
-        hint = (
-            f"`hf download {name} --local-dir FOLDER` fetches one from the Hub" if name.count("/") == 1 else "name one"
-        )
-        raise ValueError(f"{name} is not a folder here; {hint}.")
-    return folder
+    if folder.is_dir():
+        return folder
+    from engram_hf.convert_scripts.command_line import local_folder
+
+    return local_folder(name, only=only)
 
 
 def is_model(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """`engram inspect` and `engram card`: what a folder holds, from its config and file headers alone."""
 
 import argparse
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,10 +33,15 @@ def add_commands(commands: Any) -> None:
         help="the model card of a model, as push_to_hub writes it",
         description="Print a model card (README.md) for a model folder that is uploaded by other means than push_to_hub.",
     )
-    card.add_argument("folder", help="a saved model")
+    card.add_argument("folder", help="a saved model, or a Hub id")
     card.add_argument("--repo-id", help="Hub id of the model, for the loading example")
     card.add_argument("--base-model", help="Hub id of the backbone")
     card.add_argument("--license", help="licence identifier, such as apache-2.0")
+    card.add_argument(
+        "--results",
+        metavar="FILE",
+        help='evaluation results as JSON: [{"task": "text-generation", "dataset": "NAME", "metric": "loss", "value": 2.5}, ...]',
+    )
     card.set_defaults(run=run_card)
 
 
@@ -64,9 +70,46 @@ def run_card(options: argparse.Namespace) -> None:
     """Print the card of the model in `options.folder`."""
     from engram_hf.card_engram import model_card
 
-    fields = {"base_model": options.base_model, "license": options.license}
-    config = read_config(require_folder(options.folder))
+    fields = {
+        "base_model": options.base_model,
+        "license": options.license,
+        "eval_results": _read_results(options.results),
+    }
+    config = read_config(require_folder(options.folder, only=["*.json", "*.py"]))
     print(model_card(config, options.repo_id, **{name: value for name, value in fields.items() if value}), end="")
+
+
+def _read_results(name: str | None) -> list[Any]:
+    """Evaluation results in the Hub's form, of a JSON file.
+
+    Raises:
+        ValueError: it is no list of results with a dataset, a metric and a number.
+    """
+    from huggingface_hub import EvalResult
+
+    if name is None:
+        return []
+    try:
+        found = json.loads(Path(name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name} is no JSON file: {error}.") from error
+    types = {"task": str, "dataset": str, "metric": str, "value": (int, float)}
+    for result in found if isinstance(found, list) else [None]:
+        if not isinstance(result, dict) or not all(isinstance(result.get(key), types[key]) for key in types):
+            raise ValueError(
+                f"{name} holds {result!r}; expected a list of objects with task, dataset and metric, which are texts, and "
+                "value, a number."
+            )
+    return [
+        EvalResult(
+            task_type=result["task"],
+            dataset_type=result["dataset"],
+            dataset_name=result["dataset"],
+            metric_type=result["metric"],
+            metric_value=result["value"],
+        )
+        for result in found
+    ]
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def add_commands(commands: Any) -> None:
         help="which rows a text reads: tokens, compressed ids, n-grams, row ids and norms",
         description="Tokenize a text and show what each position reads from memory. Only those rows are read from disk.",
     )
-    lookup.add_argument("folder", help="a saved model with its tokenizer")
+    lookup.add_argument("folder", help="a saved model with its tokenizer, or a Hub id")
     lookup.add_argument("text")
     lookup.add_argument("--json", action="store_true", help="print one JSON document")
     lookup.set_defaults(run=run_lookup)

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import checkpoints, facts, inspection, lookup, pictures, quantization, tables, vocabulary
+from . import checkpoints, demo, facts, inspection, lookup, pictures, quantization, tables, vocabulary
 from .output import printable
 
 EPILOG = """\
 examples:
+  engram demo                                     a small trained model to try the other commands on
   engram inspect ./model                          what memory a model has, and where it would live
   engram lookup ./model "the capital of France"   which rows a text reads
   engram show ./model "the capital of France"     a page: which tokens open the gates, and what memory changes
@@ -18,8 +19,17 @@ examples:
   engram check ./model                            verify table files against the format
   engram facts write ./model facts.jsonl --output ./facts   teach it facts, in an adapter of kilobytes
 
+completion in a shell: pip install 'engram-hf[completion]', then  eval "$(register-python-argcomplete engram)"
 exit status: 0 done, 1 bad input (one sentence on the error stream), 2 wrong usage.
 """
+
+
+class _PrintVersion(argparse.Action):
+    """Asks what is installed when it is asked itself, not whenever a parser is built."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"engram-hf {version('engram-hf')}")
+        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,11 +40,20 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"engram-hf {version('engram-hf')}")
+    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="show the installed version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts):
+    for group in (demo, inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts):
         group.add_commands(commands)
     return parser
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks for completions, which `register-python-argcomplete engram` has it do."""
+    try:
+        import argcomplete
+    except ImportError:  # the extra `completion`
+        return
+    argcomplete.autocomplete(parser)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"{argument!r} is not valid UTF-8; give names and texts in that encoding.")
         if checkpoints.is_for_script(arguments):
             return checkpoints.run_script(*arguments)
-        options = build_parser().parse_args(arguments)
+        parser = build_parser()
+        _complete(parser)
+        options = parser.parse_args(arguments)
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:

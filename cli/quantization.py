@@ -51,7 +51,7 @@ def add_commands(commands: Any) -> None:
         "or of eight bits pass through memory a few megabytes at a time; all other weights are linked, or copied where a file "
         "holds tables too. If it is interrupted, the same command goes on where it was.",
     )
-    quantize.add_argument("folder", help="a saved model, or a folder with engram_tables.json")
+    quantize.add_argument("folder", help="a saved model, a folder with engram_tables.json, or a Hub id")
     quantize.add_argument("target", type=Path, help="new folder for the result")
     quantize.add_argument(
         "--dtype",

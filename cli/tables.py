@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .folders import check_model, is_model, require_folder, require_shards
+from .output import print_json
 
 if TYPE_CHECKING:
     from engram_hf.table_format_engram import StoredTable
@@ -18,10 +19,11 @@ def add_commands(commands: Any) -> None:
         description="Verify the table files of a folder (manifest, headers, row ranges, hash constants, scales, token map), "
         "and that they fit the model beside them.",
     )
-    check.add_argument("folder", help="a saved model, or a folder with engram_tables.json")
+    check.add_argument("folder", help="a saved model, a folder with engram_tables.json, or a Hub id")
     check.add_argument(
         "--rows", action="store_true", help="read all rows of table files too, for values that are no numbers"
     )
+    check.add_argument("--json", action="store_true", help="print one JSON document")
     check.set_defaults(run=run_check)
 
 
@@ -37,12 +39,14 @@ def run_check(options: argparse.Namespace) -> None:
         _, tables = check_model(folder)
         if has_files:
             _require_one_of_each(folder, tables)
-    if has_files or not has_model:
-        print(*check_folder(folder, options.rows), sep="\n")
+    found = [str(table) for table in check_folder(folder, options.rows)] if has_files or not has_model else []
     if has_model:
         where = "" if has_files else "; tables lie among the weights"
-        print(f"config, hash constants and tables belong together{where}")
-    print(f"{folder}: all well")
+        found.append(f"config, hash constants and tables belong together{where}")
+    if options.json:
+        print_json({"folder": str(folder), "checked": found, "is_sound": True})
+        return
+    print(*found, f"{folder}: all well", sep="\n")
 
 
 def _require_one_of_each(folder: Path, tables: "dict[int, StoredTable]") -> None:

@@ -1,7 +1,10 @@
 """`engram compress`: what vocabulary compression does to a tokenizer."""
 
 import argparse
+from dataclasses import asdict
 from typing import Any
+
+from .output import print_json
 
 
 def add_commands(commands: Any) -> None:
@@ -14,6 +17,7 @@ def add_commands(commands: Any) -> None:
     )
     compress.add_argument("tokenizer", help="folder or Hub id of a fast tokenizer")
     compress.add_argument("--examples", type=int, default=5, metavar="N", help="largest groups to show (default: 5)")
+    compress.add_argument("--json", action="store_true", help="print one JSON document")
     compress.set_defaults(run=run_compress)
 
 
@@ -25,4 +29,8 @@ def run_compress(options: argparse.Namespace) -> None:
         tokenizer = EngramTokenizer.from_pretrained(options.tokenizer)
     except (ValueError, OSError) as error:
         raise ValueError(f"{options.tokenizer} gives no tokenizer: {error}") from error
-    print(tokenizer.compression_summary(options.examples))
+    summary = tokenizer.compression_summary(options.examples)
+    if options.json:
+        print_json({**asdict(summary), "reduction": round(summary.reduction, 4)})
+        return
+    print(summary)

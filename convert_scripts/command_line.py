@@ -71,9 +71,18 @@ class Source:
             _download(self.repository, self.folder.name, allow_patterns=self._read)
 
 
-def local_folder(source: str, revision: str | None = None) -> Path:
-    """The folder `source` names, or the local snapshot of the Hub repository it names."""
-    return Path(source) if Path(source).is_dir() else _download(source, revision)
+def local_folder(source: str, revision: str | None = None, only: list[str] | None = None) -> Path:
+    """The folder `source` names, or the local snapshot of the Hub repository it names.
+
+    Args:
+        only: patterns of the files to download; None for all.
+
+    Raises:
+        ConversionError: there is neither.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    return _download(source, revision) if only is None else _download(source, revision, allow_patterns=only)
 
 
 def _download(source: str, revision: str | None, **patterns: list[str]) -> Path:

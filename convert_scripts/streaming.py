@@ -9,6 +9,7 @@ Checksums are CRC-32: they find damage, not malice, and cost a fraction of the c
 on a machine with two busy cores.)
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -180,6 +181,7 @@ def run_plan(plan: Plan, target: Path) -> int:
     try:
         # What is finished may lie where nothing can be written.
         if _is_finished(plan, target) and _is_whole(plan, target):
+            _remove_abandoned_claim(target)
             return 0
         with FolderClaim(target):
             return _run_claimed(plan, target)
@@ -187,6 +189,13 @@ def run_plan(plan: Plan, target: Path) -> int:
         raise ConversionError(str(error)) from error
     except OSError as error:
         raise _explain(error, target) from error
+
+
+def _remove_abandoned_claim(target: Path) -> None:
+    """Take away the claim of a process that was killed between its last file and its end, if that is possible."""
+    if (target / LOCK_NAME).exists():
+        with contextlib.suppress(OSError, FolderInUseError), FolderClaim(target):
+            pass
 
 
 def _run_claimed(plan: Plan, target: Path) -> int:

@@ -22,6 +22,8 @@ EXAMPLES = Path(__file__).parent
 PROMPT = "class Reader:\n    def __init__(self, stream, encoding=None):\n        self."
 SENTENCE = "for name, value in self.__dict__.items():"
 THREADS = 2
+BARS = " ▁▂▃▄▅▆▇█"
+DEMO_PROMPT = "Return True if"
 
 
 def main() -> None:
@@ -55,6 +57,11 @@ def run(output: Path, seed: int, steps: int | None, quick: bool) -> None:
     size = replace(size, steps=steps or size.steps)
     console = Console()
 
+    console.rule("0. The model in the box: examples/engram-demo, trained on Python's documentation", align="left")
+    console.print(
+        continued(EXAMPLES / "engram-demo", DEMO_PROMPT), markup=False, highlight=False, soft_wrap=True, style="green"
+    )
+
     console.rule("1. Text and tokenizer", align="left")
     sources, unseen = read_sources()
     sources = sources[: size.files]
@@ -84,7 +91,7 @@ def run(output: Path, seed: int, steps: int | None, quick: bool) -> None:
     folder = output / "model"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    console.print(continued(folder.resolve()), markup=False, highlight=False, soft_wrap=True, style="green")
+    console.print(continued(folder.resolve(), PROMPT), markup=False, highlight=False, soft_wrap=True, style="green")
 
     console.rule("4. Which tokens open the gate", align="left")
     picture = output / "gates.png"
@@ -118,19 +125,35 @@ def comparison(without, with_memory):
     return table
 
 
-def continued(folder: Path) -> str:
-    """A continuation of the prompt by the model in `folder`, made by a fresh Python."""
-    command = [sys.executable, "-X", "utf8", str(EXAMPLES / "continue_text.py"), str(folder), PROMPT]
+def continued(folder: Path, prompt: str) -> str:
+    """A continuation of `prompt` by the model in `folder`, made by a fresh Python."""
+    command = [sys.executable, "-X", "utf8", str(EXAMPLES / "continue_text.py"), str(folder), prompt]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout.rstrip()
 
 
 def show_gates(console, model, tokenizer, picture: Path) -> None:
     """Draw the gates of one line of Python in the terminal, and save them as a picture."""
-    from gate_picture import draw_in_terminal, read_gates, save_picture
+    from engram_hf.analysis import draw, read_text
 
-    tokens, gates = read_gates(model.eval(), tokenizer, SENTENCE)
-    console.print(draw_in_terminal(tokens, gates))
-    save_picture(tokens, gates, picture)
+    reading = read_text(model.eval(), tokenizer, SENTENCE)
+    console.print(gate_bars(reading))
+    draw(reading).savefig(picture, dpi=120)
+
+
+def gate_bars(reading):
+    """For every layer the tokens, and under each a bar as high as its gate is open."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    shown = [token.text.replace("\n", "⏎").replace(" ", "·") for token in reading.tokens]
+    for layer in reading.layers:
+        gates = [sum(token.gates[layer]) / len(token.gates[layer]) for token in reading.tokens]
+        bars = [BARS[round(gate * (len(BARS) - 1))] * len(token) for gate, token in zip(gates, shown, strict=True)]
+        widest = sorted(zip(gates, shown, strict=True), reverse=True)[:3]
+        table.add_row(f"layer {layer}", " ".join(shown))
+        table.add_row("", " ".join(bars))
+        table.add_row("", "widest: " + ", ".join(f"{token} {gate:.2f}" for gate, token in widest))
+    return table
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Text that every Python has: the sources of its standard library, their tokenizer, and blocks of tokens."""
 
+import ast
 import sysconfig
+import warnings
 import zlib
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,6 +27,7 @@ SKIPPED = {
     "test",
     "tests",
 }
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 HELD_OUT_SHARE = 20  # every so many-th file, by a checksum of its path
 
 
@@ -33,17 +37,44 @@ def read_sources() -> tuple[list[str], list[str]]:
     Raises:
         ValueError: this Python came without its sources.
     """
+    return split([(name, path.read_text(encoding="utf-8", errors="replace")) for name, path in source_files()])
+
+
+def read_documentation() -> tuple[list[str], list[str]]:
+    """English about Python, likewise split: the docstrings of each file, and the topics that `help()` knows."""
+    texts = []
+    for name, path in source_files():
+        with warnings.catch_warnings(action="ignore"):  # some old sources have escapes that Python no longer likes
+            tree = ast.parse(path.read_bytes())
+        nodes = [node for node in ast.walk(tree) if isinstance(node, DOCUMENTED)]
+        nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+        docstrings = dict.fromkeys(text for node in nodes if (text := ast.get_docstring(node)))
+        if docstrings:
+            texts.append((name, "\n\n".join(docstrings)))
+    texts += [(f"topics/{name}", text) for name, text in sorted(topics.items())]
+    return split(texts)
+
+
+def source_files() -> list[tuple[str, Path]]:
+    """Names and paths of the standard library's files."""
     root = Path(sysconfig.get_path("stdlib"))
+    files = [(path.relative_to(root), path) for path in sorted(root.rglob("*.py"))]
+    found = [
+        (name.as_posix(), path)
+        for name, path in files
+        if not SKIPPED.intersection(name.parts) and not name.name.startswith("_sysconfigdata")
+    ]
+    if not found:
+        raise ValueError(f"{root} holds no Python sources to train on; run this with a Python that has its .py files.")
+    return found
+
+
+def split(texts: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """Named texts to train on and named texts held out, by a checksum of their names."""
     train: list[str] = []
     held_out: list[str] = []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if SKIPPED.intersection(name.parts) or name.name.startswith("_sysconfigdata"):
-            continue
-        is_held_out = zlib.crc32(name.as_posix().encode()) % HELD_OUT_SHARE == 0
-        (held_out if is_held_out else train).append(path.read_text(encoding="utf-8", errors="replace"))
-    if not train or not held_out:
-        raise ValueError(f"{root} holds no Python sources to train on; run this with a Python that has its .py files.")
+    for name, text in texts:
+        (train if zlib.crc32(name.encode()) % HELD_OUT_SHARE else held_out).append(text)
     return train, held_out
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    LlamaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     ProgressCallback,
     Qwen3MoeConfig,
@@ -28,15 +30,16 @@ class Size:
     vocab_size: int = 4096
     hidden_size: int = 192
     layers: int = 4
-    experts: int = 8
+    experts: int = 8  # none makes a dense Llama, whose feed-forward layers are `expert_width` wide
     expert_width: int = 192
     memory_heads: int = 4
     memory_width: int = 32
     rows: int = 80_000  # of each layer's table, about
     block: int = 128
     batch: int = 4
-    steps: int = 600
+    steps: int = 280
     held_out_blocks: int = 512
+    bf16: bool = False  # multiply in bfloat16, which some processors do much faster
     learning_rate: float = 1.5e-3  # 6e-4 and 3e-3 did worse for either model in shorter runs
 
 
@@ -56,25 +59,30 @@ QUICK = Size(
 )
 
 
-def backbone_config(size: Size, tokenizer: EngramTokenizer, expert_width: int) -> Qwen3MoeConfig:
-    """A Qwen3-MoE of a few million parameters; every token uses two experts a layer."""
-    return Qwen3MoeConfig(  # type: ignore[call-arg]  # not every field of a config is declared
+def backbone_config(size: Size, tokenizer: EngramTokenizer, expert_width: int) -> PreTrainedConfig:
+    """A Qwen3-MoE of a few million parameters, whose tokens use two experts a layer; a Llama if there are no experts."""
+    common = dict(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden_size,
         num_hidden_layers=size.layers,
         num_attention_heads=size.hidden_size // 32,
         num_key_value_heads=size.hidden_size // 64,
         head_dim=32,
-        num_experts=size.experts,
-        num_experts_per_tok=2,
-        moe_intermediate_size=expert_width,
         max_position_embeddings=4 * size.block,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+    )
+    if not size.experts:
+        return LlamaConfig(intermediate_size=expert_width, **common)
+    return Qwen3MoeConfig(  # type: ignore[call-arg]  # not every field of a config is declared
+        num_experts=size.experts,
+        num_experts_per_tok=2,
+        moe_intermediate_size=expert_width,
         # The grouped kernel wants widths in multiples of 16 bytes; the twin's experts get whatever width makes it equal.
         experts_implementation="eager",
+        **common,
     )
 
 
@@ -107,7 +115,7 @@ def build_twin(size: Size, tokenizer: EngramTokenizer, seed: int, active: int) -
 
 def _backbone(size: Size, tokenizer: EngramTokenizer, seed: int, expert_width: int) -> Qwen3MoeForCausalLM:
     set_seed(seed)
-    return Qwen3MoeForCausalLM(backbone_config(size, tokenizer, expert_width))
+    return Qwen3MoeForCausalLM(backbone_config(size, tokenizer, expert_width))  # type: ignore[arg-type]
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -178,6 +186,7 @@ def train(model, title: str, size: Size, blocks: dict[str, list], output: Path, 
         train_sampling_strategy="sequential",
         dataloader_pin_memory=False,
         use_cpu=True,
+        bf16=size.bf16,
         seed=seed,
     )
     groups = engram_parameter_groups(model, size.learning_rate, weight_decay=0.1)

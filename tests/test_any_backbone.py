@@ -3,6 +3,7 @@
 The whole of `AutoModelForCausalLM` is swept by `make backbones`; a sample runs here.
 """
 
+import concurrent.futures
 import copy
 import importlib
 import json
@@ -15,8 +16,15 @@ import torch
 import transformers
 from child_processes import WITHOUT_PACKAGE, run_elsewhere
 from peft import LoraConfig, get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GradientCheckpointingLayer,
+    TorchAoConfig,
+)
 from transformers.models.auto import CONFIG_MAPPING
 
 import engram_hf
@@ -135,6 +143,36 @@ def test_a_layer_that_is_replayed_from_outside_is_refused_not_run_without_memory
         checkpoint(layer, torch.zeros(1, 3, 64), use_reentrant=False)
 
 
+@pytest.mark.parametrize("kind", ["bloom", "opt"])
+def test_layers_that_are_wrapped_to_be_checkpointed_are_right_or_refused(kind):
+    """By the wrapper of FSDP and accelerate: bloom's layers take no keyword, so that nothing reaches the replay."""
+    model = with_memory(kind)
+    plain = backbones.table_gradients(model, IDS)
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, GradientCheckpointingLayer))
+    if kind == "opt":
+        assert backbones.relative(backbones.table_gradients(model, IDS), plain) < 1e-4
+        return
+    with pytest.raises(ValueError, match=r"let it checkpoint its layers itself, by gradient_checkpointing_enable\(\)"):
+        backbones.table_gradients(model, IDS)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "opt"])
+def test_replicas_in_threads_read_their_own_rows(kind, monkeypatch):
+    """As `DataParallel` runs them, by torch's own `replicate`; only its copying between GPUs is done here."""
+
+    def copies(tensors, devices, detach=False):
+        return [[tensor.detach().clone() for tensor in tensors] for _ in devices]
+
+    monkeypatch.setattr(importlib.import_module("torch.nn.parallel.replicate"), "_broadcast_coalesced_reshape", copies)
+    model, texts = with_memory(kind), [IDS, IDS.flip(1), IDS.roll(1, 0) + 1]
+    replicas = torch.nn.parallel.replicate(model, [0, 1, 2], detach=True)
+    with concurrent.futures.ThreadPoolExecutor(len(texts)) as pool:
+        found = list(pool.map(logits, replicas, texts))
+    for text, one in zip(texts, found, strict=True):
+        torch.testing.assert_close(one, logits(model, text))
+    assert not torch.allclose(found[0], found[1])
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_reads_its_rows():
@@ -223,6 +261,24 @@ def test_memory_on_a_quantized_backbone(kind, tmp_path):
     again = EngramForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert all(type(memory.kv_proj) is torch.nn.Linear for memory in again.base_model.memories().values())
     torch.testing.assert_close(logits(again), awake)
+
+
+def test_memory_on_a_backbone_that_torchao_quantized(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    bare("opt").save_pretrained(tmp_path / "host")
+    options = {"quantization_config": TorchAoConfig(quantization.Int8WeightOnlyConfig()), "dtype": torch.float32}
+    host = AutoModelForCausalLM.from_pretrained(tmp_path / "host", **options).eval()
+    before = logits(host)
+    model = EngramForCausalLM.from_backbone(host, **MEMORY).eval()
+    assert torch.equal(logits(model), before)
+    backbones.wake(model)
+    model.save_pretrained(tmp_path / "model")
+    for residency in ("resident", "mapped"):
+        again = EngramForCausalLM.from_pretrained(tmp_path / "model", engram_residency=residency).eval()
+        assert type(again.model.decoder.layers[0].fc1.weight.data) is type(
+            host.model.decoder.layers[0].fc1.weight.data
+        )
+        torch.testing.assert_close(logits(again), logits(model))
 
 
 def test_remote_code_on_layers_of_other_names(tmp_path):

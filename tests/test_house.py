@@ -57,7 +57,7 @@ FAMILIES = [
 INSTALLED_WITH_TRANSFORMERS = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "huggingface_hub"}
 # What a flat file may import and do without.
 OPTIONAL = {"PIL", "accelerate", "psutil"}
-ROOMS_THAT_ARE_NOT_INSTALLED = {"tests", "benchmarks", "examples", "docs"}
+ROOMS_THAT_ARE_NOT_INSTALLED = {"tests", "benchmarks", "examples", "experiments", "docs"}
 
 
 def flat_files() -> list[Path]:
@@ -161,6 +161,14 @@ PUBLIC_NAMES = {
         "EngramModel",
         "EngramTokenizer",
         "load_with_tables",
+    ],
+    "engram_hf.display": [
+        "TableSummary",
+        "model_html",
+        "print_memory_summary",
+        "register",
+        "summarize_tables",
+        "tokenizer_html",
     ],
     "engram_hf.other_models": ["load_with_tables"],
     "engram_hf.analysis": [
@@ -322,7 +330,7 @@ def test_one_version():
 
 
 def test_types_are_shipped():
-    assert setup_arguments()["package_data"]["engram_hf"] == ["py.typed"]
+    assert setup_arguments()["package_data"]["engram_hf"][0] == "py.typed"
     assert (ROOT / "py.typed").read_bytes() == b""
 
 

@@ -298,7 +298,7 @@ def test_a_table_of_another_shape_dtype_or_hash(saved_tables, tmp_path):
                 shutil.copy(path, tmp_path / name)
         change_json(
             tmp_path / name / "engram_tables.json",
-            lambda manifest: manifest.update(weights_sha256={}, tables_sha256={}),
+            lambda manifest: manifest.update(weights_digest={}, tables_sha256={}),
         )
         with pytest.raises(ValueError, match=message):
             EngramForCausalLM.from_pretrained(tmp_path / name, engram_residency="mapped")

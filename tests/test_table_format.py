@@ -46,7 +46,14 @@ from engram_hf.table_format_engram import (
     tables_in_checkpoint,
     token_map_digest,
 )
-from engram_hf.table_writer_engram import ERROR_EDGES, QuantizationError, TableWriter, quantize_rows, quantize_table
+from engram_hf.table_writer_engram import (
+    ERROR_EDGES,
+    QuantizationError,
+    TableWriter,
+    compare_rows,
+    quantize_rows,
+    quantize_table,
+)
 
 WIDTH, LAYERS = 32, [1, 3]
 TOKEN_MAP = torch.arange(60, dtype=torch.int32) % 50
@@ -276,7 +283,7 @@ def test_quantizing_reports_its_error(tmp_path, hasher, monkeypatch, table_dtype
 
 def test_quantizing_zeros_makes_no_error():
     error = QuantizationError()
-    error.add(torch.zeros(3, WIDTH), torch.zeros(3, WIDTH))
+    error.add(compare_rows(torch.zeros(3, WIDTH), torch.zeros(3, WIDTH)))
     assert (error.rows, error.largest, error.relative) == (3, 0, 0)
 
 
@@ -334,13 +341,13 @@ def test_a_quantization_that_was_cut_off_goes_on_where_it_stopped(tmp_path, hash
     for first in ([3 * 7], []):  # what was done is not done again
         error = quantize_table(source, cut, description, dtype, read.append, journal)
         assert (error, cut.read_bytes()) == (expected, whole.read_bytes())
-        assert begun[:1] == first and sum(read) == source.stored.size * (2 if dtype == "nvfp4" else 1)
+        assert sorted(begun)[:1] == first and sum(read) == source.stored.size * (2 if dtype == "nvfp4" else 1)
         begun.clear(), read.clear()
 
     # Another source, another dtype, or a damaged journal: nothing is gone on with.
     for text in (journal.read_text(), "{"):
         journal.write_text(text.replace("multipliers", "others"))
-        assert quantize_table(source, cut, description, dtype, journal=journal) == expected and begun[0] == 0
+        assert quantize_table(source, cut, description, dtype, journal=journal) == expected and min(begun) == 0
         begun.clear()
 
 

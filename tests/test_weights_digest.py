@@ -66,7 +66,7 @@ def test_a_small_part_is_read(tmp_path, monkeypatch):
     from engram_hf import loading_engram
 
     read, real = [], loading_engram._read
-    monkeypatch.setattr(loading_engram, "_read", lambda *given: read.append(given[3]) or real(*given))
+    monkeypatch.setattr(loading_engram, "_read", lambda *given: read.append(given[2]) or real(*given))
     digest(tmp_path, LARGE)
     assert 0 < sum(read) <= 0.01 * sum(tensor.nbytes for tensor in LARGE.values())
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from command_models import TEXT, logits, make_config
 from engram_cli.main import main
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from table_models import write_table
 from tiny_backbones import BACKBONES
@@ -46,6 +47,15 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
+
+
+def test_a_shell_completes_commands(tmp_path):
+    """As `register-python-argcomplete engram` has a shell ask; the answer comes on file descriptor 8."""
+    answer = tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": "engram comp", "COMP_POINT": "11", "_ARGCOMPLETE_IFS": "\n"}
+    command = f"{sys.executable} -c 'from engram_cli.main import main; main()' 8> {answer}"
+    subprocess.run(["bash", "-c", command], cwd=ROOT, env={**os.environ, **asked}, check=True, timeout=60)
+    assert answer.read_text().split() == ["compress"]
 
 
 @pytest.mark.parametrize("words", [*([command] for command in COMMANDS), *SCRIPTS], ids=" ".join)
@@ -128,6 +138,29 @@ def test_inspect_a_folder_of_tables_alone(engram, copy):
 def test_card(engram, saved):
     card = engram("card", saved, "--repo-id", "me/model", "--license", "mit")
     assert "\nlicense: mit\n" in card and '"me/model"' in card
+
+
+def test_card_with_results(engram, complaint, saved, tmp_path):
+    path = tmp_path / "results.json"
+    result = {"task": "text-generation", "dataset": "mine", "metric": "loss", "value": 2.5}
+    path.write_text(json.dumps([result]))
+    data = ModelCard(engram("card", saved, "--repo-id", "me/model", "--results", path)).data
+    (found,) = data.eval_results
+    assert (data.model_name, found.dataset_name, found.metric_type, found.metric_value) == (
+        "model",
+        "mine",
+        "loss",
+        2.5,
+    )
+    path.write_text(json.dumps([{**result, "value": "low"}]))
+    assert "value, a number" in complaint("card", saved, "--results", path)
+
+
+def test_json_of_check_and_compress(engram, saved, with_files):
+    found = json.loads(engram("check", with_files, "--json"))
+    assert found["is_sound"] and len(found["checked"]) == 3
+    summary = json.loads(engram("compress", saved, "--json"))
+    assert summary["compressed_count"] == make_tokenizer().compressed_vocab_size
 
 
 def test_compress(engram, saved):
@@ -241,9 +274,10 @@ def test_check_finds_tables_of_another_hash(complaint, with_files, copy):
     ("command", "said"),
     [
         (["inspect", "{empty}"], "holds no memory tables"),
-        (["inspect", "nowhere"], "is not a folder"),
+        (["inspect", "nowhere"], "neither a folder nor a Hub id"),
         (["inspect", "org/model"], "hf download org/model"),
-        (["inspect", "{file}"], "is not a folder"),
+        (["inspect", "{file}"], "neither a folder nor a Hub id"),
+        (["check", "org/model"], "the Hub did not give a repository of that name"),
         (["check", "{empty}"], "cannot be read"),
         (["quantize", "{empty}", "{empty}/new"], "holds no memory tables"),
         (["lookup", "{empty}", "text"], "no config.json"),

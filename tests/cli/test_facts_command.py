@@ -147,7 +147,7 @@ def test_bad_arguments_are_one_sentence(complaint, saved, facts, adapter, tmp_pa
         "steps is 0": ["write", saved, facts, "--steps", 0, "--output", new],
         "Layer 7 has no Engram memory": ["write", saved, facts, "--layers", 7, "--output", new],
         "holds no adapter (adapter_config.json is missing)": ["list", tmp_path],
-        "is not a folder here": ["check", tmp_path / "nowhere", adapter],
+        "neither a folder nor a Hub id": ["check", tmp_path / "nowhere", adapter],
     }.items():
         assert said in complaint("facts", *arguments), said
         assert not new.exists()

@@ -385,6 +385,15 @@ def test_a_second_run_finds_the_work_done(tiny, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
+def test_a_second_run_removes_the_claim_of_a_killed_one(tiny, tmp_path):
+    """A process may be killed when all is written and its claim of the folder is not yet given up."""
+    assert run(tiny, tmp_path / "out") == 0
+    lock = tmp_path / "out" / LOCK_NAME
+    lock.write_text("{}")
+    assert run(tiny, tmp_path / "out") == 0
+    assert not lock.exists()
+
+
 @pytest.mark.parametrize("name", ["model-00003-of-00011.safetensors", "engram-layer-00001.safetensors", "config.json"])
 @pytest.mark.parametrize("damage", ["lost", "cut off"])
 def test_a_second_run_writes_what_was_lost(tiny, tmp_path, capsys, name, damage):

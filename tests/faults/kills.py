@@ -127,6 +127,12 @@ def trials(home: Path) -> dict[str, tuple]:
             shutil.rmtree(target)
         return engram(["quantize", str(folders["old files"]), str(target)])
 
+    def demo(target: Path) -> int:
+        return 0 if target.exists() else engram(["demo", str(target)])
+
+    demo(home / "demo")
+    whole_demo = contents(home / "demo")
+
     adapters = [home / f"adapter about {word}" for word in ("w5", "w6")]
     for adapter, word in zip(adapters, ("w5", "w6"), strict=True):
         write_facts(folders["old files"], adapter, word)
@@ -145,6 +151,7 @@ def trials(home: Path) -> dict[str, tuple]:
         "convert": (lambda t: convert_deepseek_v41.main([str(source), str(t)]), nothing, lambda target: True),
         "export": (lambda t: export_deepseek_v41.main([str(converted), str(t)]), nothing, lambda target: True),
         "quantize": (quantize, nothing, is_no_model),
+        "demo": (demo, nothing, lambda target: not target.exists() or contents(target) == whole_demo),
         "save": (new.save_pretrained, lambda t: shutil.copytree(folders["old files"], t), is_old_or_new),
         "facts": (
             lambda t: write_facts(folders["old files"], t, "w6"),
@@ -157,7 +164,7 @@ def trials(home: Path) -> dict[str, tuple]:
 def main() -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("commands", nargs="*", help="convert, export, quantize, save, facts (default: all)")
+    parser.add_argument("commands", nargs="*", help="convert, export, quantize, demo, save, facts (default: all)")
     parser.add_argument("--count", type=int, default=100, help="kills of each command")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 32))
     given = parser.parse_args()

@@ -1,5 +1,6 @@
 """A save that is interrupted, or for which there is no room, leaves the old model or the new one, and nothing else."""
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -36,6 +37,11 @@ def interrupted(seconds: float, action: Callable[[], object]) -> bool:
             ended = True
     except KeyboardInterrupt:
         return True
+    except OSError as error:
+        # `shutil.rmtree`, interrupted between closing a folder and noting that it is closed, closes it again.
+        if error.errno == errno.EBADF and isinstance(error.__context__, KeyboardInterrupt):
+            return True
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     return False

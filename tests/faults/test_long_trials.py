@@ -54,7 +54,7 @@ def killed(tmp_path_factory):
     return kills.trials(tmp_path_factory.mktemp("kills"))
 
 
-@pytest.mark.parametrize("name", ["convert", "export", "quantize", "save", "facts"])
+@pytest.mark.parametrize("name", ["convert", "export", "quantize", "demo", "save", "facts"])
 def test_a_few_kills(killed, tmp_path, draw, name):
     seen = kills.trial(*killed[name], tmp_path, 3, random.Random(draw.random()))
     assert seen["killed"] >= 3

@@ -102,6 +102,6 @@ def test_tables_know_their_weights(folders, tmp_path):
     manifest = target / "engram_tables.json"
     members = json.loads(manifest.read_text())
     assert len(members.pop("tables_sha256")) == 2
-    assert members.pop("weights_sha256") == {"": weights_digest([folders["old files"] / "model.safetensors"])}
+    assert members.pop("weights_digest") == {"": weights_digest([folders["old files"] / "model.safetensors"])}
     manifest.write_text(json.dumps(members))
     load(target)

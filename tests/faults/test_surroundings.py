@@ -81,6 +81,7 @@ OTHERS = {
         "save_pretrained",
         "push_to_hub",
         "write_model_card",
+        "print_memory_summary",
         "extending",
         "config_class",
     ),

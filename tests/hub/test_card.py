@@ -70,6 +70,7 @@ def test_the_front_matter_is_what_was_asked_for():
         "license": "mit",
         "pipeline_tag": "text-generation",
         "tags": ["engram", "llama", "mine"],
+        "widget": [{"text": "The capital of France is"}],
     }
     assert "`mit`." in card.text
 

@@ -253,6 +253,7 @@ def test_a_card_is_generated_with_base_model_and_its_licence(hub, pushed):
         "license_link": "https://example.com/tiny",
         "pipeline_tag": "text-generation",
         "tags": ["engram", "mixtral"],
+        "widget": [{"text": "The capital of France is"}],
     }
     text = hub.read("me/model", "README.md").decode()
     assert 'from_pretrained("me/model", trust_remote_code=True' in text

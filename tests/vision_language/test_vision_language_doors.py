@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 
 from engram_hf import EngramConfig, EngramError, EngramForCausalLM, EngramForConditionalGeneration, EngramTokenizer
 
@@ -232,6 +233,20 @@ def test_a_lora_and_the_rows_learn_in_trainer(tmp_path, kind="qwen3_vl"):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+@torch.no_grad()
+@on_every_kind
+def test_smoothed_labels_are_what_they_are_of_the_bare_model(kind, tmp_path):
+    """`Trainer` shifts them for classes that it knows as causal language models, of which Gemma 3's is one."""
+    host, inputs = bare_vl(kind), labelled(kind)
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to=[], label_smoothing_factor=0.2)
+    bare_loss = Trainer(host, arguments).compute_loss(host, dict(inputs))
+    model = EngramForConditionalGeneration.from_backbone(host, layer_ids=LAYER_IDS, engram_vocab_size=97).eval()
+    assert torch.equal(Trainer(model, arguments).compute_loss(model, dict(inputs)), bare_loss)
+    logits, labels = logits_of(model, inputs), inputs["labels"]
+    shifted = LabelSmoother(0.2)({"logits": logits}, labels, shift_labels=True)
+    assert torch.isclose(bare_loss, shifted) == (kind == "gemma3")
+
+
 # --- configs
 
 
@@ -264,12 +279,21 @@ def test_the_language_models_config_is_that_of_the_whole():
 # --- bad input
 
 
+def _with_deep_tower() -> torch.nn.Module:
+    """A model whose vision tower has more layers than its language model."""
+    config = KINDS["llava"]()
+    config.vision_config.num_hidden_layers = 5
+    model = AutoModelForImageTextToText.from_config(config)
+    assert len(model.model.vision_tower.encoder.layers) == 5
+    return model
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (
-            lambda: EngramForConditionalGeneration.from_backbone(bare_vl("gemma3"), layer_ids=[3]),
-            r"engram_layer_ids \[3\] must lie in 0..2, the backbone's 3 decoder layers",
+            lambda: EngramForConditionalGeneration.from_backbone(_with_deep_tower(), layer_ids=[4]),
+            r"engram_layer_ids \[4\] must lie in 0..2, the backbone's 3 decoder layers",
         ),
         (
             lambda: EngramForCausalLM.from_backbone(bare_vl("llava"), layer_ids=LAYER_IDS),

@@ -1,0 +1,62 @@
+"""`engram demo`: the small trained model that comes with the package."""
+
+import argparse
+import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+THINGS_TO_TRY = """\
+{folder}: written. Three things to try:
+
+  continue a text, with transformers alone
+    python -c "from transformers import pipeline; print(pipeline('text-generation', '{folder}', trust_remote_code=True)('Return True if')[0]['generated_text'])"
+  see which tokens open the gates, and what the model predicts without its memory (writes show.html and show.png)
+    engram show {folder} "Raise a ValueError if the keyword arguments are not unique."
+  store its tables in two bits a number instead of sixteen
+    engram quantize {folder} {folder}-int2 --dtype int2"""
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands of this module to an argparse subparsers object."""
+    demo = commands.add_parser(
+        "demo",
+        help="a small trained model to try things on",
+        description="Copy the small trained model that comes with the package to a folder, and print what to try.",
+    )
+    demo.add_argument(
+        "folder", nargs="?", type=Path, default=Path("engram-demo"), help="new folder (default: %(default)s)"
+    )
+    demo.set_defaults(run=run_demo)
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    """Copy the model to `options.folder`, all of it or nothing.
+
+    Raises:
+        ValueError: the folder is there already, or the package came without the model.
+    """
+    source, target = find_demo(), options.folder
+    if target.exists():
+        raise ValueError(f"{target} is there already; name a new folder, or use it: it may be the demo model.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".engram-demo-", dir=target.parent) as beside:
+        copied = Path(beside, "model")
+        copied.mkdir()
+        for path in sorted(path for path in source.iterdir() if path.is_file()):
+            # Contents only: in the repository, code is links to the package's files, and table files are read-only.
+            shutil.copyfile(path, copied / path.name)
+        copied.rename(target)
+    print(THINGS_TO_TRY.format(folder=target))
+
+
+def find_demo() -> Path:
+    """Where the package has the model; it is not imported for that, which would take seconds."""
+    found = importlib.util.find_spec("engram_hf")
+    folder = Path(str(found.origin if found else "")).parent / "examples" / "engram-demo"
+    if not (folder / "config.json").exists():
+        raise ValueError(
+            f"This installation came without the demo model ({folder} is missing); install engram-hf again."
+        )
+    return folder

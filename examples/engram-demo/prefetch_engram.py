@@ -1,0 +1,1 @@
+../../prefetch_engram.py

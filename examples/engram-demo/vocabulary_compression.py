@@ -1,0 +1,1 @@
+../../tokenization/vocabulary_compression.py
