@@ -205,8 +205,13 @@ PUBLIC_NAMES = {
         "SparseAdamW",
         "enable_sparse_gradients",
         "engram_parameter_groups",
+        "export_model",
         "forget_facts",
+        "load_shards",
+        "save_shards",
         "scan_rows",
+        "shard_tables",
+        "tables_on_meta",
         "write_facts",
     ],
 }

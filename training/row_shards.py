@@ -128,11 +128,14 @@ class ShardGradient(torch.Tensor):
     def __init__(self, shard: RowShard, rows: torch.Tensor, values: torch.Tensor):
         super().__init__()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # torch's own would ask for all rows
+    # torch's own would ask for all rows.
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self.rows.numel()} of {self.shard.num_rows} rows)"
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares its own as a function
+        cls, function: Any, types: Any, arguments: tuple = (), options: dict | None = None
+    ) -> Any:
         handle = _HANDLED.get(function)
         if handle is None or not isinstance(arguments[0], cls):
             raise EngramError(

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed as dist
@@ -128,7 +128,8 @@ def export_model(model: nn.Module, folder: str | os.PathLike) -> None:
     with _staged(folder, shard) as (path, _):
         _together(shard, "write its rows", lambda: _write_rows(engram, path))
         # Not published: what is saved now links these files.
-        _together(shard, "save the model", lambda: shard.rank == 0 and _save_around(model, path, folder, others))
+        if_first = (lambda: _save_around(model, path, folder, others)) if shard.rank == 0 else (lambda: None)
+        _together(shard, "save the model", if_first)
 
 
 def _write_rows(engram: Any, path: Path) -> None:
@@ -146,7 +147,7 @@ def _save_around(model: Any, path: Path, folder: str | os.PathLike, others: dict
     """Save a model whose rows lie in `path`, by the way in which models with mapped tables are saved."""
     engram, entries = find_engram(model), {}
     for index, memory in enumerate(engram.memories().values()):
-        shard, description = memory.table.shard, _describe(engram, index, memory.table)
+        shard, description = cast(RowShard, memory.table.shard), _describe(engram, index, memory.table)
         ranges = [shard._replace(rank=rank) for rank in range(shard.processes)]
         names = [table_file_name(description.layer, rank, shard.processes) for rank in range(shard.processes)]
         parts = [(name, (one.first, one.stop), description.tensors) for name, one in zip(names, ranges, strict=True)]
@@ -202,11 +203,11 @@ def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _optimizer_tensors(model: nn.Module, optimizer: SparseAdamW) -> dict[str, torch.Tensor]:
     """The state of every parameter. That of rows is a tensor of its own for every process, in ascending order of the rows."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         state, shard = optimizer.state.get(parameter, {}), shard_of(parameter)
-        found = optimizer.moments_of(parameter) if shard is not None and state else None
-        if found is not None:
+        found = optimizer.moments_of(parameter)
+        if found is not None and shard is not None:
             order = torch.argsort(found["rows"])
             tensors |= {_moments_name(name, kind, shard.rank): found[kind][order] for kind in _MOMENTS}
             tensors[f"optimizer.{name}.step"] = state["step"].reshape(1)
@@ -429,6 +430,7 @@ def _staged(folder: str | os.PathLike, shard: RowShard) -> Iterator[tuple[Path, 
         dist.broadcast_object_list(path, group=shard.group, group_src=0)
 
         def publish(is_stale: Callable[[str], bool], last: str) -> None:
-            _together(shard, "put the checkpoint in place", lambda: writer and writer.publish(is_stale, last))
+            put = (lambda: None) if writer is None else (lambda: writer.publish(is_stale, last))
+            _together(shard, "put the checkpoint in place", put)
 
         yield Path(path[0]), publish

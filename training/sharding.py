@@ -9,7 +9,7 @@ Shape letters: R rows of a table, W channels of a row, T heads a position reads.
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import distributed as dist
@@ -29,7 +29,6 @@ from .sparse_gradients import mark_sparse
 
 if TYPE_CHECKING:
     from ..layer_engram import EngramMemory
-    from ..table_engram import EngramTable
 
 _BLOCK = 65_536
 
@@ -38,6 +37,7 @@ class TableInShards(RuntimeSubclass):
     """Goes in front of a table's class: its parameters are DTensors, of which this process has the rows of `shard`."""
 
     shard: RowShard
+    source: Any
     weight: nn.Parameter
     scale: nn.Parameter | None
 
@@ -60,7 +60,7 @@ class TableInShards(RuntimeSubclass):
 
     def _apply(self, fn, recurse=True):
         # torch exchanges a DTensor for what has none of its attributes.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[misc]  # of the table's class
         mark_sparse(self.weight, self.shard)
         return self
 
@@ -78,8 +78,8 @@ def _look_up(table: Any, row_ids: torch.Tensor, dtype: torch.dtype | None) -> to
     # Bytes travel as they are stored, and are decoded where they are needed.
     stored = (own_rows(some).view(torch.uint8).index_select(0, exchange.rows) for some in (table.weight, table.scale))
     values, scale = (exchange.to_askers(some) for some in stored)
-    scale = apply_global_scale(scale.view(table.scale.dtype), table.global_scale)
-    rows = dequantize_rows(values.view(table.weight.dtype), scale, dtype, table.width)
+    scales = apply_global_scale(scale.view(table.scale.dtype), table.global_scale)
+    rows = dequantize_rows(values.view(table.weight.dtype), scales, dtype, table.width)
     return rows[exchange.place].flatten(-2)
 
 
@@ -134,7 +134,7 @@ def shard_tables(model: nn.Module) -> set[nn.Parameter]:
     names = [name for name, _ in model.named_parameters() if ".engram.table." in f".{name}"]
     # PEFT and torch.compile answer for the model inside of them, whose names they lengthen.
     longer = [f"{front}{name}" for front in ("base_model.model.", "_orig_mod.") for name in names]
-    model._ddp_params_and_buffers_to_ignore = {*names, *longer}
+    cast(Any, model)._ddp_params_and_buffers_to_ignore = {*names, *longer}
     return {parameter for memory in memories.values() for parameter in memory.table.parameters()}
 
 
@@ -159,7 +159,8 @@ def _require_shardable(layer: int, memory: "EngramMemory", processes: int) -> No
 
 @torch.no_grad()
 def _shard(memory: "EngramMemory", layer: int, shard: RowShard, std: float) -> None:
-    table, device = memory.table, next(memory.kv_proj.parameters()).device
+    table: Any = memory.table
+    device = next(memory.kv_proj.parameters()).device
     is_trained = table.table_dtype is None and (not table.is_resident or table.weight.requires_grad)
     source = table.source or table.unread
     local = {} if source is not None else _cut(table, shard, device, layer, std)
@@ -178,9 +179,9 @@ def _shard(memory: "EngramMemory", layer: int, shard: RowShard, std: float) -> N
     mark_sparse(table.weight, shard)
 
 
-def _read(table: "EngramTable", shard: RowShard, device: torch.device) -> dict[str, torch.Tensor]:
+def _read(table: Any, shard: RowShard, device: torch.device) -> dict[str, torch.Tensor]:
     """This process's rows, a few at a time, from the files of a table."""
-    source: Any = table.source or table.unread
+    source = table.source or table.unread
     local: dict[str, torch.Tensor] = {}
     blocks = range(shard.first, shard.stop, _BLOCK)
     for first in logging.tqdm(blocks, desc="Reading this process's rows of a memory table", delay=1):
@@ -195,9 +196,7 @@ def _read(table: "EngramTable", shard: RowShard, device: torch.device) -> dict[s
     return local
 
 
-def _cut(
-    table: "EngramTable", shard: RowShard, device: torch.device, layer: int, std: float
-) -> dict[str, torch.Tensor]:
+def _cut(table: Any, shard: RowShard, device: torch.device, layer: int, std: float) -> dict[str, torch.Tensor]:
     """This process's rows of a resident table; at random if it has none yet."""
     if not table.weight.is_meta:
         parameters = {"weight": table.weight, "scale": table.scale}

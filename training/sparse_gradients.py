@@ -105,7 +105,7 @@ def mark_sparse(parameter: Any, shard: RowShard | None = None) -> None:
     parameter.has_sparse_gradients, parameter.row_shard = True, shard
 
 
-def shard_of(parameter: nn.Parameter) -> RowShard | None:
+def shard_of(parameter: torch.Tensor) -> RowShard | None:
     """Which rows of a table this process has; None if all."""
     return getattr(parameter, "row_shard", None)
 

@@ -12,7 +12,7 @@ from tiny_backbones import LAYER_IDS, build, random_ids
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from training_runs import losses
+from training_runs import losses as logged_losses
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
@@ -29,6 +29,14 @@ from engram_hf.training import (
 )
 
 BATCH = 4
+# What takes long to import.
+PRELOADED = [
+    "engram_hf.adding_engram",
+    "engram_hf.training",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
+]
 
 
 def optimizer_of(model):
@@ -52,21 +60,25 @@ def mean(number: torch.Tensor) -> float:
 
 
 def train(model, optimizer, seeds, wrapped=None) -> dict[str, torch.Tensor]:
-    """Steps of two accumulated batches with clipping; losses and norms."""
-    found = []
+    """Steps of two accumulated batches with clipping: the losses of both, and the norm."""
+    losses, norms = [], []
     for seed in seeds:
-        batch_losses = []
         for half in range(2):
             ids = own_share(random_ids(BATCH, 10, seed=2 * seed + half))
             loss = (wrapped or model)(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
-            batch_losses.append(mean(loss))
+            losses.append(mean(loss))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         optimizer.step()
         optimizer.zero_grad()
-        found.append([*batch_losses, norm.item()])
-    return {"losses": torch.tensor(found)}
+        norms.append(norm.item())
+    return {"losses": torch.tensor(losses), "norms": torch.tensor(norms)}
+
+
+def later(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `train` gave, under other names."""
+    return {f"later.{name}": value for name, value in found.items()}
 
 
 def values(model) -> dict[str, torch.Tensor]:
@@ -94,9 +106,9 @@ def ddp(folder: Path) -> dict[str, torch.Tensor]:
     half = {f"half.{name}": value for name, value in values(model).items()}
     save_shards(wrapped, folder / f"checkpoint-{dist.get_world_size()}", optimizer, {"step": 2})
     export_model(wrapped, folder / f"model-{dist.get_world_size()}")
-    later = train(model, optimizer, range(2, 4), wrapped)["losses"]
+    found |= later(train(model, optimizer, range(2, 4), wrapped))
     rows = {f"own.{layer}": torch.tensor(memory.table.weight.to_local().shape) for layer, memory in memories(model)}
-    return found | half | rows | values(model) | {"later": later}
+    return found | half | rows | values(model)
 
 
 def resumed(folder: Path) -> dict[str, torch.Tensor]:
@@ -104,8 +116,7 @@ def resumed(folder: Path) -> dict[str, torch.Tensor]:
     model, optimizer, wrapped = in_shards(seed=1)
     progress = load_shards(wrapped, folder / "checkpoint-2", optimizer)
     assert progress == {"step": 2}
-    later = train(model, optimizer, range(2, 4), wrapped)["losses"]
-    return values(model) | {"later": later}
+    return later(train(model, optimizer, range(2, 4), wrapped)) | values(model)
 
 
 def fsdp2(folder: Path) -> dict[str, torch.Tensor]:
@@ -189,7 +200,7 @@ def trainer(folder: Path) -> dict[str, torch.Tensor]:
     for entry in logged:
         assert entry["engram/layer_1/update_norm"] > 0 and entry["engram/layer_1/rows_per_step"] > 0
     norms = torch.tensor([entry["grad_norm"] for entry in logged])
-    return values(model) | {"losses": torch.tensor(losses(run)), "norms": norms}
+    return values(model) | {"losses": torch.tensor(logged_losses(run)), "norms": norms}
 
 
 def full_disk(folder: Path) -> dict[str, torch.Tensor]:
@@ -266,7 +277,7 @@ def run(processes: int, scenarios: list[str], folder: Path, seconds: float = 150
     """Exit codes of so many processes that run scenarios together."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    context = forks_of_a_server()
+    context = forks_of_a_server(*PRELOADED)
     children = [
         context.Process(target=process, args=(rank, processes, port, scenarios, folder)) for rank in range(processes)
     ]
