@@ -132,7 +132,8 @@ def shard_tables(model: nn.Module) -> set[nn.Parameter]:
         _shard(memory, layer, shard, std)
     engram.prefetcher = None
     names = [name for name, _ in model.named_parameters() if ".engram.table." in f".{name}"]
-    # PEFT and torch.compile answer for the model inside of them, whose names they lengthen.
+    # PEFT and torch.compile answer for the model inside of them, whose names they lengthen; row adapters wrap a table.
+    names += [name.replace(".engram.table.", ".engram.table.base_layer.") for name in names]
     longer = [f"{front}{name}" for front in ("base_model.model.", "_orig_mod.") for name in names]
     cast(Any, model)._ddp_params_and_buffers_to_ignore = {*names, *longer}
     return {parameter for memory in memories.values() for parameter in memory.table.parameters()}
