@@ -69,7 +69,7 @@ def write_facts(
         max_protected_reads: how often `protect` may read a row that is written nevertheless.
         steps: at most; training ends when every fact is recalled with certainty.
         learning_rate: of Adam, in units of the rows' own root mean square.
-        layers: decoder layers whose rows are written; None for all that have memory.
+        layers: decoder layers whose rows are written; None for the first that has memory alone, which takes the fewest bytes.
         orders: of the n-grams; None for the largest alone, which is the most specific.
 
     Returns:
@@ -91,7 +91,7 @@ def write_facts(
             f"The model has an adapter {name!r} already; choose another name, or delete_adapter({name!r}) first."
         )
     parsed = parse_facts(facts, tokenizer)
-    chosen_layers = tuple(check_layers(engram, layers))
+    chosen_layers = tuple(check_layers(engram, layers)) if layers is not None else (min(engram.memories()),)
     chosen_orders = tuple(check_orders(engram, [engram.hashing.max_ngram] if orders is None else orders))
     texts = None if protect is None else list(Batches(protect, tokenizer))
     protected: dict[int, torch.Tensor] = {}
