@@ -4,9 +4,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from . import auto_deepseek_v41 as auto_deepseek_v41
 from . import display
-from .adding_engram import add_memory, find_buckets
+from .adding_engram import add_memory, config_for_backbone
 from .backbone_engram import require_backbone, require_decoder
 from .card_engram import write_model_card
+from .claiming_engram import ClaimedFolderWriter
 from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
 from .hashing_engram import register_compression
@@ -40,8 +41,9 @@ rows_peft.register()
 display.register()
 # What the code beside a model's weights does without: it comes from here while the package is installed.
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
-EngramConfig.find_buckets = staticmethod(find_buckets)
-EngramForCausalLM.add_memory = staticmethod(add_memory)
+EngramPreTrainedModel.folder_writer = ClaimedFolderWriter
+EngramConfig.for_backbone = classmethod(config_for_backbone)
+EngramForCausalLM.from_backbone = classmethod(add_memory)
 EngramPreTrainedModel.require_backbone = staticmethod(require_backbone)
 EngramPreTrainedModel.require_decoder = staticmethod(require_decoder)
 register_compression(EngramTokenizer.from_tokenizer)

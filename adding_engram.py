@@ -7,6 +7,7 @@ import copy
 import itertools
 import os
 from bisect import bisect_left
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,10 +15,117 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from .backbone_engram import require_backbone
 from .configuration_engram import EngramConfig
-from .hashing_engram import is_prime
+from .hashing_engram import as_token_map, is_prime
 from .layer_engram import require_extensible
 from .modeling_engram import EngramForCausalLM
 from .safetensors_engram import EngramError
+
+# What the two published forms of Engram differ in; see arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "engram_max_ngram_size": 3,
+        "engram_n_heads": 8,
+        "engram_head_dim": 64,
+        "engram_bias": True,
+        "engram_conv_kernel_size": 4,
+        "engram_norm_eps": None,
+        "engram_zero_gate_sign": 0,
+    },
+    "v4.1": {
+        "engram_max_ngram_size": 4,
+        "engram_n_heads": 8,
+        "engram_head_dim": 256,
+        "engram_vocab_size": 16_000_000,
+        "engram_bias": False,
+        "engram_conv_kernel_size": 0,
+        "engram_norm_eps": 1e-20,
+        "engram_zero_gate_sign": 1,
+    },
+}
+
+
+def config_for_backbone(
+    config_class: type[EngramConfig],
+    text_config: PreTrainedConfig,
+    tokenizer=None,
+    *,
+    layer_ids: list[int],
+    variant: str = "paper",
+    rows: int | None = None,
+    memory_fraction: float | None = None,
+    **engram_fields,
+) -> EngramConfig:
+    """Config for adding memory to a backbone; as a method, `EngramConfig.for_backbone`.
+
+    Args:
+        text_config: the backbone's config. If that has a `text_config` itself, the memory is its language model's.
+        tokenizer: an `EngramTokenizer`, another fast tokenizer or a token map, which gives the compressed
+            vocabulary's size and the pad id; None if the fields say so themselves, or for no compression.
+        layer_ids: decoder layers that get a memory.
+        variant: `"paper"` or `"v4.1"`; any field can be overridden.
+        rows: approximate rows of each layer's table. Without this, `memory_fraction` and `engram_vocab_size`, a table
+            has the variant's: five buckets a head for each token of the vocabulary (paper), or the release's 384
+            million rows (V4.1).
+        memory_fraction: share of all parameters that the memory shall have, between 0 and 1 (exclusive).
+        **engram_fields: fields of [`EngramConfig`], by name.
+
+    Raises:
+        ValueError: on a field that breaks a rule, or if both `rows` and `memory_fraction` are given.
+    """
+    if variant not in VARIANTS:
+        raise EngramError(f"variant is {variant!r}; it must be one of {', '.join(map(repr, VARIANTS))}.")
+    if sum(value is not None for value in (rows, memory_fraction, engram_fields.get("engram_vocab_size"))) > 1:
+        raise EngramError("Give one of rows, memory_fraction and engram_vocab_size: each fixes the tables' size.")
+    if not isinstance(text_config, PreTrainedConfig):
+        raise EngramError(
+            f"text_config is a {type(text_config).__name__}; give the backbone's config, for example "
+            "AutoConfig.from_pretrained(name)."
+        )
+    whole = text_config.backbone if isinstance(text_config, EngramConfig) else text_config
+    text_config = whole.get_text_config(decoder=True)
+    # Of older encoder-decoders, that is a copy without the encoder.
+    is_composite = text_config is not whole and getattr(whole, "text_config", None) is text_config
+    engram_fields |= {"backbone_config": whole} if is_composite else {"text_config": text_config}
+    fields = {**VARIANTS[variant], "engram_layer_ids": list(map(int, layer_ids)), **engram_fields}
+    fields.setdefault("dtype", text_config.dtype)
+    if tokenizer is not None:
+        fields.setdefault("engram_compressed_vocab_size", _compressed_size(tokenizer, text_config))
+    fields.setdefault("engram_pad_token_id", _first_id(tokenizer, text_config))
+    if rows is not None or memory_fraction is not None:
+        # With any size first: every other field is checked before the size is searched for.
+        smallest = config_class(**{**fields, "engram_vocab_size": 1})
+        fields["engram_vocab_size"] = find_buckets(smallest, rows, memory_fraction)
+    return config_class(**fields)
+
+
+def _first_id(tokenizer, text_config: PreTrainedConfig) -> int:
+    """The pad id, or the next best special id, of the tokenizer (or a processor's) or else of the backbone."""
+    for source in (tokenizer, getattr(tokenizer, "tokenizer", None), text_config):
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            value = getattr(source, name, None)
+            value = value[0] if isinstance(value, list) and value else value
+            if isinstance(value, int) and value >= 0:
+                return value
+    return 0
+
+
+def _compressed_size(tokenizer, text_config: PreTrainedConfig) -> int:
+    token_map = as_token_map(tokenizer)
+    if token_map.numel() > text_config.vocab_size:
+        raise EngramError(
+            f"The tokenizer has {token_map.numel()} ids, but the backbone's vocab_size is {text_config.vocab_size}; "
+            "resize the backbone with resize_token_embeddings(len(tokenizer)) first."
+        )
+    return int(token_map.max()) + 1
+
+
+def parameters_beside_table(config: EngramConfig) -> int:
+    """Parameters of one layer's memory apart from its table."""
+    hidden, streams = config.text_config.hidden_size, config.engram_streams
+    projection = (config.engram_row_width + int(config.engram_bias)) * hidden * (streams + 1)
+    norms = 2 * streams * hidden
+    conv = streams * hidden * (config.engram_conv_kernel_size + 1) if config.engram_conv_kernel_size else 0
+    return projection + norms + conv
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
@@ -35,7 +143,7 @@ def find_buckets(config: EngramConfig, rows: int | None, memory_fraction: float 
 
     Args:
         config: of the model, with any `engram_vocab_size`.
-        rows, memory_fraction: see [`EngramConfig.for_backbone`]; one of them.
+        rows, memory_fraction: see [`config_for_backbone`]; one of them.
 
     Raises:
         ValueError: there are no such tables.
@@ -48,10 +156,10 @@ def _rows_for_fraction(config: EngramConfig, fraction: float) -> int:
     if not 0 < fraction < 1:
         raise EngramError(f"memory_fraction is {fraction}; it must lie between 0 and 1, both excluded.")
     memory = count_parameters(config.backbone) * fraction / (1 - fraction)
-    rows = round((memory / len(config.engram_layer_ids) - config.parameters_beside_table) / config.engram_head_dim)
+    rows = round((memory / len(config.engram_layer_ids) - parameters_beside_table(config)) / config.engram_head_dim)
     if rows <= 0:
         raise EngramError(
-            f"memory_fraction {fraction} is used up by the projections ({config.parameters_beside_table:,} parameters a "
+            f"memory_fraction {fraction} is used up by the projections ({parameters_beside_table(config):,} parameters a "
             "layer); raise it, or lower engram_head_dim or engram_n_heads."
         )
     return rows
@@ -89,8 +197,22 @@ def add_memory(
     memory_fraction: float | None = None,
     **kwargs,
 ) -> EngramForCausalLM:
-    """See [`EngramForCausalLM.from_backbone`]."""
+    """Add memory to a pretrained causal language model, whose logits stay exactly as they are until trained.
+
+    As a method, `EngramForCausalLM.from_backbone`.
+
+    Args:
+        backbone: a causal language model (changed in place), or a name or folder for `AutoModelForCausalLM`. If it is
+            quantized, the memory is not.
+        tokenizer, layer_ids, variant, rows, memory_fraction: see [`config_for_backbone`].
+        **kwargs: `engram_*` fields of the config; the rest goes to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: see [`config_for_backbone`]; or the backbone is an encoder-decoder, has no layers, or is
+            quantized in a way that cannot leave the memory out.
+    """
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
+    fields |= {"variant": variant, "rows": rows, "memory_fraction": memory_fraction}
     require_backbone(backbone, kwargs)
     if isinstance(backbone, PreTrainedModel):
         if kwargs:
@@ -105,15 +227,7 @@ def add_memory(
             "Some of the backbone's weights are offloaded; add memory with all of them loaded, save the model, and "
             "load that with a device_map."
         )
-    config = EngramConfig.for_backbone(
-        host.config,
-        tokenizer,
-        layer_ids=layer_ids,
-        variant=variant,
-        rows=rows,
-        memory_fraction=memory_fraction,
-        **fields,
-    )
+    config = config_for_backbone(EngramConfig, host.config, tokenizer, layer_ids=layer_ids, **fields)
     config.dtype = host.dtype
     for module in host.modules():
         module._is_hf_initialized = True  # its weights are trained ones

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoModel, PreTrainedConfig
 
-from .adding_engram import count_parameters
+from .adding_engram import count_parameters, parameters_beside_table
 from .configuration_engram import EngramConfig
 from .table_engram import EngramTable
 
@@ -159,7 +159,7 @@ def _licence_sentence(data: ModelCardData) -> str:
 
 
 def _memory_parameters(config: EngramConfig) -> int:
-    beside = len(config.engram_layer_ids) * config.parameters_beside_table
+    beside = len(config.engram_layer_ids) * parameters_beside_table(config)
     return sum(config.engram_num_embeddings) * config.engram_head_dim + beside
 
 

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import CONFIG_MAPPING
 
-from .hashing_engram import as_token_map, draw_primes
+from .hashing_engram import draw_primes
 from .safetensors_engram import EngramError
 from .table_engram import QUANTIZED_FORMATS
 
@@ -26,28 +26,6 @@ FORMAT_VERSION = 2
 # Far beyond any use; more would take minutes to check.
 _MOST_ORDERS, _MOST_HEADS = 64, 1024
 
-# What the two published forms of Engram differ in; see arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "engram_max_ngram_size": 3,
-        "engram_n_heads": 8,
-        "engram_head_dim": 64,
-        "engram_bias": True,
-        "engram_conv_kernel_size": 4,
-        "engram_norm_eps": None,
-        "engram_zero_gate_sign": 0,
-    },
-    "v4.1": {
-        "engram_max_ngram_size": 4,
-        "engram_n_heads": 8,
-        "engram_head_dim": 256,
-        "engram_vocab_size": 16_000_000,
-        "engram_bias": False,
-        "engram_conv_kernel_size": 0,
-        "engram_norm_eps": 1e-20,
-        "engram_zero_gate_sign": 1,
-    },
-}
 # The demo's default: five buckets of every order for each token of the vocabulary.
 _PAPER_BUCKETS_PER_TOKEN = 5
 
@@ -227,8 +205,8 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     engram_table_dtype: str | None = None
     engram_format_version: int = FORMAT_VERSION
     backbone_config: dict | PreTrainedConfig | None = None
-    # Which `engram_vocab_size` gives tables of so many rows, or such a share of all parameters; the package engram_hf sets it.
-    find_buckets: ClassVar[Callable[..., int]] = staticmethod(needs_package)
+    # Called with a backbone's config to make the one of a model with memory; the package engram_hf sets it.
+    for_backbone: ClassVar[Any] = staticmethod(needs_package)
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
@@ -440,60 +418,6 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         """Whether the backbone keeps its streams in front of the batch, `[G, B, S, D]`."""
         return getattr(self.text_config, "altup_num_inputs", None) is not None
 
-    @classmethod
-    def for_backbone(
-        cls,
-        text_config: PreTrainedConfig,
-        tokenizer=None,
-        *,
-        layer_ids: list[int],
-        variant: str = "paper",
-        rows: int | None = None,
-        memory_fraction: float | None = None,
-        **engram_fields,
-    ) -> "EngramConfig":
-        """Config for adding memory to a backbone.
-
-        Args:
-            text_config: the backbone's config. If that has a `text_config` itself, the memory is its language model's.
-            tokenizer: an `EngramTokenizer`, another fast tokenizer or a token map, which gives the compressed
-                vocabulary's size and the pad id; None if the fields say so themselves, or for no compression.
-            layer_ids: decoder layers that get a memory.
-            variant: `"paper"` or `"v4.1"`; any field can be overridden.
-            rows: approximate rows of each layer's table. Without this, `memory_fraction` and `engram_vocab_size`, a table
-                has the variant's: five buckets a head for each token of the vocabulary (paper), or the release's 384
-                million rows (V4.1).
-            memory_fraction: share of all parameters that the memory shall have, between 0 and 1 (exclusive).
-            **engram_fields: fields of [`EngramConfig`], by name.
-
-        Raises:
-            ValueError: on a field that breaks a rule, or if both `rows` and `memory_fraction` are given.
-        """
-        if variant not in VARIANTS:
-            raise EngramError(f"variant is {variant!r}; it must be one of {', '.join(map(repr, VARIANTS))}.")
-        if sum(value is not None for value in (rows, memory_fraction, engram_fields.get("engram_vocab_size"))) > 1:
-            raise EngramError("Give one of rows, memory_fraction and engram_vocab_size: each fixes the tables' size.")
-        if not isinstance(text_config, PreTrainedConfig):
-            raise EngramError(
-                f"text_config is a {type(text_config).__name__}; give the backbone's config, for example "
-                "AutoConfig.from_pretrained(name)."
-            )
-        whole = text_config.backbone if isinstance(text_config, EngramConfig) else text_config
-        text_config = whole.get_text_config(decoder=True)
-        # Of older encoder-decoders, that is a copy without the encoder.
-        is_composite = text_config is not whole and getattr(whole, "text_config", None) is text_config
-        engram_fields |= {"backbone_config": whole} if is_composite else {"text_config": text_config}
-        fields = {**VARIANTS[variant], "engram_layer_ids": list(map(int, layer_ids)), **engram_fields}
-        fields.setdefault("dtype", text_config.dtype)
-        if tokenizer is not None:
-            fields.setdefault("engram_compressed_vocab_size", _compressed_size(tokenizer, text_config))
-        fields.setdefault("engram_pad_token_id", _first_id(tokenizer, text_config))
-        if rows is not None or memory_fraction is not None:
-            # With any size first: every other field is checked before the size is searched for.
-            smallest = cls(**{**fields, "engram_vocab_size": 1})
-            fields["engram_vocab_size"] = cls.find_buckets(smallest, rows, memory_fraction)
-        return cls(**fields)
-
     def remote_code_map(self) -> dict[str, str]:
         """The `auto_map` of config.json: where a folder with remote code has the class for each Auto class."""
         entry = self._remote_entry
@@ -537,36 +461,6 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
             if not isinstance(name, str) or os.path.isabs(name) or os.path.exists(name):
                 del config["_name_or_path"]
         return fields
-
-    @property
-    def parameters_beside_table(self) -> int:
-        """Parameters of one layer's memory apart from its table."""
-        hidden, streams = self.text_config.hidden_size, self.engram_streams
-        projection = (self.engram_row_width + int(self.engram_bias)) * hidden * (streams + 1)
-        norms = 2 * streams * hidden
-        conv = streams * hidden * (self.engram_conv_kernel_size + 1) if self.engram_conv_kernel_size else 0
-        return projection + norms + conv
-
-
-def _first_id(tokenizer, text_config: PreTrainedConfig) -> int:
-    """The pad id, or the next best special id, of the tokenizer (or a processor's) or else of the backbone."""
-    for source in (tokenizer, getattr(tokenizer, "tokenizer", None), text_config):
-        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-            value = getattr(source, name, None)
-            value = value[0] if isinstance(value, list) and value else value
-            if isinstance(value, int) and value >= 0:
-                return value
-    return 0
-
-
-def _compressed_size(tokenizer, text_config: PreTrainedConfig) -> int:
-    token_map = as_token_map(tokenizer)
-    if token_map.numel() > text_config.vocab_size:
-        raise EngramError(
-            f"The tokenizer has {token_map.numel()} ids, but the backbone's vocab_size is {text_config.vocab_size}; "
-            "resize the backbone with resize_token_embeddings(len(tokenizer)) first."
-        )
-    return int(token_map.max()) + 1
 
 
 def as_decoder_config(text_config: dict | PreTrainedConfig | None) -> PreTrainedConfig:

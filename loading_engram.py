@@ -6,6 +6,7 @@ its `EngramTable` modules, so that transformers never allocates, initializes, mo
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -17,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
-from transformers.utils import CONFIG_NAME, cached_file, is_peft_available, logging
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from .row_sources_engram import MappedRows, PinnedRows
 from .safetensors_engram import EngramError, FileFormatError, read_header, read_json, read_weight_map, reading
@@ -50,6 +50,8 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 _IS_HASH = re.compile(r"\bhashing\.(?:token_map|multipliers|primes)$")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Of a file in the Hub's cache, whose layout is documented.
+_COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 _ORIGIN = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder", "local_files_only")
 RESIDENCIES = ("auto", "resident", "mapped", "pinned")
 # Member of the manifest, beside those of the table format, which readers that do not know it ignore.
@@ -105,7 +107,7 @@ class Checkpoint:
         name, given = self.name_or_path, dict(self.kwargs.get("adapter_kwargs") or {})
         # The base model gets a commit of its own, which transformers would look for in the adapter's repository too.
         given.setdefault("revision", self.kwargs.get("revision") or "main")
-        if not is_peft_available():
+        if importlib.util.find_spec("peft") is None:
             return
         if "_adapter_model_path" in given:  # an Auto class has found it
             self.kwargs = {**self.kwargs, "adapter_kwargs": given}
@@ -132,9 +134,9 @@ class Checkpoint:
                     f"{self.name_or_path} has no {CONFIG_NAME}; complete it, or name the folder of a saved model."
                 )
         elif not os.path.isdir(self.name_or_path):
-            commit = extract_commit_hash(str(config), None)
-            if commit is not None:
-                self.kwargs = {**self.kwargs, "revision": commit}
+            commit = _COMMIT.search(config.as_posix())
+            if commit:
+                self.kwargs = {**self.kwargs, "revision": commit[1]}
                 self._resolve = resolver(self.name_or_path, self.kwargs)
 
     def find_tables(self, residency: str = "auto") -> "FoundTables | None":
@@ -272,9 +274,10 @@ def _is_known_absent(name_or_path: str | os.PathLike, file: str, options: dict[s
     where = {name: options[name] for name in ("cache_dir", "revision") if name in options}
     path = os.path.join(options.get("subfolder", ""), file)
     try:
-        return try_to_load_from_cache(str(name_or_path), path, **where) is _CACHED_NO_EXIST
+        found = try_to_load_from_cache(str(name_or_path), path, **where)
     except HFValidationError:  # neither a folder nor a Hub id
         return False
+    return not (found is None or isinstance(found, str))  # else nobody asked, or it is there
 
 
 @dataclass

@@ -64,7 +64,6 @@ from .safetensors_engram import EngramError
 from .saving_engram import (
     FolderWriter,
     complete_save,
-    replace_files,
     require_settled,
     save_tables,
     tables_by_reference,
@@ -99,11 +98,26 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     # Called as `write_model_card(path, config, repo_id, token)` when a model is pushed; the package engram_hf sets it, and a
     # model that was loaded as remote code has the card that transformers writes.
     write_model_card: Callable[..., None] | None = None
+    # What makes all files of a save part of a folder in one step; that of the package keeps other processes out, too.
+    folder_writer: type[FolderWriter] = FolderWriter
     _takes_image_mask: bool = False
     _runs_inside: bool = False
     # The package sets these too: what refuses models that can carry no memory. A saved one has passed.
     require_backbone: Callable[..., None] = staticmethod(lambda backbone, options=None: None)
     require_decoder: Callable[..., None] = staticmethod(lambda model, config: None)
+
+    def __new__(cls, config: EngramConfig | None = None, *args, **kwargs):
+        if config is None:  # for pickle and torch's replicas, which fill in the state themselves
+            return super().__new__(cls)
+        config.validate_engram()  # fields of the backbone may have changed since the config was made
+        model = cls._prepare(config, *args, **kwargs)
+        extend(model, cls if cls._extends is None else cls._extends[0])
+        return model
+
+    @classmethod
+    def _prepare(cls, config: EngramConfig, *args, **kwargs) -> PreTrainedModel:
+        """The backbone's own model, its parts with memory, which is to become an instance of this class."""
+        raise NotImplementedError
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
@@ -289,7 +303,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
             return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
-        with replace_files(save_directory) as writer:
+        with self.folder_writer(save_directory) as writer:
             token = _SAVE.set((writer, kwargs.get("variant")))
             try:
                 save_tables(self.memory_model, writer.path)
@@ -358,12 +372,15 @@ class EngramModel(EngramPreTrainedModel):
     # For backbones of several parts; multimodal_engram sets it.
     composite_class: Callable[..., PreTrainedModel] = staticmethod(needs_package)
 
-    def __new__(cls, config: EngramConfig | None = None, backbone: PreTrainedModel | None = None, engram_tables=None):
-        if config is None:  # for pickle and torch's replicas, which fill in the state themselves
-            return super().__new__(cls)
-        config.validate_engram()  # fields of the backbone may have changed since the config was made
-        if config.is_composite:
-            return EngramModel.composite_class(config, backbone, engram_tables)
+    def __new__(cls, config: EngramConfig | None = None, *args, **kwargs):
+        if config is not None and config.is_composite:
+            return EngramModel.composite_class(config, *args, **kwargs)
+        return super().__new__(cls, config, *args, **kwargs)
+
+    @classmethod
+    def _prepare(
+        cls, config: EngramConfig, backbone: PreTrainedModel | None = None, engram_tables: FoundTables | None = None
+    ) -> PreTrainedModel:
         if backbone is None:
             # In the dtype that the caller builds this model in, as a backbone that is built by itself.
             backbone = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
@@ -377,7 +394,6 @@ class EngramModel(EngramPreTrainedModel):
             )
         for layer_id in config.engram_layer_ids:
             require_extensible(layers[layer_id])  # all of them before the first one is changed
-        extend(backbone, cls if cls._extends is None else cls._extends[0])
         return backbone
 
     def __init__(
@@ -393,7 +409,7 @@ class EngramModel(EngramPreTrainedModel):
         self.hashing = NgramHasher.from_config(config)
         # Use the embedding's dtype; layers may be partly float32 or quantized.
         dtype = self.get_input_embeddings().weight.dtype
-        path, layers = decoder_layers(self, config.num_hidden_layers)
+        self._layers_name, layers = decoder_layers(self, config.num_hidden_layers)
         for index, layer_id in enumerate(config.engram_layer_ids):
             add_memory_to_layer(layers[layer_id], config, index, dtype)
         names = {type(layers[layer_id]).__name__ for layer_id in config.engram_layer_ids}
@@ -401,7 +417,7 @@ class EngramModel(EngramPreTrainedModel):
         # Whether the backbone hands what it does not know on to its layers; None before the first forward.
         self._hands_on: bool | None = None
         # A head may call a decoder inside of its base model, past the base model's own forward.
-        inner = self.get_submodule(path.rpartition(".")[0])
+        inner = self.get_submodule(self._layers_name.rpartition(".")[0])
         self._runs_inside = inner is not self and isinstance(inner, PreTrainedModel)
         if self._runs_inside:
             extend(inner, DecoderWithMemory)
@@ -434,8 +450,8 @@ class EngramModel(EngramPreTrainedModel):
 
     def memories(self) -> dict[int, EngramMemory]:
         """The memory of every listed decoder layer, by layer."""
-        found = {module.index: module for module in self.modules() if isinstance(module, EngramMemory)}
-        return {layer_id: found[index] for index, layer_id in enumerate(self.config.engram_layer_ids)}
+        layers = self.get_submodule(self._layers_name)
+        return {layer_id: layers[layer_id].engram for layer_id in self.config.engram_layer_ids}
 
     def settle_memory(self) -> None:
         """Check and fix what loading has filled in: the hash is exact, and quantized rows take no gradient."""
@@ -801,13 +817,13 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
     host_class = AutoModelForCausalLM
     _reads_images = False
-    # What `from_backbone` does; the package engram_hf sets it.
-    add_memory: Callable[..., PreTrainedModel] = staticmethod(needs_package)
+    # Called with a causal language model, or the name of one, to add memory to it; the package engram_hf sets it.
+    from_backbone: Any = staticmethod(needs_package)
 
-    def __new__(cls, config: EngramConfig | None = None, host: PreTrainedModel | None = None, engram_tables=None):
-        if config is None:  # for pickle and torch's replicas, which fill in the state themselves
-            return super().__new__(cls)
-        config.validate_engram()
+    @classmethod
+    def _prepare(
+        cls, config: EngramConfig, host: PreTrainedModel | None = None, engram_tables: FoundTables | None = None
+    ) -> PreTrainedModel:
         if config.is_composite and not cls._reads_images:
             raise EngramError(
                 f"The backbone is a {config.backbone.model_type}, which reads more than text; use EngramForConditionalGeneration "
@@ -820,7 +836,6 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         config.backbone = host.config  # from_config copies; there is to be one
         name_base_model(host)
         EngramModel(config, host.base_model, engram_tables)  # changes the host's base model in place
-        extend(host, cls if cls._extends is None else cls._extends[0])
         return host
 
     def __init__(
@@ -833,33 +848,6 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         self._become(config)
         self._take_over(self.base_model, self.base_model_prefix)
         self.init_weights()
-
-    @classmethod
-    def from_backbone(
-        cls,
-        backbone: str | os.PathLike | PreTrainedModel,
-        tokenizer=None,
-        *,
-        layer_ids: list[int],
-        variant: str = "paper",
-        rows: int | None = None,
-        memory_fraction: float | None = None,
-        **kwargs,
-    ) -> "EngramForCausalLM":
-        """Add memory to a pretrained causal language model, whose logits stay exactly as they are until trained.
-
-        Args:
-            backbone: a causal language model (changed in place), or a name or folder for `AutoModelForCausalLM`. If it is
-                quantized, the memory is not.
-            tokenizer, layer_ids, variant, rows, memory_fraction: see [`EngramConfig.for_backbone`].
-            **kwargs: `engram_*` fields of the config; the rest goes to `AutoModelForCausalLM.from_pretrained`.
-
-        Raises:
-            ValueError: see [`EngramConfig.for_backbone`]; or the backbone is an encoder-decoder, has no layers, or is
-                quantized in a way that cannot leave the memory out.
-        """
-        sizes = {"rows": rows, "memory_fraction": memory_fraction}
-        return cls.add_memory(cls, backbone, tokenizer, layer_ids=layer_ids, variant=variant, **sizes, **kwargs)
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedConfi
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_engram import EngramConfig
-from .layer_engram import BESIDE, extend, require_extensible, within
+from .layer_engram import BESIDE, require_extensible, within
 from .loading_engram import FoundTables
 from .modeling_engram import EngramForCausalLM, EngramModel, EngramPreTrainedModel, forward_with_memory
 from .safetensors_engram import EngramError
@@ -73,16 +73,15 @@ class EngramMultimodalModel(EngramPreTrainedModel):
         ValueError: as [`EngramModel`]; or the backbone has no language model of the kind that memory can be added to.
     """
 
-    def __new__(cls, config: EngramConfig | None = None, backbone: PreTrainedModel | None = None, engram_tables=None):
-        if config is None:  # for pickle and torch's replicas, which fill in the state themselves
-            return super().__new__(cls)
-        config.validate_engram()
+    @classmethod
+    def _prepare(
+        cls, config: EngramConfig, backbone: PreTrainedModel | None = None, engram_tables: FoundTables | None = None
+    ) -> PreTrainedModel:
         if backbone is None:
             backbone = AutoModel.from_config(config.backbone, dtype=torch.get_default_dtype())
         require_extensible(backbone)
         config.backbone = backbone.config  # from_config copies; there is to be one
         EngramLanguageModel(config.text_config, _language_model(backbone), engram_tables)
-        extend(backbone, cls if cls._extends is None else cls._extends[0])
         return backbone
 
     def __init__(
@@ -173,13 +172,16 @@ class EngramForConditionalGeneration(EngramForCausalLM):
     host_class = AutoModelForImageTextToText
     _reads_images = True
 
-    def __new__(cls, config: EngramConfig | None = None, host: PreTrainedModel | None = None, engram_tables=None):
-        if config is not None and "AutoModelForImageTextToText" not in config.remote_code_map():
+    @classmethod
+    def _prepare(
+        cls, config: EngramConfig, host: PreTrainedModel | None = None, engram_tables: FoundTables | None = None
+    ) -> PreTrainedModel:
+        if "AutoModelForImageTextToText" not in config.remote_code_map():
             raise EngramError(
                 f"The backbone is a {config.text_config.model_type}, which reads text alone; use EngramForCausalLM "
                 "(AutoModelForCausalLM), or give the config of a backbone that reads images."
             )
-        return super().__new__(cls, config, host, engram_tables)
+        return super()._prepare(config, host, engram_tables)
 
     def _get_name(self) -> str:
         """The backbone's own name if `Trainer` knows that as a causal language model's, whose smoothed labels it shifts."""

@@ -7,18 +7,16 @@ milliseconds) leaves a target of two models, which [`require_settled`] refuses.
 """
 
 import contextlib
-import errno
-import json
 import os
 import re
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
+from typing import Self
 
 from .loading_engram import (
     TABLES_MEMBER,
@@ -37,9 +35,7 @@ from .safetensors_engram import (
     header_bytes,
     json_bytes,
     link_or_copy,
-    lock_file,
     read_json,
-    still_names,
     write_json,
 )
 from .table_engram import ROW_FORMATS, SAFETENSORS_NAMES
@@ -54,225 +50,72 @@ from .table_format_engram import (
     read_tables,
 )
 
-LOCK_NAME = ".engram-lock"
 # Hidden folders inside a target: of a save that is being written, and of one that is whole and being put in place.
-_SAVE, _EXCHANGE = ".engram-save-", ".engram-exchange-"
-_FILES = "files"  # their files lie in a folder of that name, beside the claim, so that a model can be saved among them
-# How long a save waits for others that are put in place in the same folder, and how long loading waits for such a one.
-SAVE_WAITS, LOAD_WAITS = 60.0, 10.0
-_POLL_SECONDS = 0.01
-
-
-def is_hidden_file(name: str) -> bool:
-    """Whether a file or folder in a target is there for this module alone, or was left by a process that was killed."""
-    return name == LOCK_NAME or name.startswith((_SAVE, _EXCHANGE))
-
-
-class FolderInUseError(EngramError):
-    """Another process, or another thread, is writing to a folder; said in one sentence."""
-
-
-class FolderClaim:
-    """The right to write to a folder, which the system takes back when the process ends.
-
-    It is a locked file in the folder that says who holds it. On file systems without locks the file alone counts, and
-    that of a process of this machine which has ended is taken over.
-
-    Args:
-        folder: is made if it is missing, and removed again on release if nothing was put into it.
-    """
-
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-        self.path = self.folder / LOCK_NAME
-        self._file = None
-        self._made_folder = False
-
-    def take(self, wait: float = 0.0) -> "FolderClaim":
-        """Claim the folder before anything is written to it.
-
-        Args:
-            wait: seconds to wait for who holds it.
-
-        Raises:
-            FolderInUseError: it is claimed; names the process, its machine and since when. Nothing was changed.
-            OSError: the folder cannot be written.
-        """
-        self.make_folder()
-        deadline = time.monotonic() + wait
-        while self._file is None:
-            holder = self._try()
-            if holder is not None and time.monotonic() >= deadline:
-                known = {"pid", "host", "since"} <= holder.keys()
-                who = "process {pid} on {host} (since {since})".format(**holder) if known else "another process"
-                raise FolderInUseError(
-                    f"{self.folder} is being written by {who}; wait for it to end, or name another folder "
-                    f"(if that process is not writing there, delete {self.path})."
-                )
-            if holder is not None:
-                time.sleep(_POLL_SECONDS)
-        return self
-
-    def release(self) -> None:
-        """Let others write; does nothing if the folder was not claimed."""
-        if self._file is not None:
-            if os.name == "nt":  # where no open file can be removed
-                self._file.close()
-            with contextlib.suppress(OSError):
-                self.path.unlink()  # while it is locked, so that nobody locks a file that has no name
-            self._file.close()
-            self._file = None
-        if self._made_folder:
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
-
-    def __enter__(self) -> "FolderClaim":
-        return self.take()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def make_folder(self) -> None:
-        """Make the folder if it is missing."""
-        try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self.folder.mkdir()
-                self._made_folder = True
-            except FileExistsError:
-                if self.folder.is_file():
-                    raise NotADirectoryError(errno.ENOTDIR, f"{self.folder} is a file; name a folder") from None
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
-
-    def _try(self) -> dict | None:
-        """Try once to claim the folder; what is known of its holder if there is one."""
-        try:
-            file = open(self.path, "x+b", buffering=0)  # noqa: SIM115 (it is held open as long as the claim)
-        except FileExistsError:
-            return _remove_abandoned(self.path)
-        except FileNotFoundError:  # another process took the folder, which was empty, for an abandoned one
-            self.make_folder()
-            return None
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
-        # Between the two calls others may take the file for an abandoned one.
-        if lock_file(file.fileno()) is False or not still_names(self.path, file.fileno()):
-            file.close()
-            return None
-        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
-        self._file = file
-        return None
-
-
-def _unwritable(folder: Path, error: OSError) -> OSError:
-    """The same error with what to do, if that is known."""
-    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return error
-    return OSError(error.errno, f"{folder} cannot be written ({error.strerror}); choose a folder that is writable")
-
-
-def _remove_abandoned(path: Path) -> dict | None:
-    """Remove the lock file of a process that has ended; otherwise, what it says of the process that holds it."""
-    try:
-        # NFS locks only what is open for writing. A pipe in its place must not be waited for.
-        file = os.open(path, os.O_RDWR | getattr(os, "O_NONBLOCK", 0))
-    except FileNotFoundError:
-        return None
-    try:
-        is_abandoned, holder = lock_file(file), _read_holder(file)
-        if is_abandoned is None:
-            is_abandoned = _has_ended(holder)
-        if not is_abandoned:
-            return holder
-        if still_names(path, file):
-            path.unlink()
-        return None
-    finally:
-        os.close(file)
-
-
-def _read_holder(file: int) -> dict:
-    # The process that holds the lock may have yet to write who it is; a moment is enough for that.
-    for _ in range(20):
-        os.lseek(file, 0, os.SEEK_SET)
-        with contextlib.suppress(ValueError, OSError):
-            holder = json.loads(os.read(file, 4096))
-            return holder if isinstance(holder, dict) else {}
-        time.sleep(_POLL_SECONDS / 2)
-    return {}
-
-
-def _has_ended(holder: dict) -> bool:
-    """Whether a lock file, on a file system without locks, is that of a process of this machine which has ended."""
-    if holder.get("host") != socket.gethostname() or type(holder.get("pid")) is not int or os.name == "nt":
-        return False  # (on Windows, asking for a process would end it)
-    try:
-        os.kill(holder["pid"], 0)
-    except OSError as error:
-        return isinstance(error, ProcessLookupError)
-    return False
+SAVE_PREFIX, EXCHANGE_PREFIX = ".engram-save-", ".engram-exchange-"
+# Their files lie in a folder of that name, beside what keeps other processes out.
+_FILES = "files"
+# How many seconds loading waits for a save that is put in place.
+LOAD_WAITS = 10.0
+POLL_SECONDS = 0.01
 
 
 class FolderWriter:
-    """Files that are to become part of `target` together; see [`replace_files`].
+    """Files that become part of a folder together, or not at all.
+
+    As a context manager: write to `path`, and call `publish` at the end.
+
+    Args:
+        target: the folder; made if it is missing.
 
     Attributes:
-        path: the folder to write them to.
+        path: the folder to write to.
+        names: of the files that were put in place; None before that.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
 
     def __init__(self, target: str | os.PathLike):
-        self.target = Path(target)
+        self.target, self.names = Path(target), None
         name = secrets.token_hex(8)
-        self._staged, self._exchanged = self.target / f"{_SAVE}{name}", self.target / f"{_EXCHANGE}{name}"
+        self._staged, self._exchanged = self.target / f"{SAVE_PREFIX}{name}", self.target / f"{EXCHANGE_PREFIX}{name}"
         self.path = self._staged / _FILES
-        self._claim = FolderClaim(self._staged)  # by which others tell it from what a killed process left
-        self._parent = FolderClaim(self.target)  # not taken: it makes the folder, and removes it if it stays empty
-        self.names: set[str] | None = None  # of the files that were put in place
+        self._is_new = not self.target.exists()
 
-    def begin(self) -> None:
-        """Make the folder, and remove what killed saves left beside it."""
-        self._parent.make_folder()
-        _remove_left_saves(self.target)
-        self._claim.take(LOAD_WAITS)
-        self.path.mkdir()
+    def __enter__(self) -> Self:
+        try:
+            self._begin()
+        except BaseException:
+            self._end()
+            raise
+        return self
 
-    def publish(
-        self,
-        is_stale: Callable[[str], bool] = lambda name: False,
-        last: str | None = None,
-        is_claimed: bool = False,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _begin(self) -> None:
+        self.path.mkdir(parents=True)
+
+    def publish(self, is_stale: Callable[[str], bool] = lambda name: False, last: str | None = None) -> None:
         """Put all files in place, if that has not been done, and remove what they replace.
 
         Args:
             is_stale: whether a file of the target that is not among the new ones belongs to what they replace.
             last: name of the file that is put in place after all others.
-            is_claimed: whether the caller holds the claim of the target. Otherwise other saves to it are waited for.
 
         Raises:
-            FolderInUseError: another process writes to the target; nothing there was changed.
             OSError: the files cannot be put in place.
         """
         if self.names is not None:
             return
-        claim = FolderClaim(self.target)
+        files = [path.relative_to(self.path) for path in sorted(self.path.rglob("*")) if not path.is_dir()]
+        self._files, self._is_stale = sorted(files, key=lambda file: file.as_posix() == last), is_stale
         try:
-            if not is_claimed:
-                claim.take(SAVE_WAITS)
-            files = [path.relative_to(self.path) for path in sorted(self.path.rglob("*")) if not path.is_dir()]
-            self._files = sorted(files, key=lambda file: file.as_posix() == last)
-            self._is_stale = is_stale
-            if os.name == "nt":  # where no folder is renamed that has an open file in it
-                self._claim.release()
             self._staged.rename(self._exchanged)
             self._exchange()
         except BaseException:
             self._finish()
             raise
-        finally:
-            claim.release()
 
     def _exchange(self) -> None:
         for file in self._files:
@@ -282,8 +125,8 @@ class FolderWriter:
             if path.name not in names and not path.is_dir() and self._is_stale(path.name):
                 path.unlink(missing_ok=True)
         # From here on the target is whole. Earlier exchanges that were killed have been replaced by this one.
-        for path in self.target.glob(f"{_EXCHANGE}*"):
-            done = path.with_name(path.name.replace(_EXCHANGE, _SAVE))
+        for path in self.target.glob(f"{EXCHANGE_PREFIX}*"):
+            done = path.with_name(path.name.replace(EXCHANGE_PREFIX, SAVE_PREFIX))
             path.rename(done)
             shutil.rmtree(done, ignore_errors=True)
         self.names = names
@@ -293,42 +136,13 @@ class FolderWriter:
         if self.names is None and self._exchanged.exists():
             self._exchange()
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Leave nothing behind but what was put in place."""
         self._finish()
         shutil.rmtree(self._staged, ignore_errors=True)
-        self._claim.release()
-        self._parent.release()
-
-
-@contextlib.contextmanager
-def replace_files(target: str | os.PathLike) -> Iterator[FolderWriter]:
-    """Write files that become part of a folder together, or not at all.
-
-    Within it, write to `.path` of what it gives and call `.publish()` at the end. Whatever a killed process left behind in
-    the target is removed.
-
-    Args:
-        target: the folder; made if it is missing.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    writer = FolderWriter(target)
-    try:
-        writer.begin()
-        yield writer
-    finally:
-        writer.end()
-
-
-def _remove_left_saves(target: Path) -> None:
-    for path in target.glob(f"{_SAVE}*"):
-        claim = FolderClaim(path)
-        with contextlib.suppress(FolderInUseError, OSError):  # alive, or for somebody else to remove
-            claim.take()
-            shutil.rmtree(path, ignore_errors=True)
-        claim.release()
+        if self._is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.target.rmdir()
 
 
 def _put_in_place(path: Path, name: Path) -> None:
@@ -357,13 +171,13 @@ def require_settled(folder: str | os.PathLike) -> None:
         EngramError: says where the new files are.
     """
     deadline = time.monotonic() + LOAD_WAITS
-    while left := sorted(Path(folder).glob(f"{_EXCHANGE}*")) if os.path.isdir(folder) else []:
+    while left := sorted(Path(folder).glob(f"{EXCHANGE_PREFIX}*")) if os.path.isdir(folder) else []:
         if time.monotonic() >= deadline:
             raise EngramError(
                 f"A save to {folder} was killed while its files were put in place, so that files of two saves may be mixed "
                 f"there; what was saved is whole in {left[-1] / _FILES}: load it from there, and save it to {folder} again."
             )
-        time.sleep(_POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 # --- tables ------------------------------------------------------------------------------

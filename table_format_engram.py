@@ -9,10 +9,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -133,28 +134,36 @@ def describe_table(
     """
     layer, pad = hasher.layer_ids[index], hasher.pad_token_id
     primes = hasher.primes[index].tolist()
-    row_format = ROW_FORMATS[dtype]
-    scale_dtype = SAFETENSORS_NAMES.get(row_format.scale_dtype)
     known = _count_known_ids(hasher.token_map)
     return TableDescription(
         layer=layer,
-        num_rows=sum(map(sum, primes)),
         rows=(0, sum(map(sum, primes))),
         width=width,
         dtype=dtype,
-        scale_dtype=scale_dtype,
-        scale_block=(row_format.block or width) if scale_dtype else None,
         tensors=tensor_names(layer, dtype, kinds),
-        orders=list(range(2, hasher.max_ngram + 1)),
-        heads=hasher.heads,
         primes=primes,
-        offsets=_offsets(primes),
         multipliers=hasher.multipliers[index].tolist(),
         pad_id=pad if hasher.token_map is None else int(hasher.token_map[pad]),
         vocab_size=hasher.hash_vocab_size,
         token_map_sha256=None if known is None else token_map_digest(hasher.token_map[:known]),
         token_map_ids=known,
+        **_derived(dtype, width, primes),
     )
+
+
+def _derived(dtype: str, width: int, primes: list[list[int]]) -> dict[str, Any]:
+    """Members of a description that follow from others."""
+    row_format = ROW_FORMATS[dtype]
+    scale_dtype = SAFETENSORS_NAMES.get(row_format.scale_dtype)
+    ends = iter(accumulate((size for order in primes for size in order), initial=0))
+    return {
+        "num_rows": sum(map(sum, primes)),
+        "scale_dtype": scale_dtype,
+        "scale_block": (row_format.block or width) if scale_dtype else None,
+        "orders": list(range(2, len(primes) + 2)),
+        "heads": len(primes[0]),
+        "offsets": [[next(ends) for _ in order] for order in primes],  # the running sum of the bucket sizes
+    }
 
 
 def require_same_hash(described: TableDescription, hasher, index: int) -> None:
@@ -209,43 +218,6 @@ def covers_token_map(described: TableDescription, token_map: torch.Tensor) -> bo
     return len(covered) == described.token_map_ids and token_map_digest(covered) == described.token_map_sha256
 
 
-def _offsets(primes: Sequence[Sequence[int]]) -> list[list[int]]:
-    """First row of every head: the running sum of the bucket sizes before it."""
-    ends = iter(accumulate((size for order in primes for size in order), initial=0))
-    return [[next(ends) for _ in order] for order in primes]
-
-
-_IS_COUNT = (lambda value: are_counts([value]), "a count")
-_IS_COUNTS = (are_counts, "a list of counts")
-_IS_COUNT_OR_NULL = (lambda value: value is None or _IS_COUNT[0](value), "a count or null")
-_IS_GRID = (lambda value: isinstance(value, list) and all(map(are_counts, value)), "a list of lists of counts")
-_IS_NAME = (lambda value: isinstance(value, str), "a string")
-_IS_NAME_OR_NULL = (lambda value: value is None or isinstance(value, str), "a string or null")
-_IS_NAMES = (
-    lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value.values()),
-    "an object of names",
-)
-_MEMBERS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "layer": _IS_COUNT,
-    "num_rows": _IS_COUNT,
-    "rows": (lambda value: are_counts(value) and len(value) == 2, "two row numbers"),
-    "width": _IS_COUNT,
-    "dtype": _IS_NAME,
-    "scale_dtype": _IS_NAME_OR_NULL,
-    "scale_block": _IS_COUNT_OR_NULL,
-    "tensors": _IS_NAMES,
-    "orders": _IS_COUNTS,
-    "heads": _IS_COUNT,
-    "primes": _IS_GRID,
-    "offsets": _IS_GRID,
-    "multipliers": _IS_COUNTS,
-    "pad_id": _IS_COUNT,
-    "vocab_size": _IS_COUNT,
-    "token_map_sha256": _IS_NAME_OR_NULL,
-    "token_map_ids": _IS_COUNT_OR_NULL,
-}
-
-
 def parse_description(members: dict, what: str) -> TableDescription:
     """Check a description (section 3 of the format) against itself.
 
@@ -257,52 +229,40 @@ def parse_description(members: dict, what: str) -> TableDescription:
         TableFormatError: a member is missing, of the wrong type, or contradicts another.
     """
     require_version(members.get("format_version"), what)
-    for name, (is_valid, expected) in _MEMBERS.items():
-        if name not in members:
-            raise TableFormatError(f"{what} lacks {name!r} in its table description; write the file again.")
-        if not is_valid(members[name]):
-            raise TableFormatError(f"{what} says {name} is {members[name]!r}, expected {expected}.")
     known = {field.name for field in fields(TableDescription)}
-    description = TableDescription(**{name: value for name, value in members.items() if name in known})
-    description = replace(description, rows=tuple(description.rows))
-    for holds, message in _description_rules(description):
+    if absent := sorted(known - members.keys()):
+        raise TableFormatError(f"{what} lacks {absent[0]!r} in its table description; write the file again.")
+    for holds, name, expected in _description_rules(members):
         if not holds:
-            raise TableFormatError(f"{what} contradicts itself: {message}.")
-    return description
+            raise TableFormatError(f"{what} contradicts itself: {name} is {members[name]!r}, expected {expected}.")
+    described = {name: members[name] for name in known}
+    return TableDescription(**described | {"rows": tuple(members["rows"])})
 
 
-def _description_rules(d: TableDescription) -> list[tuple[bool, str]]:
-    row_format = ROW_FORMATS.get(d.dtype, ROW_FORMATS["F32"])
-    scale_dtype = SAFETENSORS_NAMES.get(row_format.scale_dtype)
-    expected_block = (row_format.block or d.width) if scale_dtype else None
-    total = sum(map(sum, d.primes))
-    return [
-        (d.dtype in ROW_FORMATS, f"dtype is {d.dtype!r}, expected one of {', '.join(ROW_FORMATS)}"),
-        (d.scale_dtype == scale_dtype, f"rows of {d.dtype} have scales of {scale_dtype}, not {d.scale_dtype}"),
-        (d.scale_block == expected_block, f"scale_block is {d.scale_block}, expected {expected_block}"),
-        (d.width > 0, "width is 0"),
-        (d.width % row_format.packed == 0, f"width is {d.width}, but {row_format.packed} channels are in a number"),
-        (
-            sorted(map(_global_kind, d.tensors)) == sorted(row_format.kinds),
-            f"tensors names {sorted(d.tensors)}, which does not fit rows of {d.dtype}",
-        ),
-        (0 <= d.rows[0] < d.rows[1] <= d.num_rows, f"rows {list(d.rows)} is no part of {d.num_rows} rows"),
-        (d.orders == list(range(2, len(d.orders) + 2)), f"orders is {d.orders}, expected [2, 3, ...]"),
-        (len(d.primes) == len(d.orders), f"primes has {len(d.primes)} lists for {len(d.orders)} orders"),
-        (all(len(order) == d.heads for order in d.primes), f"primes does not list {d.heads} heads for every order"),
-        (all(prime > 0 for order in d.primes for prime in order), "a head has no rows: its prime is 0"),
-        (total == d.num_rows, f"the primes sum to {total}, but num_rows is {d.num_rows}"),
-        (d.offsets == _offsets(d.primes), "offsets is not the running sum of primes"),
-        (
-            len(d.multipliers) == len(d.orders) + 1 and all(m % 2 for m in d.multipliers),
-            f"multipliers must be {len(d.orders) + 1} odd numbers below 2^63",
-        ),
-        (d.pad_id < d.vocab_size, f"pad_id {d.pad_id} lies outside the compressed vocabulary of {d.vocab_size}"),
-        (
-            (d.token_map_sha256 is None) == (d.token_map_ids is None),
-            "token_map_sha256 and token_map_ids must both be given, or both be null",
-        ),
-    ]
+def _description_rules(d: dict) -> Iterator[tuple[bool, str, str]]:
+    """Whether a member is as the others ask for, its name, and what it is to be; each relies on those before."""
+    for name in ("layer", "width", "pad_id", "vocab_size"):
+        yield are_counts([d[name]]), name, "a count"
+    yield isinstance(d["dtype"], str) and d["dtype"] in ROW_FORMATS, "dtype", f"one of {', '.join(ROW_FORMATS)}"
+    row_format = ROW_FORMATS[d["dtype"]]
+    yield d["width"] > 0 and d["width"] % row_format.packed == 0, "width", f"a multiple of {row_format.packed}"
+    names = d["tensors"]
+    yield isinstance(names, dict) and all(isinstance(name, str) for name in names.values()), "tensors", "names by kind"
+    yield sorted(map(_global_kind, names)) == sorted(row_format.kinds), "tensors", f"names of {row_format.kinds}"
+    primes = d["primes"]
+    is_grid = isinstance(primes, list) and all(map(are_counts, primes)) and len(set(map(len, primes))) == 1
+    yield is_grid and all(map(all, primes)), "primes", "a list for every order, with as many positive numbers each"
+    for name, value in _derived(d["dtype"], d["width"], primes).items():
+        yield type(d[name]) is type(value) and d[name] == value, name, f"{value}, as the others imply"
+    rows = d["rows"]
+    is_part = are_counts(rows) and len(rows) == 2 and rows[0] < rows[1] <= d["num_rows"]
+    yield is_part, "rows", f"[first, stop] of {d['num_rows']} rows"
+    odd = are_counts(d["multipliers"]) and all(number % 2 for number in d["multipliers"])
+    yield odd and len(d["multipliers"]) == len(primes) + 1, "multipliers", f"{len(primes) + 1} odd numbers below 2^63"
+    yield d["pad_id"] < d["vocab_size"], "pad_id", f"a compressed id below {d['vocab_size']}"
+    digest, ids = d["token_map_sha256"], d["token_map_ids"]
+    has_map = isinstance(digest, str) and are_counts([ids])
+    yield has_map or digest is ids is None, "token_map_ids", "a count beside token_map_sha256, or both null"
 
 
 def _global_kind(kind: str) -> str:

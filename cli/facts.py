@@ -57,7 +57,7 @@ def add_commands(commands: Any) -> None:
 
 def run_write(options: argparse.Namespace) -> None:
     """Write `options.facts` into rows, and save them in `options.output`."""
-    from engram_hf.saving_engram import FolderClaim, replace_files
+    from engram_hf.claiming_engram import ClaimedFolderWriter, FolderClaim
     from engram_hf.training import write_facts
 
     folder, output = require_folder(options.model), Path(options.output)
@@ -66,7 +66,7 @@ def run_write(options: argparse.Namespace) -> None:
     facts = read_json_lines(Path(options.facts))
     protect = None if options.protect is None else read_texts(Path(options.protect))
     # A folder that cannot be written, or that somebody writes to, is found before the training.
-    with FolderClaim(output), replace_files(output) as writer:
+    with FolderClaim(output), ClaimedFolderWriter(output) as writer:
         model, tokenizer = _load(folder)
         adapted, report = write_facts(
             model,

@@ -83,14 +83,14 @@ def _page_writer(name: str) -> "AbstractContextManager[FolderWriter]":
     Raises:
         ValueError: the folder does not exist, or the name is not that of a page.
     """
-    from engram_hf.saving_engram import replace_files
+    from engram_hf.claiming_engram import ClaimedFolderWriter
 
     page = Path(name)
     if page.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--output is {name}; a page has a name that ends in .html.")
     if not page.parent.is_dir():
         raise ValueError(f"{page.parent} is not a folder; make it, or give another --output.")
-    return replace_files(page.parent)
+    return ClaimedFolderWriter(page.parent)
 
 
 def _read_corpus(name: str | None) -> list[str]:

@@ -70,12 +70,16 @@ def add_commands(commands: Any) -> None:
 
 def run_quantize(options: argparse.Namespace) -> None:
     """Write `options.folder` to `options.target` with quantized tables."""
-    from engram_hf.saving_engram import FolderClaim, replace_files
+    from engram_hf.claiming_engram import ClaimedFolderWriter, FolderClaim
     from engram_hf.table_format_engram import MANIFEST_NAME
 
     folder, target = require_folder(options.folder), options.target
     blocks = None if options.measure is None else read_blocks(folder, options.measure)
-    with FolderClaim(target), replace_files(target) as written, _kept_for_another_try(target / WORK_NAME) as work:
+    with (
+        FolderClaim(target),
+        ClaimedFolderWriter(target) as written,
+        _kept_for_another_try(target / WORK_NAME) as work,
+    ):
         if any((target / name).exists() for name in ("config.json", MANIFEST_NAME)):
             raise ValueError(f"{target} holds a model or tables already; name a new folder.")
         if is_model(folder):

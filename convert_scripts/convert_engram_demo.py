@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..saving_engram import FolderClaim, FolderInUseError, is_hidden_file, replace_files
+from ..claiming_engram import ClaimedFolderWriter, FolderClaim, FolderInUseError, is_hidden_file
 from .command_line import run_command
 from .safetensors_files import ConversionError, enumerate_names, read_shard
 
@@ -185,7 +185,7 @@ def build_config_fields(layers: dict[int, dict], given: argparse.Namespace) -> d
 def convert(given: argparse.Namespace) -> None:
     """Load everything, put it together, save the model and its tokenizer: both, or nothing."""
     try:
-        with FolderClaim(given.target), replace_files(given.target) as folder:
+        with FolderClaim(given.target), ClaimedFolderWriter(given.target) as folder:
             if strangers := [path for path in given.target.iterdir() if not is_hidden_file(path.name)]:
                 raise ConversionError(
                     f"{given.target} is not empty (it holds {strangers[0].name}); choose a new or an empty folder."

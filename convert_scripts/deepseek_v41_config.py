@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import auto_deepseek_v41
+from ..adding_engram import VARIANTS
 from ..configuration_deepseek_v41 import DeepseekV41TextConfig
-from ..configuration_engram import VARIANTS, EngramConfig
+from ..configuration_engram import EngramConfig
 from ..configuration_vision_deepseek_v41 import DeepseekV41VisionConfig
 from ..draft_deepseek_v41 import DRAFT_FIELDS
 from ..hashing_engram import DEAD, NgramHasher

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from ..claiming_engram import LOCK_NAME, FolderClaim, FolderInUseError
 from ..safetensors_engram import (
     UNFINISHED,
     TensorSpan,
@@ -34,7 +35,6 @@ from ..safetensors_engram import (
     read_json,
     write_file,
 )
-from ..saving_engram import LOCK_NAME, FolderClaim, FolderInUseError
 from .safetensors_files import ConversionError
 
 MANIFEST_NAME = "conversion_manifest.json"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..claiming_engram import ClaimedFolderWriter
 from ..loading_engram import find_weights, is_weights_file
 from ..safetensors_engram import (
     EngramError,
@@ -22,7 +23,6 @@ from ..safetensors_engram import (
     read_weight_map,
     write_json,
 )
-from ..saving_engram import replace_files
 from .row_embedding import EmbeddingOfRows, TableReader
 from .stored_tables import DIGESTS_MEMBER, digest_of
 
@@ -55,7 +55,7 @@ def save_with_tables(
         save(folder, *args, variant=variant, is_main_process=is_main_process, **kwargs)
         return
     _require_saveable(model)
-    with replace_files(folder) as writer:
+    with ClaimedFolderWriter(folder) as writer:
         save(writer.path, *args, variant=variant, **kwargs)
         index = _add_tables(model, writer.path, variant)
         writer.publish(

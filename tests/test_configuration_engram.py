@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from engram_hf import EngramConfig, EngramForCausalLM
-from engram_hf.configuration_engram import FORMAT_VERSION, VARIANTS
+from engram_hf.adding_engram import VARIANTS, parameters_beside_table
+from engram_hf.configuration_engram import FORMAT_VERSION
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -209,7 +210,7 @@ def test_memory_fraction_is_the_share_of_a_built_model(name, variant, fraction):
     memory = sum(p.numel() for layer in model.model.memories().values() for p in layer.parameters())
     assert memory / model.num_parameters() == pytest.approx(fraction, rel=0.01)
     beside = memory - sum(config.engram_num_embeddings) * config.engram_head_dim
-    assert beside == 2 * config.parameters_beside_table
+    assert beside == 2 * parameters_beside_table(config)
 
 
 def test_the_tokenizer_gives_compressed_size_and_pad(tokenizer):

@@ -32,6 +32,7 @@ FAMILIES = [
         "modeling_engram",
         # What follows stays at home: none of the files above imports it; the first is carried where a backbone reads images.
         "multimodal_engram",
+        "claiming_engram",
         "backbone_engram",
         "adding_engram",
         "table_writer_engram",

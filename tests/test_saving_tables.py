@@ -17,22 +17,17 @@ from tiny_backbones import build, random_ids
 from transformers import Trainer, TrainingArguments
 
 from engram_hf import EngramForCausalLM
+from engram_hf.claiming_engram import ClaimedFolderWriter
 from engram_hf.loading_engram import TABLES_MEMBER
 from engram_hf.safetensors_engram import read_header
-from engram_hf.saving_engram import (
-    complete_save,
-    is_table_file,
-    replace_files,
-    save_tables,
-    tables_by_reference,
-)
+from engram_hf.saving_engram import complete_save, is_table_file, save_tables, tables_by_reference
 from engram_hf.table_check_engram import check_folder
 from engram_hf.table_format_engram import MANIFEST_NAME, read_tables
 
 
 def save_only_tables(model, folder: str | os.PathLike) -> None:
     """As `save_pretrained` does, without weights."""
-    with replace_files(folder) as writer:
+    with ClaimedFolderWriter(folder) as writer:
         save_tables(model.model, writer.path)
         complete_save(model.model, writer)
 

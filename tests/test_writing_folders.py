@@ -12,14 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from engram_hf import saving_engram
-from engram_hf.saving_engram import (
-    LOCK_NAME,
-    FolderClaim,
-    FolderInUseError,
-    replace_files,
-    require_settled,
-)
+from engram_hf import claiming_engram, saving_engram
+from engram_hf.claiming_engram import LOCK_NAME, ClaimedFolderWriter, FolderClaim, FolderInUseError
+from engram_hf.saving_engram import require_settled
 
 OLD = {"config.json": b"old", "weights": b"old weights", "stale": b"old", "mine": b"mine"}
 NEW = {"config.json": b"new", "weights": b"new weights", "sub/code.py": b"new", "manifest": b"new"}
@@ -38,7 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def save(folder: Path, files: dict[str, bytes] = NEW) -> None:
-    with replace_files(folder) as writer:
+    with ClaimedFolderWriter(folder) as writer:
         fill(writer.path, files)
         writer.publish(lambda name: name == "stale", last="manifest")
 
@@ -80,7 +75,7 @@ def claim_and_write(folder, barrier, results):
 def test_processes_that_start_at_once(tmp_path, has_locks, monkeypatch):
     """One of them writes; the others are refused, or write after it."""
     if not has_locks:
-        monkeypatch.setattr(saving_engram, "lock_file", lambda file: None)
+        monkeypatch.setattr(claiming_engram, "lock_file", lambda file: None)
     context = multiprocessing.get_context("fork")
     for attempt in range(10):
         barrier, results = context.Barrier(4), context.Queue()
@@ -103,7 +98,7 @@ def claim_and_die(folder):
 @pytest.mark.parametrize("has_locks", [True, False])
 def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, has_locks, monkeypatch):
     if not has_locks:
-        monkeypatch.setattr(saving_engram, "lock_file", lambda file: None)
+        monkeypatch.setattr(claiming_engram, "lock_file", lambda file: None)
     process = multiprocessing.get_context("fork").Process(target=claim_and_die, args=(tmp_path,))
     process.start()
     process.join()
@@ -114,7 +109,7 @@ def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, has_locks, monkey
 
 
 def test_without_locks_another_machine_is_believed(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving_engram, "lock_file", lambda file: None)
+    monkeypatch.setattr(claiming_engram, "lock_file", lambda file: None)
     (tmp_path / LOCK_NAME).write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "yesterday"}))
     with pytest.raises(FolderInUseError, match=r"process 1 on elsewhere \(since yesterday\); wait .* delete"):
         FolderClaim(tmp_path).take()
@@ -142,7 +137,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize("old", [OLD, {}])
 def test_files_become_part_of_a_folder_together(tmp_path, old):
     fill(tmp_path / "target", old)
-    with replace_files(tmp_path / "target") as writer:
+    with ClaimedFolderWriter(tmp_path / "target") as writer:
         fill(writer.path, NEW)
         assert {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir() if path.is_file()} == old
         writer.publish(lambda name: name == "stale", last="manifest")
@@ -153,7 +148,7 @@ def test_a_file_that_is_there_already_stays(tmp_path):
     """As a table does that is saved to the folder it was loaded from."""
     fill(tmp_path, OLD)
     inode = (tmp_path / "weights").stat().st_ino
-    with replace_files(tmp_path) as writer:
+    with ClaimedFolderWriter(tmp_path) as writer:
         os.link(tmp_path / "weights", writer.path / "weights")
         writer.publish()
     assert contents(tmp_path) == OLD and (tmp_path / "weights").stat().st_ino == inode
@@ -163,7 +158,7 @@ def test_an_exception_leaves_the_old_files(tmp_path):
     for target in (tmp_path / "old", tmp_path / "new"):
         if target.name == "old":
             fill(target, OLD)
-        with pytest.raises(KeyboardInterrupt), replace_files(target) as writer:
+        with pytest.raises(KeyboardInterrupt), ClaimedFolderWriter(target) as writer:
             fill(writer.path, NEW)
             raise KeyboardInterrupt
     assert contents(tmp_path) == {f"old/{name}": data for name, data in OLD.items()}
@@ -272,7 +267,7 @@ def test_a_folder_that_is_taken_away_before_it_is_claimed(tmp_path, monkeypatch)
 
 
 def test_what_a_living_save_is_writing_stays(tmp_path):
-    with replace_files(tmp_path) as first:
+    with ClaimedFolderWriter(tmp_path) as first:
         fill(first.path, NEW)
         save(tmp_path, {"config.json": b"of the second"})
         first.publish()

@@ -14,7 +14,7 @@ from tiny_tokenizer import make_tokenizer
 from transformers.utils import logging
 
 from engram_hf import EngramForCausalLM
-from engram_hf.saving_engram import FolderClaim
+from engram_hf.claiming_engram import FolderClaim
 
 FACTS = [
     {"prompt": "w1 w2 w3 w4", "target": "w50 w51"},

@@ -17,10 +17,10 @@ from child_processes import forks_of_a_server
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from engram_hf.claiming_engram import LOCK_NAME, FolderClaim
 from engram_hf.convert_scripts import convert_deepseek_v41, streaming
 from engram_hf.convert_scripts.command_line import run_command
 from engram_hf.convert_scripts.safetensors_files import read_checkpoint
-from engram_hf.saving_engram import LOCK_NAME, FolderClaim
 from engram_hf.table_format_engram import read_tables
 from engram_hf.tokenization import EngramTokenizer
 

@@ -25,8 +25,8 @@ import transformers
 from engram_cli.main import main as engram
 from trial_models import answer, contents, load, save_folders, write_facts
 
+from engram_hf.claiming_engram import is_hidden_file
 from engram_hf.convert_scripts import convert_deepseek_v41, export_deepseek_v41
-from engram_hf.saving_engram import is_hidden_file
 from engram_hf.training import EngramRowsConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "deepseek_v41_tiny"

@@ -94,7 +94,7 @@ OTHERS = {
         "settle_memory",
     ),
     *("prepare_inputs_for_generation", "prefetch_mounted", "init_continuous_batching"),
-    *("add_memory", "composite_class", "host_class", "memory_model", "require_backbone", "require_decoder"),
+    *("composite_class", "folder_writer", "host_class", "memory_model", "require_backbone", "require_decoder"),
     "barrier_after_gathered_checkpoint_save",
 }
 

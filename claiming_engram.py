@@ -1,0 +1,230 @@
+"""Folders that one process writes to at a time, and in which nothing stays of what a killed one left.
+
+A saved model is written without this, and is whole without it, too: only the package engram_hf knows of other processes.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .safetensors_engram import EngramError, lock_file, still_names
+from .saving_engram import EXCHANGE_PREFIX, LOAD_WAITS, POLL_SECONDS, SAVE_PREFIX, FolderWriter
+
+LOCK_NAME = ".engram-lock"
+# How many seconds a save waits for others that are put in place in the same folder.
+SAVE_WAITS = 60.0
+
+
+def is_hidden_file(name: str) -> bool:
+    """Whether a file or folder in a target is there for a save alone, or was left by a process that was killed."""
+    return name == LOCK_NAME or name.startswith((SAVE_PREFIX, EXCHANGE_PREFIX))
+
+
+class FolderInUseError(EngramError):
+    """Another process, or another thread, is writing to a folder; said in one sentence."""
+
+
+class FolderClaim:
+    """The right to write to a folder, which the system takes back when the process ends.
+
+    It is a locked file in the folder that says who holds it. On file systems without locks the file alone counts, and
+    that of a process of this machine which has ended is taken over.
+
+    Args:
+        folder: is made if it is missing, and removed again on release if nothing was put into it.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.path = self.folder / LOCK_NAME
+        self._file: io.FileIO | None = None
+        self._made_folder = False
+
+    def take(self, wait: float = 0.0) -> "FolderClaim":
+        """Claim the folder before anything is written to it.
+
+        Args:
+            wait: seconds to wait for who holds it.
+
+        Raises:
+            FolderInUseError: it is claimed; names the process, its machine and since when. Nothing was changed.
+            OSError: the folder cannot be written.
+        """
+        self.make_folder()
+        deadline = time.monotonic() + wait
+        while self._file is None:
+            holder = self._try()
+            if holder is not None and time.monotonic() >= deadline:
+                known = {"pid", "host", "since"} <= holder.keys()
+                who = "process {pid} on {host} (since {since})".format(**holder) if known else "another process"
+                raise FolderInUseError(
+                    f"{self.folder} is being written by {who}; wait for it to end, or name another folder "
+                    f"(if that process is not writing there, delete {self.path})."
+                )
+            if holder is not None:
+                time.sleep(POLL_SECONDS)
+        return self
+
+    def release(self) -> None:
+        """Let others write; does nothing if the folder was not claimed."""
+        if self._file is not None:
+            if os.name == "nt":  # where no open file can be removed
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self.path.unlink()  # while it is locked, so that nobody locks a file that has no name
+            self._file.close()
+            self._file = None
+        if self._made_folder:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+
+    def __enter__(self) -> "FolderClaim":
+        return self.take()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def make_folder(self) -> None:
+        """Make the folder if it is missing."""
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir()
+                self._made_folder = True
+            except FileExistsError:
+                if self.folder.is_file():
+                    raise NotADirectoryError(errno.ENOTDIR, f"{self.folder} is a file; name a folder") from None
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def _try(self) -> dict | None:
+        """Try once to claim the folder; what is known of its holder if there is one."""
+        try:
+            file = open(self.path, "x+b", buffering=0)  # noqa: SIM115 (it is held open as long as the claim)
+        except FileExistsError:
+            return _remove_abandoned(self.path)
+        except FileNotFoundError:  # another process took the folder, which was empty, for an abandoned one
+            self.make_folder()
+            return None
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        # Between the two calls others may take the file for an abandoned one.
+        if lock_file(file.fileno()) is False or not still_names(self.path, file.fileno()):
+            file.close()
+            return None
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
+        self._file = file
+        return None
+
+
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    """The same error with what to do, if that is known."""
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return error
+    return OSError(error.errno, f"{folder} cannot be written ({error.strerror}); choose a folder that is writable")
+
+
+def _remove_abandoned(path: Path) -> dict | None:
+    """Remove the lock file of a process that has ended; otherwise, what it says of the process that holds it."""
+    try:
+        # NFS locks only what is open for writing. A pipe in its place must not be waited for.
+        file = os.open(path, os.O_RDWR | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        return None
+    try:
+        is_abandoned, holder = lock_file(file), _read_holder(file)
+        if is_abandoned is None:
+            is_abandoned = _has_ended(holder)
+        if not is_abandoned:
+            return holder
+        if still_names(path, file):
+            path.unlink()
+        return None
+    finally:
+        os.close(file)
+
+
+def _read_holder(file: int) -> dict:
+    # The process that holds the lock may have yet to write who it is; a moment is enough for that.
+    for _ in range(20):
+        os.lseek(file, 0, os.SEEK_SET)
+        with contextlib.suppress(ValueError, OSError):
+            holder = json.loads(os.read(file, 4096))
+            return holder if isinstance(holder, dict) else {}
+        time.sleep(POLL_SECONDS / 2)
+    return {}
+
+
+def _has_ended(holder: dict) -> bool:
+    """Whether a lock file, on a file system without locks, is that of a process of this machine which has ended."""
+    if holder.get("host") != socket.gethostname() or type(holder.get("pid")) is not int or os.name == "nt":
+        return False  # (on Windows, asking for a process would end it)
+    try:
+        os.kill(holder["pid"], 0)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return False
+
+
+class ClaimedFolderWriter(FolderWriter):
+    """A [`~saving_engram.FolderWriter`] that keeps other processes out of its target while it puts files in place.
+
+    Whatever a killed process left behind in the target is removed.
+
+    Raises:
+        FolderInUseError: another process is putting files in place for too long; nothing was changed.
+    """
+
+    def __init__(self, target: str | os.PathLike):
+        super().__init__(target)
+        self._claim = FolderClaim(self._staged)  # by which others tell it from what a killed process left
+        self._parent = FolderClaim(self.target)  # not taken: it makes the folder, and removes it if it stays empty
+
+    def _begin(self) -> None:
+        self._parent.make_folder()
+        _remove_left_saves(self.target)
+        self._claim.take(LOAD_WAITS)
+        super()._begin()
+
+    def publish(
+        self,
+        is_stale: Callable[[str], bool] = lambda name: False,
+        last: str | None = None,
+        is_claimed: bool = False,
+    ) -> None:
+        """As in [`~saving_engram.FolderWriter`].
+
+        Args:
+            is_claimed: whether the caller holds the claim of the target. Otherwise other saves to it are waited for.
+        """
+        claim = FolderClaim(self.target)
+        try:
+            if not is_claimed and self.names is None:
+                claim.take(SAVE_WAITS)
+            if os.name == "nt":  # where no folder is renamed that has an open file in it
+                self._claim.release()
+            super().publish(is_stale, last)
+        finally:
+            claim.release()
+
+    def _end(self) -> None:
+        super()._end()
+        self._claim.release()
+        self._parent.release()
+
+
+def _remove_left_saves(target: Path) -> None:
+    for path in target.glob(f"{SAVE_PREFIX}*"):
+        claim = FolderClaim(path)
+        with contextlib.suppress(FolderInUseError, OSError):  # alive, or for somebody else to remove
+            claim.take()
+            shutil.rmtree(path, ignore_errors=True)
+        claim.release()
