@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from ..row_sources_engram import MappedRows
 from ..safetensors_engram import EngramError, is_file_name, read_header, read_json, write_json
-from ..saving_engram import manifest_entry, replace_files, require_settled, table_file_name, write_manifest
+from ..saving_engram import FolderWriter, manifest_entry, require_settled, table_file_name, write_manifest
 from ..table_engram import ROW_FORMATS
 from ..table_format_engram import describe_table, parse_description, read_tables, require_same_hash
 from ..table_writer_engram import TableWriter
@@ -423,7 +423,7 @@ def _staged(folder: str | os.PathLike, shard: RowShard) -> Iterator[tuple[Path, 
             nonlocal writer
             if shard.rank:
                 return None
-            writer = stack.enter_context(replace_files(folder))
+            writer = stack.enter_context(FolderWriter(folder))
             return str(writer.path)
 
         path = [_together(shard, "begin to write", begin)]
