@@ -208,6 +208,7 @@ PUBLIC_NAMES = {
         "engram_parameter_groups",
         "export_model",
         "forget_facts",
+        "hotswap_rows",
         "load_shards",
         "save_shards",
         "scan_rows",

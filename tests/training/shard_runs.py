@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from child_processes import forks_of_a_server
+from peft import get_peft_model
 from tiny_backbones import LAYER_IDS, build, random_ids
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -19,12 +20,14 @@ from transformers.distributed import DistributedConfig
 from engram_hf import EngramForCausalLM
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.training import (
+    EngramRowsConfig,
     EngramTrainingCallback,
     SparseAdamW,
     engram_parameter_groups,
     export_model,
     load_shards,
     save_shards,
+    scan_rows,
     shard_tables,
 )
 
@@ -175,6 +178,32 @@ def tensor_parallel(folder: Path) -> dict[str, torch.Tensor]:
     dist.all_reduce(gradient)
     logits = output.logits.detach()
     return {"logits": logits.full_tensor() if hasattr(logits, "full_tensor") else logits, "gradient": gradient}
+
+
+def row_adapters(folder: Path) -> dict[str, torch.Tensor]:
+    """Differences of rows on tables in shards, which stay as they are, under DDP."""
+    model = build("llama")
+    ids = random_ids(BATCH, 10, seed=5)
+    rows = scan_rows([{"input_ids": ids}], None, model)
+    shard_tables(model)
+    before = values(model)
+    adapted = get_peft_model(model, EngramRowsConfig(rows=rows))
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    wrapped = DistributedDataParallel(adapted)
+    for _ in range(2):
+        share = own_share(ids)
+        wrapped(input_ids=share, labels=share, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = values(adapted)
+    for name, value in before.items():
+        assert any(torch.equal(other, value) for other in found.values() if other.shape == value.shape), name
+    try:
+        adapted.merge_and_unload()
+        raise AssertionError("rows of other processes cannot be merged")
+    except ValueError as error:
+        assert "A table in shards cannot take differences" in str(error), error
+    return {name: value for name, value in found.items() if name.endswith(".delta")}
 
 
 def trainer(folder: Path) -> dict[str, torch.Tensor]:

@@ -54,9 +54,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folder):
     """By scenario and number of processes, what came out of it."""
-    assert run(2, ["ddp", "resumed", "fsdp2", "mapped", "tensor_parallel", "trainer", "full_disk"], folder) == [0, 0]
+    assert run(
+        2, ["ddp", "resumed", "fsdp2", "mapped", "tensor_parallel", "row_adapters", "trainer", "full_disk"], folder
+    ) == [0, 0]
     assert run(4, ["ddp", "resumed", "mapped"], folder) == [0] * 4
-    assert run(1, ["resumed", "tensor_parallel", "trainer"], folder) == [0]
+    assert run(1, ["resumed", "tensor_parallel", "row_adapters", "trainer"], folder) == [0]
     return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*_?.pt")}
 
 
@@ -127,6 +129,13 @@ def test_rows_are_read_from_their_ranges(results, folder, processes):
 def test_a_plan_for_the_rest_changes_nothing(results):
     one, two = results["tensor_parallel_1"], results["tensor_parallel_2"]
     assert one["gradient"].abs().max() > 1e-4
+    assert_close(two, one)
+
+
+@pytest.mark.slow
+def test_row_adapters_go_onto_shards(results):
+    one, two = results["row_adapters_1"], results["row_adapters_2"]
+    assert len(one) == len(LAYER_IDS) and all(value.abs().max() > 1e-4 for value in one.values())
     assert_close(two, one)
 
 
