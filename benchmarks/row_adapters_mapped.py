@@ -42,7 +42,9 @@ def main() -> None:
         table = model.model.memories()[1].table
         size = table.num_rows * table.width
         found = {kind: in_a_process(kind, folder, options.steps) for kind in ("LoRA", "rows")}
-    print(f"a mapped float8 table of {size / 1e9:.1f} GB, {BATCH} x {LENGTH} tokens a step, {options.steps} steps")
+    print(
+        f"a mapped float8 table of {size / 1e9:.1f} GB, {BATCHES} batches of {BATCH} x {LENGTH} tokens, {options.steps} steps"
+    )
     print(f"{'':30}{'trained':>12}{'start MB':>10}{'peak MB':>9}{'to LoRA':>9}")
     for kind, title in (("LoRA", "LoRA on the bare backbone"), ("rows", "row adapters, table mapped")):
         one = found[kind]
