@@ -199,7 +199,8 @@ def choose_positions(
             readers[ngram].add(index)
     chosen = []
     for index, fact in enumerate(facts):
-        first, own = len(fact.prompt_ids), []
+        own: list[int] = []
+        first = len(fact.prompt_ids)
         while first > (max(orders) - 1 if own else 0) and len(own) < _OWN_NGRAMS:
             first -= 1
             if free[index][first] and len(readers[ngrams[index][first]]) == 1:
