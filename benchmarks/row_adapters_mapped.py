@@ -1,8 +1,8 @@
 """Peak memory of training row adapters on a mapped float8 table, against LoRA on the bare backbone.
 
-    python benchmarks/row_adapters_mapped.py [--gigabytes 4] [--folder DISK] [--steps 5]
+    python benchmarks/row_adapters_mapped.py [--gigabytes 4] [--batches 2] [--folder DISK] [--steps 4]
 
-Each trains in a process of its own on the same two batches of 4 x 256 random tokens: row adapters for all rows that these read (24 a token,
+Each trains in a process of its own on the same few batches of 4 x 256 random tokens: row adapters for all rows that these read (24 a token,
 nearly all of them different), or LoRA of rank 16 on the attention of the backbone alone. The table takes its size on no disk (its file has holes), but its pages count as those of
 any mapped file do. Peaks are of all resident memory, pages of files too; the start of a process, with all imports, is shown beside it.
 """
@@ -22,18 +22,19 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 from engram_hf import EngramForCausalLM
 from engram_hf.training import EngramRowsConfig, scan_rows
 
-BATCH, LENGTH, BATCHES = 4, 256, 2
+BATCH, LENGTH = 4, 256
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the model is written")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=2, help="of different tokens, whose rows are adapted")
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--one", choices=["rows", "LoRA"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one, options.folder, options.steps)))
+        print(json.dumps(measure(options.one, options.folder, options.batches, options.steps)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         make_model_folder(Path(folder, "memory"), options.gigabytes, filled=False, layers=4, hidden=512)
@@ -41,9 +42,9 @@ def main() -> None:
         Qwen3ForCausalLM(model.config.backbone).save_pretrained(Path(folder, "bare"))
         table = model.model.memories()[1].table
         size = table.num_rows * table.width
-        found = {kind: in_a_process(kind, folder, options.steps) for kind in ("LoRA", "rows")}
+        found = {kind: in_a_process(kind, folder, options.batches, options.steps) for kind in ("LoRA", "rows")}
     print(
-        f"a mapped float8 table of {size / 1e9:.1f} GB, {BATCHES} batches of {BATCH} x {LENGTH} tokens, {options.steps} steps"
+        f"a mapped float8 table of {size / 1e9:.1f} GB, {options.batches} batches of {BATCH} x {LENGTH} tokens, {options.steps} steps"
     )
     print(f"{'':30}{'trained':>12}{'start MB':>10}{'peak MB':>9}{'to LoRA':>9}")
     for kind, title in (("LoRA", "LoRA on the bare backbone"), ("rows", "row adapters, table mapped")):
@@ -54,15 +55,16 @@ def main() -> None:
         )
 
 
-def in_a_process(kind: str, folder: str, steps: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", kind, "--folder", folder, "--steps", str(steps)]
+def in_a_process(kind: str, folder: str, batches: int, steps: int) -> dict[str, float]:
+    numbers = ["--batches", str(batches), "--steps", str(steps)]
+    command = [sys.executable, __file__, "--one", kind, "--folder", folder, *numbers]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
-def measure(kind: str, folder: Path, steps: int) -> dict[str, float]:
+def measure(kind: str, folder: Path, count: int, steps: int) -> dict[str, float]:
     start = peak_memory()
     torch.manual_seed(0)
-    batches = [torch.randint(1, VOCAB, (BATCH, LENGTH)) for _ in range(BATCHES)]
+    batches = [torch.randint(1, VOCAB, (BATCH, LENGTH)) for _ in range(count)]
     if kind == "LoRA":
         backbone = AutoModelForCausalLM.from_pretrained(folder / "bare")
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -74,7 +76,7 @@ def measure(kind: str, folder: Path, steps: int) -> dict[str, float]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     for step in range(steps):
-        ids = batches[step % BATCHES]
+        ids = batches[step % count]
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

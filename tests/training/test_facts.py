@@ -224,9 +224,12 @@ def test_a_lora_stays_in_front_of_the_rows(model):
     assert all(parameter.grad is None for parameter in lora.parameters())
 
 
-def test_the_first_layer_alone_is_written_unless_others_are_named(model):
-    _, report = write_facts(model, TOKENIZER, FACTS[1:], steps=20)
-    assert report.layers == [LAYER_IDS[0]] and all(result.rows == 4 for result in report.facts)
+def test_the_first_layer_alone_is_written_if_that_is_enough(built):
+    """Of a model of random weights it recalls three of the four."""
+    _, report = write_facts(copy.deepcopy(built), TOKENIZER, FACTS[1:])
+    assert report.recall == 1.0 and report.layers == LAYER_IDS[:1]
+    adapted, report = write_facts(copy.deepcopy(built), TOKENIZER, FACTS[:1], steps=30)
+    assert report.layers == LAYER_IDS and list(adapted.peft_config) == ["facts"]
 
 
 def test_facts_in_the_fields_of_counterfact(model):
