@@ -1,6 +1,6 @@
-"""Folders that one process writes to at a time, and in which nothing stays of what a killed one left.
+"""Folders that one process writes to at a time, as conversions do.
 
-A saved model is written without this, and is whole without it, too: only the package engram_hf knows of other processes.
+The code beside a saved model does without: saves wait for each other there, too, but not for a conversion.
 """
 
 import contextlib
@@ -8,14 +8,13 @@ import errno
 import io
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from .safetensors_engram import EngramError, lock_file, still_names
-from .saving_engram import EXCHANGE_PREFIX, LOAD_WAITS, POLL_SECONDS, SAVE_PREFIX, FolderWriter
+from .saving_engram import EXCHANGE_PREFIX, POLL_SECONDS, SAVE_PREFIX, FolderWriter
 
 LOCK_NAME = ".engram-lock"
 # How many seconds a save waits for others that are put in place in the same folder.
@@ -175,23 +174,14 @@ def _has_ended(holder: dict) -> bool:
 
 
 class ClaimedFolderWriter(FolderWriter):
-    """A [`~saving_engram.FolderWriter`] that keeps other processes out of its target while it puts files in place.
-
-    Whatever a killed process left behind in the target is removed.
+    """A [`~saving_engram.FolderWriter`] that keeps out whoever claims its target while it puts files in place.
 
     Raises:
-        FolderInUseError: another process is putting files in place for too long; nothing was changed.
+        FolderInUseError: another process holds the claim for too long; nothing was changed.
     """
 
-    def __init__(self, target: str | os.PathLike):
-        super().__init__(target)
-        self._claim = FolderClaim(self._staged)  # by which others tell it from what a killed process left
-        self._parent = FolderClaim(self.target)  # not taken: it makes the folder, and removes it if it stays empty
-
     def _begin(self) -> None:
-        self._parent.make_folder()
-        _remove_left_saves(self.target)
-        self._claim.take(LOAD_WAITS)
+        FolderClaim(self.target).make_folder()  # which says what to do if that is not possible
         super()._begin()
 
     def publish(
@@ -209,22 +199,6 @@ class ClaimedFolderWriter(FolderWriter):
         try:
             if not is_claimed and self.names is None:
                 claim.take(SAVE_WAITS)
-            if os.name == "nt":  # where no folder is renamed that has an open file in it
-                self._claim.release()
             super().publish(is_stale, last)
         finally:
             claim.release()
-
-    def _end(self) -> None:
-        super()._end()
-        self._claim.release()
-        self._parent.release()
-
-
-def _remove_left_saves(target: Path) -> None:
-    for path in target.glob(f"{SAVE_PREFIX}*"):
-        claim = FolderClaim(path)
-        with contextlib.suppress(FolderInUseError, OSError):  # alive, or for somebody else to remove
-            claim.take()
-            shutil.rmtree(path, ignore_errors=True)
-        claim.release()

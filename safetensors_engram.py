@@ -587,6 +587,24 @@ def lock_file(file: int) -> bool | None:
 
 
 @contextlib.contextmanager
+def alone_in(folder: str | os.PathLike) -> Iterator[None]:
+    """Wait for all others that are within this for the same folder, and keep them out until the block ends.
+
+    Nobody waits where folders cannot be locked.
+    """
+    if fcntl is None:
+        yield
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
 def _explained(path: Path, size: int) -> Iterator[None]:
     """Says of errors that writing `size` bytes to `path` meets what can be done about them; their kind stays the same."""
     try:

@@ -31,10 +31,12 @@ from .safetensors_engram import (
     EngramError,
     FileFormatError,
     FileWriter,
+    alone_in,
     can_link,
     header_bytes,
     json_bytes,
     link_or_copy,
+    lock_file,
     read_json,
     write_json,
 )
@@ -52,8 +54,8 @@ from .table_format_engram import (
 
 # Hidden folders inside a target: of a save that is being written, and of one that is whole and being put in place.
 SAVE_PREFIX, EXCHANGE_PREFIX = ".engram-save-", ".engram-exchange-"
-# Their files lie in a folder of that name, beside what keeps other processes out.
-_FILES = "files"
+# Their files lie in a folder of the one name, beside a file that is locked while the save goes on.
+_FILES, _LOCK = "files", "lock"
 # How many seconds loading waits for a save that is put in place.
 LOAD_WAITS = 10.0
 POLL_SECONDS = 0.01
@@ -62,7 +64,8 @@ POLL_SECONDS = 0.01
 class FolderWriter:
     """Files that become part of a folder together, or not at all.
 
-    As a context manager: write to `path`, and call `publish` at the end.
+    As a context manager: write to `path`, and call `publish` at the end. Others that do so for the same folder are waited
+    for while their files are put in place, and what a killed process left there is removed.
 
     Args:
         target: the folder; made if it is missing.
@@ -81,6 +84,7 @@ class FolderWriter:
         self._staged, self._exchanged = self.target / f"{SAVE_PREFIX}{name}", self.target / f"{EXCHANGE_PREFIX}{name}"
         self.path = self._staged / _FILES
         self._is_new = not self.target.exists()
+        self._lock: int | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -94,7 +98,12 @@ class FolderWriter:
         self._end()
 
     def _begin(self) -> None:
-        self.path.mkdir(parents=True)
+        self.target.mkdir(parents=True, exist_ok=True)
+        with alone_in(self.target):
+            _remove_left_saves(self.target)
+            self.path.mkdir(parents=True)
+            self._lock = os.open(self._staged / _LOCK, os.O_RDWR | os.O_CREAT)
+            lock_file(self._lock)
 
     def publish(self, is_stale: Callable[[str], bool] = lambda name: False, last: str | None = None) -> None:
         """Put all files in place, if that has not been done, and remove what they replace.
@@ -110,12 +119,15 @@ class FolderWriter:
             return
         files = [path.relative_to(self.path) for path in sorted(self.path.rglob("*")) if not path.is_dir()]
         self._files, self._is_stale = sorted(files, key=lambda file: file.as_posix() == last), is_stale
-        try:
-            self._staged.rename(self._exchanged)
-            self._exchange()
-        except BaseException:
-            self._finish()
-            raise
+        if os.name == "nt":  # where no folder is renamed that has an open file in it
+            self._unlock()
+        with alone_in(self.target):
+            try:
+                self._staged.rename(self._exchanged)
+                self._exchange()
+            except BaseException:
+                self._finish()
+                raise
 
     def _exchange(self) -> None:
         for file in self._files:
@@ -139,10 +151,35 @@ class FolderWriter:
     def _end(self) -> None:
         """Leave nothing behind but what was put in place."""
         self._finish()
+        if os.name == "nt":
+            self._unlock()
         shutil.rmtree(self._staged, ignore_errors=True)
+        self._unlock()  # last, so that no other process takes the folder for one that was left
         if self._is_new:
             with contextlib.suppress(OSError):  # it is not empty
                 self.target.rmdir()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _remove_left_saves(target: Path) -> None:
+    """Remove the files of saves that were killed; where files cannot be locked, nobody can tell, and they stay."""
+    for path in target.glob(f"{SAVE_PREFIX}*"):
+        try:
+            file = os.open(path / _LOCK, os.O_RDWR)
+        except FileNotFoundError:  # killed before or after it had one, since another save that begins is waited for
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        except OSError:
+            continue
+        try:
+            if lock_file(file):
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(file)
 
 
 def _put_in_place(path: Path, name: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from engram_hf import claiming_engram, saving_engram
 from engram_hf.claiming_engram import LOCK_NAME, ClaimedFolderWriter, FolderClaim, FolderInUseError
-from engram_hf.saving_engram import require_settled
+from engram_hf.saving_engram import FolderWriter, require_settled
 
 OLD = {"config.json": b"old", "weights": b"old weights", "stale": b"old", "mine": b"mine"}
 NEW = {"config.json": b"new", "weights": b"new weights", "sub/code.py": b"new", "manifest": b"new"}
@@ -32,8 +32,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def save(folder: Path, files: dict[str, bytes] = NEW) -> None:
-    with ClaimedFolderWriter(folder) as writer:
+# That of the code beside a saved model, and that of this package.
+WRITERS = [FolderWriter, ClaimedFolderWriter]
+
+
+def save(folder: Path, files: dict[str, bytes] = NEW, writer_class: type[FolderWriter] = ClaimedFolderWriter) -> None:
+    with writer_class(folder) as writer:
         fill(writer.path, files)
         writer.publish(lambda name: name == "stale", last="manifest")
 
@@ -207,7 +211,7 @@ def test_an_exchange_that_is_interrupted_is_carried_to_its_end(tmp_path, monkeyp
     assert function in ("pathlib.Path.unlink",) or not has_links or (True, True) in states
 
 
-def save_and_die(folder, moment):
+def save_and_die(folder, moment, writer_class):
     """Die at the `moment`-th change of a name."""
     import sys
 
@@ -220,17 +224,18 @@ def save_and_die(folder, moment):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    save(folder)
+    save(folder, writer_class=writer_class)
 
 
-def test_killed_at_every_moment(tmp_path, monkeypatch):
+@pytest.mark.parametrize("writer_class", WRITERS)
+def test_killed_at_every_moment(tmp_path, monkeypatch, writer_class):
     """The folder is the old one, the new one, or is refused and says where the new one is; the next save cleans up."""
     monkeypatch.setattr(saving_engram, "LOAD_WAITS", 0.0)
     seen = set()
     for moment in range(1, 80):
         target = tmp_path / "target"
         fill(target, OLD)
-        process = multiprocessing.get_context("fork").Process(target=save_and_die, args=(target, moment))
+        process = multiprocessing.get_context("fork").Process(target=save_and_die, args=(target, moment, writer_class))
         process.start()
         process.join()
         found = {name: data for name, data in contents(target).items() if not name.startswith(".engram-")}
@@ -242,7 +247,7 @@ def test_killed_at_every_moment(tmp_path, monkeypatch):
             whole = Path(str(error).split("whole in ")[1].split(":")[0])
             assert {name: data for name, data in contents(whole).items() if name in NEW} == NEW
             seen.add("refused")
-        save(target)
+        save(target, writer_class=writer_class)
         assert contents(target) == AFTER
         shutil.rmtree(target)
         if process.exitcode == 0:
@@ -252,26 +257,39 @@ def test_killed_at_every_moment(tmp_path, monkeypatch):
     assert seen == {"old", "new", "refused"}
 
 
-def test_a_folder_that_is_taken_away_before_it_is_claimed(tmp_path, monkeypatch):
-    """By a save that removes what it takes for the remains of a killed one."""
-    real, taken = FolderClaim.make_folder, []
-
-    def make_and_lose(claim):
-        real(claim)
-        if claim.folder.name.startswith(".engram-save-") and not taken:
-            taken.append(claim.folder.rmdir())
-
-    monkeypatch.setattr(FolderClaim, "make_folder", make_and_lose)
-    save(tmp_path)
-    assert taken and contents(tmp_path) == NEW
-
-
-def test_what_a_living_save_is_writing_stays(tmp_path):
-    with ClaimedFolderWriter(tmp_path) as first:
+@pytest.mark.parametrize("writer_class", WRITERS)
+def test_what_a_living_save_is_writing_stays(tmp_path, writer_class):
+    with writer_class(tmp_path) as first:
         fill(first.path, NEW)
-        save(tmp_path, {"config.json": b"of the second"})
+        save(tmp_path, {"config.json": b"of the second"}, writer_class)
         first.publish()
     assert contents(tmp_path) == NEW
+
+
+def save_often(folder, number, writer_class, barrier, results):
+    files = {name: f"{number}".encode() * 9 for name in ("config.json", "weights", "manifest", f"only {number}")}
+    try:
+        for _ in range(20):
+            barrier.wait()
+            with writer_class(folder) as writer:
+                fill(writer.path, files)
+                writer.publish(lambda name: name.startswith("only"), last="manifest")
+        results.put("saved")
+    except BaseException as error:
+        results.put(repr(error))
+
+
+@pytest.mark.parametrize("writer_class", WRITERS)
+def test_the_last_of_many_saves_wins_whole(tmp_path, writer_class):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(3), context.Queue()
+    arguments = [(tmp_path / "new", number, writer_class, barrier, results) for number in range(3)]
+    processes = [context.Process(target=save_often, args=some) for some in arguments]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in processes] == ["saved"] * 3
+    found = contents(tmp_path / "new")
+    assert len(found) == 4 and len(set(found.values())) == 1, found
 
 
 def test_where_there_are_no_locks_saves_still_work(tmp_path, monkeypatch):
