@@ -293,6 +293,8 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         Tables that are not parameters are linked to the folder, or copied by the kernel: they have not changed. A folder
         that holds a model is that model or the new one, whatever interrupts the save, and needs room for both until its end.
         """
+        for memory in self.memory_model.memories().values():
+            memory.table.require_whole()
         self.config.auto_map = self.config.remote_code_map()
         # Under the names of the modules: `Trainer` resumes by `load_state_dict`, and would silently skip experts that had
         # been split and renamed as the backbone's own hub layout has them (transformers issue 48805).

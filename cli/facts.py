@@ -33,7 +33,13 @@ def add_commands(commands: Any) -> None:
         "--protect", metavar="FILE", help="texts whose rows stay as they are: paragraphs, or JSON lines with 'text'"
     )
     write.add_argument("--steps", type=int, default=200, metavar="N", help="training steps at most (default: 200)")
-    write.add_argument("--layers", type=int, nargs="+", metavar="L", help="decoder layers (default: all with memory)")
+    write.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="L",
+        help="decoder layers (default: the first with memory, or all if that is not enough)",
+    )
     write.add_argument("--orders", type=int, nargs="+", metavar="N", help="n-gram orders (default: the largest)")
     write.add_argument("--json", action="store_true", help="print one JSON document")
     write.set_defaults(run=run_write)

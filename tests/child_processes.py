@@ -26,13 +26,13 @@ def start(code: str, *arguments: object, env: dict[str, str], cwd: Path, isolate
     return subprocess.Popen(command, env=env, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
-def forks_of_a_server() -> multiprocessing.context.BaseContext:
+def forks_of_a_server(*modules: str) -> multiprocessing.context.BaseContext:
     """Processes that fork from one without threads, which has imported the package: they start within milliseconds.
 
-    A process has one such server, so all tests that want one ask here.
+    A process has one such server, so all tests that want one ask here; it has imported `modules` too, unless it ran before.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engram_hf.convert_scripts.convert_deepseek_v41"])
+    context.set_forkserver_preload(["engram_hf.convert_scripts.convert_deepseek_v41", *modules])
     return context
 
 

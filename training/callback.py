@@ -11,7 +11,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .memory import find_engram
+from .row_shards import own_rows
 from .sparse_adam import SparseAdamW
+from .sparse_gradients import rows_of_gradient, shard_of
 
 
 class _LayerWatch:
@@ -24,7 +26,10 @@ class _LayerWatch:
 
     def __init__(self, memory: Any, index: int):
         self.memory, self.index = memory, index
-        self.ever = torch.zeros(memory.table.num_rows, dtype=torch.bool)
+        weight = getattr(memory.table, "weight", None)  # that of a table in a file is no parameter
+        self.shard = shard_of(weight) if weight is not None and weight.requires_grad else None
+        count = memory.table.num_rows if self.shard is None else self.shard.stop - self.shard.first
+        self.ever = torch.zeros(count, dtype=torch.bool)
         self.step_rows: list[torch.Tensor] = []
         self.reset()
 
@@ -52,7 +57,11 @@ class _LayerWatch:
             self.positions = self.positions + count
 
     def take_step_rows(self) -> torch.Tensor:
-        """The rows that were read since the last step, ascending."""
+        """The rows that were read since the last step, ascending; of a shard, from its first row, all that any process read."""
+        if self.shard is not None:
+            self.step_rows.clear()
+            gradient = rows_of_gradient(self.memory.table.weight)
+            return torch.empty(0, dtype=torch.int64) if gradient is None else gradient[0]
         rows = torch.unique(torch.cat(self.step_rows)) if self.step_rows else torch.empty(0, dtype=torch.int64)
         self.step_rows.clear()
         return rows
@@ -87,7 +96,7 @@ class EngramTrainingCallback(TrainerCallback):
       knows of earlier rows if the optimizer is [`SparseAdamW`], which has saved them; with others it begins at zero;
     - `update_norm`: the norm of what a step changed in the rows that it read (or in row adapters), root mean square.
 
-    It counts what this process reads. It keeps one byte for each row of a table, and, during a step, a copy of the rows read.
+    It counts what this process reads; of tables in shards, the rows that it has and any process reads. It keeps one byte for each row of a table, and, during a step, a copy of the rows read.
 
     Args:
         trainer: the trainer to which it is added. It moves itself in front of the other callbacks, which would report a log
@@ -114,7 +123,8 @@ class EngramTrainingCallback(TrainerCallback):
             ]
             if isinstance(optimizer, SparseAdamW):
                 for _, table in memory.table.named_parameters():
-                    watch.ever[optimizer.rows_of(table).cpu()] = True
+                    first = 0 if watch.shard is None else watch.shard.first
+                    watch.ever[optimizer.rows_of(table).cpu() - first] = True
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Keep what the step is going to change."""
@@ -158,7 +168,7 @@ def _reader(table: nn.Module, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
 
     @torch.no_grad()
     def read() -> torch.Tensor:
-        parts = [p[rows.to(p.device)] if p.shape[0] == table.num_rows else p for p in trained]
+        parts = [own_rows(p)[rows.to(p.device)] if p.shape[0] == table.num_rows else p for p in trained]
         # A parameter with another number of rows is a row adapter, all rows of which may change.
         return torch.cat([part.flatten().float() for part in parts]) if parts else torch.empty(0)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
 
 # The number of written n-grams that a prompt should share with no other prompt.
-_OWN_NGRAMS = 3
+_OWN_NGRAMS = 2
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,9 @@ def choose_positions(
 ) -> list[tuple[int, ...]]:
     """The positions of every fact whose rows are written.
 
-    These are the positions that predict its target, and the ones before them as far as the prompt has `_OWN_NGRAMS` n-grams
-    that no other fact reads and that are not protected: what two facts share cannot tell them apart. N-grams that the
-    beginning of the text cuts off are written only if there is no other.
+    These are the positions that predict its target, and before them the last `_OWN_NGRAMS` n-grams of the prompt that no other
+    fact reads and that are not protected: what two facts share cannot tell them apart. N-grams that the beginning of the text cuts
+    off are written only if there is no other.
 
     Args:
         engram, layers, orders: which rows.
@@ -199,11 +199,13 @@ def choose_positions(
             readers[ngram].add(index)
     chosen = []
     for index, fact in enumerate(facts):
-        first, own = len(fact.prompt_ids), 0
-        while first > (max(orders) - 1 if own else 0) and own < _OWN_NGRAMS:
+        own: list[int] = []
+        first = len(fact.prompt_ids)
+        while first > (max(orders) - 1 if own else 0) and len(own) < _OWN_NGRAMS:
             first -= 1
-            own += free[index][first] and len(readers[ngrams[index][first]]) == 1
-        chosen.append((*range(first, len(fact.prompt_ids) - 1), *fact.predicting))
+            if free[index][first] and len(readers[ngrams[index][first]]) == 1:
+                own.append(first)
+        chosen.append(tuple(sorted({*own, *fact.predicting})))
     return chosen
 
 

@@ -8,7 +8,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -69,7 +69,8 @@ def write_facts(
         max_protected_reads: how often `protect` may read a row that is written nevertheless.
         steps: at most; training ends when every fact is recalled with certainty.
         learning_rate: of Adam, in units of the rows' own root mean square.
-        layers: decoder layers whose rows are written; None for all that have memory.
+        layers: decoder layers whose rows are written; None for the first that has memory, or, if some fact is not recalled from that
+            alone, for all that have.
         orders: of the n-grams; None for the largest alone, which is the most specific.
 
     Returns:
@@ -91,13 +92,46 @@ def write_facts(
             f"The model has an adapter {name!r} already; choose another name, or delete_adapter({name!r}) first."
         )
     parsed = parse_facts(facts, tokenizer)
-    chosen_layers = tuple(check_layers(engram, layers))
-    chosen_orders = tuple(check_orders(engram, [engram.hashing.max_ngram] if orders is None else orders))
     texts = None if protect is None else list(Batches(protect, tokenizer))
+    chosen_orders = check_orders(engram, [engram.hashing.max_ngram] if orders is None else orders)
+    settings = _Settings(name, max_protected_reads, steps, learning_rate, tuple(chosen_orders))
+    chosen_layers = check_layers(engram, layers)
+    if layers is None and len(chosen_layers) > 1:
+        # One layer takes the fewest bytes, and changes the least; what goes wrong with it is said by the second try.
+        with contextlib.suppress(EngramError):
+            return _write(model, tokenizer, parsed, texts, settings, chosen_layers[:1], is_trial=True)
+    return _write(model, tokenizer, parsed, texts, settings, chosen_layers)
+
+
+class _Settings(NamedTuple):
+    """What [`write_facts`] was told."""
+
+    name: str
+    max_protected_reads: int
+    steps: int
+    learning_rate: float
+    orders: tuple[int, ...]
+
+
+def _write(
+    model: nn.Module,
+    tokenizer: Any,
+    parsed: Sequence[Fact],
+    texts: list[Any] | None,
+    settings: _Settings,
+    layers: Sequence[int],
+    is_trial: bool = False,
+) -> tuple[PeftModel, FactReport]:
+    """Write facts into some layers; as a trial, only if all are recalled then.
+
+    Raises:
+        ValueError: as of [`write_facts`]; or a fact of a trial is not recalled. The model is as it was.
+    """
+    engram, name, chosen_orders, chosen_layers = find_engram(model), settings.name, settings.orders, tuple(layers)
     protected: dict[int, torch.Tensor] = {}
     if texts is not None:
         scan = scan_rows(texts, tokenizer, model, layers=chosen_layers, orders=chosen_orders)
-        protected = {layer: ids[scan.counts[layer] > max_protected_reads] for layer, ids in scan.items()}
+        protected = {layer: ids[scan.counts[layer] > settings.max_protected_reads] for layer, ids in scan.items()}
     written = [
         WrittenFact(fact, positions, chosen_layers, chosen_orders)
         for fact, positions in zip(
@@ -113,8 +147,10 @@ def write_facts(
     with _evaluating(model), _adapter(model, config, name) as peft_model:
         before = measure_facts(peft_model, parsed)
         taught = [fact for fact, part in zip(parsed, rows, strict=True) if any(ids.numel() for ids in part.values())]
-        done = _train(peft_model, name, taught, steps, learning_rate)
+        done = _train(peft_model, name, taught, settings.steps, settings.learning_rate)
         after = measure_facts(peft_model, parsed)
+        if is_trial and any(recall.rank > 1 for recall in after):
+            raise EngramError("Not all facts are recalled from these layers alone; write them into more.")
         seconds = time.perf_counter() - started
         notes += _say_shut_gates(peft_model, written, after)
         report = FactReport(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ..safetensors_engram import EngramError
@@ -218,6 +219,11 @@ class RowsLayer(nn.Module, BaseTunerLayer):
             ValueError: it is not resident, or quantized.
         """
         table = self.base_layer
+        if isinstance(getattr(table, "weight", None), DTensor):
+            raise EngramError(
+                "A table in shards cannot take differences; keep the adapter, or merge it into the model of a folder that "
+                "export_model wrote."
+            )
         if not table.is_resident:
             raise EngramError(
                 "A table that stays in its file cannot take differences; keep the adapter, or load the model with "

@@ -8,13 +8,14 @@ n-grams, so another model refuses it.
 """
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
@@ -203,6 +204,49 @@ class EngramRowsModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, RowsLayer):
                 module.require_mergeable()
+
+
+def hotswap_rows(model: PeftModel, model_name_or_path: str, adapter_name: str = "default", **kwargs: Any) -> None:
+    """Put a saved row adapter in the place of one that a model has, as `peft.utils.hotswap.hotswap_adapter` does for LoRA.
+
+    The adapter keeps its name and stays active or not, and neither the model nor its tables are touched. The number of rows may be
+    another one, and so may the layers.
+
+    Args:
+        model: with a row adapter `adapter_name`.
+        model_name_or_path: folder or Hub id of the adapter.
+        adapter_name: which adapter is replaced.
+        kwargs: as of `PeftModel.load_adapter`; without `is_trainable=True`, the new rows are frozen.
+
+    Raises:
+        ValueError: there is no such adapter, it is merged, or the saved one is for another memory. The model is as it was.
+    """
+    if getattr(getattr(model, "peft_config", {}).get(adapter_name), "peft_type", None) != NAME:
+        raise EngramError(
+            f"There is no row adapter {adapter_name!r} to be replaced; load one first by PeftModel.from_pretrained or load_adapter."
+        )
+    tables = [module for module in model.modules() if isinstance(module, RowsLayer)]
+    if any(adapter_name in table.merged_adapters for table in tables):
+        raise EngramError(f"The adapter {adapter_name!r} is merged into the tables; call unmerge_adapter() first.")
+    arriving = f"{adapter_name}-{secrets.token_hex(8)}"
+    active, modes = list(model.base_model.active_adapters), [(module, module.training) for module in model.modules()]
+    try:
+        model.load_adapter(model_name_or_path, arriving, **kwargs)
+    except BaseException:
+        if arriving in model.peft_config:
+            model.delete_adapter(arriving)
+        raise
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    for table in (module for module in model.modules() if isinstance(module, RowsLayer)):
+        held = table.engram_rows_adapter
+        if adapter_name in held:
+            del held[adapter_name]
+        if arriving in held:
+            held[adapter_name] = held.pop(arriving)
+    model.peft_config[adapter_name] = model.peft_config.pop(arriving)
+    model.base_model.set_adapter(active, inference_mode=not kwargs.get("is_trainable", False))
 
 
 def _checked_rows(engram: "EngramModel", layer: int, rows: torch.Tensor) -> torch.Tensor:

@@ -6,13 +6,14 @@ Shape letters: R rows of a table, W channels of a row, n rows that a step read, 
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..safetensors_engram import EngramError
-from .sparse_gradients import accept_sparse_gradients, has_sparse_gradients
+from .row_shards import RowShard, own_rows
+from .sparse_gradients import accept_sparse_gradients, has_sparse_gradients, rows_of_gradient, shard_of
 
 _GROWTH = 1.5
 
@@ -164,15 +165,19 @@ class SparseAdamW(torch.optim.AdamW):
         finally:
             for table, gradient, _ in sparse:
                 table.grad = gradient
-        for table, gradient, group in sparse:
-            self._step_rows(table, gradient, group)
+        for table, _, group in sparse:
+            self._step_rows(table, group)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer of torch; a table has `step`, `rows` `[K]`, `exp_avg` and `exp_avg_sq` `[K, W]`."""
+        """As of any optimizer of torch; a table has `step`, `rows` `[K]`, `exp_avg` and `exp_avg_sq` `[K, W]`.
+
+        Of tables in shards, they are those of this process; see [`save_shards`] for those of all.
+        """
         packed = super().state_dict()
+        tables = {id(state): shard_of(table) for table, state in self.state.items() if "moments" in state}
         packed["state"] = {
-            number: {"step": state["step"], **state["moments"].tensors()} if "moments" in state else state
+            number: _packed(state, tables[id(state)]) if "moments" in state else state
             for number, state in packed["state"].items()
         }
         return packed
@@ -194,9 +199,29 @@ class SparseAdamW(torch.optim.AdamW):
             self.state[parameter] = {"step": state["step"].clone(), "moments": _RowMoments(*tensors)}
 
     def rows_of(self, table: nn.Parameter) -> torch.Tensor:
-        """The rows of a table that ever had a gradient, int64 `[K]`, in the order of their first."""
+        """The rows of a table that ever had a gradient, int64 `[K]`, in the order of their first; of a table in shards, this process's."""
         moments = self.state.get(table, {}).get("moments")
-        return torch.empty(0, dtype=torch.int64) if moments is None else moments.rows
+        if moments is None:
+            return torch.empty(0, dtype=torch.int64)
+        shard = shard_of(table)
+        return moments.rows if shard is None else moments.rows + shard.first
+
+    def moments_of(self, table: nn.Parameter) -> dict[str, torch.Tensor] | None:
+        """The `step`, `rows` `[K]`, `exp_avg` and `exp_avg_sq` `[K, W]` of a table, copied; None before its first gradient.
+
+        Rows are numbered as in the whole table; of one in shards, they are this process's.
+        """
+        state = self.state.get(table, {})
+        if "moments" not in state:
+            return None
+        return {"step": state["step"].clone(), **state["moments"].tensors(), "rows": self.rows_of(table).clone()}
+
+    def set_moments(self, table: nn.Parameter, moments: dict[str, torch.Tensor]) -> None:
+        """Replace what `moments_of` gives."""
+        shard = shard_of(table)
+        rows = moments["rows"] if shard is None else moments["rows"] - shard.first
+        tensors = (some.to(table.device) for some in (rows, moments["exp_avg"], moments["exp_avg_sq"]))
+        self.state[table] = {"step": moments["step"].clone(), "moments": _RowMoments(*tensors)}
 
     def _tables(self) -> dict[nn.Parameter, dict[str, Any]]:
         """The tables, with the group that each is in."""
@@ -213,14 +238,14 @@ class SparseAdamW(torch.optim.AdamW):
                 "was moved or wrapped, and its tables are not the model's any more; build it afterwards."
             )
         for table in trained:
-            if table.grad is not None and not table.grad.is_sparse:
+            if table.grad is not None and rows_of_gradient(table) is None:
                 raise EngramError(
                     "A table has a dense gradient; call enable_sparse_gradients(model) again after the model was changed."
                 )
 
-    def _step_rows(self, table: nn.Parameter, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-        gradient = gradient.coalesce()
-        rows, values = gradient.indices()[0], gradient.values().float()
+    def _step_rows(self, table: nn.Parameter, group: dict[str, Any]) -> None:
+        rows, values = cast(tuple, rows_of_gradient(table))
+        values, own = values.float(), own_rows(table)
         moments = self._moments_of(table)
         state = self.state[table]
         state["step"] += 1
@@ -229,9 +254,9 @@ class SparseAdamW(torch.optim.AdamW):
         (beta1, beta2), lr, step = group["betas"], float(group["lr"]), float(state["step"])
         average, square = moments.update(moments.slots_of(rows), values, beta1, beta2)
         size = square.sqrt_().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-        updated = table.index_select(0, rows).float().mul_(1 - lr * group["weight_decay"])
+        updated = own.index_select(0, rows).float().mul_(1 - lr * group["weight_decay"])
         updated.addcdiv_(average, size, value=-lr / (1 - beta1**step))
-        table.index_copy_(0, rows, updated.to(table.dtype))
+        own.index_copy_(0, rows, updated.to(own.dtype))
 
     def _moments_of(self, table: nn.Parameter) -> _RowMoments:
         if table not in self.state:
@@ -247,6 +272,11 @@ class SparseAdamW(torch.optim.AdamW):
         return moments
 
 
+def _packed(state: dict[str, Any], shard: RowShard | None) -> dict[str, torch.Tensor]:
+    part = {} if shard is None else {"shard": torch.tensor([shard.first, shard.stop, shard.num_rows])}
+    return {"step": state["step"], **state["moments"].tensors(), **part}
+
+
 def _checked(state: dict[str, Any], table: nn.Parameter) -> dict[str, torch.Tensor]:
     """The saved moments of a table, if they are that.
 
@@ -254,13 +284,23 @@ def _checked(state: dict[str, Any], table: nn.Parameter) -> dict[str, torch.Tens
         ValueError: says that they are not.
     """
     tensors: list[Any] = [state.get(name) for name in ("rows", "exp_avg", "exp_avg_sq", "step")]
+    own, shard = own_rows(table), shard_of(table)
+    count, part = own.shape[0], state.get("shard")
+    if (None if part is None else part.tolist()) != (
+        None if shard is None else [shard.first, shard.stop, shard.num_rows]
+    ):
+        raise EngramError(
+            f"The saved moments are of {'a whole table' if part is None else 'the rows {} to {} of {}'.format(*part.tolist())}, but "
+            f"this process has {'a whole one' if shard is None else f'the rows {shard.first} to {shard.stop} of {shard.num_rows}'}: "
+            "start as many processes as saved them, or load what save_shards wrote with load_shards."
+        )
     if all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         rows, average, square, _ = tensors
         shape = (rows.numel(), table.shape[1])
         fits = rows.dtype == torch.int64 and rows.dim() == 1 and average.shape == square.shape == shape
-        if fits and rows.unique().numel() == rows.numel() and not ((rows < 0) | (rows >= table.shape[0])).any():
+        if fits and rows.unique().numel() == rows.numel() and not ((rows < 0) | (rows >= count)).any():
             return state
     raise EngramError(
-        f"The saved optimizer has no moments for rows of a table of {table.shape[0]} x {table.shape[1]}; it is of another "
+        f"The saved optimizer has no moments for rows of a table of {count} x {table.shape[1]}; it is of another "
         "model or another optimizer. Start with a new SparseAdamW."
     )

@@ -17,11 +17,15 @@ from ..cache_engram import RuntimeSubclass
 from ..layer_engram import extend
 from ..safetensors_engram import EngramError
 from .memory import find_engram
+from .row_shards import RowShard, ShardGradient
 
 # Optimizers of torch that update the rows of a sparse gradient and leave the others as they are.
-_TAKE_SPARSE_GRADIENTS: list[type] = [torch.optim.SparseAdam, torch.optim.SGD, torch.optim.Adagrad]
+_OF_TORCH = (torch.optim.SparseAdam, torch.optim.SGD, torch.optim.Adagrad)
+# Those that take the gradients of tables in shards, too.
+_TAKE_ALL: list[type] = []
 # Kernels that were registered with torch, once in a process; they live as long as this library object.
 _kernels: list[torch.library.Library] = []
+_hooks: list[Any] = []
 
 
 class TableWithSparseGradients(RuntimeSubclass):
@@ -44,8 +48,8 @@ def _embed_sparsely(table: TableWithSparseGradients, row_ids: torch.Tensor) -> t
         and torch.distributed.get_world_size() > 1
     ):
         raise EngramError(
-            f"Sparse gradients of tables are for one process, but there are {torch.distributed.get_world_size()}: with several, "
-            "train row adapters (EngramRowsConfig), or whole tables without enable_sparse_gradients."
+            f"Sparse gradients of a whole table are for one process, but there are {torch.distributed.get_world_size()}: call "
+            "shard_tables(model), which spreads tables over the processes, or train row adapters (EngramRowsConfig)."
         )
     try:
         return F.embedding(row_ids, table.weight, sparse=True)
@@ -76,12 +80,11 @@ def enable_sparse_gradients(model: nn.Module) -> None:
         raise EngramError("Every table of this model is frozen; set requires_grad of a table's weight first.")
     if not _kernels:
         _let_norms_take_sparse_gradients()
-        register_optimizer_step_pre_hook(_refuse_dense_optimizers)
     for table in chosen:
         if not isinstance(table, TableWithSparseGradients):
             extend(table, TableWithSparseGradients)
         if not has_sparse_gradients(table.weight):
-            table.weight.has_sparse_gradients = True
+            mark_sparse(table.weight)
             table.weight.register_post_accumulate_grad_hook(_coalesce)
 
 
@@ -90,9 +93,37 @@ def has_sparse_gradients(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "has_sparse_gradients", False)
 
 
+def mark_sparse(parameter: Any, shard: RowShard | None = None) -> None:
+    """Have optimizers that cannot take sparse gradients refuse a table's weight.
+
+    Args:
+        parameter: the weight.
+        shard: which of its rows this process has, if not all.
+    """
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_refuse_dense_optimizers))
+    parameter.has_sparse_gradients, parameter.row_shard = True, shard
+
+
+def shard_of(parameter: torch.Tensor) -> RowShard | None:
+    """Which rows of a table this process has; None if all."""
+    return getattr(parameter, "row_shard", None)
+
+
+def rows_of_gradient(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Rows `[n]`, ascending, of a table or of this process's shard, that have a gradient, and it `[n, W]`; None if it is dense."""
+    gradient = table.grad
+    if isinstance(gradient, ShardGradient):
+        return gradient.rows, gradient.row_values
+    if gradient is None or not gradient.is_sparse:
+        return None
+    gradient = gradient.coalesce()
+    return gradient.indices()[0], gradient.values()
+
+
 def accept_sparse_gradients(optimizer: type) -> type:
-    """Declare (as a decorator) that a class of optimizers takes the sparse gradients of tables."""
-    _TAKE_SPARSE_GRADIENTS.append(optimizer)
+    """Declare (as a decorator) that a class of optimizers takes the sparse gradients of tables, in shards or not."""
+    _TAKE_ALL.append(optimizer)
     return optimizer
 
 
@@ -139,12 +170,15 @@ def _sparse_vector_norm(
 
 
 def _refuse_dense_optimizers(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if isinstance(optimizer, tuple(_TAKE_SPARSE_GRADIENTS)):
+    if isinstance(optimizer, tuple(_TAKE_ALL)):
         return
+    takes_sparse = isinstance(optimizer, _OF_TORCH)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if has_sparse_gradients(parameter) and parameter.grad is not None and parameter.grad.is_sparse:
+            if not has_sparse_gradients(parameter) or rows_of_gradient(parameter) is None:
+                continue
+            if not takes_sparse or isinstance(parameter.grad, ShardGradient):
                 raise EngramError(
-                    f"{type(optimizer).__name__} cannot take the sparse gradients of tables; use "
+                    f"{type(optimizer).__name__} cannot take the sparse gradients of tables{'' if not takes_sparse else ' in shards'}; use "
                     "engram_hf.training.SparseAdamW, or do not call enable_sparse_gradients."
                 )

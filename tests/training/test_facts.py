@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_backbones import build, tiny_tokenizer
+from tiny_backbones import LAYER_IDS, build, tiny_tokenizer
 
 from engram_hf import EngramForCausalLM
 from engram_hf.training import forget_facts, scan_rows, write_facts
@@ -18,6 +18,11 @@ FACTS = [{"prompt": f"word{i} word{i + 1} word{i + 2}", "target": f"word{i + 40}
 OTHER_TEXTS = ["word50 word49 word48 word47 word46", "word45 word0 word44 word1 word43"]
 FLOAT8 = {"engram_table_dtype": "float8_e4m3fn", "engram_head_dim": 32}
 INT2 = {"engram_table_dtype": "int2", "engram_head_dim": 32}
+
+
+def write_both(*arguments, **options):
+    """Into both layers: one alone holds too little of a model of random weights."""
+    return write_facts(*arguments, **{"layers": LAYER_IDS, **options})
 
 
 def make(name: str = "llama", **fields) -> EngramForCausalLM:
@@ -41,7 +46,7 @@ def model(built) -> EngramForCausalLM:
 @pytest.fixture(scope="module")
 def written(built):
     """A model with facts, and the report; not to be changed."""
-    return write_facts(copy.deepcopy(built), TOKENIZER, FACTS, protect=OTHER_TEXTS)
+    return write_both(copy.deepcopy(built), TOKENIZER, FACTS, protect=OTHER_TEXTS)
 
 
 def logits(model, text: str) -> torch.Tensor:
@@ -117,7 +122,7 @@ def test_text_in_front_of_a_written_row_keeps_every_bit(built, written):
 
 def test_write_facts_measures_texts_that_are_protected_in_part(model):
     texts = [f"{FACTS[0]['prompt']} word50 word51", *OTHER_TEXTS]
-    _, report = write_facts(model, TOKENIZER, FACTS, protect=texts, max_protected_reads=1, steps=20)
+    _, report = write_both(model, TOKENIZER, FACTS, protect=texts, max_protected_reads=1, steps=20)
     found = report.protected
     assert found.reading == 1 and found.untouched_texts == 2 and found.changed_untouched == 0
     assert found.untouched_positions == 2 + 10
@@ -127,7 +132,7 @@ def test_write_facts_measures_texts_that_are_protected_in_part(model):
 
 def test_a_fact_that_protected_texts_read_is_not_written(model):
     fact = FACTS[0]
-    _, report = write_facts(model, TOKENIZER, FACTS, protect=[f"{fact['prompt']} {fact['target']}"], steps=50)
+    _, report = write_both(model, TOKENIZER, FACTS, protect=[f"{fact['prompt']} {fact['target']}"], steps=50)
     assert report.facts[0].rows == 0 and report.protected.reading == 0
     assert report.facts[0].probability_before == report.facts[0].probability_after
     assert any("Every row of fact 0 is read by the protected texts" in note for note in report.notes)
@@ -136,7 +141,7 @@ def test_a_fact_that_protected_texts_read_is_not_written(model):
 
 def test_the_same_facts_give_the_same_rows(built, written):
     torch.manual_seed(123)
-    again, _ = write_facts(copy.deepcopy(built).train(), TOKENIZER, FACTS)
+    again, _ = write_both(copy.deepcopy(built).train(), TOKENIZER, FACTS)
     assert all(map(torch.equal, deltas(again), deltas(written[0])))
     assert again.training
 
@@ -147,7 +152,7 @@ def test_the_same_facts_give_the_same_rows(built, written):
 def test_other_backbones_and_mapped_tables(name, fields, tmp_path):
     make(name, **fields).save_pretrained(tmp_path)
     model = EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped")
-    model, report = write_facts(model, TOKENIZER, FACTS, protect=OTHER_TEXTS)
+    model, report = write_both(model, TOKENIZER, FACTS, protect=OTHER_TEXTS)
     assert report.recall == 1.0 and report.protected.changed_untouched == 0
     assert [answer(model, fact) for fact in FACTS] == [fact["target"] for fact in FACTS]
 
@@ -188,7 +193,7 @@ def test_an_adapter_with_facts_is_saved_loaded_and_forgotten(built, written, tmp
 def test_users_are_stacked_without_loss(model):
     users = [FACTS[:2], FACTS[2:]]
     for index, facts in enumerate(users):
-        model, report = write_facts(model, TOKENIZER, facts, name=f"user{index}")
+        model, report = write_both(model, TOKENIZER, facts, name=f"user{index}")
         assert report.recall == 1.0 and report.notes == []
     assert model.base_model.active_adapters == ["user0", "user1"]
     assert [answer(model, fact) for fact in FACTS] == [fact["target"] for fact in FACTS]
@@ -213,10 +218,18 @@ def test_a_lora_stays_in_front_of_the_rows(model):
                 parameter.add_(0.05)
     before = {name: parameter.detach().clone() for name, parameter in lora.named_parameters()}
     tuned = logits(lora, OTHER_TEXTS[0])
-    adapted, report = write_facts(lora, TOKENIZER, FACTS, protect=OTHER_TEXTS)
+    adapted, report = write_both(lora, TOKENIZER, FACTS, protect=OTHER_TEXTS)
     assert report.recall == 1.0 and torch.equal(logits(adapted, OTHER_TEXTS[0]), tuned)
     assert all(torch.equal(parameter, before[name]) for name, parameter in lora.named_parameters() if name in before)
     assert all(parameter.grad is None for parameter in lora.parameters())
+
+
+def test_the_first_layer_alone_is_written_if_that_is_enough(built):
+    """Of a model of random weights it recalls three of the four."""
+    _, report = write_facts(copy.deepcopy(built), TOKENIZER, FACTS[1:])
+    assert report.recall == 1.0 and report.layers == LAYER_IDS[:1]
+    adapted, report = write_facts(copy.deepcopy(built), TOKENIZER, FACTS[:1], steps=30)
+    assert report.layers == LAYER_IDS and list(adapted.peft_config) == ["facts"]
 
 
 def test_facts_in_the_fields_of_counterfact(model):
@@ -224,7 +237,7 @@ def test_facts_in_the_fields_of_counterfact(model):
     assert parse_facts(facts, TOKENIZER) == parse_facts(
         [{"prompt": "word1 word2 word3 word4", "target": "word5"}], TOKENIZER
     )
-    _, report = write_facts(model, TOKENIZER, facts, steps=30)
+    _, report = write_both(model, TOKENIZER, facts, steps=30)
     assert report.facts[0].prompt == "word1 word2 word3 word4" and report.recall == 1.0
 
 
@@ -232,7 +245,7 @@ def test_prompts_that_end_alike_are_written_where_they_differ(model):
     facts = [{"prompt": f"word{i} word1 word2 word3", "target": f"word{i + 10}"} for i in (20, 30)]
     engram = model.model
     assert choose_positions(engram, parse_facts(facts, TOKENIZER), [1, 2], [3], {}) == [(2, 3), (2, 3)]
-    _, report = write_facts(model, TOKENIZER, facts, steps=300)
+    _, report = write_both(model, TOKENIZER, facts, steps=300)
     assert report.recall == 1.0
     assert any("Facts 0 and 1 write 4 rows together, for different targets" in note for note in report.notes)
     assert [result.shared_rows for result in report.facts] == [4, 4]
@@ -240,7 +253,7 @@ def test_prompts_that_end_alike_are_written_where_they_differ(model):
 
 def test_shared_rows_stay_until_the_last_fact_goes(model, caplog):
     facts = [{"prompt": f"word{i} word1 word2 word3", "target": f"word{i + 10}"} for i in (20, 30)]
-    adapted, _ = write_facts(model, TOKENIZER, facts, steps=10)
+    adapted, _ = write_both(model, TOKENIZER, facts, steps=10)
     assert forget_facts(adapted, "facts", 0) == 4
     assert forget_facts(adapted, "facts", 0) == 8
 
@@ -251,12 +264,12 @@ def test_conflicts_are_said(model):
         {"prompt": "word5 word6 word7", "target": "word8"},
         {"prompt": "Word5 word6 word7", "target": "word9"},
     ]
-    adapted, report = write_facts(model, TOKENIZER, facts, steps=2)
+    adapted, report = write_both(model, TOKENIZER, facts, steps=2)
     said = "\n".join(report.notes)
     assert "The prompt of fact 0 is shorter than 3 tokens" in said
     assert "prompts of facts 1 and 2 differ only in what the compressed vocabulary leaves out" in said
     assert "is not recalled" in said
-    _, report = write_facts(adapted, TOKENIZER, facts[1:2], name="second", steps=2)
+    _, report = write_both(adapted, TOKENIZER, facts[1:2], name="second", steps=2)
     assert any("The adapter 'facts' writes 4 of these rows too" in note for note in report.notes)
 
 
@@ -271,7 +284,7 @@ def test_a_gate_that_stays_shut_is_said(model):
             memory.kv_proj.weight[half:] *= 1e-4
     for memory in model.model.memories().values():
         memory.gate.forward = lambda dot, valid=None: torch.full_like(dot, 0.01)
-    _, report = write_facts(model, TOKENIZER, FACTS, steps=3)
+    _, report = write_both(model, TOKENIZER, FACTS, steps=3)
     assert any("the gate opens 1% at most there" in note for note in report.notes)
 
 
@@ -292,7 +305,7 @@ BAD_FACTS = {
 @pytest.mark.parametrize("said", BAD_FACTS)
 def test_bad_facts_are_one_sentence_and_change_nothing(model, said):
     with pytest.raises(ValueError, match=said):
-        write_facts(model, TOKENIZER, BAD_FACTS[said])
+        write_both(model, TOKENIZER, BAD_FACTS[said])
     assert not hasattr(model, "peft_config") and all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -310,14 +323,14 @@ def test_bad_facts_are_one_sentence_and_change_nothing(model, said):
 )
 def test_bad_arguments_are_one_sentence(model, fields, said):
     with pytest.raises(ValueError, match=said):
-        write_facts(model, TOKENIZER, FACTS, **fields)
+        write_both(model, TOKENIZER, FACTS, **fields)
     assert not hasattr(model, "peft_config")
 
 
 def test_a_target_without_tokens_is_refused(model, monkeypatch):
     monkeypatch.setattr("engram_hf.training.fact_texts._tokenize", lambda tokenizer, prompt, target: ((1,), ()))
     with pytest.raises(ValueError, match="The target of fact 0 has no tokens"):
-        write_facts(model, TOKENIZER, FACTS)
+        write_both(model, TOKENIZER, FACTS)
 
 
 def test_memory_that_contributes_nothing_cannot_learn(model):
@@ -325,7 +338,7 @@ def test_memory_that_contributes_nothing_cannot_learn(model):
         memory.zero_value_projection()
     before = logits(model, FACTS[0]["prompt"])
     with pytest.raises(ValueError, match="its value projection is zero"):
-        write_facts(model, TOKENIZER, FACTS)
+        write_both(model, TOKENIZER, FACTS)
     assert torch.equal(logits(model, FACTS[0]["prompt"]), before)
     assert all(type(memory.table).__name__ == "EngramTable" for memory in model.model.memories().values())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -340,7 +353,7 @@ def test_an_interrupted_write_leaves_the_adapters_that_were_there(written, monke
 
     monkeypatch.setattr("engram_hf.training.facts._train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_facts(model, TOKENIZER, [{"prompt": "word50 word51", "target": "word52"}], name="new")
+        write_both(model, TOKENIZER, [{"prompt": "word50 word51", "target": "word52"}], name="new")
     assert list(model.peft_config) == ["facts"] and torch.equal(logits(model, FACTS[0]["prompt"]), before)
 
 
@@ -354,9 +367,9 @@ def test_forgetting_what_is_not_there_is_refused(written, model):
     with pytest.raises(ValueError, match="no adapter 'facts' with facts"):
         forget_facts(model, "facts", 0)
     with pytest.raises(ValueError, match="has an adapter 'facts' already"):
-        write_facts(adapted, TOKENIZER, FACTS)
+        write_both(adapted, TOKENIZER, FACTS)
     with pytest.raises(ValueError, match="has no head"):
-        write_facts(model.model, TOKENIZER, FACTS)
+        write_both(model.model, TOKENIZER, FACTS)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +391,7 @@ def test_damaged_facts_are_refused(written, damage):
 
 def test_another_tokenizer_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="pass the model's own tokenizer"):
-        write_facts(model, tokenizer, FACTS)
+        write_both(model, tokenizer, FACTS)
 
 
 def test_rows_of_facts_are_a_scan_away(written):

@@ -13,7 +13,7 @@ from training_runs import losses
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from engram_hf import EngramConfig, EngramForCausalLM
-from engram_hf.training import EngramRowsConfig, scan_rows
+from engram_hf.training import EngramRowsConfig, hotswap_rows, scan_rows
 from engram_hf.training.row_adapters import RowDifferences
 
 FLOAT8 = {"engram_table_dtype": "float8_e4m3fn", "engram_head_dim": 32}
@@ -293,6 +293,35 @@ def test_an_adapter_is_swapped_while_the_model_is_in_use(saved, folder, expected
     peft.set_adapter("new")
     peft.delete_adapter("old")
     assert torch.equal(logits(peft), expected)
+
+
+def test_rows_are_swapped_under_their_name(saved, folder, expected, model):
+    """Of other layers and of another number; those of another hash leave what was there."""
+    old = read_by(model, random_ids(2, 9))
+    peft = move(adapted(model, {2: old[2]}), seed=4).train()
+    hotswap_rows(peft, folder)
+    assert peft.training and torch.equal(logits(peft), expected)
+    assert list(peft.peft_config) == ["default"] and peft.peft_config["default"].memory.keys() == {"1", "2"}
+    assert not any(parameter.requires_grad for parameter in peft.parameters())
+    hotswap_rows(peft, folder, is_trainable=True)
+    assert sum(parameter.requires_grad for parameter in peft.parameters()) == len(LAYER_IDS)
+
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace('"vocab_size": ', '"vocab_size": 9'))
+    with pytest.raises(ValueError, match="Load it onto the model it was trained on"):
+        hotswap_rows(peft, folder)
+    with pytest.raises(ValueError, match="There is no row adapter 'other' to be replaced"):
+        hotswap_rows(peft, folder, "other")
+    assert list(peft.peft_config) == ["default"] and torch.equal(logits(peft), expected)
+    peft.merge_adapter()
+    with pytest.raises(ValueError, match="is merged into the tables"):
+        hotswap_rows(peft, folder)
+
+
+def test_peft_refuses_rows_in_its_mixed_model(model, rows):
+    """A fixed list of methods; LoRA beside rows goes as in the next test."""
+    with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
+        get_peft_model(model, EngramRowsConfig(rows=rows), mixed=True)
 
 
 def test_lora_stands_beside_rows(saved, folder, expected, tmp_path, trainer):
