@@ -219,11 +219,11 @@ PUBLIC_NAMES = {
 }
 # `python -m engram_hf.convert_scripts.NAME`: what a shell script of today may pass.
 SCRIPTS = {
-    "convert_deepseek_v41": "source target --dequantize-tables --dry-run --dtype --layers --link-tables --revision --verify-only",
+    "convert_deepseek_v41": "source target --dequantize-tables --dry-run --dtype --json --layers --link-tables --revision --verify-only",
     "convert_engram_demo": (
-        "state backbone target --engram-vocab-size --layer-ids --max-ngram-size --pad-token-id --seed --tokenizer"
+        "state backbone target --engram-vocab-size --json --layer-ids --max-ngram-size --pad-token-id --seed --tokenizer"
     ),
-    "export_deepseek_v41": "source target --dry-run --record --verify-only",
+    "export_deepseek_v41": "source target --dry-run --json --record --verify-only",
 }
 
 
