@@ -82,7 +82,8 @@ def serving(name: Path, residency: str = "auto", continuous_batching: bool = Fal
     try:
         client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=60)
         wait_until(lambda: is_healthy(client))
-        yield client, server._model_manager.loaded_models[str(name)].model
+        (loaded,) = server._model_manager.loaded_models.values()
+        yield client, loaded.model
     finally:
         server.kill_server()
 
