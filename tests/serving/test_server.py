@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from deepseek_v41_reference import needs_auto_image_processor
 from engram_cli.main import main
 from tiny_backbones import BACKBONES, randomize
 from tiny_tokenizer import make_tokenizer
@@ -279,6 +280,7 @@ def release(golden, tmp_path_factory) -> Path:
 
 
 @needs_server
+@needs_auto_image_processor  # before, the server asks for the code of its processor
 @pytest.mark.slow
 def test_the_release_thinks_in_a_field_of_its_own(release):
     """The server tells reasoning from the answer by the tokenizer's response template, which converting writes."""
