@@ -40,7 +40,7 @@ class Server:
     name: str
     folder: Path
     answers: list[str]
-    client: AsyncOpenAI
+    url: str
     bare: str | None  # the setting whose times are the measure
 
 
@@ -165,8 +165,7 @@ def start_servers(
         except RuntimeError as error:
             print(f"{name}: {error}")
             continue
-        client = AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
-        servers.append(Server(name, folder, answers[folder], client, measure))
+        servers.append(Server(name, folder, answers[folder], url, measure))
     return servers
 
 
@@ -206,12 +205,10 @@ def is_up(client: OpenAI) -> bool:
     return True
 
 
-async def ask(server: Server, prompt: str, count: int, delay: float = 0.0) -> Answer:
+async def ask(client: AsyncOpenAI, prompt: str, count: int, delay: float = 0.0) -> Answer:
     await asyncio.sleep(delay)
     start, times, text = time.perf_counter(), [], ""
-    stream = await server.client.completions.create(
-        model=str(server.folder), prompt=prompt, max_tokens=count, temperature=0, stream=True
-    )
+    stream = await client.completions.create(model=None, prompt=prompt, max_tokens=count, temperature=0, stream=True)
     async for chunk in stream:
         if chunk.choices[0].text:
             times.append(time.perf_counter() - start)
@@ -219,20 +216,27 @@ async def ask(server: Server, prompt: str, count: int, delay: float = 0.0) -> An
     return Answer(text, times)
 
 
+def connect(server: Server) -> AsyncOpenAI:
+    """A client for one event loop, to be closed in it."""
+    return AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=600)
+
+
 async def ask_alone(server: Server, prompts: list[str], count: int) -> list[float]:
     """Seconds of requests one at a time; the first ones warm up."""
-    return [(await ask(server, prompt, count)).times[-1] for prompt in prompts[:6]][2:]
+    async with connect(server) as client:
+        return [(await ask(client, prompt, count)).times[-1] for prompt in prompts[:6]][2:]
 
 
 async def ask_all(server: Server, prompts: list[str], spacing: float, arguments: argparse.Namespace) -> tuple:
-    await ask(server, prompts[0], 2)  # what is made for the first request
-    start = time.perf_counter()
-    requests = [
-        ask(server, prompts[index % PROMPTS], arguments.new_tokens, index * spacing)
-        for index in range(arguments.requests)
-    ]
-    answers = await asyncio.gather(*requests, return_exceptions=True)
-    return answers, time.perf_counter() - start
+    async with connect(server) as client:
+        await ask(client, prompts[0], 2)  # what is made for the first request
+        start = time.perf_counter()
+        requests = [
+            ask(client, prompts[index % PROMPTS], arguments.new_tokens, index * spacing)
+            for index in range(arguments.requests)
+        ]
+        answers = await asyncio.gather(*requests, return_exceptions=True)
+        return answers, time.perf_counter() - start
 
 
 def report(

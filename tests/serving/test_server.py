@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from deepseek_v41_reference import needs_auto_image_processor
 from engram_cli.main import main
 from tiny_backbones import BACKBONES, randomize
 from tiny_tokenizer import make_tokenizer
@@ -82,7 +83,8 @@ def serving(name: Path, residency: str = "auto", continuous_batching: bool = Fal
     try:
         client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=60)
         wait_until(lambda: is_healthy(client))
-        yield client, server._model_manager.loaded_models[str(name)].model
+        (loaded,) = server._model_manager.loaded_models.values()
+        yield client, loaded.model
     finally:
         server.kill_server()
 
@@ -278,6 +280,7 @@ def release(golden, tmp_path_factory) -> Path:
 
 
 @needs_server
+@needs_auto_image_processor  # before, the server asks for the code of its processor
 @pytest.mark.slow
 def test_the_release_thinks_in_a_field_of_its_own(release):
     """The server tells reasoning from the answer by the tokenizer's response template, which converting writes."""
