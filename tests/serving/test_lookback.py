@@ -189,5 +189,5 @@ def test_a_transformers_that_keeps_blocks_in_another_way_is_refused(monkeypatch)
     monkeypatch.setattr(
         PagedAttentionCache, "update", lambda self, key_states, value_states, layer_idx, read_index: None
     )
-    with pytest.raises(ValueError, match="needs transformers 5.20 or later"):
+    with pytest.raises(ValueError, match=r"needs transformers 5\.20 or later"):
         built("llama").generate_batch([[3, 4, 5]])
