@@ -99,8 +99,8 @@ def test_equals_generate(name, variant):
 @pytest.mark.parametrize("variant", ["paper", pytest.param("v4.1", marks=pytest.mark.slow)])
 def test_requests_that_are_preempted_go_on_right(variant, preempted):
     """The cache holds about two of the requests in full length, so that some give up their blocks and begin again."""
-    model, prompts = built("llama", variant), prompts_of(5, 12, seed=2)
-    assert batched(model, prompts, 24, num_blocks=6, safety_margin=0.0) == alone(model, prompts, 24)
+    model, prompts = built("llama", variant), prompts_of(3, 12, seed=2)
+    assert batched(model, prompts, 16, num_blocks=4, safety_margin=0.0) == alone(model, prompts, 16)
     assert preempted
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from tiny_backbones import build, needs_continuous_batching, tiny_tokenizer
 
+datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 
 
@@ -39,7 +39,7 @@ def test_two_steps_of_grpo_sample_in_batches_and_train_the_memory(tmp_path, monk
         use_transformers_continuous_batching=True,
         transformers_continuous_batching_config={"page_size": 8, "num_blocks": 64, "max_batch_tokens": 32},
     )
-    dataset = Dataset.from_dict({"prompt": [f"word{i} Word{i + 1} word{i + 2}" for i in range(8)]})
+    dataset = datasets.Dataset.from_dict({"prompt": [f"word{i} Word{i + 1} word{i + 2}" for i in range(8)]})
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if ".engram." in name}
     trainer = trl.GRPOTrainer(
         model, reward_funcs=count_of_word7, args=args, train_dataset=dataset, processing_class=tiny_tokenizer()
