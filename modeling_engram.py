@@ -294,7 +294,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         that holds a model is that model or the new one, whatever interrupts the save, and needs room for both until its end.
         """
         for memory in self.memory_model.memories().values():
-            memory.table.require_whole()
+            getattr(memory.table, "require_whole", bool)()  # of a table in shards: that cannot be saved so
         self.config.auto_map = self.config.remote_code_map()
         # Under the names of the modules: `Trainer` resumes by `load_state_dict`, and would silently skip experts that had
         # been split and renamed as the backbone's own hub layout has them (transformers issue 48805).

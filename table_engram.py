@@ -6,7 +6,6 @@ share a scale.
 
 import math
 from collections.abc import Iterable
-from contextvars import ContextVar
 from functools import lru_cache
 from typing import Protocol
 
@@ -29,8 +28,6 @@ E4M3_MAX = 448.0
 # Rows a thread decodes at once: enough that threads seldom wait for each other, few enough for a large cache.
 _CHUNK_ROWS = 8192
 _INIT_ROWS = 65_536
-# Where tables are made, if that is not where the rest of their model is.
-TABLE_DEVICE: ContextVar[torch.device | None] = ContextVar("device of new tables", default=None)
 
 
 class RowReader(Protocol):
@@ -75,7 +72,6 @@ class EngramTable(nn.Module):
 
     def __init__(self, num_rows: int, width: int, table_dtype: str | None = None, device=None, dtype=None):
         super().__init__()
-        device = TABLE_DEVICE.get() or device
         self.num_rows, self.width, self.table_dtype = num_rows, width, table_dtype
         self.row_dtype = dtype or torch.get_default_dtype()
         self.source: RowSource | None = None
@@ -99,9 +95,6 @@ class EngramTable(nn.Module):
         """Quantized rows take no gradient; transformers loads every parameter of floating point as a trainable one."""
         if self.table_dtype is not None:
             self.requires_grad_(False)
-
-    def require_whole(self) -> None:
-        """Refuse to be saved where this process does not have all rows."""
 
     @property
     def is_resident(self) -> bool:

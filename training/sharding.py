@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..cache_engram import RuntimeSubclass
-from ..layer_engram import extend, within
+from ..layer_engram import extend
 from ..safetensors_engram import EngramError
-from ..table_engram import TABLE_DEVICE, apply_global_scale, dequantize_rows
+from ..table_engram import EngramTable, apply_global_scale, dequantize_rows
 from .memory import find_engram
 from .row_shards import Exchange, LookUp, RowShard, own_rows
 from .sparse_gradients import mark_sparse
@@ -87,12 +87,22 @@ def _look_up(table: Any, row_ids: torch.Tensor, dtype: torch.dtype | None) -> to
 def tables_on_meta() -> Iterator[None]:
     """Within it, the tables of models that are built take no memory until [`shard_tables`] fills them.
 
-    with tables_on_meta():
-        model = EngramForCausalLM.from_backbone(name, tokenizer, layer_ids=[1, 15], rows=200_000_000)
-    shard_tables(model)
+        with tables_on_meta():
+            model = EngramForCausalLM.from_backbone(name, tokenizer, layer_ids=[1, 15], rows=200_000_000)
+        shard_tables(model)
+
+    Other threads build no models meanwhile.
     """
-    with within(TABLE_DEVICE, torch.device("meta")):
+    make = EngramTable.__init__
+
+    def make_on_meta(self: EngramTable, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **{**options, "device": torch.device("meta")})
+
+    EngramTable.__init__ = make_on_meta  # type: ignore[method-assign]
+    try:
         yield
+    finally:
+        EngramTable.__init__ = make  # type: ignore[method-assign]
 
 
 def shard_tables(model: nn.Module) -> set[nn.Parameter]:
