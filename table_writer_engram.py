@@ -42,7 +42,7 @@ _CHUNK_NUMBERS = 1 << 17
 # Counts the changes of what `quantize_rows` makes of the same rows: a table that was begun before one is begun again.
 _RULES = 2
 E2M1_LIMIT = 6.0
-# The step between neighbouring levels of so many bits that leaves about the least squares, as a combination of the root mean
+# The step between neighbouring levels of that number of bits that leaves about the least squares, as a combination of the root mean
 # square of a row and of its largest magnitude. Fitted to the best steps for rows of trained tables, and of normal, uniform and
 # Laplace numbers.
 _STEPS = {4: (0.1003, 0.0788), 2: (0.8507, 0.05)}

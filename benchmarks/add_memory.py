@@ -4,7 +4,7 @@
 
 The backbone is a small Qwen3-MoE, trained here on the sources of Python's standard library. The new domain is English about Python: its
 docstrings and the topics of `help()`. The backbone is frozen; a LoRA has as many trainable parameters as a memory. Losses are those
-of held-out texts, in nats a token. Printed are the changes of both after so many steps, and whether the logits moved at step 0.
+of held-out texts, in nats a token. Printed are the changes of both after each number of steps, and whether the logits moved at step 0.
 """
 
 import argparse

@@ -242,7 +242,7 @@ async def ask_all(server: Server, prompts: list[str], spacing: float, arguments:
 def report(
     load: int, servers: list[Server], prompts: list[str], spacing: float, arguments: argparse.Namespace
 ) -> None:
-    """Ask all servers in turn, in several rounds, so that other work on the machine meets each alike; print a line for each."""
+    """Ask all servers one after the other, in several rounds, so that other work on the machine meets each alike; print a line for each."""
     rounds: dict[str, list[tuple]] = {server.name: [] for server in servers}
     for _ in range(arguments.rounds):
         for server in servers:

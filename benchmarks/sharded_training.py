@@ -3,7 +3,7 @@
     python benchmarks/sharded_training.py [--processes 1 2 4] [--rows 4000000] [--steps 4]
 
 Trains the memory of the small Qwen3 of `sparse_training.py`, whose backbone is frozen, on 4 x 256 random tokens in each process. Tables
-have so many rows of 64 float32 channels in two layers. Peak memory is that of the first process beyond the same with small
+have the printed number of rows of 64 float32 channels in two layers. Peak memory is that of the first process beyond the same with small
 tables, in units of all tables; bytes are those that its calls of all-to-all sent to others. The last line computes these bytes from the
 number of distinct rows that a process reads.
 """

@@ -10,7 +10,7 @@ def add_commands(commands: Any) -> None:
         "serve",
         help="an OpenAI-compatible server for one model",
         description="Serve a model by transformers' own server, until it is interrupted: chat completions, completions, responses, "
-        "models, health. Any other option of `transformers serve` is handed on; `transformers serve --help` tells them.",
+        "models, health. Any other option of `transformers serve` is passed to it; `transformers serve --help` lists them.",
         allow_abbrev=False,
     )
     serve.add_argument("model", metavar="MODEL", help="a saved model, or a Hub id; the name that requests give")

@@ -122,7 +122,7 @@ def shard_tables(model: nn.Module) -> set[nn.Parameter]:
         The parameters of the tables: `ignored_params` for FSDP2. DDP finds them itself.
 
     Raises:
-        ValueError: there is no process group; or a table is in shards already, wrapped, or has too few rows for so many
+        ValueError: there is no process group; or a table is in shards already, wrapped, or has fewer rows than there are
             processes. The model is as it was.
     """
     engram = find_engram(model)

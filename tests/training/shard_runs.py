@@ -303,7 +303,7 @@ def process(rank: int, processes: int, port: int, scenarios: list[str], folder: 
 
 
 def run(processes: int, scenarios: list[str], folder: Path, seconds: float = 150) -> list[int | None]:
-    """Exit codes of so many processes that run scenarios together."""
+    """Exit codes of `processes` processes that run scenarios together."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     context = forks_of_a_server(*PRELOADED)
