@@ -251,8 +251,9 @@ class EngramMemory(nn.Module):
             past = inputs.history.stage_conv(self.index, states, inputs.compaction)
         else:
             past = states.new_zeros((states.shape[0], self.conv.reach, *states.shape[2:]))
-        # With a convolution that looks back, no look-back is longer: documents reach as far.
-        return inputs.compaction.restore(self.conv(inputs.compaction.join(past, states), inputs.documents))
+        joined = inputs.compaction.join(past, states)
+        documents = None if inputs.documents is None else inputs.documents[:, -joined.shape[1] :]
+        return inputs.compaction.restore(self.conv(joined, documents))
 
 
 def _update(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
