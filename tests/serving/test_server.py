@@ -261,7 +261,6 @@ def test_a_backbone_is_batched_and_a_request_longer_than_its_cache_ends_the_batc
 
 
 @needs_server
-@pytest.mark.xfail(raises=EngramError, reason="models with memory cannot be batched continuously yet")
 def test_a_model_with_memory_is_batched(folder, answer):
     expected = [answer(prompt, 4) for prompt in PROMPTS]
     with serving(folder, continuous_batching=True, cb_num_blocks=64, cb_max_batch_tokens=64) as (client, _):
