@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 from .configuration_engram import EngramConfig
-from .hashing_engram import DEAD, Compaction
+from .hashing_engram import NO_ID, Compaction
 from .safetensors_engram import EngramError
 
 # Convolution inputs kept beyond what the next token needs: this many positions can be cropped away at any time, as a
@@ -211,7 +211,7 @@ class StaticEngramHistory(EngramHistory):
         if getattr(self, "ids", None) is None:
             super().reset()
             return
-        self.ids.fill_(DEAD)
+        self.ids.fill_(NO_ID)
         self.is_numbered = False
         for state in (self.documents, self.counts, *self.conv_inputs.values()):
             state.zero_()
@@ -249,8 +249,8 @@ class StaticEngramHistory(EngramHistory):
 
 
 def nothing_before(current: torch.Tensor, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (`DEAD`) and documents (0), int64 `[B, reach]` each, of what stands before the beginning of `current` `[B, S]`."""
-    start = current.new_full((current.shape[0], reach), DEAD, dtype=torch.int64)
+    """Ids (`NO_ID`) and documents (0), int64 `[B, reach]` each, of what stands before the beginning of `current` `[B, S]`."""
+    start = current.new_full((current.shape[0], reach), NO_ID, dtype=torch.int64)
     return start, torch.zeros_like(start)
 
 

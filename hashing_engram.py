@@ -24,7 +24,7 @@ from .table_format_engram import draw_multipliers, draw_primes
 logger = logging.get_logger(f"transformers.{__name__}")
 
 # A position without a compressed id: padding, an image span, an unknown token, or before the start of the sequence.
-DEAD = -1
+NO_ID = -1
 
 
 def hash_ngrams(
@@ -39,11 +39,11 @@ def hash_ngrams(
     """Row ids of every position, for all layers at once.
 
     `mix_k = c[p] * m_0 ^ c[p-1] * m_1 ^ ... ^ c[p-k] * m_k` in wrapping int64; the heads of order k + 1 read row
-    `mix_k mod prime + offset`. From the first look-back that leaves the sequence, meets a dead position or leaves the
-    packed document, this and every longer look-back counts as `pad_id`; at a dead position all of them do.
+    `mix_k mod prime + offset`. From the first look-back that leaves the sequence, meets a position without an id or leaves the
+    packed document, this and every longer look-back counts as `pad_id`; at a position without an id all of them do.
 
     Args:
-        compressed_ids: int64 `[B, S]`, `DEAD` where there is none.
+        compressed_ids: int64 `[B, S]`, `NO_ID` where there is none.
         multipliers: int64 `[L, N]`.
         primes: int64 `[L, N - 1, H]`.
         pad_id: compressed id that stands for a look-back that is cut off.
@@ -63,8 +63,8 @@ def hash_ngrams(
             "all three."
         )
     reach, length, lead = primes.shape[1], compressed_ids.shape[-1], [1] * compressed_ids.dim()
-    ids = _with_past(compressed_ids, past_ids, reach, DEAD)
-    documents = None if sequence_ids is None else _with_past(sequence_ids, past_sequence_ids, reach, DEAD)
+    ids = _with_past(compressed_ids, past_ids, reach, NO_ID)
+    documents = None if sequence_ids is None else _with_past(sequence_ids, past_sequence_ids, reach, NO_ID)
     factors = multipliers.unflatten(1, (reach + 1, *lead))  # [L, N, 1...]
     moduli = primes.unflatten(1, (reach, *lead))  # [L, N - 1, 1..., H]
 
@@ -198,7 +198,7 @@ class NgramHasher(nn.Module):
     """Token ids to row ids. Its buffers are the part of the hash that is saved with the weights.
 
     Buffers:
-        token_map: int64 `[V]`, compressed id of every token id, `DEAD` where a token has none; None without
+        token_map: int64 `[V]`, compressed id of every token id, `NO_ID` where a token has none; None without
             vocabulary compression.
         multipliers: int64 `[L, N]`.
         primes: int64 `[L, N - 1, H]`.
@@ -235,7 +235,7 @@ class NgramHasher(nn.Module):
         self.pad_token_id = pad_token_id
         self.seed = seed
         has_map = compressed_vocab_size is not None
-        self.register_buffer("token_map", torch.full((vocab_size,), DEAD) if has_map else None)
+        self.register_buffer("token_map", torch.full((vocab_size,), NO_ID) if has_map else None)
         # Zeros until `derive_constants` or a checkpoint fills them: on the meta device there is nothing to derive into.
         self.register_buffer("multipliers", torch.zeros((len(layer_ids), max_ngram), dtype=torch.int64))
         self.register_buffer("primes", torch.zeros((len(layer_ids), max_ngram - 1, heads), dtype=torch.int64))
@@ -350,7 +350,7 @@ class NgramHasher(nn.Module):
         return self._has_token_map
 
     def compress(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Compressed ids, int64, of `input_ids` (any integer dtype and shape); `DEAD` for an id that the hash does not know.
+        """Compressed ids, int64, of `input_ids` (any integer dtype and shape); `NO_ID` for an id that the hash does not know.
 
         Raises:
             ValueError: the model has no token map yet.
@@ -365,7 +365,7 @@ class NgramHasher(nn.Module):
         is_known = (ids >= 0) & (ids < size)
         if self.token_map is not None:
             ids = self.token_map.to(ids.device)[ids.where(is_known, 0)]
-        return ids.where(is_known, DEAD)
+        return ids.where(is_known, NO_ID)
 
     def forward(
         self,
@@ -374,7 +374,7 @@ class NgramHasher(nn.Module):
         past_ids: torch.Tensor | None = None,
         past_sequence_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Row ids `[L, B, S, T]` of compressed ids `[B, S]` (`DEAD` where there is none); see [`hash_ngrams`]."""
+        """Row ids `[L, B, S, T]` of compressed ids `[B, S]` (`NO_ID` where there is none); see [`hash_ngrams`]."""
         device = compressed_ids.device
         pad = self.pad_token_id if self.token_map is None else self.token_map[self.pad_token_id].to(device)
         return hash_ngrams(

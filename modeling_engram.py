@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from .cache_engram import EngramHistory, RuntimeSubclass, attach_history, begin_cache, lookback_reach, nothing_before
 from .configuration_engram import FORMAT_VERSION, EngramConfig, needs_package, remote_module
-from .hashing_engram import DEAD, Compaction, NgramHasher, as_token_map
+from .hashing_engram import NO_ID, Compaction, NgramHasher, as_token_map
 from .layer_engram import (
     BESIDE,
     CARRIER,
@@ -249,7 +249,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
             for name, constant in module.derive_constants().items():
                 init.copy_(getattr(module, name), constant)
             if module.token_map is not None:
-                init.constant_(module.token_map, DEAD)
+                init.constant_(module.token_map, NO_ID)
         else:
             super()._init_weights(module)
 
@@ -488,7 +488,7 @@ class EngramModel(EngramPreTrainedModel):
         self._require_same_ids(token_map, current[: token_map.numel()].cpu())
         known = int((current >= 0).sum())
         self._added_tokens_share_ids |= known > 0 and not torch.equal(current[: token_map.numel()].cpu(), token_map)
-        current.fill_(DEAD)
+        current.fill_(NO_ID)
         current[: token_map.numel()] = token_map.to(current.device)
         self.config.engram_added_tokens = int(token_map.max()) + 1 - self.config.engram_compressed_vocab_size
         self.hashing.settle()
@@ -522,7 +522,7 @@ class EngramModel(EngramPreTrainedModel):
         first = max(config.engram_compressed_vocab_size, int(token_map.max()) + 1)
         added = torch.arange(first, first + max(new_size - old_size, 0), device=token_map.device)
         if not (token_map >= 0).any():
-            added = torch.full_like(added, DEAD)
+            added = torch.full_like(added, NO_ID)
         hashing.token_map = torch.cat([token_map, added])
         hashing.settle()
         config.engram_added_tokens = max(int(hashing.token_map.max()) + 1 - config.engram_compressed_vocab_size, 0)
@@ -566,7 +566,7 @@ class EngramModel(EngramPreTrainedModel):
             valid = no_image if is_text is None else is_text & no_image
         ids = self.hashing.compress(input_ids)
         if valid is not None:
-            ids = ids.where(valid, DEAD)
+            ids = ids.where(valid, NO_ID)
         if self.hashing.token_map is not None:
             valid = ids >= 0  # no memory either where the hash does not know a token
         if history is not None and not isinstance(history, EngramHistory):

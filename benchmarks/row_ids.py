@@ -16,7 +16,7 @@ import torch
 from transformers import Qwen3MoeConfig
 
 from engram_hf import EngramConfig, EngramForCausalLM
-from engram_hf.hashing_engram import DEAD, hash_ngrams
+from engram_hf.hashing_engram import NO_ID, hash_ngrams
 
 BATCH, LENGTH, VOCAB, PAD = 4, 2048, 4096, 2
 
@@ -77,8 +77,8 @@ def numpy_row_ids(ids: np.ndarray, multipliers: np.ndarray, primes: list[list[li
     """The definition, vectorized over positions: layer by layer, order by order, head by head."""
     tokens, cut = [], np.zeros(ids.shape, dtype=bool)
     for back in range(multipliers.shape[1]):
-        earlier = np.pad(ids, ((0, 0), (back, 0)), constant_values=DEAD)[:, : ids.shape[1]]
-        cut = cut | (earlier == DEAD)
+        earlier = np.pad(ids, ((0, 0), (back, 0)), constant_values=NO_ID)[:, : ids.shape[1]]
+        cut = cut | (earlier == NO_ID)
         tokens.append(np.where(cut, PAD, earlier))
     layers = []
     for factors, orders in zip(multipliers, primes, strict=True):

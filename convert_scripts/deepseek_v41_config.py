@@ -20,7 +20,7 @@ from ..configuration_deepseek_v41 import DeepseekV41TextConfig
 from ..configuration_engram import EngramConfig
 from ..configuration_vision_deepseek_v41 import DeepseekV41VisionConfig
 from ..draft_deepseek_v41 import DRAFT_FIELDS
-from ..hashing_engram import DEAD, NgramHasher
+from ..hashing_engram import NO_ID, NgramHasher
 from ..safetensors_engram import read_json
 from ..table_engram import SAFETENSORS_NAMES
 from ..table_format_engram import TableDescription, describe_table
@@ -303,7 +303,7 @@ def additions(config: EngramConfig, folder: Path, documents: Mapping[str, bytes]
         )
     tokenizer = Tokenizer.from_file(str(path))
     hasher = build_hasher(config, tokenizer)
-    token_map = hasher.token_map[hasher.token_map != DEAD].numpy()
+    token_map = hasher.token_map[hasher.token_map != NO_ID].numpy()
     own = {
         "config.json": config.to_json_string().encode("utf-8"),
         TOKEN_MAP_FILE: token_map_bytes(token_map, tokenizer),

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..cache_engram import lookback_reach
-from ..hashing_engram import DEAD, Compaction
+from ..hashing_engram import NO_ID, Compaction
 from ..modeling_engram import CACHE_NAMES, LOOKBACK_NAMES, EngramModel
 from ..safetensors_engram import EngramError
 
@@ -49,7 +49,7 @@ def read_lookback(model: EngramModel, inputs: dict[str, Any]) -> "LookbackHistor
     reach = lookback_reach(config)
     _require_conv_inputs(kept or {}, config.engram_layer_ids, ids.shape[0], reach)
     ids = model.hashing.compress(ids.to(device))
-    ids = torch.nn.functional.pad(ids, (reach - ids.shape[1], 0), value=DEAD)
+    ids = torch.nn.functional.pad(ids, (reach - ids.shape[1], 0), value=NO_ID)
     return LookbackHistory(
         ids, kept or {}, {} if collected is None else collected, config.engram_layer_ids, inputs.get("cu_seq_lens_q")
     )
@@ -59,7 +59,7 @@ class LookbackHistory:
     """The history of one call, as an engine told it.
 
     Args:
-        ids: int64 `[n, R]`, compressed ids before each sequence, `DEAD` where it had not begun.
+        ids: int64 `[n, R]`, compressed ids before each sequence, `NO_ID` where it had not begun.
         conv_inputs: by decoder layer, `[n, R, G, D]`; what is left out had not begun.
         collected: filled with the convolution inputs `[B, S, G, D]` of this call, by decoder layer.
         layer_ids: decoder layers with memory.

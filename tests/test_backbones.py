@@ -23,7 +23,7 @@ from tiny_backbones import (
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PhiConfig
 
 from engram_hf import EngramForCausalLM, EngramModel
-from engram_hf.hashing_engram import DEAD
+from engram_hf.hashing_engram import NO_ID
 
 VARIANTS = ["paper", "v4.1"]
 # DeepSeek-V4 compresses keys in windows that start at the first position, padding or not, and ignores documents.
@@ -84,7 +84,7 @@ def test_chunks_are_the_whole(model, size):
 @in_both_variants
 def test_chunks_need_the_ids_before_them(model):
     ids = random_ids(2, 20)
-    forgetful = logits_in_chunks(model, ids, 3, between=lambda history: history.ids.fill_(DEAD))
+    forgetful = logits_in_chunks(model, ids, 3, between=lambda history: history.ids.fill_(NO_ID))
     assert differ(forgetful, logits_of(model, ids))
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from engram_hf import EngramTokenizer, hashing_engram
 from engram_hf.cache_engram import EngramHistory
 from engram_hf.hashing_engram import (
-    DEAD,
+    NO_ID,
     NgramHasher,
     as_token_map,
     row_offsets,
@@ -82,7 +82,7 @@ def naive_row_ids(ids, documents, multipliers, primes, pad) -> list[list[int]]:
         tokens, cut = [], False
         for back in range(len(multipliers)):
             there = position - back
-            cut = cut or there < 0 or ids[there] == DEAD or documents[there] != documents[position]
+            cut = cut or there < 0 or ids[there] == NO_ID or documents[there] != documents[position]
             tokens.append(pad if cut else ids[there])
         products = [wrap(token * multiplier) for token, multiplier in zip(tokens, multipliers, strict=True)]
         mix, row, offset = products[0], [], 0
@@ -111,12 +111,12 @@ def naive_batch(hasher: NgramHasher, ids, documents=None, pad=2) -> torch.Tensor
 
 
 def random_case(seed: int, batch: int = 3, length: int = 23) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids with dead positions and documents of random length."""
+    """Ids with invalid positions and documents of random length."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 128, (batch, length), generator=generator)
     dead = torch.rand((batch, length), generator=generator) < 0.15
     starts = torch.rand((batch, length), generator=generator) < 0.2
-    return ids.masked_fill(dead, DEAD), starts.cumsum(1)
+    return ids.masked_fill(dead, NO_ID), starts.cumsum(1)
 
 
 # --- known answers
@@ -151,7 +151,7 @@ def test_row_ids_of_the_known_answer_with_dead_positions(known):
     hasher, layers = known
     case = layers[0]["dead_case"]
     ids = hasher.compress(torch.tensor([case["input_ids"]]))
-    ids[:, case["dead_positions"]] = DEAD
+    ids[:, case["dead_positions"]] = NO_ID
     assert hasher(ids)[:, 0].tolist() == [layer["dead_case"]["row_ids"] for layer in layers]
 
 
@@ -212,10 +212,10 @@ def test_any_length(length):
 )
 def test_hash_ngrams_at_invalid_positions(dead):
     hasher = make_hasher()
-    ids = random_ids(2, 23).masked_fill(torch.isin(torch.arange(23), torch.tensor(list(dead))), DEAD)
+    ids = random_ids(2, 23).masked_fill(torch.isin(torch.arange(23), torch.tensor(list(dead))), NO_ID)
     row_ids = hasher(ids)
     assert torch.equal(row_ids, naive_batch(hasher, ids))
-    # A dead position reads what a sequence of nothing but pads reads.
+    # A position without an id reads what a sequence of nothing but pads reads.
     pads = hasher(torch.full((2, 1), 2))
     assert torch.equal(row_ids[:, :, list(dead)], pads.expand(-1, -1, len(dead), -1))
 
@@ -296,7 +296,7 @@ def test_chunks_with_history_equal_the_whole(chunks, kept):
 
 @pytest.mark.parametrize("chunks", CHUNKINGS, ids=lambda chunks: f"{chunks[0]}-{len(chunks)}")
 def test_chunks_through_the_cache_layer_equal_the_whole(model, chunks):
-    """Padding on the left, a dead position inside and a second document that begins inside a chunk."""
+    """Padding on the left, an invalid position inside and a second document that begins inside a chunk."""
     ids = random_ids(2, 23)
     mask = torch.ones_like(ids)
     mask[0, :4] = mask[1, 13] = 0
@@ -403,13 +403,13 @@ def test_ids_beyond_the_vocabulary_have_no_compressed_id(compressed, bad):
     hasher = make_hasher(compressed_vocab_size=compressed)
     if compressed:
         hasher.token_map.copy_(torch.arange(128) // 2)
-    assert hasher.compress(torch.tensor([[5, bad, 7]])).eq(DEAD).tolist() == [[False, True, False]]
+    assert hasher.compress(torch.tensor([[5, bad, 7]])).eq(NO_ID).tolist() == [[False, True, False]]
 
 
 def test_ids_that_the_map_has_no_entry_for_have_no_compressed_id():
     hasher = make_hasher(compressed_vocab_size=60)
     hasher.token_map[:120] = torch.arange(120) // 2
-    assert hasher.compress(torch.tensor([[119, 120]])).tolist() == [[59, DEAD]]
+    assert hasher.compress(torch.tensor([[119, 120]])).tolist() == [[59, NO_ID]]
 
 
 # --- exact integers that tools take for weights
@@ -561,5 +561,5 @@ def test_a_plain_tokenizer_without_the_package_is_refused(plain_tokenizer, monke
 def test_cuda_equals_cpu(variant):
     hasher, ids = built("llama", variant).model.hashing, random_ids(2, 40)
     large = torch.randint(0, 2**62, (2, 40), generator=torch.Generator().manual_seed(0))
-    for case in (ids, ids.masked_fill(torch.arange(ids.shape[1]) == 5, DEAD), large):
+    for case in (ids, ids.masked_fill(torch.arange(ids.shape[1]) == 5, NO_ID), large):
         assert torch.equal(hasher(case.cuda()).cpu(), hasher(case))
