@@ -9,6 +9,9 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
 
+# transformers' own server, which `engram serve` starts; its command line imports requests, which transformers 5.17 does not ask for.
+_SERVING = ["requests>=2.32", "transformers[serving]"]
+
 
 class BuildWithoutSetup(build_py):
     """The root is the package, but this file is no part of it."""
@@ -66,8 +69,7 @@ setup(
         "examples": ["matplotlib>=3.8", "rich>=13"],
         "notebooks": ["ipykernel>=7", "matplotlib>=3.8", "nbclient>=0.10"],
         "images": ["pillow>=11"],
-        # transformers' own server, which `engram serve` starts.
-        "serving": ["transformers[serving]"],
+        "serving": _SERVING,
         "test": [
             "argcomplete>=3.4",
             "bitsandbytes>=0.50",
@@ -77,7 +79,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.12",
-            "transformers[serving]",  # the tests serve models
+            *_SERVING,  # the tests serve models
         ],
         # Needed by transformers' own tests, which `make test-upstream` runs.
         "upstream": ["parameterized>=0.9"],

@@ -264,11 +264,14 @@ def test_packed_documents_hash_as_if_alone(model, lengths):
 
 
 def test_a_document_may_begin_at_any_position(model):
-    """Two documents that both begin at position 7 of the packed row's numbering are still two."""
+    """Two documents that both begin at position 7 of the packed row's numbering are still two, where something says so."""
     ids = random_ids(1, 10)
     positions = torch.tensor([[7, 8, 9, 10, 7, 8, 9, 10, 11, 12]])
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
     alone = torch.cat([model.prepare_memory(part).row_ids for part in ids.split([4, 6], dim=1)], dim=2)
-    assert torch.equal(model.prepare_memory(ids, position_ids=positions).row_ids, alone)
+    assert torch.equal(model.prepare_memory(ids, position_ids=positions, sequence_ids=documents).row_ids, alone)
+    with pytest.raises(ValueError, match="begin or restart after 0"):
+        model.prepare_memory(ids, position_ids=positions)
 
 
 def test_documents_of_past_ids_must_be_known():

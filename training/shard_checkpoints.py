@@ -26,8 +26,7 @@ from transformers import PreTrainedModel
 from ..row_sources_engram import MappedRows
 from ..safetensors_engram import EngramError, is_file_name, read_header, read_json, write_json
 from ..saving_engram import FolderWriter, manifest_entry, require_settled, table_file_name, write_manifest
-from ..table_engram import ROW_FORMATS
-from ..table_format_engram import describe_table, parse_description, read_tables, require_same_hash
+from ..table_format_engram import ROW_FORMATS, describe_table, parse_description, read_tables, require_same_hash
 from ..table_writer_engram import TableWriter
 from .memory import find_engram
 from .row_shards import RowShard, own_rows
@@ -167,11 +166,8 @@ def _save_around(model: Any, path: Path, folder: str | os.PathLike, others: dict
 
 
 def _describe(engram: Any, index: int, table: Any) -> Any:
-    dtype = next(
-        name
-        for name, form in ROW_FORMATS.items()
-        if (form.name == table.table_dtype if table.table_dtype else form.dtype == table.weight.dtype)
-    )
+    stored_as = table.table_dtype or str(table.weight.dtype).removeprefix("torch.")
+    dtype = next(name for name, row_format in ROW_FORMATS.items() if row_format.name == stored_as)
     return describe_table(engram.hashing, index, width=table.width, dtype=dtype)
 
 
