@@ -20,7 +20,7 @@ import torch
 import transformers
 from deepseek_v41_reference import needs_auto_image_processor
 from engram_cli.main import main
-from tiny_backbones import BACKBONES, randomize
+from tiny_backbones import BACKBONES, needs_continuous_batching, randomize
 from tiny_tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 from transformers.utils.import_utils import is_serve_available
@@ -261,6 +261,7 @@ def test_a_backbone_is_batched_and_a_request_longer_than_its_cache_ends_the_batc
 
 
 @needs_server
+@needs_continuous_batching
 def test_a_model_with_memory_is_batched(folder, answer):
     expected = [answer(prompt, 4) for prompt in PROMPTS]
     with serving(folder, continuous_batching=True, cb_num_blocks=64, cb_max_batch_tokens=64) as (client, _):
