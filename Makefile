@@ -37,8 +37,9 @@ backbones: $(VENV)/.installed  ## memory on every causal language model of the n
 run-tests: $(VENV)/.installed
 	$(PYTEST) -m "$(TESTS)" $(PYTEST_ARGS)
 
+# Files run in the order of their names: by their number of tests, those with one long test would come last, one process alone at work.
 trials: $(VENV)/.installed  ## the slow tests: trials of docs/reliability.md in short, compilation, whole scripts (minutes)
-	$(PYTEST) -m slow $(PYTEST_ARGS)
+	$(PYTEST) --no-loadscope-reorder -m slow $(PYTEST_ARGS)
 
 # The trials of docs/reliability.md at length; `make trials` runs short ones. Each prints its seed, and what goes there.
 faults: $(VENV)/.installed  ## the trials of tests/faults, those that draw at random with a hundred times as many rounds (hours)

@@ -77,7 +77,7 @@ setup(
             "mypy>=2.4",
             "pillow>=11",
             "pytest>=8",
-            "pytest-xdist>=3.5",
+            "pytest-xdist>=3.8",
             "ruff>=0.12",
             *_SERVING,  # the tests serve models
         ],
