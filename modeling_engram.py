@@ -119,7 +119,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     @classmethod
     def _prepare(cls, config: EngramConfig, *args, **kwargs) -> PreTrainedModel:
         """The backbone's own model, its parts with memory, which is to become an instance of this class."""
-        raise NotImplementedError
+        raise EngramError(f"{cls.__name__} is the base of models with memory; build EngramModel or EngramForCausalLM.")
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
