@@ -1,4 +1,4 @@
-"""Python processes that stand for other machines."""
+"""Start Python processes that stand for other machines."""
 
 import json
 import multiprocessing
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 180
-# Goes in front of code that is to run where the package is not installed.
+# This line goes in front of code that has to run where the package is not installed.
 WITHOUT_PACKAGE = """
 import sys
 class Absent:
@@ -20,16 +20,17 @@ sys.meta_path.insert(0, Absent())
 
 
 def start(code: str, *arguments: object, env: dict[str, str], cwd: Path, isolated: bool = False) -> subprocess.Popen:
-    """A Python process that runs `code`; `isolated` from its folder and its user's packages."""
+    """Start a Python process that runs `code`; `isolated` keeps it from its folder and its user's packages."""
     command = [sys.executable, *["-I"] * isolated, "-c", code, *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=env, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def forks_of_a_server(*modules: str) -> multiprocessing.context.BaseContext:
-    """Processes that fork from one without threads, which has imported the package: they start within milliseconds.
+    """Return a context whose processes fork from a single-threaded server that has imported the package.
 
-    A process has one such server, so all tests that want one ask here; it has imported `modules` too, unless it ran before.
+    They start within milliseconds. A process has one such server, so all tests share it; it has imported `modules`
+    too, unless it was running already.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["engram_hf.convert_scripts.convert_deepseek_v41", *modules])
@@ -37,7 +38,7 @@ def forks_of_a_server(*modules: str) -> multiprocessing.context.BaseContext:
 
 
 def finish(process: subprocess.Popen) -> Any:
-    """Wait for a process; what its last line says, in JSON."""
+    """Wait for a process and return its last line of output, parsed as JSON."""
     try:
         output, errors = process.communicate(timeout=SECONDS)
     finally:
@@ -47,7 +48,9 @@ def finish(process: subprocess.Popen) -> Any:
 
 
 def run_elsewhere(code: str, home: Path) -> Any:
-    """What code prints last, in JSON, in a process of its own folder, module cache and environment, without network."""
+    """Run code in a process with its own folder, module cache and environment, without network; return its last line,
+    parsed as JSON.
+    """
     elsewhere = home / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
     environment = {

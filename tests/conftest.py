@@ -1,4 +1,4 @@
-"""What every test room shares: the golden data, and uninitialized memory that cannot pass for zeros."""
+"""Fixtures that every test folder shares, and NaN in uninitialized memory, so that it cannot pass for zeros."""
 
 import logging
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Folder of the golden data: known answers, the miniature V4.1 checkpoint, chat strings."""
+    """Return the folder of the golden data: known answers, the miniature V4.1 checkpoint, chat strings."""
     return GOLDEN
 
 
 @pytest.fixture(scope="module", params=DTYPES, ids=str)
 def saved_tables(request, tmp_path_factory):
-    """A model, the folder it is saved in as ordinary weights, and one that was saved with its tables mapped."""
+    """Return a model, a folder with its tables among the weights, and a folder with its tables in files of their own."""
     model = build("qwen3", engram_table_dtype=request.param, engram_head_dim=32)
     for memory in model.model.memories().values():
-        memory.table.reset_parameters(1.0)  # random bytes would be no valid scales
+        memory.table.reset_parameters(1.0)  # Random bytes would not be valid scales.
     plain, mapped = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("mapped")
     model.save_pretrained(plain)
     EngramForCausalLM.from_pretrained(plain, engram_residency="mapped").save_pretrained(mapped)
@@ -35,9 +35,9 @@ def saved_tables(request, tmp_path_factory):
 
 @pytest.fixture
 def library_log() -> Iterator[list[str]]:
-    """What transformers' logger is told, each message once.
+    """Collect the messages that transformers logs, each once.
 
-    Its records reach pytest's `caplog` only where the logger propagates, which transformers makes depend on `CI`.
+    Records reach pytest's `caplog` only if the logger propagates, which depends on `CI` in transformers.
     """
     messages: list[str] = []
     logger, handler = logging.getLogger("transformers"), logging.Handler()
@@ -49,7 +49,9 @@ def library_log() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _poisoned_memory():
-    """Fill `torch.empty` with NaN: a parameter nobody initialized or loaded must not look like a small number."""
+    """Fill `torch.empty` with NaN: a parameter that was neither initialized nor loaded must not look like a small
+    number.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -57,6 +59,6 @@ def _poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def _own_deprecations():
-    """What our code uses and a library is about to remove fails the test."""
+    """Fail the test if our code uses something that a library is about to remove."""
     with own_deprecations_fail():
         yield

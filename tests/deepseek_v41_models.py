@@ -1,6 +1,6 @@
 """Small DeepSeek-V4.1 backbones with random weights, and ways to feed them.
 
-The cache rounding is off: it is a step function, and with random inputs float noise shows as large steps.
+The rounding of caches is off: it is a step function, and with random inputs float noise shows as large steps.
 """
 
 import torch
@@ -13,7 +13,7 @@ CHUNKS = (1, 2, 3, 7, 1000)
 
 
 def tiny_config(**overrides) -> DeepseekV41TextConfig:
-    """Six layers that have every kind of layer: window alone, both ratios, shared sources, candidates."""
+    """Return a config of six layers that covers every kind: window only, both ratios, shared sources, candidates."""
     fields = {
         "vocab_size": 97, "hidden_size": 48, "moe_intermediate_size": 32, "num_hidden_layers": 6,
         "num_attention_heads": 4, "head_dim": 32, "qk_rope_head_dim": 8, "q_lora_rank": 24, "o_lora_rank": 8, "o_groups": 2,
@@ -29,7 +29,7 @@ def tiny_config(**overrides) -> DeepseekV41TextConfig:
 def tiny_model(seed: int = 0, **overrides) -> DeepseekV41TextForCausalLM:
     torch.manual_seed(seed)
     model = DeepseekV41TextForCausalLM(tiny_config(**overrides)).eval()
-    with torch.no_grad():  # zero sinks and biases would hide a mistake
+    with torch.no_grad():  # Zero sinks and biases would hide a mistake.
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name.endswith(("sinks", "correction_bias", "bias_vl")):
                 tensor.normal_()
@@ -45,7 +45,9 @@ def worst(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def in_chunks(model, ids, size: int, mask=None, positions=None, prepare=lambda chunk: None) -> torch.Tensor:
-    """Logits of `ids` `[B, S]` fed `size` tokens at a time; `prepare` is told the slice before each call."""
+    """Return the logits of `ids` `[B, S]` fed `size` tokens at a time; `prepare` is called with each slice before its
+    forward.
+    """
     cache, logits = DynamicCache(config=model.config), []
     for start in range(0, ids.shape[1], size):
         chunk = slice(start, min(start + size, ids.shape[1]))
@@ -63,7 +65,7 @@ def in_chunks(model, ids, size: int, mask=None, positions=None, prepare=lambda c
 
 
 def padded(ids: torch.Tensor, lengths: list[int], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `lengths[b]` tokens of each row of `ids`, padded on one side; and the mask."""
+    """Return the first `lengths[b]` tokens of each row of `ids`, padded on one side, and the mask."""
     width = max(lengths)
     out, mask = torch.full((len(lengths), width), 2), torch.zeros(len(lengths), width, dtype=torch.long)
     for row, length in enumerate(lengths):
@@ -73,7 +75,7 @@ def padded(ids: torch.Tensor, lengths: list[int], side: str) -> tuple[torch.Tens
 
 
 def as_mask(indices: torch.Tensor, size: int, width: int) -> torch.Tensor:
-    """`[B, S, K]` ids of blocks of `size`, -1 for none, to a boolean mask `[B, S, width]`."""
+    """Convert `[B, S, K]` ids of blocks of `size` (-1 for none) to a boolean mask `[B, S, width]`."""
     blocks = -(-width // size)
     indices = torch.where(indices < 0, blocks, indices.long())
     mask = torch.zeros(*indices.shape[:2], blocks + 1, dtype=torch.bool).scatter_(2, indices, True)

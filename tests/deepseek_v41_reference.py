@@ -1,6 +1,7 @@
-"""The miniature DeepSeek-V4.1 checkpoint for tests: dequantized, renamed, and with a plain rendition of its memory.
+"""The miniature DeepSeek-V4.1 checkpoint for tests: dequantized, renamed, and with a plain implementation of its
+memory.
 
-Written from `spec/deepseek_v41.md` alone, apart from the converter, so that the two can be compared.
+It is written from `spec/deepseek_v41.md` alone, independently of the converter, so that the two can be compared.
 """
 
 import json
@@ -24,7 +25,7 @@ E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
 def golden_fixtures(name: str, answers_file: str) -> tuple:
-    """Fixtures of one golden folder: the folder, its golden tensors, and its dequantized release tensors by name."""
+    """Return fixtures of a golden folder: the folder, its golden tensors, and its dequantized release tensors by name."""
 
     @pytest.fixture(scope="session")
     def folder(golden):
@@ -42,17 +43,17 @@ def golden_fixtures(name: str, answers_file: str) -> tuple:
 
 
 def copy_release(folder: Path, target: Path) -> Path:
-    """A copy of a golden folder that has the files of a release alone."""
+    """Copy only the release's own files of a golden folder."""
     return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("golden*", "README.md")))
 
 
 def inputs_of(answers: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tensor]:
-    """What the model is given in a golden case with images."""
+    """Return the inputs of the model in a golden case with images."""
     names = ("input_ids", "attention_mask", "pixel_values", "image_grid_hws")
     return {name: answers[f"{case}.{name}"] for name in names if f"{case}.{name}" in answers}
 
 
-# Release name of one tensor of a layer -> ours. Experts are stacked apart.
+# This maps a layer's release names to ours. Experts are stacked separately.
 LAYER_NAMES = {
     "attn_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
@@ -88,7 +89,9 @@ MODEL_NAMES = {"embed.weight": "embed_tokens.weight", "norm.weight": "norm.weigh
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 of an FP8 or packed FP4 weight with its E8M0 scales (blocks of any size that divides the shape)."""
+    """Dequantize an FP8 or packed FP4 weight with its E8M0 scales to float32; blocks may have any size that divides
+    the shape.
+    """
     if weight.dtype == torch.int8:
         codes = weight.view(torch.uint8)
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
@@ -102,7 +105,7 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def load_release(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the checkpoint under its release name, dequantized to float32."""
+    """Return every tensor of the checkpoint under its release name, dequantized to float32."""
     files = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     raw = {}
     for file in sorted(set(files.values())):
@@ -118,12 +121,14 @@ def load_release(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_text_config(folder: Path) -> dict:
-    """Fields of the checkpoint's language model."""
+    """Return the config fields of the checkpoint's language model."""
     return json.loads((folder / "config.json").read_text())["text_config"]
 
 
 def our_name(name: str) -> str | None:
-    """Name in [`DeepseekV41TextModel`] (`lm_head` aside) of a release tensor that stands for itself, else None."""
+    """Return our name of a release tensor that maps to one parameter of [`DeepseekV41TextModel`] or `lm_head`, else
+    None.
+    """
     if name in MODEL_NAMES:
         return MODEL_NAMES[name]
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
@@ -131,7 +136,7 @@ def our_name(name: str) -> str | None:
 
 
 def text_state_dict(release: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
-    """State dict of [`DeepseekV41TextForCausalLM`] in float32."""
+    """Return the state dict of [`DeepseekV41TextForCausalLM`] in float32."""
     state = {our_name(name): tensor for name, tensor in release.items() if our_name(name)}
     for layer in range(config.num_hidden_layers):
         experts = [f"layers.{layer}.ffn.experts.{expert}" for expert in range(config.n_routed_experts)]
@@ -145,7 +150,8 @@ def text_state_dict(release: dict[str, torch.Tensor], config) -> dict[str, torch
 def memory(
     streams: torch.Tensor, rows: torch.Tensor, layer: int, release: dict[str, torch.Tensor], valid: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The v4.1 Engram of one layer (`spec/engram.md`): `streams` `[B, S, N, D]`, table row ids `rows` `[B, S, heads]`.
+    """Compute the V4.1 Engram of one layer (`spec/engram.md`) for `streams` `[B, S, N, D]` and row ids `rows` `[B, S,
+    heads]`.
 
     `valid` `[B, S]` is False where no memory is read (padding, images). Returns the new streams and the gate.
     """
@@ -170,9 +176,9 @@ def memory(
 
 
 class InjectedMemory:
-    """Gives a backbone the memory of the miniature, through hooks in front of its listed layers.
+    """Gives a backbone the memory of the miniature through hooks before its listed layers.
 
-    Set `rows` (layer -> `[B, S, heads]`) and `valid` `[B, S]` before each call. `seen` holds what went in and came out.
+    Set `rows` (layer -> `[B, S, heads]`) and `valid` `[B, S]` before each call. `seen` records inputs and outputs.
     """
 
     def __init__(self, layers, layer_ids: list[int], release: dict[str, torch.Tensor]):
@@ -187,7 +193,7 @@ class InjectedMemory:
 
 
 def row_ids(ids: torch.Tensor, index: int, golden: dict[str, torch.Tensor], pad_token_id: int = 2) -> torch.Tensor:
-    """Table rows `[B, S, heads]` of the Engram layer number `index`, for unpadded text `[B, S]` (`spec/engram.md` 3)."""
+    """Return the table rows `[B, S, heads]` of Engram layer `index` for unpadded text `[B, S]` (`spec/engram.md` 3)."""
     compressed = golden["engram.token_map"][ids]
     multipliers, primes = golden["engram.multipliers"][index], golden["engram.primes"][index]
     orders = len(multipliers) - 1

@@ -1,8 +1,8 @@
-"""Deprecations that our own code causes are failures: those that libraries warn of, and those that they only log.
+"""Deprecations that our own code causes are failures, whether a library warns of them or only logs them.
 
-A warning names the line that caused it by its `stacklevel`; much of what transformers deprecates is behind a decorator
-or called through `Module.__call__`, so that line is seldom ours. Here the stack is read instead: who called the function
-that complains, not counting the machinery between.
+A warning names the line that caused it by its `stacklevel`. Much of what transformers deprecates sits behind a
+decorator or is called through `Module.__call__`, so that line is seldom ours. Instead, this file reads the stack and
+finds the caller of the function that complains, skipping the machinery between.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import transformers.utils.logging
 import engram_hf
 
 OURS = Path(engram_hf.__file__).resolve().parent
-# Tests call what is deprecated on purpose, to see that it is taken.
+# Tests call deprecated functions on purpose, to check that they still work.
 NOT_OURS = tuple(str(OURS / room) for room in ("tests", ".venv", ".upstream"))
 CATEGORIES = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 MACHINERY = re.compile(
@@ -35,7 +35,7 @@ class OwnDeprecation(AssertionError):
 
 
 def is_ours(frame: FrameType | None) -> bool:
-    """Whether a frame runs a file of the package."""
+    """Return whether a frame runs a file of the package."""
     if frame is None:
         return False
     path = str(Path(frame.f_code.co_filename).resolve())
@@ -43,14 +43,16 @@ def is_ours(frame: FrameType | None) -> bool:
 
 
 def without_machinery(frame: FrameType | None) -> FrameType | None:
-    """The frame, or the next one outward that does more than pass a call on."""
+    """Return the frame, or the next one outward that does more than forward a call."""
     while frame is not None and MACHINERY.search(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
 
 
 def cause_of_warning(frame: FrameType | None, stacklevel: int) -> FrameType | None:
-    """Who is to blame for a warning that `frame` raises: who called the function that warns, if it names itself."""
+    """Return the frame that causes a warning raised in `frame`: the caller of the function that warns, if it names
+    itself.
+    """
     for _ in range(max(stacklevel - 1, 1)):
         frame = frame.f_back if frame is not None else None
     return without_machinery(frame)
@@ -58,7 +60,7 @@ def cause_of_warning(frame: FrameType | None, stacklevel: int) -> FrameType | No
 
 @contextlib.contextmanager
 def own_deprecations_fail() -> Iterator[None]:
-    """Within it, a deprecation that our code causes raises `OwnDeprecation` where it happens."""
+    """Raise `OwnDeprecation` at the place where our code causes a deprecation."""
     warn, handler = warnings.warn, _Handler()
 
     def watching(message, category=None, stacklevel=1, *args, **kwargs):
@@ -66,7 +68,7 @@ def own_deprecations_fail() -> Iterator[None]:
         if issubclass(kind, CATEGORIES):
             frame = sys._getframe(1)
             if is_ours(frame) and stacklevel > 1:
-                pass  # our own warning, about our caller
+                pass  # This is our own warning about our caller.
             elif is_ours(cause_of_warning(frame, stacklevel)):
                 raise OwnDeprecation(str(message))
         return warn(message, category, stacklevel + 1, *args, **kwargs)
@@ -74,7 +76,7 @@ def own_deprecations_fail() -> Iterator[None]:
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     warnings.warn = watching
-    # A message that is shown once in a process would be seen by one test only.
+    # A message that is shown once per process would reach one test only.
     transformers.utils.logging.warning_once.cache_clear()
     try:
         yield
@@ -84,10 +86,10 @@ def own_deprecations_fail() -> Iterator[None]:
 
 
 class _Handler(logging.Handler):
-    """Looks at what transformers logs."""
+    """Checks the messages that transformers logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Raise, if the message is of something deprecated, and the function that logs it was called by us."""
+        """Raise if the message reports a deprecation and our code called the function that logs it."""
         if not DEPRECATED.search(record.getMessage()):
             return
         frame = without_machinery(sys._getframe(1))

@@ -1,4 +1,4 @@
-"""One side of an exchange between versions of transformers; run by version_matrix.py in each version's environment.
+"""One side of an exchange between versions of transformers; version_matrix.py runs it in each version's environment.
 
 exchange_worker.py save FOLDER    saves a small model for remote code, and prints the tokens it generates
 exchange_worker.py load FOLDER    loads it as remote code, without this package, and prints its tokens
@@ -14,7 +14,7 @@ MASK = torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
 
 
 def save(folder: str):
-    """A Mixtral with a memory that matters."""
+    """Save a Mixtral whose memory changes its tokens."""
     from tiny_backbones import build
 
     model = build("mixtral")
@@ -23,7 +23,7 @@ def save(folder: str):
 
 
 def load(folder: str):
-    """The model of a folder, by the code in it."""
+    """Load the model of a folder with the code in that folder."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()

@@ -1,4 +1,6 @@
-"""Finds what the package uses of other libraries without their promise: private names, and names they do not export."""
+"""Find the names that the package uses of other libraries though they are not public: private ones, and ones they do
+not export.
+"""
 
 import ast
 import importlib
@@ -7,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HOSTS = ("transformers", "accelerate", "peft", "huggingface_hub", "torch")
-# Modules whose names are documented where they are, though the top of the library does not export them.
+# These modules document their names, though the top of the library does not export them.
 DOCUMENTED = ("torch", "transformers.utils.logging", "huggingface_hub.errors", "huggingface_hub.utils")
-# Classes that ours derive from or reach into: a private name of ours that one of them has is theirs too.
+# Our classes derive from these or reach into them: a private name that we share with one of them belongs to it.
 CLASSES = (
     "transformers.PreTrainedModel",
     "transformers.GenerationMixin",
@@ -21,15 +23,15 @@ CLASSES = (
     "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4Experts",
     "torch.nn.Module",
 )
-# Private by their spelling, but documented.
+# These are spelled like private names, but documented.
 PROMISED = {"_replace", "_asdict", "_fields"}
 
 
 def resolve(dotted: str) -> object:
-    """The module, class, function or attribute with this dotted name.
+    """Return the module, class, function or attribute with this dotted name.
 
     Raises:
-        AttributeError, ModuleNotFoundError: there is none.
+        AttributeError, ModuleNotFoundError: no such name exists.
     """
     parts = dotted.split(".")
     for end in range(len(parts), 0, -1):
@@ -46,22 +48,22 @@ def resolve(dotted: str) -> object:
 
 
 def private_names_of_hosts() -> set[str]:
-    """Private names that classes of the hosts have."""
+    """Return the private names of the hosts' classes."""
     return {name for path in CLASSES for name in dir(resolve(path)) if is_private(name)}
 
 
 def is_private(name: str) -> bool:
-    """Whether a name starts with an underscore and is no special method."""
+    """Return whether a name starts with an underscore and is not a special method."""
     return name.startswith("_") and not name.startswith("__") and name not in PROMISED | {"_"}
 
 
 def parse(path: Path) -> ast.Module:
-    """The syntax tree of a source file."""
+    """Return the syntax tree of a source file."""
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
 def names_defined(tree: ast.Module) -> set[str]:
-    """Private names that a file itself gives to something: functions, classes, variables, attributes of `self`."""
+    """Return the private names that a file itself defines: functions, classes, variables, attributes of `self`."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -78,12 +80,12 @@ def names_defined(tree: ast.Module) -> set[str]:
 
 
 def is_self(node: ast.AST) -> bool:
-    """Whether an expression is `self` or `cls`."""
+    """Return whether an expression is `self` or `cls`."""
     return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
 def names_used(tree: ast.Module) -> set[str]:
-    """Private names that a file reads, sets or overrides, also as strings and keywords."""
+    """Return the private names that a file reads, sets or overrides, including strings and keywords."""
     found = set(_all_names(tree))
     return {name for name in found if is_private(name) and name.isidentifier()}
 
@@ -103,7 +105,7 @@ def _all_names(tree: ast.Module) -> Iterator[str]:
 
 
 def unexported_imports(tree: ast.Module) -> set[str]:
-    """Dotted names that a file imports from inside a host that does not export them at its top."""
+    """Return the dotted names that a file imports from inside a host that does not export them at its top."""
     found = set()
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
@@ -118,7 +120,7 @@ def unexported_imports(tree: ast.Module) -> set[str]:
 
 
 def is_documented(module: str) -> bool:
-    """Whether the names of a module are promised where they are."""
+    """Return whether a module documents its own names."""
     return any(module == known or (known == "torch" and module.startswith("torch.")) for known in DOCUMENTED)
 
 
@@ -132,7 +134,7 @@ def _is_exported(host: str, node: ast.ImportFrom, name: str) -> bool:
 
 
 def seams_in(path: Path, defined: set[str], hosts: set[str]) -> set[str]:
-    """The last part of every name in a file that is a host's and not promised.
+    """Return the last part of every non-public host name in a file.
 
     Args:
         path: a source file.

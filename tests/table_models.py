@@ -1,4 +1,4 @@
-"""What tests of tables share: how they may be stored, and what tells two models apart."""
+"""Helpers that tests of tables share: how tables may be stored, and what distinguishes two models."""
 
 import torch
 from tiny_backbones import random_ids
@@ -12,34 +12,34 @@ IDS = random_ids(2, 9)
 
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
-    """Of a model on `IDS`."""
+    """Return the logits of a model on `IDS`."""
     return model(IDS).logits
 
 
 def table_keys(model) -> list[str]:
-    """Tensors of tables in its state dict."""
+    """Return the state dict keys of table tensors."""
     return [key for key in model.state_dict() if ".table." in key]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Its bytes, by which NaN equals itself and zeros differ by their sign."""
+    """Return the bytes of a tensor, in which NaN equals itself and zeros differ by their sign."""
     return tensor.contiguous().view(torch.uint8)
 
 
 def put_logits(model, queue) -> None:
-    torch.set_num_threads(1)  # a forked process does not have the threads of the other
+    torch.set_num_threads(1)  # A forked process does not have the threads of its parent.
     queue.put(logits(model).tolist())
 
 
 def write_table(path, description, values: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-    """One table file with all of its rows, and a global scale that is no power of two if its format has one."""
+    """Write one table file with all rows, and a global scale that is not a power of two if its format has one."""
     global_scale = torch.tensor([3.0]) if "global_scale" in description.tensors else None
     with TableWriter(path, description, global_scale) as writer:
         writer.write(description.rows[0], values, scale)
 
 
 class Driver:
-    """Stands in for a GPU's driver, which locks pages of host memory: it notes which."""
+    """Replaces the GPU driver's page locking and records which pages of host memory are locked."""
 
     def __init__(self):
         self.locked = {}

@@ -1,6 +1,7 @@
-"""Memory on decoders of every make: layers of any name, layers that take no keywords, looped layers; and what is refused.
+"""Memory on decoders of many architectures: other layer names, layers without keywords, looped layers; and what is
+refused.
 
-The whole of `AutoModelForCausalLM` is swept by `make backbones`; a sample runs here.
+`make backbones` sweeps the whole of `AutoModelForCausalLM`; a sample runs here.
 """
 
 import concurrent.futures
@@ -33,12 +34,13 @@ from engram_hf import EngramConfig, EngramForCausalLM, EngramModel
 ROOT = Path(engram_hf.__file__).parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 backbone_configs, backbones = map(importlib.import_module, ("backbone_configs", "backbones"))
-# transformers 5.17 compiles functions of it by torch.jit, which cannot take the watch over warnings that tests run under.
+# transformers 5.17 compiles some of its functions by torch.jit, which fails under the warning filters of the tests.
 importlib.import_module("transformers.models.gpt_bigcode.modeling_gpt_bigcode")
 
 MEMORY = {"layer_ids": [1, 2], "engram_n_heads": 2, "engram_head_dim": 8, "engram_vocab_size": 97}
 IDS = torch.randint(4, 120, (2, 12), generator=torch.Generator().manual_seed(1))
-# Of each make of decoder one: names of layers, layers without keywords, several streams, recurrent layers, loops, experts.
+# Each kind of decoder has one entry: layer names, layers without keywords, several streams, recurrent layers, loops,
+# experts.
 SAMPLE = [
     "bloom",
     "codegen",
@@ -75,7 +77,7 @@ def with_memory(kind: str) -> EngramForCausalLM:
 
 @pytest.fixture(scope="module")
 def bloom() -> EngramForCausalLM:
-    """Layers called `h` that take no keywords of ours."""
+    """Return a Bloom model, whose layers are called `h` and take no keywords of ours."""
     return with_memory("bloom")
 
 
@@ -92,7 +94,7 @@ def test_backbone_passes_the_checks_of_the_sweep(kind):
     assert backbones.check(kind, quick=True) == ("full", "")
 
 
-def test_the_page_is_what_was_noted():
+def test_backbones_page_matches_the_recorded_sweep():
     noted = json.loads(backbones.NOTED.read_text(encoding="utf-8"))
     assert backbones.PAGE.read_text(encoding="utf-8") == backbones.page(noted)
     found = [state for results in noted.values() for state, _ in results.values()]
@@ -103,8 +105,8 @@ def test_the_page_is_what_was_noted():
 # --- where inputs reach layers that take no keywords
 
 
-def test_threads_read_their_own_rows(bloom):
-    """The first forwards of a model, which learn how inputs reach its layers, in two threads at once."""
+def test_first_forwards_in_two_threads_read_their_own_rows(bloom):
+    """Two threads run the first forwards of a model at once, which learn how inputs reach its layers."""
     texts = [IDS, IDS.flip(1)]
     expected = [logits(bloom, ids) for ids in texts]
     model, barrier, found = copy.deepcopy(bloom), threading.Barrier(2), {}
@@ -123,11 +125,11 @@ def test_threads_read_their_own_rows(bloom):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_layers_read_their_rows_again(bloom, reentrant):
+def test_checkpointed_layers_read_their_own_rows_again(bloom, reentrant):
     model = copy.deepcopy(bloom)
     plain = backbones.table_gradients(model, IDS)
     backbones.checkpoint_layers(model, reentrant)
-    # Another text runs before backward does: what is replayed is this one's.
+    # Another text runs before backward does; the replay must read the rows of the first one.
     torch.manual_seed(0)
     model.train().zero_grad()
     loss = model(IDS, labels=IDS).loss
@@ -137,15 +139,15 @@ def test_checkpointed_layers_read_their_rows_again(bloom, reentrant):
     torch.testing.assert_close(torch.cat([table.grad.flatten() for table in tables]), plain, rtol=1e-4, atol=1e-6)
 
 
-def test_a_layer_that_is_replayed_from_outside_is_refused_not_run_without_memory(bloom):
+def test_layer_replayed_outside_a_forward_is_refused(bloom):
     layer = bloom.transformer.h[1]
     with pytest.raises(ValueError, match=r"EngramBloomBlock ran outside of its model's forward"):
         checkpoint(layer, torch.zeros(1, 3, 64), use_reentrant=False)
 
 
 @pytest.mark.parametrize("kind", ["bloom", "opt"])
-def test_layers_that_are_wrapped_to_be_checkpointed_are_right_or_refused(kind):
-    """By the wrapper of FSDP and accelerate: bloom's layers take no keyword, so that nothing reaches the replay."""
+def test_layers_wrapped_for_checkpointing_are_exact_or_refused(kind):
+    """FSDP and accelerate wrap layers so; Bloom's layers take no keywords, so nothing reaches the replay."""
     model = with_memory(kind)
     plain = backbones.table_gradients(model, IDS)
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, GradientCheckpointingLayer))
@@ -158,7 +160,7 @@ def test_layers_that_are_wrapped_to_be_checkpointed_are_right_or_refused(kind):
 
 @pytest.mark.parametrize("kind", ["bloom", "opt"])
 def test_replicas_in_threads_read_their_own_rows(kind, monkeypatch):
-    """As `DataParallel` runs them, by torch's own `replicate`; only its copying between GPUs is done here."""
+    """Torch's own `replicate` runs them as `DataParallel` does; only the copying between GPUs is done here."""
 
     def copies(tensors, devices, detach=False):
         return [[tensor.detach().clone() for tensor in tensors] for _ in devices]
@@ -176,7 +178,7 @@ def test_replicas_in_threads_read_their_own_rows(kind, monkeypatch):
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_reads_its_rows():
-    """With a graph that breaks at each layer, once a forward has told that it has to."""
+    """The graph breaks at each layer, once a forward has found that it must."""
     sizes = {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 120}
     config = EngramConfig.for_backbone(transformers.BloomConfig(**sizes), **{**MEMORY, "layer_ids": [0]})
     model = EngramForCausalLM(config).eval()
@@ -184,7 +186,7 @@ def test_a_compiled_model_reads_its_rows():
     assert torch.equal(torch.compile(model, backend="eager")(IDS, use_cache=False).logits, expected)
 
 
-def test_gates_and_documents_reach_past_heads_that_drop_keywords(bloom):
+def test_gates_and_documents_work_with_heads_that_drop_keywords(bloom):
     gates = bloom.engram_gates(IDS)
     assert {layer: gate.shape for layer, gate in gates.items()} == {1: (2, 12, 1), 2: (2, 12, 1)}
     documents = torch.arange(12).div(6, rounding_mode="floor").expand(2, -1)
@@ -194,7 +196,7 @@ def test_gates_and_documents_reach_past_heads_that_drop_keywords(bloom):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["gpt2", "gptj"])
-def test_a_static_cache_knows_padding(kind):
+def test_static_cache_handles_padding(kind):
     model = with_memory(kind)
     padded = torch.nn.functional.pad(IDS, (3, 0))
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -209,12 +211,12 @@ def test_a_static_cache_knows_padding(kind):
 
 @torch.no_grad()
 @pytest.mark.skipif("dory" not in CONFIG_MAPPING, reason="this transformers has no dory")
-def test_memory_acts_once_a_layer_and_pass():
+def test_looped_layers_apply_memory_in_every_pass():
     model, passes = with_memory("dory"), []
     model.model.memories()[1].register_forward_hook(lambda *_: passes.append(1))
     whole = logits(model)
     assert len(passes) == model.config.n_recurrent_loops == 2
-    assert backbones.cached_error(model, IDS) < 1e-4  # the convolution goes on from its own pass
+    assert backbones.cached_error(model, IDS) < 1e-4  # The convolution continues from its own pass.
     cache = model(IDS[:, :5], use_cache=True).cache
     assert set(cache.engram_history.conv_inputs) == {(0, 0), (0, 1), (1, 0), (1, 1)}
     zeroed = copy.deepcopy(model)
@@ -226,7 +228,7 @@ def test_memory_acts_once_a_layer_and_pass():
 
 
 @pytest.mark.parametrize("kind", ["opt", "gpt2"])
-def test_memory_on_a_folder_and_its_share(kind, tmp_path):
+def test_from_backbone_of_a_folder_with_memory_fraction(kind, tmp_path):
     host = bare(kind)
     before = logits(host)
     host.save_pretrained(tmp_path / "host")
@@ -263,7 +265,7 @@ def test_memory_on_a_quantized_backbone(kind, tmp_path):
     torch.testing.assert_close(logits(again), awake)
 
 
-def test_memory_on_a_backbone_that_torchao_quantized(tmp_path):
+def test_memory_on_a_torchao_quantized_backbone(tmp_path):
     quantization = pytest.importorskip("torchao.quantization")
     bare("opt").save_pretrained(tmp_path / "host")
     options = {"quantization_config": TorchAoConfig(quantization.Int8WeightOnlyConfig()), "dtype": torch.float32}
@@ -308,7 +310,7 @@ def model_of(name: str, config: str, **fields) -> torch.nn.Module:
 
 
 def _with_two_lists() -> torch.nn.Module:
-    """A model in which it cannot be told which layers its forward walks."""
+    """Return a model in which no rule can tell which layer list its forward walks."""
     model = model_of("LlamaForCausalLM", "LlamaConfig", **_TINY)
     model.model.others = copy.deepcopy(model.model.layers)
     return model
@@ -416,21 +418,21 @@ def test_from_backbone_refuses_other_models(what):
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
-def test_a_folder_of_something_else_is_refused_before_it_is_loaded(files, message, tmp_path):
+def test_folder_of_an_unsupported_model_is_refused_before_loading(files, message, tmp_path):
     for name, fields in files.items():
         (tmp_path / name).write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=message):
         EngramForCausalLM.from_backbone(tmp_path, layer_ids=[1])
 
 
-def test_the_constructor_refuses_too():
+def test_constructor_refuses_unsupported_models():
     config = EngramConfig.for_backbone(backbone_configs.config_of("minimax"), **MEMORY)
     for build in (EngramForCausalLM, EngramModel):
         with pytest.raises(ValueError, match="MiniMaxModel takes a MiniMaxCache of its own"):
             build(config)
 
 
-def test_layers_that_hold_two_are_counted_once():
+def test_layers_with_two_sublayers_are_counted_once():
     config = CONFIG_MAPPING["longcat_flash"](**backbone_configs.OWN["longcat_flash"])
     with pytest.raises(
         ValueError, match=r"engram_layer_ids \[4\] must lie in 0\.\.3, the 4 decoder layers of LongcatFlashModel"

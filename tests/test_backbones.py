@@ -1,7 +1,7 @@
-"""What must hold on every backbone: all ways to feed a text give the same logits, and memory is part of the model.
+"""Requirements on every backbone: all ways to feed a text give the same logits, and memory is part of the model.
 
-Where a backbone by itself is not exact, no equality is asked of the model on it; the lists below say so. What is the
-memory's own is still compared there.
+Where a backbone by itself is not exact, the model on it need not be either; the lists below say so. The memory's own
+part is still compared there.
 """
 
 import copy
@@ -26,9 +26,9 @@ from engram_hf import EngramForCausalLM, EngramModel
 from engram_hf.hashing_engram import NO_ID
 
 VARIANTS = ["paper", "v4.1"]
-# DeepSeek-V4 compresses keys in windows that start at the first position, padding or not, and ignores documents.
+# DeepSeek-V4 compresses keys in windows that start at the first position, padded or not, and ignores documents.
 LEFT_PADDED = [name for name in BACKBONES if name != "deepseek_v4"]
-# gpt-oss' attention sinks see the whole packed row.
+# The attention sinks of gpt-oss see the whole packed row.
 PACKED = [name for name in BACKBONES if name not in ("deepseek_v4", "gpt_oss")]
 EXACT = {"rtol": 0, "atol": 1e-5}
 
@@ -48,7 +48,7 @@ def logits_of(model, ids: torch.Tensor, **kwargs) -> torch.Tensor:
 
 @torch.no_grad()
 def logits_in_chunks(model, ids: torch.Tensor, size: int, between=None) -> torch.Tensor:
-    """Logits of `ids` fed `size` at a time; `between` is called on the memory's history after every chunk."""
+    """Return the logits of `ids` fed `size` at a time; `between` is called on the memory's history after every chunk."""
     cache, parts = DynamicCache(config=model.config), []
     for chunk in ids.split(size, dim=1):
         parts.append(model(chunk, past_key_values=cache).logits)
@@ -75,21 +75,21 @@ def test_memory_changes_the_logits_at_every_position(model):
 @on_every_backbone
 @in_both_variants
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
-def test_chunks_are_the_whole(model, size):
+def test_forward_in_chunks_equals_one_forward(model, size):
     ids = random_ids(2, 20)
     torch.testing.assert_close(logits_in_chunks(model, ids, size), logits_of(model, ids, use_cache=False), **EXACT)
 
 
 @on_every_backbone
 @in_both_variants
-def test_chunks_need_the_ids_before_them(model):
+def test_forward_in_chunks_needs_the_ids_of_earlier_chunks(model):
     ids = random_ids(2, 20)
     forgetful = logits_in_chunks(model, ids, 3, between=lambda history: history.ids.fill_(NO_ID))
     assert differ(forgetful, logits_of(model, ids))
 
 
 @on_every_backbone
-def test_chunks_need_the_convolution_inputs_before_them(name):
+def test_forward_in_chunks_needs_the_convolution_inputs_of_earlier_chunks(name):
     model, ids = built(name, "paper"), random_ids(2, 20)
     forgetful = logits_in_chunks(model, ids, 3, between=lambda history: history.conv_inputs.clear())
     assert differ(forgetful, logits_of(model, ids))
@@ -126,7 +126,7 @@ def test_left_padding_changes_nothing(model, size):
                 ).logits
             )
     torch.testing.assert_close(torch.cat(parts, 1)[:, 4:], logits_of(model, ids), **EXACT)
-    # What is padded away is not a text that goes before.
+    # Padding is not part of the preceding text.
     assert differ(logits_of(model, padded)[:, 4:], logits_of(model, ids))
 
 
@@ -158,7 +158,7 @@ def test_rows_do_not_depend_on_padding_or_packing(model):
 
 @on_every_backbone
 @pytest.mark.parametrize("by", ["instance", "folder"])
-def test_from_backbone_is_exact_until_it_is_trained(name, by, tmp_path):
+def test_from_backbone_keeps_the_logits_until_trained(name, by, tmp_path):
     torch.manual_seed(0)
     host = AutoModelForCausalLM.from_config(BACKBONES[name]()).eval()
     ids = random_ids(2, 12)
@@ -183,14 +183,15 @@ def test_from_backbone_is_exact_until_it_is_trained(name, by, tmp_path):
 
 @on_every_backbone
 def test_from_pretrained_keeps_float32_modules_of_a_backbone(name, tmp_path):
-    """Loaded in bfloat16: the logits are those of the backbone that is loaded so."""
+    """The model is loaded in bfloat16 and has the logits of the backbone loaded in the same way."""
     config = BACKBONES[name]()
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "host")
     host = AutoModelForCausalLM.from_pretrained(tmp_path / "host", dtype=torch.bfloat16).eval()
     dtypes = {key: tensor.dtype for key, tensor in host.base_model.state_dict().items()}
     ids = random_ids(2, 12)
-    with torch.autocast("cpu", torch.bfloat16):  # not every release of transformers casts between the two everywhere
+    # Some releases of transformers do not cast between the two everywhere.
+    with torch.autocast("cpu", torch.bfloat16):
         before = logits_of(host, ids)
     size = {"engram_vocab_size": 97, "engram_n_heads": 2, "engram_head_dim": 8}
     EngramForCausalLM.from_backbone(host, layer_ids=LAYER_IDS, **size).save_pretrained(tmp_path / "model")
@@ -207,7 +208,7 @@ def test_from_pretrained_keeps_float32_modules_of_a_backbone(name, tmp_path):
 
 @on_every_backbone
 @in_both_variants
-def test_a_saved_model_is_the_model(model, tmp_path):
+def test_save_and_load_keeps_the_logits(model, tmp_path):
     ids = random_ids(2, 12)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -248,8 +249,8 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", MOE_WITH_AUX_LOSS)
-def test_the_auxiliary_loss_is_the_hosts(name):
-    """A host and the model around it, with a zero value projection: equal losses, equal router logits."""
+def test_auxiliary_loss_equals_the_hosts(name):
+    """Host and model have equal losses and equal router logits while the value projection is zero."""
     torch.manual_seed(0)
     config = BACKBONES[name]()
     config.router_aux_loss_coef = 0.5
@@ -267,7 +268,7 @@ def test_the_auxiliary_loss_is_the_hosts(name):
         torch.testing.assert_close(got.loss - without.loss, 0.5 * got.aux_loss)
 
 
-def test_a_head_with_a_bias_keeps_it(tmp_path):
+def test_output_layer_with_a_bias_keeps_its_bias(tmp_path):
     torch.manual_seed(0)
     config = PhiConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4

@@ -1,4 +1,4 @@
-"""The memory's history in a cache: it follows everything that is done to the cache, and refuses what it cannot know."""
+"""The memory's history in a cache follows every operation on the cache, and refuses states that it cannot know."""
 
 import copy
 import pickle
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 from engram_hf.cache_engram import SPARE_POSITIONS, CacheWithHistory, StaticEngramHistory, attach_history
 
 EXACT = {"rtol": 0, "atol": 1e-5}
-# One backbone with plain layers, one whose layers slide: both kinds are rolled back with ours.
+# One backbone has plain layers, the other sliding ones: both kinds roll back together with ours.
 NAMES = ["mixtral", "gpt_oss"]
 
 
@@ -31,7 +31,7 @@ def read(model, ids: torch.Tensor, cache, **kwargs) -> torch.Tensor:
 
 
 def read_alone(model, ids: torch.Tensor, last: int) -> torch.Tensor:
-    """Logits of the `last` positions of `ids`, without a cache."""
+    """Return the logits of the `last` positions of `ids`, without a cache."""
     with torch.no_grad():
         return model(ids, use_cache=False).logits[:, -last:]
 
@@ -45,10 +45,10 @@ def filled_cache(model, ids: torch.Tensor, recording: bool = True) -> DynamicCac
     return cache
 
 
-# gpt-oss's own sliding layers go back only if they were recorded.
+# The sliding layers of gpt-oss roll back only if they were recorded.
 @pytest.mark.parametrize(("name", "recording"), [("mixtral", True), ("mixtral", False), ("gpt_oss", True)])
 @pytest.mark.parametrize("removed", [1, 2, 7, 18])
-def test_cropped_positions_are_forgotten(name, recording, removed):
+def test_crop_forgets_the_cropped_positions(name, recording, removed):
     model, ids, others = built(name), random_ids(2, 20), random_ids(2, 5, seed=5)
     cache = filled_cache(model, ids, recording=recording)
     cache.crop(-removed)
@@ -57,8 +57,8 @@ def test_cropped_positions_are_forgotten(name, recording, removed):
     torch.testing.assert_close(read(model, others, cache), read_alone(model, torch.cat([kept, others], 1), 5), **EXACT)
 
 
-def test_cropping_goes_on_and_on(model):
-    """Read three, forget two, over and over, as assisted decoding does."""
+def test_repeated_crops_equal_the_kept_text(model):
+    """Read three tokens and crop two, repeatedly, as assisted decoding does."""
     ids = random_ids(1, 110)
     cache = filled_cache(model, ids[:, :100])
     cache.crop(0)
@@ -70,7 +70,7 @@ def test_cropping_goes_on_and_on(model):
     assert {states.shape[1] for states in held} == {9 + SPARE_POSITIONS}, "a crop also gives back what is not needed"
 
 
-def test_cropping_everything_is_a_reset(mixtral):
+def test_crop_to_zero_equals_reset(mixtral):
     ids = random_ids(1, 12)
     cache = filled_cache(mixtral, ids)
     cache.crop(-12)
@@ -81,14 +81,14 @@ def test_crop_refuses_more_than_the_convolution_remembers(mixtral):
     cache = filled_cache(mixtral, random_ids(1, 100), recording=False)
     with pytest.raises(ValueError, match=r"forget at most 64 positions, not 65.*activate_past_recording"):
         cache.crop(-65)
-    # Nothing of it was cropped.
+    # The refused call cropped nothing.
     assert cache.engram_history.get_seq_length() == cache.get_seq_length() == 100
     more = random_ids(1, 2, seed=5)
     whole = torch.cat([random_ids(1, 100), more], 1)
     torch.testing.assert_close(read(mixtral, more, cache), read_alone(mixtral, whole, 2), **EXACT)
 
 
-def test_without_a_convolution_nothing_has_to_be_recorded():
+def test_crop_without_a_convolution_needs_no_recording():
     model, ids = built("mixtral", "v4.1"), random_ids(1, 20)
     cache = filled_cache(model, ids, recording=False)
     cache.crop(-15)
@@ -111,7 +111,7 @@ def test_a_positive_crop_is_refused(mixtral):
     ],
     ids=["reorder", "select", "repeat"],
 )
-def test_rows_of_the_batch_move_with_the_cache(model, change, rows):
+def test_reordered_batch_keeps_each_rows_history(model, change, rows):
     ids, others = random_ids(3, 14), random_ids(len(rows), 4, seed=5)
     cache = filled_cache(model, ids, recording=False)
     change(cache)
@@ -120,7 +120,7 @@ def test_rows_of_the_batch_move_with_the_cache(model, change, rows):
     )
 
 
-def test_rows_that_did_not_move_would_show(mixtral):
+def test_history_that_is_not_reordered_changes_logits(mixtral):
     ids, others = random_ids(3, 14), random_ids(3, 4, seed=5)
     cache, order = filled_cache(mixtral, ids, recording=False), torch.tensor([2, 0, 0])
     for layer in cache.layers:
@@ -130,7 +130,7 @@ def test_rows_that_did_not_move_would_show(mixtral):
 
 
 @pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices"])
-def test_an_unused_cache_can_be_changed_too(mixtral, change):
+def test_operations_on_an_unused_cache(mixtral, change):
     cache = DynamicCache(config=mixtral.config)
     history = attach_history(cache, mixtral.config)
     getattr(history, change)(torch.tensor([0]))
@@ -141,13 +141,13 @@ def test_an_unused_cache_can_be_changed_too(mixtral, change):
 
 
 @pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=32)])
-def test_a_reset_cache_is_a_new_one(mixtral, make):
+def test_reset_cache_equals_a_new_one(mixtral, make):
     cache = make(config=mixtral.config)
     read(mixtral, random_ids(2, 11, seed=3), cache)
     cache.reset()
     ids = random_ids(2, 9)
     if int(cache.get_seq_length()):
-        # The DynamicCache of older releases goes on behind zeros, which is not a new text and is not taken for one.
+        # The DynamicCache of older releases continues behind zeros after a reset; that is not treated as a new text.
         with pytest.raises(ValueError, match="holds 11 positions, of which this model's memory saw 0"):
             read(mixtral, ids, cache)
         return
@@ -155,7 +155,7 @@ def test_a_reset_cache_is_a_new_one(mixtral, make):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
-def test_chunks_in_a_static_cache_are_the_whole(model, size):
+def test_static_cache_in_chunks_equals_one_forward(model, size):
     ids = random_ids(2, 20)
     cache = StaticCache(config=model.config, max_cache_len=32)
     chunks = torch.cat([read(model, chunk, cache) for chunk in ids.split(size, 1)], 1)
@@ -164,7 +164,7 @@ def test_chunks_in_a_static_cache_are_the_whole(model, size):
 
 
 def test_a_static_cache_keeps_its_tensors(mixtral):
-    """Compiled code has their addresses."""
+    """Compiled code refers to their addresses."""
     cache = StaticCache(config=mixtral.config, max_cache_len=32)
     read(mixtral, random_ids(1, 5), cache)
     history = cache.engram_history
@@ -178,7 +178,7 @@ def test_a_static_cache_keeps_its_tensors(mixtral):
         cache.crop(-1)
 
 
-def test_a_static_cache_cuts_documents_as_a_dynamic_one(mixtral):
+def test_static_cache_separates_documents_like_a_dynamic_one(mixtral):
     ids, positions = random_ids(1, 12), torch.cat([torch.arange(5), torch.arange(7)])[None]
     results = []
     for cache in (DynamicCache(config=mixtral.config), StaticCache(config=mixtral.config, max_cache_len=16)):
@@ -194,13 +194,13 @@ def test_a_static_cache_cuts_documents_as_a_dynamic_one(mixtral):
     assert torch.equal(torch.cat(results[:3], 2), whole)
 
 
-def test_a_cache_that_adds_layers_as_they_come(mixtral):
+def test_cache_that_creates_its_layers_lazily(mixtral):
     ids, cache = random_ids(2, 12), DynamicCache()
     chunks = torch.cat([read(mixtral, chunk, cache) for chunk in ids.split(5, 1)], 1)
     torch.testing.assert_close(chunks, read_alone(mixtral, ids, 12), **EXACT)
 
 
-def test_a_copied_cache_goes_its_own_way(mixtral):
+def test_deepcopied_cache_continues_independently(mixtral):
     """A prompt is read once and continued twice."""
     ids, cache = random_ids(1, 8), DynamicCache(config=mixtral.config)
     read(mixtral, ids, cache)
@@ -210,8 +210,8 @@ def test_a_copied_cache_goes_its_own_way(mixtral):
         torch.testing.assert_close(branch, read_alone(mixtral, torch.cat([ids, more], 1), 4), **EXACT)
 
 
-def test_who_walks_over_the_layers_finds_those_of_the_backbone(model):
-    """Tools that read keys and values (attention sinks, cache compression, visualization) need not know of memory."""
+def test_iterating_over_cache_layers_yields_the_backbones(model):
+    """Tools that read keys and values (attention sinks, cache compression, visualization) need not know about memory."""
     ids = random_ids(2, 6)
     cache = filled_cache(model, ids, recording=False)
     bare = DynamicCache(config=model.config)
@@ -233,8 +233,8 @@ def test_a_cache_with_history_can_be_pickled(mixtral):
 
 
 @pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=32)])
-def test_a_refused_call_leaves_no_trace(mixtral, make):
-    """The corrected call is as good as if the first had not been."""
+def test_refused_call_leaves_the_cache_unchanged(mixtral, make):
+    """The corrected call gives the logits of a first call."""
     ids, more = random_ids(2, 8), random_ids(2, 3, seed=2)
     cache = make(config=mixtral.config)
     read(mixtral, ids, cache)
@@ -255,7 +255,7 @@ def test_the_cache_of_the_bare_backbone_is_refused(mixtral):
         mixtral(ids, past_key_values=cache)
 
 
-def test_a_cache_that_went_on_without_the_memory_is_refused(mixtral):
+def test_cache_extended_without_the_memory_is_refused(mixtral):
     cache = filled_cache(mixtral, random_ids(1, 6))
     for layer in cache.layers:
         layer.crop(-2)
@@ -282,7 +282,7 @@ def test_a_cache_without_layers_is_refused(mixtral):
         mixtral(random_ids(1, 4), past_key_values=cache)
 
 
-def test_reading_into_a_cache_keeps_little_of_the_convolution(mixtral):
+def test_reading_into_a_cache_keeps_few_convolution_inputs(mixtral):
     cache = DynamicCache(config=mixtral.config)
     read(mixtral, torch.randint(3, VOCAB, (1, 240)), cache)
     for states in cache.engram_history.conv_inputs.values():

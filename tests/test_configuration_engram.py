@@ -1,4 +1,4 @@
-"""`EngramConfig`: its rules, its defaults for a backbone, and what survives saving."""
+"""`EngramConfig`: its rules, its defaults for a backbone, and the fields that are saved."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def small(**fields) -> EngramConfig:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """100 ids that compress to 74: every small letter has its capital."""
+    """Return 100 ids that compress to 74: every lower-case letter has its capital."""
     letters = [chr(ord("a") + i) for i in range(26)]
     tokens = ["<pad>", "<eos>", *letters, *map(str.upper, letters), *(f"#{i}" for i in range(46))]
     words = models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<pad>")
@@ -89,7 +89,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         ({"text_config": ViTConfig()}, r"\(vit\) has no vocab_size"),
     ],
 )
-def test_every_rule_names_the_field_and_the_remedy(fields, message):
+def test_validation_names_the_field_and_the_remedy(fields, message):
     with pytest.raises(ValueError, match=message):
         small(**fields)
 
@@ -144,8 +144,8 @@ def test_streams_are_the_hyper_connections_of_the_backbone():
 # --- for_backbone
 
 
-def test_release_numbers_of_v41():
-    """The 768M rows of the release are only counted, nothing is allocated."""
+def test_for_backbone_gives_the_numbers_of_the_v41_release():
+    """The 768M rows of the release are only counted; nothing is allocated."""
     backbone = DeepseekV3Config(num_hidden_layers=40, hidden_size=5120, vocab_size=129_280)
     config = EngramConfig.for_backbone(
         backbone, layer_ids=[1, 14], variant="v4.1", engram_compressed_vocab_size=99_092, engram_pad_token_id=2
@@ -157,7 +157,7 @@ def test_release_numbers_of_v41():
     assert config.engram_norm_eps == 1e-20
 
 
-def test_demo_numbers_of_the_paper():
+def test_for_backbone_gives_the_numbers_of_the_papers_demo():
     backbone = LlamaConfig(num_hidden_layers=30, hidden_size=1024, vocab_size=129_280)
     config = EngramConfig.for_backbone(backbone, layer_ids=[1, 15], engram_compressed_vocab_size=99_092)
     assert config.engram_num_embeddings == [10_344_164, 10_348_242]
@@ -166,7 +166,7 @@ def test_demo_numbers_of_the_paper():
 
 
 def test_an_upstream_config_gives_the_same_layout(golden):
-    """The fields keep the names of the release's config.json, so they can be taken over as they are."""
+    """The fields keep the names of the release's config.json, so they can be passed unchanged."""
     upstream = json.loads((golden / "deepseek_v41_tiny" / "config.json").read_text())["text_config"]
     fields = {key: value for key, value in upstream.items() if key.startswith("engram_")}
     backbone = LlamaConfig(num_hidden_layers=9, hidden_size=64, num_attention_heads=4, vocab_size=1536)
@@ -178,12 +178,12 @@ def test_an_upstream_config_gives_the_same_layout(golden):
 @pytest.mark.parametrize("layer_ids", [[1], [0, 2]])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rows", [5000, 100_003, 40_000_000])
-def test_rows_are_met_on_average(rows, variant, layer_ids):
+def test_for_backbone_meets_the_requested_rows_on_average(rows, variant, layer_ids):
     config = EngramConfig.for_backbone(BACKBONES["llama"](), layer_ids=layer_ids, variant=variant, rows=rows)
     assert sum(config.engram_num_embeddings) / len(layer_ids) == pytest.approx(rows, rel=0.01)
 
 
-def test_the_nearest_size_is_taken():
+def test_for_backbone_chooses_the_nearest_size():
     """With one order and one head, the number of rows is a prime."""
     sizes = [
         EngramConfig.for_backbone(
@@ -213,7 +213,7 @@ def test_memory_fraction_is_the_share_of_a_built_model(name, variant, fraction):
     assert beside == 2 * parameters_beside_table(config)
 
 
-def test_the_tokenizer_gives_compressed_size_and_pad(tokenizer):
+def test_tokenizer_sets_compressed_size_and_pad(tokenizer):
     config = EngramConfig.for_backbone(BACKBONES["llama"](), tokenizer, layer_ids=[1])
     assert (config.engram_compressed_vocab_size, config.engram_pad_token_id) == (74, 0)
     explicit = EngramConfig.for_backbone(
@@ -222,7 +222,7 @@ def test_the_tokenizer_gives_compressed_size_and_pad(tokenizer):
     assert (explicit.engram_compressed_vocab_size, explicit.engram_pad_token_id) == (80, 9)
 
 
-def test_a_token_map_serves_as_well_as_a_tokenizer():
+def test_token_map_serves_as_well_as_a_tokenizer():
     config = EngramConfig.for_backbone(
         LlamaConfig(pad_token_id=None, eos_token_id=[7, 8]), torch.arange(60).repeat(2), layer_ids=[1], rows=5000
     )
@@ -236,7 +236,7 @@ def test_without_a_tokenizer_nothing_is_compressed():
     assert EngramConfig.for_backbone(bare, layer_ids=[1]).engram_pad_token_id == 0
 
 
-def test_the_memory_of_a_composite_model_is_its_text_parts():
+def test_memory_of_a_composite_model_follows_its_text_config():
     gemma = Gemma3Config(text_config={"num_hidden_layers": 4})
     config = EngramConfig.for_backbone(gemma, layer_ids=[3])
     assert config.backbone is gemma and config.text_config.text_config is gemma.text_config
@@ -262,7 +262,7 @@ def test_the_memory_of_a_composite_model_is_its_text_parts():
         ({"engram_heads": 2}, "no field engram_heads; did you mean engram_n_heads"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, message):
+def test_for_backbone_refuses_bad_arguments(arguments, message):
     arguments = {"text_config": BACKBONES["llama"](), "layer_ids": [1], **arguments}
     with pytest.raises(ValueError, match=message):
         EngramConfig.for_backbone(**arguments)
@@ -283,7 +283,7 @@ def test_save_and_load(name, variant, tmp_path):
         assert loaded.primes == config.primes
 
 
-def test_a_saved_config_names_where_the_backbone_came_from_but_no_folder(tmp_path):
+def test_saved_config_names_the_backbones_repository_but_no_folder(tmp_path):
     for name, is_kept in (("org/backbone", True), (str(tmp_path), False), (str(tmp_path / "gone"), False)):
         config = small()
         config.text_config.name_or_path = name
@@ -292,8 +292,8 @@ def test_a_saved_config_names_where_the_backbone_came_from_but_no_folder(tmp_pat
         assert (name in (tmp_path / "config.json").read_text()) == is_kept
 
 
-def test_a_saved_config_holds_every_field_whatever_its_default(tmp_path):
-    """A default may change in a later release; what a model was built with may not."""
+def test_saved_config_holds_every_field_even_at_its_default(tmp_path):
+    """A later release may change a default; a saved model must keep the value it was built with."""
     EngramConfig(text_config=MixtralConfig()).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     fields = [name for name in EngramConfig.__annotations__ if name.startswith("engram_")]

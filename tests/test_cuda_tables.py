@@ -1,4 +1,4 @@
-"""Tables beside a model on a GPU. They stay in files or in host memory, and their rows go to the GPU on a stream of its own."""
+"""Tables next to a model on a GPU stay in files or host memory; their rows are copied on a separate stream."""
 
 import gc
 
@@ -34,7 +34,7 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize("residency", ["mapped", "pinned"])
 @pytest.mark.parametrize("when", ["auto", "always", "never"])
-def test_residency_never_changes_a_value(folder, residency, when):
+def test_residency_keeps_the_logits(folder, residency, when):
     expected, model = logits(load(folder, "resident")), load(folder, residency)
     model.model.prefetcher.when = when
     for _ in range(3):
@@ -47,7 +47,7 @@ def test_residency_never_changes_a_value(folder, residency, when):
     assert torch.equal(*texts)
 
 
-def test_the_gpu_reads_pinned_rows_by_itself(folder):
+def test_gpu_reads_pinned_rows_directly(folder):
     model = load(folder, "pinned")
     for memory in model.model.memories().values():
         source = memory.table.source
@@ -64,8 +64,8 @@ def test_the_gpu_reads_pinned_rows_by_itself(folder):
     assert all(isinstance(rows, ReadByDevice) for rows in fetched)
 
 
-def test_reading_pinned_rows_takes_no_memory_of_the_gpu(folder):
-    logits(load(folder, "resident"))  # what libraries keep for themselves is there from then on
+def test_reading_pinned_rows_allocates_no_gpu_memory(folder):
+    logits(load(folder, "resident"))  # Libraries allocate their own buffers in the first call.
     gc.collect()
     before = torch.cuda.memory_allocated()
     model = load(folder, "pinned")
@@ -88,7 +88,7 @@ def test_mapped_rows_arrive_on_the_gpu(folder):
         assert torch.equal(values.cpu().view(torch.uint8), expected.view(torch.uint8))
 
 
-def test_pinned_memory_is_given_back(folder):
+def test_pinned_memory_is_released(folder):
     source = load(folder, "pinned").model.memories()[1].table.source
     table = source.parts[0].weight
     assert table.is_pinned()
@@ -97,7 +97,7 @@ def test_pinned_memory_is_given_back(folder):
     assert not table.is_pinned()
 
 
-def test_auto_keeps_to_the_limit_of_a_gpu(folder, tmp_path):
+def test_auto_residency_respects_the_limit_of_a_gpu(folder, tmp_path):
     def choice(**limits):
         model = EngramForCausalLM.from_pretrained(folder, device_map="auto", offload_folder=tmp_path, **limits)
         return model.model.memories()[1].table
@@ -107,7 +107,7 @@ def test_auto_keeps_to_the_limit_of_a_gpu(folder, tmp_path):
     assert choice(max_memory={0: 100_000, "cpu": 0}).source.residency == "mapped"
 
 
-def test_a_cache_may_be_offloaded(folder):
+def test_cache_can_be_offloaded(folder):
     model, options = load(folder, "mapped"), {"max_new_tokens": 5, "do_sample": False}
     expected = model.generate(IDS.cuda(), **options)
     assert torch.equal(model.generate(IDS.cuda(), **options, cache_implementation="offloaded"), expected)

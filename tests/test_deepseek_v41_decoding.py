@@ -1,4 +1,4 @@
-"""The DeepSeek-V4.1 text backbone, fed in pieces, padded, packed and generating, equals one plain forward."""
+"""The DeepSeek-V4.1 text backbone, fed in chunks, padded, packed and generating, equals one plain forward."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""The DeepSeek-V4.1 text backbone against the golden activations of the miniature, whole and in chunks.
+"""The DeepSeek-V4.1 text backbone against the golden activations of the miniature, in one forward and in chunks.
 
-The golden data contain Engram, so `deepseek_v41_reference` puts a plain rendition of it in front of the listed layers.
+The golden data contain Engram, so `deepseek_v41_reference` puts a plain implementation of it before the listed layers.
 """
 
 import pytest
@@ -42,22 +42,24 @@ def miniature(release, release_config) -> DeepseekV41TextForCausalLM:
 
 @pytest.fixture
 def model(release, release_config):
-    """The miniature's backbone, without memory."""
+    """Return the miniature's backbone, without memory."""
     return miniature(release, release_config)
 
 
 @pytest.fixture
 def remembering(release, release_config):
-    """The miniature's backbone with its memory, and the memory."""
+    """Return the miniature's backbone with its memory, and the memory."""
     model = miniature(release, release_config)
     return model, InjectedMemory(model.model.layers, model.config.engram_layer_ids, release)
 
 
 @pytest.fixture
 def precise(remembering):
-    """The same in float64: the rounding of caches is a step function, and float32 noise shows on some processors as a step."""
+    """Return both in float64: the rounding of caches is a step function, and on some processors float32 noise shows as
+    a step.
+    """
     model, memory = remembering
-    model.double().set_experts_implementation("eager")  # grouped products take no float64
+    model.double().set_experts_implementation("eager")  # Grouped matrix products do not support float64.
     memory.release = {name: t.double() if t.is_floating_point() else t for name, t in memory.release.items()}
     return model, memory
 
@@ -76,7 +78,7 @@ def test_rounding_is_exact_and_straight_through(answers, name, function):
     weights = torch.randn_like(x)
     (rounded * weights).sum().backward()
     assert torch.equal(leaf.grad, weights)
-    assert torch.equal(function(x.bfloat16()).float(), function(x.bfloat16().float()))  # values fit bfloat16
+    assert torch.equal(function(x.bfloat16()).float(), function(x.bfloat16().float()))  # The values fit bfloat16.
 
 
 def test_reference_loader_decodes_the_release(answers, release):
@@ -87,7 +89,7 @@ def test_reference_loader_decodes_the_release(answers, release):
 
 
 def observe(model, seen: dict):
-    """Record into `seen`, under the golden names, what the layers of `model` take and give."""
+    """Record the inputs and outputs of the layers of `model` into `seen`, under the golden names."""
 
     def enters(index, args):
         seen[f"layers.{index}.streams"], seen[f"layers.{index}.pre"] = args[0], args[1]
@@ -106,7 +108,7 @@ def observe(model, seen: dict):
         seen[f"layers.{index}.moe"] = output
 
     for index, layer in enumerate(model.model.layers):
-        # In front of the memory's hook: the golden streams enter a layer before its Engram.
+        # This hook runs before the memory's: the golden streams enter a layer before its Engram.
         layer.register_forward_pre_hook(lambda _, args, index=index: enters(index, args), prepend=True)
         layer.register_forward_hook(lambda _, __, output: leaves(output))
         layer.self_attn.register_forward_hook(lambda _, __, output, index=index: attends(index, output))
@@ -115,7 +117,7 @@ def observe(model, seen: dict):
 
 
 def feed(memory: InjectedMemory, answers, case: str, chunk: slice = slice(None)):
-    """Set the memory up for the golden case, for the tokens in `chunk`."""
+    """Prepare the memory for the golden case, for the tokens in `chunk`."""
     mask = answers[f"{case}.attention_mask"].bool()
     if f"{case}.image_mask" in answers:
         mask = mask & ~answers[f"{case}.image_mask"].bool()
@@ -135,7 +137,7 @@ def run_case(model, memory, answers, case: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_every_stage_matches_the_oracle(remembering, answers, case):
+def test_every_activation_matches_the_oracle(remembering, answers, case):
     model, memory = remembering
     seen = memory.seen
     observe(model, seen)
@@ -151,7 +153,7 @@ def test_every_stage_matches_the_oracle(remembering, answers, case):
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_every_choice_matches_the_oracle(remembering, answers, case):
+def test_every_selection_matches_the_oracle(remembering, answers, case):
     model, memory = remembering
     observe(model, memory.seen)
     run_case(model, memory, answers, case)
@@ -204,7 +206,7 @@ def test_final_hidden_state_matches(remembering, answers):
     ids=["no sink", "window one too long", "no router bias", "candidates ignored", "experts not clamped"],
 )
 @torch.no_grad()
-def test_the_oracle_notices_a_single_mistake(remembering, answers, mistake):
+def test_oracle_detects_a_single_mistake(remembering, answers, mistake):
     model, memory = remembering
     mistake(model)
     assert worst(run_case(model, memory, answers, "long"), answers["long.logits"]) > 1e-2
@@ -224,7 +226,7 @@ def test_greedy_continuation_matches(remembering, answers):
 
 
 def release_gradients(model, release) -> dict[str, torch.Tensor]:
-    """Gradients under release names: parameters of the model, experts unstacked, and the memory's own tensors."""
+    """Return gradients under release names: the model's parameters, experts unstacked, and the memory's own tensors."""
     ours = {name.removeprefix("model."): parameter.grad for name, parameter in model.named_parameters()}
     found = {name: ours.get(our_name(name)) for name in release if our_name(name)}
     for layer in range(model.config.num_hidden_layers):
@@ -239,13 +241,13 @@ def release_gradients(model, release) -> dict[str, torch.Tensor]:
     ids=["plain", "checkpointed", "reentrant"],
 )
 def test_loss_and_gradients_match(release, release_config, answers, checkpointing, monkeypatch):
-    # Blocks of a window's length, so that the blocks' own recomputation is part of what is compared.
+    # The blocks have a window's length, so that their own recomputation is part of the comparison.
     monkeypatch.setattr(modeling, "_SMALLEST_BLOCK", 1)
     release = {name: t.clone().requires_grad_(".engram." in name) for name, t in release.items()}
     model = miniature(release, release_config).train()
     memory = InjectedMemory(model.model.layers, model.config.engram_layer_ids, release)
     if checkpointing is not None:
-        # Renamed between the transformers releases that are supported.
+        # The supported releases of transformers differ in this name.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable(checkpointing)
     feed(memory, answers, "full")
@@ -267,7 +269,7 @@ def test_loss_and_gradients_match(release, release_config, answers, checkpointin
 def test_experts_implementations_agree(remembering, answers, implementation):
     model, memory = remembering
     model.set_experts_implementation(implementation)
-    # Not case `full`: one window channel there lies within float noise of a rounding tie.
+    # Case `full` is left out: one window channel there lies within float noise of a rounding tie.
     assert worst(run_case(model, memory, answers, "long"), answers["long.logits"]) < 1e-4
 
 
@@ -312,7 +314,7 @@ def test_golden_rows_left_padded_in_chunks(precise, answers, size):
 @pytest.mark.parametrize("size", CHUNKS)
 @torch.no_grad()
 def test_random_tokens_in_chunks_on_the_miniature(model, size):
-    """Nine layers and logits up to 5: float32 noise alone is 2e-5 there, so relative to the largest logit."""
+    """Tolerances are relative to the largest logit: nine layers and logits up to 5 give a float32 noise of 2e-5."""
     model.config.cache_rounding = False
     ids = tokens(model, 3, 50)
     expected = model(ids, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""A deprecation that our code causes fails the test it happens in, whichever way a library tells of it."""
+"""A deprecation that our code causes fails the test it happens in, whether a library warns of it or logs it."""
 
 import re
 import warnings
@@ -11,27 +11,27 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 
 class Host(torch.nn.Module):
-    """A module of a library whose forward has another name for an argument now."""
+    """A module of a library whose forward has renamed an argument."""
 
     @deprecate_kwarg("past", new_name="cache", version="99.0.0")
     def forward(self, cache=None):
-        """Return what it was given."""
+        """Return the argument."""
         return cache
 
 
 def run(source: str, file: str, **names):
-    """Run `source` as if it stood in `file`; returns the function `f` that it defines."""
+    """Run `source` as if it stood in `file`; return the function `f` that it defines."""
     exec(compile(source, file, "exec"), names)
     return names["f"]
 
 
 def ours(source: str, **names):
-    """A function that stands in a file of the package."""
+    """Return a function defined in a file of the package."""
     return run(source, str(OURS / "modeling_engram.py"), **names)
 
 
 def library(source: str, **names):
-    """A function that stands elsewhere."""
+    """Return a function defined elsewhere."""
     return run(source, "/site-packages/library/code.py", **names)
 
 
@@ -39,13 +39,13 @@ WARNING = "def f(): warnings.warn('x is deprecated', FutureWarning{})"
 
 
 @pytest.mark.parametrize("level", ["", ", stacklevel=2"])
-def test_a_warning_of_a_function_that_we_call(level):
+def test_warning_of_a_function_that_we_call_fails(level):
     warns = library(WARNING.format(level), warnings=warnings)
     with pytest.raises(OwnDeprecation, match="x is deprecated"):
         ours("def f(): g()", g=warns)()
 
 
-def test_a_decorated_argument_that_we_pass():
+def test_decorated_argument_that_we_pass_fails():
     with pytest.raises(OwnDeprecation, match="past"):
         ours("def f(): host(past=1)", host=Host())()
 
@@ -53,7 +53,7 @@ def test_a_decorated_argument_that_we_pass():
 def test_own_deprecations_fail_if_they_are_only_logged():
     logger = logging.get_logger("transformers.modeling_utils")
     logs = library("def f(): logger.warning_once('`x` is deprecated')", logger=logger)
-    for _ in range(2):  # also after another test has seen it
+    for _ in range(2):  # The test fails although another test has seen the message.
         with own_deprecations_fail(), pytest.raises(OwnDeprecation, match="`x` is deprecated"):
             ours("def f(): g()", g=logs)()
 
@@ -71,22 +71,22 @@ def test_deprecations_that_other_libraries_cause_pass():
             Host()(past=1)
 
 
-def test_a_warning_of_our_own_is_a_warning():
-    """About an argument of ours that is to go: the one who passes it hears of it."""
+def test_our_own_warning_passes():
+    """It is about an argument of ours that will be removed: the caller who passes it is warned."""
     warns = ours(WARNING.format(", stacklevel=2"), warnings=warnings)
     with pytest.warns(FutureWarning, match="x is deprecated"):
         library("def f(): g()", g=warns)()
 
 
-def test_warnings_keep_their_place():
+def test_warnings_keep_their_source_line():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         library("def f(): warnings.warn('anything', UserWarning)", warnings=warnings)()
     assert [warning.filename for warning in caught] == ["/site-packages/library/code.py"]
 
 
-def test_the_filters_of_pytest_know_our_modules(pytestconfig):
-    """What C code warns of does not pass through `warnings.warn`: the filters by module name are for that."""
+def test_pytest_filters_cover_our_modules(pytestconfig):
+    """Warnings raised by C code do not pass through `warnings.warn`: the filters by module name catch them."""
     filters = [line.split(":") for line in pytestconfig.getini("filterwarnings")]
     kinds = {(action, category, module) for action, _, category, module in filters}
     for category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):

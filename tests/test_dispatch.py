@@ -1,6 +1,7 @@
-"""`device_map`: parts of a model on disk, with tables that are parameters and tables that are not; always the same values.
+"""`device_map`: parts of a model on disk, with tables among the parameters or in their own files, never change the
+logits.
 
-Maps name whole decoder layers, or more: accelerate does not take a part of a layer from disk on any backbone.
+The maps name whole decoder layers or more: accelerate cannot take a part of a layer from disk on any backbone.
 """
 
 import accelerate
@@ -25,7 +26,7 @@ def on_disk(*modules: str) -> dict[str, str]:
     return {name: "disk" if name in modules else "cpu" for name in [*OUTSIDE, "model.layers.0", *WITH_MEMORY]}
 
 
-# Options of `from_pretrained`, and whether the tables are on disk then.
+# These are options of `from_pretrained`, and whether the tables are on disk with them.
 MAPS = {
     "cpu": ({"device_map": "cpu"}, False),
     "sequential": ({"device_map": "sequential"}, False),
@@ -44,7 +45,7 @@ def logits(model) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=[None, "float8_e4m3fn", "int8"])
 def saved(request, tmp_path_factory):
-    """A model, and where it was saved: with its tables among its weights, and in files of their own."""
+    """Return a model and its two folders: tables among its weights, and tables in files of their own."""
     folder = tmp_path_factory.mktemp("dispatch")
     model = build("mixtral", engram_head_dim=32, engram_table_dtype=request.param)
     model.save_pretrained(folder / "together")
@@ -56,7 +57,7 @@ def saved(request, tmp_path_factory):
 @pytest.mark.parametrize("residency", ["resident", "mapped"])
 @pytest.mark.parametrize("tables", ["together", "apart"])
 @pytest.mark.parametrize("where", MAPS)
-def test_values_do_not_depend_on_where_parts_are(saved, tmp_path, where, tables, residency):
+def test_device_map_keeps_the_logits(saved, tmp_path, where, tables, residency):
     model, folder = saved
     options, tables_on_disk = MAPS[where]
     loaded = EngramForCausalLM.from_pretrained(
@@ -65,7 +66,7 @@ def test_values_do_not_depend_on_where_parts_are(saved, tmp_path, where, tables,
     places = set(getattr(loaded, "hf_device_map", {}).values())
     assert places == {"cpu", "disk"} or (where in ("cpu", "sequential") and "disk" not in places)
     table = loaded.model.memories()[1].table
-    # From a file of its own, a table that the map puts on disk is read there, row by row.
+    # A table in its own file that the map puts on disk is read from there, row by row.
     is_resident = residency == "resident" and (tables == "together" or not tables_on_disk)
     assert table.is_resident == is_resident and (not is_resident or table.weight.is_meta == tables_on_disk)
     assert torch.equal(logits(loaded), logits(model))
@@ -92,8 +93,8 @@ def test_save_pretrained_of_a_model_offloaded_to_disk(saved, tmp_path, tables, r
 
 
 @pytest.mark.parametrize("tables", ["together", "apart"])
-def test_a_table_of_two_on_disk(saved, tmp_path, tables):
-    """Files of their own are for the tables of all layers, or of none; whatever is saved can be loaded again."""
+def test_save_pretrained_with_one_of_two_tables_on_disk(saved, tmp_path, tables):
+    """Separate files hold the tables of all layers, or of none; whatever is saved can be loaded again."""
     model, folder = saved
     split = EngramForCausalLM.from_pretrained(
         folder / tables,
@@ -111,7 +112,7 @@ def test_a_table_of_two_on_disk(saved, tmp_path, tables):
 
 
 @pytest.mark.parametrize("limit", [300_000, "300KB"])
-def test_auto_keeps_to_max_memory(saved, tmp_path, limit):
+def test_auto_device_map_respects_max_memory(saved, tmp_path, limit):
     model, folder = saved
 
     def load(**options):
@@ -127,7 +128,7 @@ def test_auto_keeps_to_max_memory(saved, tmp_path, limit):
 
 @pytest.mark.parametrize("residency", ["resident", "mapped"])
 def test_accelerate_offloads_a_loaded_model(saved, residency):
-    """With its buffers, of which the hash needs some before its own forward."""
+    """It offloads buffers too, and the hash needs some of them before its own forward."""
     model, folder = saved
     loaded = EngramForCausalLM.from_pretrained(folder / "together", engram_residency=residency)
     accelerate.cpu_offload(loaded, execution_device="cpu", offload_buffers=True)

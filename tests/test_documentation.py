@@ -1,13 +1,13 @@
-"""README and docs: every code block is run by a test or says why not, and no message or public name is left out.
+"""README and docs: a test runs every code block or the page gives a reason, and no message or public name is left out.
 
 A block of Python, a console or a shell may follow a comment of one line:
 
     <!-- not run: REASON -->
-    <!-- run by: tests/FILE.py -->     that test runs it, or the same thing on another model
-    <!-- also in: docs/PAGE.md -->     the same block stands there
-    <!-- prints -->                    before a block of text: what the page's last block of Python printed
+    <!-- run by: tests/FILE.py -->     that test runs it, or the same on another model
+    <!-- also in: docs/PAGE.md -->     that page has the same block and it is run there
+    <!-- prints -->                    before a block of text: the output of the page's last block of Python
 
-All other blocks are run here, in the order of the page, in one folder and with the same names.
+All other blocks are run here, in the order of the page, in one folder and one namespace.
 """
 
 import ast
@@ -52,8 +52,8 @@ class Block(NamedTuple):
     """A code block of a page.
 
     Args:
-        note: of the comment before it; empty without one.
-        language: behind its fence.
+        note: the comment before the block; empty without one.
+        language: the word after its fence.
         text: its lines.
     """
 
@@ -63,7 +63,7 @@ class Block(NamedTuple):
 
     @property
     def is_run_here(self) -> bool:
-        """Whether the test below runs it."""
+        """Return whether `test_blocks_of_a_page` runs the block."""
         return self.language in ("python", "console", "bash") and not self.note
 
 
@@ -76,8 +76,10 @@ def name_of(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_block_is_run_or_says_why_not(page):
-    """The comment is one of those above, and what it names exists; what is to be run here can be."""
+def test_every_block_is_run_or_gives_a_reason(page):
+    """The comment is one of those above and names an existing file; a block without one is in a language that can be
+    run.
+    """
     text = page.read_text(encoding="utf-8")
     assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(read_blocks(page))
     for block in read_blocks(page):
@@ -96,7 +98,7 @@ def test_every_block_is_run_or_says_why_not(page):
 
 
 def test_every_message_is_on_the_page():
-    """Reads all sources: a message in a file that no marker names, or that cannot be read, is an error."""
+    """All sources are read: a message in a file without a marker, or one that cannot be read, is an error."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     assert len(messages.fill_markers(page)) > len(page)
     texts = [message.text for message in messages.read_messages()]
@@ -105,8 +107,8 @@ def test_every_message_is_on_the_page():
     assert [phrase for phrase in quoted if not any(phrase in text for text in texts)] == []
 
 
-def test_messages_are_read_however_they_are_made(tmp_path, monkeypatch):
-    """In the call, by a name, from a function, from rules, of warnings; what cannot be read is refused."""
+def test_messages_are_read_from_every_kind_of_source(tmp_path, monkeypatch):
+    """Messages in calls, variables, functions, rule tables and warnings are read; others are refused."""
     monkeypatch.setattr(messages, "ROOT", tmp_path)
     source = tmp_path / "some_engram.py"
     source.write_text(
@@ -132,7 +134,7 @@ def test_messages_are_read_however_they_are_made(tmp_path, monkeypatch):
 
 
 def test_the_reference_has_every_public_name():
-    """`make docs` looks for each in the finished site, too."""
+    """`make docs` looks for each name in the finished site, too."""
     pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
     entries = re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)
     assert len(entries) == len(set(entries))
@@ -141,7 +143,7 @@ def test_the_reference_has_every_public_name():
 
 
 def commands(block: Block) -> list[tuple[list[str], str]]:
-    """The words of each command, and what the page says that it prints (nothing of a `bash` block)."""
+    """Return the words of each command, and its output on the page (nothing for a `bash` block)."""
     if block.language == "bash":
         return [(shlex.split(line, comments=True), "") for line in block.text.splitlines()]
     pieces = [piece.partition("\n") for piece in block.text.split("$ ")[1:]]
@@ -161,7 +163,9 @@ def without_time(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, golden) -> Path:
-    """A folder with what the pages name: a backbone, a model, texts, and the miniatures of DeepSeek-V4.1."""
+    """Create a folder with the files that the pages name: a backbone, a model, texts, and the miniatures of
+    DeepSeek-V4.1.
+    """
     folder = tmp_path_factory.mktemp("pages")
     set_seed(0)
     sources, held_out = stdlib_text.read_sources()
@@ -185,7 +189,7 @@ def place(tmp_path_factory, golden) -> Path:
 
 
 def names_of_a_page(place: Path) -> dict:
-    """What blocks may use that begin in the middle of somebody's work."""
+    """Return names for the blocks that begin in the middle of a task."""
     model = EngramForCausalLM.from_pretrained(place / "path/to/model")
     tokenizer = stdlib_text.EngramTokenizer.from_pretrained(place / "path/to/model")
     texts = [(place / "corpus.txt").read_text()]
@@ -237,7 +241,7 @@ def test_blocks_of_a_page(page, place, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path, tmp_path, monkeypatch):
-    """From top to bottom; what it asserts holds, and it gives limits of the process back."""
+    """The notebook runs from top to bottom, its assertions hold, and it restores the process's limits."""
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
     limits, names = resource.getrlimit(resource.RLIMIT_DATA), {"display": lambda shown: None}
@@ -250,7 +254,7 @@ def test_notebook(path, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
-def test_notebooks_were_run_and_can_be_opened():
+def test_notebooks_have_outputs_and_a_badge():
     """Stored outputs come from one run from top to bottom without an error; the badge has the repository's address."""
     (address,) = re.findall(
         r"git clone (?:https://github\.com/)?(\S+?)(?:\.git)? ", PAGES[0].read_text(encoding="utf-8")
