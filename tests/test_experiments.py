@@ -1,4 +1,4 @@
-"""The experiments: their plan, the fairness of what is compared, runs that go on where they were interrupted, and the report."""
+"""The experiments: their plan, the fairness of comparisons, runs that resume after an interruption, and the report."""
 
 import json
 import math
@@ -45,7 +45,7 @@ TINY = replace(
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
-    """A folder of small programs."""
+    """Write a folder of small programs."""
     folder, draw = tmp_path_factory.mktemp("texts"), random.Random(0)
     names = [f"{a}_{b}" for a in ("read", "write", "close") for b in ("table", "row", "page", "index")]
     words = ["".join(draw.choice(part) for part in ("bdfgkl", "aeiou", "mnprst", "aeiou")) for _ in range(90)]
@@ -56,7 +56,7 @@ def texts(tmp_path_factory) -> Path:
             lines.append(f"    # {' '.join(draw.sample(words, 8))}\n")
             lines.append(f"    return struct.{draw.choice(words)}({draw.choice(names)}(self.only_{number}_here))\n")
         (folder / f"{number}.py").write_text("".join(lines))
-    (folder / "picture.png").write_bytes(b"\x89PNG\xff\xfe" * 100)  # no text
+    (folder / "picture.png").write_bytes(b"\x89PNG\xff\xfe" * 100)  # This file is not text.
     return folder
 
 
@@ -75,7 +75,7 @@ def make_runner(corpus, folder: Path) -> Runner:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_make_plan_puts_a_run_after_those_it_needs(preset):
+def test_make_plan_orders_a_run_after_those_it_needs(preset):
     plan = make_plan(PRESETS[preset])
     before: set[str] = set()
     for run in plan:
@@ -85,7 +85,7 @@ def test_make_plan_puts_a_run_after_those_it_needs(preset):
     assert {number for run in plan for number in run.experiments} == set(EXPERIMENTS)
 
 
-def test_an_experiment_brings_the_runs_it_needs():
+def test_make_plan_adds_the_runs_an_experiment_needs():
     plan = make_plan(PRESETS["standard"])
     chosen = {run.name for run in select(plan, 4)}
     assert {"text_memory_seed-0", "text_twin_seed-0", "tuning_twin_rate-3"} < chosen
@@ -94,7 +94,7 @@ def test_an_experiment_brings_the_runs_it_needs():
         select(plan, 7)
 
 
-def test_both_sides_are_tuned_with_the_same_budget():
+def test_make_plan_tunes_both_sides_with_the_same_budget():
     plan = make_plan(PRESETS["standard"])
     tuned = {(run.variant, run.rate, run.seed) for run in plan if run.kind == "tuning"}
     seeds = {run.seed for run in plan if run.kind != "tuning"}
@@ -106,17 +106,17 @@ def test_both_sides_are_tuned_with_the_same_budget():
 # --- text
 
 
-def test_parts_do_not_overlap(corpus):
+def test_split_parts_do_not_overlap(corpus):
     parts = [set(some) for some in corpus.parts.values()]
     assert all(parts) and not any(a & b for a in parts for b in parts if a is not b)
 
 
-def test_too_few_texts():
+def test_too_few_texts_are_refused():
     with pytest.raises(EngramError, match="none fell into validation, test; every twentieth file"):
         split(iter([("23", "some text " * 30)]))
 
 
-def test_paired_runs_see_the_same_blocks_and_every_pass_has_an_order_of_its_own(corpus):
+def test_paired_runs_see_the_same_blocks_and_every_pass_reorders_them(corpus):
     count = len(corpus.tokens)
     blocks = corpus.train_blocks(3, 2 * count)
     assert torch.equal(blocks, corpus.train_blocks(3, 2 * count))
@@ -124,7 +124,7 @@ def test_paired_runs_see_the_same_blocks_and_every_pass_has_an_order_of_its_own(
     assert sorted(blocks[:count].tolist()) == sorted(blocks[count:].tolist()) == sorted(corpus.tokens.tolist())
 
 
-def test_frequencies_are_those_of_the_blocks_that_a_run_read(corpus):
+def test_frequencies_count_only_the_blocks_that_a_run_read(corpus):
     model = models.build("memory", TINY, corpus.tokenizer, 0)
     classes = corpus.frequencies(model, 0, 5)
     read = model.model.hashing.compress(corpus.train_blocks(0, 5)).tolist()
@@ -139,18 +139,18 @@ def test_frequencies_are_those_of_the_blocks_that_a_run_read(corpus):
 # --- models
 
 
-def test_twins_have_as_many_parameters(corpus):
+def test_twin_models_have_equal_parameter_counts(corpus):
     size = {
         name: models.size_of(models.build(name, TINY, corpus.tokenizer, 0), TINY.block)
         for name in ("memory", "twin", "twin of all parameters")
     }
-    step = 3 * TINY.hidden_size * TINY.layers  # of one more channel in every MLP
+    step = 3 * TINY.hidden_size * TINY.layers  # The difference is at most one more channel in every MLP.
     assert abs(size["twin"]["active"] - size["memory"]["active"]) <= step
     assert abs(size["twin"]["flops"] / size["memory"]["flops"] - 1) < 0.02
     assert abs(size["twin of all parameters"]["total"] - size["memory"]["total"]) <= step
 
 
-def test_shares_keep_active_and_all_parameters(corpus):
+def test_memory_shares_keep_active_and_total_parameters(corpus):
     sizes = [
         models.size_of(models.build(f"share {share}", TINY, corpus.tokenizer, 0), TINY.block) for share in (0, 20, 60)
     ]
@@ -162,7 +162,7 @@ def test_shares_keep_active_and_all_parameters(corpus):
 def test_variants_are_causal_and_learn(variant, corpus):
     model = models.build(variant, TINY, corpus.tokenizer, 0).eval()
     ids = corpus.train_blocks(0, 2)
-    if variant == "shuffled rows":  # reads rows of anywhere, by design
+    if variant == "shuffled rows":  # This variant reads rows of any position by design.
         return
     changed = torch.cat([ids[:, :20], ids[:, 20:].flip(1)], dim=1)
     logits = [model(input_ids=some, use_cache=False).logits[:, :20] for some in (ids, changed)]
@@ -176,7 +176,7 @@ def test_variants_are_causal_and_learn(variant, corpus):
         assert rows == {0, *offsets}
 
 
-def test_an_open_gate_adds_the_value_itself(corpus):
+def test_open_gate_adds_the_value_itself(corpus):
     model = models.build("plain addition", TINY, corpus.tokenizer, 0)
     memory = model.model.memories()[0]
     inputs = model.model.prepare_memory(corpus.train_blocks(0, 1))
@@ -209,7 +209,7 @@ def items(corpus):
     return tasks.make_tasks(corpus.parts["train"], corpus.parts["test"], corpus.tokenizer, 8)
 
 
-def test_targets_follow_their_contexts_and_are_new_or_copied(items, corpus):
+def test_task_targets_follow_their_contexts_and_are_new_or_copied(items, corpus):
     assert set(items) == {*tasks.NEED_RECALL, *tasks.NEED_NONE}
     test, train = ("\n".join(corpus.parts[part]) for part in ("test", "train"))
     for name in ("api_calls", "copied_names", "closing_brackets"):
@@ -221,7 +221,7 @@ def test_targets_follow_their_contexts_and_are_new_or_copied(items, corpus):
         assert name in item.context and name not in train
 
 
-def test_exact_match_is_greedy_decoding(items, corpus):
+def test_exact_match_equals_greedy_decoding(items, corpus):
     model = models.build("memory", TINY, corpus.tokenizer, 0).eval()
     tokenizer, some = corpus.tokenizer, items["closing_brackets"][:3]
     context = tokenizer(some[0].context, return_tensors="pt")
@@ -234,7 +234,7 @@ def test_exact_match_is_greedy_decoding(items, corpus):
 
 
 @pytest.mark.slow
-def test_lm_eval_counts_what_we_count(items, corpus, tmp_path):
+def test_our_scores_equal_lm_evals(items, corpus, tmp_path):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -257,7 +257,7 @@ def test_lm_eval_counts_what_we_count(items, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("task", long_context.TASKS)
-def test_answers_of_long_context_are_in_the_window(task, corpus):
+def test_long_context_answers_lie_in_the_window(task, corpus):
     tokens = corpus.tokens.flatten()
     maker = long_context.Maker(corpus.tokenizer, tokens[: len(tokens) // 256 * 256].view(-1, 256), 0)
     for _ in range(5):
@@ -272,7 +272,7 @@ def test_answers_of_long_context_are_in_the_window(task, corpus):
 # --- runs
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(corpus, tmp_path):
+def test_interrupted_run_resumes_and_gives_the_same_result(corpus, tmp_path):
     blocks = [{"input_ids": block, "labels": block} for block in corpus.train_blocks(0, 8)]
     trained = []
     for name in ("whole", "parts"):
@@ -304,7 +304,7 @@ def test_runner_skips_finished_runs(corpus, tmp_path):
     assert not re.search(r"/(tmp|root|home|work)\b", json.dumps(result))
     assert not list((tmp_path / "work" / "checkpoints").iterdir())
 
-    # A run with its measurements, and the page made of it.
+    # The test needs a run with its measurements, and the page made from it.
     main = Run("text", "memory", 0, (2,))
     runner.do(main)
     result = runner.results.read(main.name)
@@ -317,7 +317,7 @@ def test_runner_skips_finished_runs(corpus, tmp_path):
     assert f"{result['loss']:.4f} (one seed)" in text and "No run of this is in yet." in text and "old" not in text
 
 
-def test_a_run_that_another_process_does_is_left_to_it(corpus, tmp_path):
+def test_runner_leaves_a_run_to_the_process_that_has_it(corpus, tmp_path):
     runner, run = make_runner(corpus, tmp_path), Run("tuning", "twin", 100, (2,), rate=0)
     with held(runner.work / "locks" / run.name) as is_ours:
         assert is_ours
@@ -332,7 +332,7 @@ def test_results_of_other_texts_are_not_mixed_in(corpus, tmp_path):
         runner.do_all([run])
 
 
-def test_time_that_is_up_before_a_run(corpus, tmp_path):
+def test_runner_stops_when_the_time_is_up_before_a_run(corpus, tmp_path):
     runner = make_runner(corpus, tmp_path)
     runner.deadline = time.monotonic() - 1
     with pytest.raises(training.Interrupted):
@@ -342,7 +342,7 @@ def test_time_that_is_up_before_a_run(corpus, tmp_path):
 # --- results
 
 
-def test_intervals_are_students():
+def test_intervals_use_students_distribution():
     found = interval([1.0, 2.0, 3.0])
     assert found.value == 2 and found.high == pytest.approx(2 + 4.303 / math.sqrt(3))
     assert interval([1.0]).low is None
@@ -360,7 +360,7 @@ def test_differences_are_paired_by_seed(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["report"]])
-def test_results_that_cannot_be_written(arguments, tmp_path, capsys):
+def test_results_that_cannot_be_written_are_refused(arguments, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     page = tmp_path / "page.md"
     page.write_text("<!-- state -->\n<!-- end -->\n")
@@ -369,7 +369,7 @@ def test_results_that_cannot_be_written(arguments, tmp_path, capsys):
     assert "cannot be written to" in capsys.readouterr().err
 
 
-def test_a_damaged_result_and_a_page_without_markers(tmp_path, capsys):
+def test_damaged_result_and_page_without_markers_are_refused(tmp_path, capsys):
     results = Results(tmp_path / "quick")
     results.require_writable()
     (tmp_path / "page.md").write_text("nothing\n")
@@ -381,7 +381,7 @@ def test_a_damaged_result_and_a_page_without_markers(tmp_path, capsys):
         results.read("tuning_memory_rate-0")
 
 
-def test_the_page_has_a_marker_for_every_table(tmp_path):
+def test_page_has_a_marker_for_every_table(tmp_path):
     page = tmp_path / "evidence.md"
     page.write_text((ROOT / "docs" / "evidence.md").read_text())
     plan = make_plan(PRESETS["quick"])

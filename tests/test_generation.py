@@ -1,4 +1,4 @@
-"""`generate` in all its modes: the tokens are those of the model without a cache, or of each prompt by itself."""
+"""`generate` in all its modes: tokens equal those of the model without a cache, or of each prompt alone."""
 
 import copy
 
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config, StaticC
 
 from engram_hf import EngramForCausalLM
 
-# DeepSeek-V4 compresses keys in windows that start at the first position, padding or not.
+# DeepSeek-V4 compresses keys in windows that start at the first position, padded or not.
 LEFT_PADDED = [name for name in BACKBONES if name != "deepseek_v4"]
 # DeepSeek-V4 is stateful: transformers refuses assisted decoding with it. It has no static cache either.
 ROLLED_BACK = STATIC = LEFT_PADDED
@@ -41,7 +41,7 @@ def mixtral() -> EngramForCausalLM:
 
 @torch.no_grad()
 def greedy_by_hand(model, ids: torch.Tensor, count: int = 12) -> torch.Tensor:
-    """Greedy decoding that reads the whole text again for every token."""
+    """Decode greedily by reading the whole text again for every token."""
     for _ in range(count):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     return ids
@@ -59,18 +59,18 @@ def pad_left(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def repetitive_ids() -> torch.Tensor:
-    """A prompt that repeats itself, so that prompt lookup finds candidates."""
+    """Return a prompt that repeats itself, so that prompt lookup finds candidates."""
     return random_ids(1, 5).repeat(1, 4)
 
 
 @on_every_backbone
 @pytest.mark.parametrize("variant", ["paper", "v4.1"])
-def test_greedy(name, variant):
+def test_greedy_generate_equals_greedy_by_hand(name, variant):
     model, ids = built(name, variant), random_ids(2, 9)
     assert torch.equal(model.generate(ids, **GREEDY), greedy_by_hand(model, ids))
 
 
-def test_memory_chooses_other_tokens(mixtral):
+def test_generate_depends_on_the_memory(mixtral):
     zeroed, ids = copy.deepcopy(mixtral), random_ids(2, 9)
     for memory in zeroed.model.memories().values():
         memory.zero_value_projection()
@@ -78,7 +78,7 @@ def test_memory_chooses_other_tokens(mixtral):
 
 
 @pytest.mark.parametrize("name", LEFT_PADDED)
-def test_left_padded_prompts_go_on_as_each_alone(model):
+def test_left_padded_prompts_continue_as_each_alone(model):
     prompts = [random_ids(1, length, seed=length) for length in (3, 9, 6)]
     together = model.generate(**pad_left(prompts), **GREEDY)[:, -12:]
     alone = torch.cat([model.generate(prompt, **GREEDY)[:, -12:] for prompt in prompts])
@@ -91,13 +91,13 @@ def beams_need_no_cache(model) -> bool:
 
 
 @on_every_backbone
-def test_beams_carry_their_history(name, model):
-    # In transformers 5.17, DeepSeek-V4 by itself loses some of its state when beams change places.
+def test_beam_search_reorders_the_history(name, model):
+    # In transformers 5.17, DeepSeek-V4 by itself loses some of its state when beams are reordered.
     assert beams_need_no_cache(model) or not beams_need_no_cache(bare(name))
 
 
 @on_every_backbone
-def test_sampled_sequences_carry_their_history(model):
+def test_sampled_sequences_keep_their_own_history(model):
     ids, sampling = random_ids(2, 9), {**NEW, "do_sample": True, "num_return_sequences": 3}
     torch.manual_seed(0)
     cached = model.generate(ids, **sampling)
@@ -107,14 +107,14 @@ def test_sampled_sequences_carry_their_history(model):
 
 
 @pytest.mark.parametrize("name", ROLLED_BACK)
-def test_prompt_lookup_rolls_back_what_is_rejected(model):
+def test_prompt_lookup_rolls_back_rejected_tokens(model):
     ids = repetitive_ids()
     assert torch.equal(model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3), model.generate(ids, **GREEDY))
 
 
 @pytest.mark.parametrize("name", ROLLED_BACK)
 def test_an_assistant_changes_no_token(model):
-    """The assistant is the model with a little noise: most of its tokens are accepted, some are not."""
+    """The assistant is the model with a little noise, so most of its tokens are accepted and some are not."""
     assistant, ids = copy.deepcopy(model), random_ids(1, 9)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_an_assistant_changes_no_token(model):
     assert torch.equal(model.generate(ids, **GREEDY, assistant_model=assistant), model.generate(ids, **GREEDY))
 
 
-def test_a_backbone_may_assist_and_be_assisted(mixtral):
+def test_backbone_can_assist_and_be_assisted(mixtral):
     ids = random_ids(1, 9)
     bare = randomize(AutoModelForCausalLM.from_config(BACKBONES["mixtral"]()).eval())
     assert torch.equal(mixtral.generate(ids, **GREEDY, assistant_model=bare), mixtral.generate(ids, **GREEDY))
@@ -132,21 +132,21 @@ def test_a_backbone_may_assist_and_be_assisted(mixtral):
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_generate_assisted_by_the_models_first_layers(mixtral, layers):
-    """The first memory is in layer 1: one layer assists without any."""
+    """The first memory is in layer 1, so an assistant of one layer has none."""
     ids = random_ids(1, 9)
     assert torch.equal(mixtral.generate(ids, **GREEDY, assistant_early_exit=layers), mixtral.generate(ids, **GREEDY))
 
 
 @pytest.mark.parametrize("name", STATIC)
-def test_a_static_cache_changes_no_token(model):
+def test_static_cache_changes_no_token(model):
     padded = pad_left([random_ids(1, 4), random_ids(1, 9)])
     static = model.generate(**padded, **GREEDY, cache_implementation="static")
     assert torch.equal(static, model.generate(**padded, **GREEDY))
 
 
 @torch.no_grad()
-def test_a_mask_may_be_as_long_as_a_static_cache():
-    """As in loops that are written for fixed shapes: it goes on beyond the positions of a call."""
+def test_mask_may_be_as_long_as_a_static_cache():
+    """Loops written for fixed shapes pass such masks: they extend beyond the positions of a call."""
     model, ids = built("llama"), random_ids(2, 12)
     cache, positions, parts = StaticCache(config=model.config, max_cache_len=16), torch.arange(16), []
     for start, stop in [(0, 8), *((at, at + 1) for at in range(8, 12))]:
@@ -155,8 +155,8 @@ def test_a_mask_may_be_as_long_as_a_static_cache():
     torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_a_host_that_begins_anew_in_the_middle():
-    """Phi-3 rotates otherwise beyond its first context length, and computes all keys again when it gets there."""
+def test_host_that_drops_its_cache_and_reads_the_text_again():
+    """Phi-3 changes its rotation beyond its first context length, and recomputes all keys when it gets there."""
     rope = {
         "rope_type": "longrope",
         "rope_theta": 1e4,
@@ -182,7 +182,7 @@ def test_a_host_that_begins_anew_in_the_middle():
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 50])
-def test_the_prompt_may_be_read_in_chunks(mixtral, size):
+def test_prompt_read_in_chunks_changes_no_token(mixtral, size):
     padded = pad_left([random_ids(1, 4), random_ids(1, 9)])
     assert torch.equal(
         mixtral.generate(**padded, **GREEDY, prefill_chunk_size=size), mixtral.generate(**padded, **GREEDY)
@@ -190,7 +190,7 @@ def test_the_prompt_may_be_read_in_chunks(mixtral, size):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_conversation_goes_on_from_its_cache(mixtral, kind):
+def test_generate_continues_a_conversation_from_its_cache(mixtral, kind):
     config = mixtral.config
     cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=64)
     first = mixtral.generate(random_ids(1, 6), **GREEDY, past_key_values=cache)
@@ -216,7 +216,7 @@ def test_embeddings_alone_are_refused(mixtral):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"use_cache": False}, {"num_beams": 3}, {"prefill_chunk_size": 4}])
-def test_image_positions_stay_without_memory(mixtral, arguments):
+def test_image_positions_have_no_memory_in_generate(mixtral, arguments):
     ids = random_ids(1, 10)
     image = torch.zeros(1, 10, dtype=torch.bool)
     image[:, 5:8] = True

@@ -1,9 +1,10 @@
-"""Every decoding strategy of `generate`, on every backbone and in both variants: a cache changes no token and no score.
+"""Every decoding strategy of `generate`, on every backbone and in both variants: a cache changes no token and no
+score.
 
-transformers' own tests of generation are not in its source distribution, so what they check is checked here. Where a
-backbone by itself gives other tokens with a cache than without, or refuses a strategy, the model on it may do the same.
-Greedy search, the static cache, prompts in chunks and assistants have tests of their own in `test_generation.py`, for the
-variant with a convolution; here they run in the other one.
+transformers' own generation tests are not part of its source distribution, so this file repeats their checks. Where a
+backbone by itself gives other tokens with a cache than without, or refuses a strategy, the model on it may do the
+same. `test_generation.py` covers greedy search, the static cache, prompts in chunks and assistants for the variant
+with a convolution; this file covers them for the other variant.
 """
 
 import functools
@@ -17,7 +18,7 @@ from tiny_backbones import BACKBONES, as_able_as, bare, built, random_ids, rando
 from transformers import AutoModelForCausalLM, MixtralModel
 
 VARIANTS = ["paper", "v4.1"]
-# transformers 5.24 gave the cache another name.
+# transformers 5.24 renamed the cache's field.
 CACHE = "cache" if "cache" in inspect.signature(MixtralModel.forward).parameters else "past_key_values"
 SHORT = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
 SAMPLING = {**SHORT, "do_sample": True}
@@ -46,7 +47,7 @@ STRATEGIES = {
     "guidance": {**SHORT, "do_sample": False, "guidance_scale": 1.5},
 }
 
-# Logits of these random models reach 20; steps and one forward add up in other orders.
+# Logits of these random models reach 20; single steps and one forward sum in different orders.
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 on_every_backbone = pytest.mark.parametrize("name", BACKBONES)
@@ -55,18 +56,18 @@ in_both_variants = pytest.mark.parametrize("variant", VARIANTS)
 
 @functools.cache
 def host(name: str):
-    """The backbone without memory."""
+    """Return the backbone without memory."""
     return bare(name)
 
 
 def decode(model, options: dict, ids: torch.Tensor | None = None, **inputs) -> torch.Tensor:
-    """Tokens of `generate`, drawn with the same seed each time."""
+    """Return the tokens of `generate`, with the same seed in each call."""
     torch.manual_seed(0)
     return model.generate(random_ids(2, 9) if ids is None else ids, **options, **inputs)
 
 
 def agrees(model, options: dict, **inputs) -> bool:
-    """Whether a cache changes nothing."""
+    """Return whether a cache changes nothing."""
     return torch.equal(decode(model, options, **inputs), decode(model, options, **inputs, use_cache=False))
 
 
@@ -82,20 +83,20 @@ def test_a_cache_changes_no_token(name, variant, strategy):
 @pytest.mark.parametrize("name", LEFT_PADDED)
 @in_both_variants
 @pytest.mark.parametrize("strategy", ["beams", "penalties", "rows that end at different steps"])
-def test_left_padded_prompts_go_on_as_without_a_cache(name, variant, strategy):
+def test_left_padded_prompts_continue_as_without_a_cache(name, variant, strategy):
     padded = pad_left([random_ids(1, length, seed=length) for length in (3, 9)])
     ids, mask, options = padded["input_ids"], padded["attention_mask"], STRATEGIES[strategy]
     model = built(name, variant)
     assert agrees(model, options, ids=ids, attention_mask=mask)
     unmasked = decode(model, {**options, "eos_token_id": None}, ids=ids, attention_mask=torch.ones_like(mask))
     masked = decode(model, {**options, "eos_token_id": None}, ids=ids, attention_mask=mask)
-    assert not torch.equal(masked, unmasked)  # one that ends at its first token could be equal by chance
+    assert not torch.equal(masked, unmasked)  # A text that ends at its first token could be equal by chance.
 
 
 @on_every_backbone
 @in_both_variants
-def test_scores_are_those_of_one_forward(name, variant):
-    """Each step's logits are what the model says of the whole text at that position."""
+def test_scores_equal_those_of_one_forward(name, variant):
+    """Each step's logits equal those of one forward over the whole text at that position."""
     model, ids = built(name, variant), random_ids(2, 9)
     output = model.generate(ids, **GREEDY, return_dict_in_generate=True, output_logits=True)
     with torch.no_grad():
@@ -106,7 +107,7 @@ def test_scores_are_those_of_one_forward(name, variant):
 @on_every_backbone
 @in_both_variants
 @pytest.mark.parametrize("strategy", ["sampling, several sequences", "beams"])
-def test_outputs_have_the_parts_of_the_bare_backbones(name, variant, strategy):
+def test_generate_outputs_have_the_same_parts_as_the_backbones(name, variant, strategy):
     options = {**STRATEGIES[strategy], "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     options |= {"output_hidden_states": True, "output_attentions": True}
     model, expected = eager(name, variant), eager(name, None)
@@ -118,14 +119,14 @@ def test_outputs_have_the_parts_of_the_bare_backbones(name, variant, strategy):
 
 @functools.cache
 def eager(name: str, variant: str | None):
-    """A model that gives attentions: of the bare backbone if there is no variant."""
+    """Return a model that gives attentions; it is the bare backbone if there is no variant."""
     config = BACKBONES[name]() if variant is None else built(name, variant).config
     torch.manual_seed(0)
     return randomize(AutoModelForCausalLM.from_config(config, attn_implementation="eager")).eval()
 
 
 def shapes(output):
-    """The shape of every tensor in nested outputs, apart from the cache."""
+    """Return the shape of every tensor in nested outputs, without the cache."""
     if isinstance(output, Mapping):
         return {key: shapes(value) for key, value in output.items() if key not in ("cache", "past_key_values")}
     if isinstance(output, (tuple, list)):
@@ -135,10 +136,10 @@ def shapes(output):
 
 @on_every_backbone
 @in_both_variants
-def test_generating_goes_on_from_the_cache_it_returned(name, variant):
+def test_generate_continues_from_the_cache_it_returned(name, variant):
     def in_two_calls(model):
         first = decode(model, {**GREEDY, "max_new_tokens": 3, "return_dict_in_generate": True})
-        # Generated pads are tokens like others, which `generate` would not guess.
+        # `generate` would guess that generated pads are padding; they are tokens like others.
         inputs = {"attention_mask": torch.ones_like(first.sequences), CACHE: first[CACHE]}
         return decode(model, {**GREEDY, "max_new_tokens": 3}, ids=first.sequences, **inputs)
 
@@ -150,7 +151,7 @@ def test_generating_goes_on_from_the_cache_it_returned(name, variant):
 @on_every_backbone
 @in_both_variants
 @pytest.mark.parametrize("beams", [1, 2])
-def test_embeddings_beside_the_ids_give_the_tokens_of_the_ids(name, variant, beams):
+def test_embeddings_beside_ids_give_the_tokens_of_the_ids(name, variant, beams):
     model, ids, options = built(name, variant), random_ids(2, 9), {**SHORT, "do_sample": False, "num_beams": beams}
     embeddings = model.get_input_embeddings()(ids)
 
@@ -163,8 +164,8 @@ def test_embeddings_beside_the_ids_give_the_tokens_of_the_ids(name, variant, bea
 
 @on_every_backbone
 @in_both_variants
-def test_a_quantized_cache_is_as_near_as_the_backbones(name, variant):
-    """Histories are exact: with eight bits for the keys and values, the first steps choose the same tokens."""
+def test_quantized_cache_deviates_no_more_than_the_backbones(name, variant):
+    """The history is not quantized: with eight-bit keys and values, the first steps choose the same tokens."""
     pytest.importorskip("optimum.quanto", reason="quantized caches need optimum-quanto")
     options = {**GREEDY, "max_new_tokens": 3, "cache_implementation": "quantized"}
     options["cache_config"] = {"backend": "quanto", "nbits": 8, "residual_length": 128}
@@ -176,7 +177,7 @@ def test_a_quantized_cache_is_as_near_as_the_backbones(name, variant):
 
 
 @pytest.mark.parametrize("name", STATIC)
-def test_a_static_cache_changes_no_token(name):
+def test_static_cache_changes_no_token(name):
     padded = pad_left([random_ids(1, 4), random_ids(1, 9)])
     model, ids, mask = built(name, "v4.1"), padded["input_ids"], padded["attention_mask"]
     static = decode(model, {**GREEDY, "cache_implementation": "static"}, ids=ids, attention_mask=mask)
@@ -185,7 +186,7 @@ def test_a_static_cache_changes_no_token(name):
 
 @pytest.mark.parametrize("name", ROLLED_BACK)
 @pytest.mark.parametrize("by", ["prompt lookup", "an assistant"])
-def test_candidates_change_no_token(name, by):
+def test_assisted_decoding_changes_no_token(name, by):
     model, ids = built(name, "v4.1"), repetitive_ids()
     options = {"prompt_lookup_num_tokens": 3} if by == "prompt lookup" else {"assistant_model": built(name, "paper")}
     assert torch.equal(decode(model, GREEDY, ids=ids, **options), decode(model, GREEDY, ids=ids))
@@ -193,8 +194,8 @@ def test_candidates_change_no_token(name, by):
 
 @pytest.mark.parametrize("name", ROLLED_BACK)
 @in_both_variants
-def test_candidates_may_be_sampled(name, variant):
-    """Sampling is by another sequence of random numbers, so what is asked is that a cache changes nothing else."""
+def test_sampled_assisted_decoding_is_independent_of_the_cache(name, variant):
+    """Sampling consumes random numbers in another order, so only the effect of the cache is compared."""
     model, ids = built(name, variant), repetitive_ids()
     options = {**SAMPLING, "prompt_lookup_num_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
     output = decode(model, options, ids=ids)
@@ -205,6 +206,6 @@ def test_candidates_may_be_sampled(name, variant):
 
 @on_every_backbone
 @pytest.mark.parametrize("size", [1, 4])
-def test_the_prompt_may_be_read_in_chunks(name, size):
+def test_prompt_read_in_chunks_changes_no_token(name, size):
     model = built(name, "v4.1")
     assert torch.equal(decode(model, {**GREEDY, "prefill_chunk_size": size}), decode(model, GREEDY))

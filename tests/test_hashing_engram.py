@@ -1,4 +1,4 @@
-"""Row ids: against the known answers, and against the definition written out position by position."""
+"""Row ids against the known answers, and against the definition computed position by position."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def deepseek_tokenizer() -> EngramTokenizer:
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def known(request, answers, deepseek_tokenizer) -> tuple[NgramHasher, list[dict]]:
-    """A hasher of the release's or the demo's layout, and the expected answers of its layers."""
+    """Return a hasher of the release's or the demo's layout, and the expected row ids of its layers."""
     layers = answers["variants"][request.param]["layers"]
     hasher = make_hasher(
         layer_ids=[int(layer) for layer in layers],
@@ -54,7 +54,7 @@ def known(request, answers, deepseek_tokenizer) -> tuple[NgramHasher, list[dict]
 
 @pytest.fixture(scope="module")
 def model():
-    """Orders 2..4, so that a look-back of three is crossed by chunks of one, two and three."""
+    """Return a model of n-gram orders 2..4, so that chunks of one, two and three tokens cut a look-back of three."""
     return build("llama", "v4.1").model
 
 
@@ -76,7 +76,7 @@ def make_hasher(**fields) -> NgramHasher:
 
 
 def naive_row_ids(ids, documents, multipliers, primes, pad) -> list[list[int]]:
-    """One sequence, one layer, as the definition reads: arbitrary integers, brought back to int64 after each product."""
+    """Compute one sequence and layer by the definition: arbitrary integers, reduced to int64 after each product."""
     rows = []
     for position in range(len(ids)):
         tokens, cut = [], False
@@ -111,7 +111,7 @@ def naive_batch(hasher: NgramHasher, ids, documents=None, pad=2) -> torch.Tensor
 
 
 def random_case(seed: int, batch: int = 3, length: int = 23) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids with invalid positions and documents of random length."""
+    """Return ids with invalid positions and documents of random length."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 128, (batch, length), generator=generator)
     dead = torch.rand((batch, length), generator=generator) < 0.15
@@ -122,14 +122,14 @@ def random_case(seed: int, batch: int = 3, length: int = 23) -> tuple[torch.Tens
 # --- known answers
 
 
-def test_the_token_map_has_the_known_size(answers, deepseek_tokenizer):
+def test_token_map_has_the_known_size(answers, deepseek_tokenizer):
     token_map = deepseek_tokenizer.token_map
     assert token_map.numel() == answers["tokenizer_vocab_size"]
     assert int(token_map.max()) + 1 == answers["compressed_vocab_size"] == 99_092
     assert token_map[:64].tolist() == answers["token_map_head"]
 
 
-def test_constants_of_the_known_answers(known):
+def test_constants_match_the_known_answers(known):
     hasher, layers = known
     assert hasher.multipliers.tolist() == [layer["multipliers"] for layer in layers]
     assert hasher.primes.tolist() == [layer["primes"] for layer in layers]
@@ -139,7 +139,7 @@ def test_constants_of_the_known_answers(known):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("sentence", range(5))
-def test_row_ids_of_the_known_answers(known, sentence, dtype):
+def test_row_ids_match_the_known_answers(known, sentence, dtype):
     hasher, layers = known
     input_ids = torch.tensor([layers[0]["row_ids"][sentence]["input_ids"]], dtype=dtype)
     row_ids = hasher(hasher.compress(input_ids))
@@ -147,7 +147,7 @@ def test_row_ids_of_the_known_answers(known, sentence, dtype):
     assert row_ids[:, 0].tolist() == [layer["row_ids"][sentence]["row_ids"] for layer in layers]
 
 
-def test_row_ids_of_the_known_answer_with_dead_positions(known):
+def test_row_ids_match_the_known_answer_with_invalid_positions(known):
     hasher, layers = known
     case = layers[0]["dead_case"]
     ids = hasher.compress(torch.tensor([case["input_ids"]]))
@@ -155,8 +155,8 @@ def test_row_ids_of_the_known_answer_with_dead_positions(known):
     assert hasher(ids)[:, 0].tolist() == [layer["dead_case"]["row_ids"] for layer in layers]
 
 
-def test_layers_keep_the_order_of_the_list(answers):
-    """Primes are drawn in the listed order, multipliers belong to the layer id: sorting would swap both."""
+def test_layers_keep_the_order_of_layer_ids(answers):
+    """Primes are drawn in the listed order, but multipliers belong to the layer id: sorting would exchange both."""
     layers = answers["variants"]["v4.1"]["layers"]
     swapped = make_hasher(
         layer_ids=[14, 1], bucket_counts=VARIANTS["v4.1"], heads=8, vocab_size=129_280, compressed_vocab_size=99_092
@@ -169,7 +169,7 @@ def test_layers_keep_the_order_of_the_list(answers):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_hash_is_the_definition(seed):
+def test_row_ids_equal_the_definition(seed):
     hasher = make_hasher()
     ids, documents = random_case(seed)
     assert torch.equal(hasher(ids), naive_batch(hasher, ids))
@@ -178,7 +178,7 @@ def test_hash_is_the_definition(seed):
 
 
 def test_products_wrap_in_int64():
-    """Ids far beyond the vocabulary of the multipliers overflow; the remainder stays floored."""
+    """Ids far beyond the vocabulary of the multipliers overflow; the remainder is still floored."""
     hasher = make_hasher()
     ids = torch.randint(0, 2**62, (2, 40), generator=torch.Generator().manual_seed(0))
     products = [id * multiplier for id in ids.flatten().tolist() for multiplier in hasher.multipliers[0].tolist()]
@@ -189,7 +189,7 @@ def test_products_wrap_in_int64():
 
 
 @pytest.mark.parametrize("shape", [(23,), (1, 23), (3, 23), (2, 2, 23)])
-def test_any_leading_shape(shape):
+def test_row_ids_of_any_leading_shape(shape):
     hasher = make_hasher()
     ids, documents = (part.flatten()[: torch.Size(shape).numel()].view(shape) for part in random_case(0, batch=4))
     row_ids = hasher(ids, documents)
@@ -199,7 +199,7 @@ def test_any_leading_shape(shape):
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 63])
-def test_any_length(length):
+def test_row_ids_of_any_length(length):
     hasher = make_hasher()
     ids, documents = random_case(1, length=length)
     row_ids = hasher(ids, documents)
@@ -215,12 +215,12 @@ def test_hash_ngrams_at_invalid_positions(dead):
     ids = random_ids(2, 23).masked_fill(torch.isin(torch.arange(23), torch.tensor(list(dead))), NO_ID)
     row_ids = hasher(ids)
     assert torch.equal(row_ids, naive_batch(hasher, ids))
-    # A position without an id reads what a sequence of nothing but pads reads.
+    # A position without an id reads the rows of a sequence of pads.
     pads = hasher(torch.full((2, 1), 2))
     assert torch.equal(row_ids[:, :, list(dead)], pads.expand(-1, -1, len(dead), -1))
 
 
-def test_every_order_looks_at_its_own_tokens_only():
+def test_each_order_depends_on_its_own_tokens_only():
     """The heads of order n depend on the current token and the n - 1 before it, and on nothing else."""
     hasher = make_hasher()
     ids = random_ids(1, 12)
@@ -233,7 +233,7 @@ def test_every_order_looks_at_its_own_tokens_only():
             assert bool(same[:, order - 2].all()) == (back >= order)
 
 
-def test_heads_read_their_own_part_of_the_table():
+def test_heads_address_their_own_part_of_the_table():
     hasher = make_hasher()
     row_ids = hasher(random_ids(4, 63)).flatten(1, 2)
     first = row_offsets(hasher.primes).flatten(1)
@@ -241,7 +241,7 @@ def test_heads_read_their_own_part_of_the_table():
     assert (row_ids < (first + hasher.primes.flatten(1))[:, None]).all()
 
 
-def test_a_cut_off_look_back_is_the_compressed_pad():
+def test_truncated_look_back_uses_the_compressed_pad():
     hasher = make_hasher(compressed_vocab_size=128, pad_token_id=5)
     hasher.token_map.copy_(torch.arange(128).flip(0))
     ids = hasher.compress(random_ids(2, 23))
@@ -264,7 +264,9 @@ def test_packed_documents_hash_as_if_alone(model, lengths):
 
 
 def test_a_document_may_begin_at_any_position(model):
-    """Two documents that both begin at position 7 of the packed row's numbering are still two, where something says so."""
+    """Two documents that both begin at position 7 by the packed row's numbering differ if a document mask separates
+    them.
+    """
     ids = random_ids(1, 10)
     positions = torch.tensor([[7, 8, 9, 10, 7, 8, 9, 10, 11, 12]])
     documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
@@ -274,7 +276,7 @@ def test_a_document_may_begin_at_any_position(model):
         model.prepare_memory(ids, position_ids=positions)
 
 
-def test_documents_of_past_ids_must_be_known():
+def test_past_ids_need_their_documents():
     hasher = make_hasher()
     ids, documents = random_case(0)
     with pytest.raises(ValueError, match="past_sequence_ids"):
@@ -286,7 +288,7 @@ def test_documents_of_past_ids_must_be_known():
 
 @pytest.mark.parametrize("chunks", CHUNKINGS, ids=lambda chunks: f"{chunks[0]}-{len(chunks)}")
 @pytest.mark.parametrize("kept", [3, 100], ids=["just_enough", "everything"])
-def test_chunks_with_history_equal_the_whole(chunks, kept):
+def test_hash_in_chunks_with_history_equals_one_call(chunks, kept):
     hasher = make_hasher()
     ids, documents = random_case(2)
     parts, start = [], 0
@@ -298,8 +300,8 @@ def test_chunks_with_history_equal_the_whole(chunks, kept):
 
 
 @pytest.mark.parametrize("chunks", CHUNKINGS, ids=lambda chunks: f"{chunks[0]}-{len(chunks)}")
-def test_chunks_through_the_cache_layer_equal_the_whole(model, chunks):
-    """Padding on the left, an invalid position inside and a second document that begins inside a chunk."""
+def test_chunks_through_the_cache_layer_equal_one_call(model, chunks):
+    """The ids have padding on the left, an invalid position inside and a second document that begins inside a chunk."""
     ids = random_ids(2, 23)
     mask = torch.ones_like(ids)
     mask[0, :4] = mask[1, 13] = 0
@@ -323,11 +325,12 @@ def test_is_prime():
     sieve = [n > 1 and all(n % d for d in range(2, int(n**0.5) + 1)) for n in range(5000)]
     assert [is_prime(n) for n in range(5000)] == sieve
     assert is_prime(2**61 - 1)
-    # Composite, yet a probable prime to the bases 2, 3, 5 and 7; the square of a prime; a Carmichael number.
+    # These are composite, yet: a probable prime to the bases 2, 3, 5 and 7; the square of a prime; a Carmichael
+    # number.
     assert not any(map(is_prime, [3_215_031_751, 1_000_003**2, 825_265]))
 
 
-def test_draw_primes_is_the_definition():
+def test_draw_primes_equals_the_definition():
     taken, expected = [], []
     for _ in range(3):
         orders = []
@@ -373,14 +376,14 @@ def test_constants_of_another_config_are_refused(other):
         hasher.verify_constants()
 
 
-def test_constants_are_saved_and_integers_stay_integers():
+def test_saved_constants_stay_integers():
     hasher = make_hasher(compressed_vocab_size=50)
     assert sorted(hasher.state_dict()) == ["multipliers", "primes", "token_map"]
     assert sorted(make_hasher().state_dict()) == ["multipliers", "primes"]
     assert {buffer.dtype for buffer in hasher.to(torch.bfloat16).buffers()} == {torch.int64}
 
 
-def test_constants_are_derived_on_the_cpu_whatever_the_default_device():
+def test_constants_are_derived_on_the_cpu_for_any_default_device():
     hasher = make_hasher()
     with torch.device("meta"):
         constants = hasher.derive_constants()
@@ -402,20 +405,20 @@ def test_compress_looks_ids_up_in_any_shape_and_dtype():
 
 @pytest.mark.parametrize("bad", [-1, -100, 128, 10**9])
 @pytest.mark.parametrize("compressed", [None, 64])
-def test_ids_beyond_the_vocabulary_have_no_compressed_id(compressed, bad):
+def test_compress_gives_no_id_beyond_the_vocabulary(compressed, bad):
     hasher = make_hasher(compressed_vocab_size=compressed)
     if compressed:
         hasher.token_map.copy_(torch.arange(128) // 2)
     assert hasher.compress(torch.tensor([[5, bad, 7]])).eq(NO_ID).tolist() == [[False, True, False]]
 
 
-def test_ids_that_the_map_has_no_entry_for_have_no_compressed_id():
+def test_compress_gives_no_id_where_the_map_has_no_entry():
     hasher = make_hasher(compressed_vocab_size=60)
     hasher.token_map[:120] = torch.arange(120) // 2
     assert hasher.compress(torch.tensor([[119, 120]])).tolist() == [[59, NO_ID]]
 
 
-# --- exact integers that tools take for weights
+# --- exact integers that tools convert like weights
 
 
 @pytest.fixture
@@ -432,7 +435,7 @@ def assert_same_rows(hasher, expected) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_state_dict_of_floats_is_read_exactly(settled, dtype):
+def test_state_dict_of_floats_is_read_exactly(settled, dtype):
     hasher, expected = settled
     state = {name: tensor.to(dtype) for name, tensor in hasher.state_dict().items()}
     fresh = make_hasher(compressed_vocab_size=64)
@@ -441,7 +444,7 @@ def test_a_state_dict_of_floats_is_read_exactly(settled, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_state_dict_that_lost_the_token_map_is_refused(settled, dtype):
+def test_state_dict_without_the_token_map_is_refused(settled, dtype):
     hasher, _ = settled
     with pytest.raises(ValueError, match=r"token_map arrived as torch\.\w+, which cannot hold them: a tool has cast"):
         make_hasher(compressed_vocab_size=64).load_state_dict(
@@ -449,7 +452,7 @@ def test_a_state_dict_that_lost_the_token_map_is_refused(settled, dtype):
         )
 
 
-def test_a_state_dict_of_another_hash_is_refused(settled):
+def test_state_dict_of_another_hash_is_refused(settled):
     hasher, _ = settled
     state = hasher.state_dict()
     state["multipliers"] = state["multipliers"] + 2
@@ -471,7 +474,7 @@ def test_hasher_restores_buffers_that_a_tool_changed(settled, name, how):
     assert_same_rows(hasher, expected)
 
 
-def test_an_averaged_copy_of_a_model_is_still_addressed_alike():
+def test_averaged_copy_of_a_model_has_the_same_row_ids():
     model = built("mixtral")
     average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
     average.update_parameters(model), average.update_parameters(model)
@@ -479,7 +482,7 @@ def test_an_averaged_copy_of_a_model_is_still_addressed_alike():
     assert torch.equal(average.module.model.prepare_memory(ids).row_ids, model.model.prepare_memory(ids).row_ids)
 
 
-def test_a_missing_map_is_said():
+def test_forward_without_a_token_map_raises():
     hasher = make_hasher(compressed_vocab_size=60)
     assert not hasher.has_token_map
     with pytest.raises(ValueError, match=r"no token map yet: call model\.set_token_map"):
@@ -504,12 +507,12 @@ def test_bad_token_maps_are_refused(source, message):
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda ids: torch.tensor(ids, dtype=torch.int32)])
-def test_a_token_map_may_come_as_list_array_or_tensor(kind):
+def test_token_map_may_be_a_list_array_or_tensor(kind):
     assert torch.equal(as_token_map(kind([0, 1, 0, 2])), torch.tensor([0, 1, 0, 2]))
 
 
 class SlowTokenizer(PreTrainedTokenizer):
-    """One id for each character of the alphabet."""
+    """A tokenizer with one id for each character of the alphabet."""
 
     def __init__(self, **kwargs):
         self.alphabet = "abcdefgh"
@@ -543,13 +546,13 @@ def plain_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="a")))
 
 
-def test_a_plain_fast_tokenizer_is_compressed(plain_tokenizer):
+def test_plain_fast_tokenizer_is_compressed(plain_tokenizer):
     assert as_token_map(plain_tokenizer).tolist() == [0, 0, 1, 0, 2]
     assert as_token_map(EngramTokenizer.from_tokenizer(plain_tokenizer)).tolist() == [0, 0, 1, 0, 2]
 
 
-def test_a_plain_tokenizer_without_the_package_is_refused(plain_tokenizer, monkeypatch):
-    """In a model folder with remote code there is no package to compress a vocabulary with."""
+def test_plain_tokenizer_without_the_package_is_refused(plain_tokenizer, monkeypatch):
+    """The package is missing in a model folder with remote code, so a vocabulary cannot be compressed there."""
     monkeypatch.setattr(hashing_engram, "_compress_tokenizer", None)
     with pytest.raises(ValueError, match="has no token_map: pass an EngramTokenizer"):
         as_token_map(plain_tokenizer)

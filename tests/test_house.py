@@ -1,4 +1,4 @@
-"""The structure of the package: which file may import which, what is public, what a checkpoint is made of."""
+"""The structure of the package: imports between files, public names, and the tensors of a checkpoint."""
 
 import ast
 import importlib
@@ -15,7 +15,7 @@ import engram_hf
 
 ROOT = Path(engram_hf.__file__).parent
 
-# Flat files go to the Hub beside the weights. Of each family, a file imports only files that stand before it.
+# Flat files are uploaded to the Hub beside the weights. A file imports only files that stand before it in its family.
 FAMILIES = [
     [
         "safetensors_engram",
@@ -30,7 +30,8 @@ FAMILIES = [
         "cache_engram",
         "layer_engram",
         "modeling_engram",
-        # The files below are not uploaded, and no file above imports them; only the first goes with models that read images.
+        # The files below are not uploaded, and no file above imports them; only the first one goes with models that
+        # read images.
         "multimodal_engram",
         "claiming_engram",
         "backbone_engram",
@@ -54,9 +55,9 @@ FAMILIES = [
     ],
     ["auto_deepseek_v41"],
 ]
-# What whoever loads a model with remote code is sure to have.
+# Every user of remote code has these packages.
 INSTALLED_WITH_TRANSFORMERS = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "huggingface_hub"}
-# What a flat file may import and do without.
+# A flat file may import these, but must work without them.
 OPTIONAL = {"PIL", "accelerate", "psutil"}
 ROOMS_THAT_ARE_NOT_INSTALLED = {"tests", "benchmarks", "examples", "experiments", "docs"}
 
@@ -71,7 +72,7 @@ def installed_files() -> list[Path]:
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
-    """Every import of a file, inside functions too: the number of leading dots, and the module."""
+    """Return every import of a file, including those in functions: the number of leading dots, and the module."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -98,16 +99,16 @@ def _is_literal(node: ast.AST) -> bool:
 # --- arrows
 
 
-def test_every_flat_file_has_its_place():
+def test_every_flat_file_has_a_place_in_its_family():
     assert sorted(path.stem for path in flat_files()) == sorted(name for family in FAMILIES for name in family)
 
 
 @pytest.mark.parametrize("path", flat_files(), ids=lambda path: path.stem)
 def test_flat_files_import_one_way(path):
-    """`trust_remote_code` follows `from .name import`, one dot and one name; a circle would not even load."""
+    """`trust_remote_code` follows imports of the form `from .name import`; a circle would not load."""
     engram, backbone, entry = FAMILIES
-    # The backbone knows nothing of memory but its errors and what stored numbers mean, and the memory nothing of that backbone; where the
-    # remote code of a V4.1 model begins, both are brought together.
+    # The backbone imports only the memory's errors and number formats, and the memory imports nothing of the backbone;
+    # the remote code of a V4.1 model combines both in the file where it begins.
     families = engram, [*engram[:3], *backbone], [*engram, *backbone, *entry]
     family = next(family for family in families if path.stem in family)
     before = family[: family.index(path.stem)]
@@ -116,13 +117,13 @@ def test_flat_files_import_one_way(path):
 
 
 @pytest.mark.parametrize("path", flat_files(), ids=lambda path: path.stem)
-def test_flat_files_need_nothing_that_transformers_does_not_bring(path):
+def test_flat_files_need_only_what_transformers_installs(path):
     packages = {module.partition(".")[0] for level, module in imports(path) if not level}
     assert packages - INSTALLED_WITH_TRANSFORMERS - OPTIONAL - sys.stdlib_module_names == set()
 
 
 def uploaded_files(name: str) -> set[str]:
-    """The flat files that are pushed with a model of this modelling file."""
+    """Return the flat files that are pushed with a model of this modeling file."""
     found, waiting = set(), [name]
     while waiting:
         name = waiting.pop()
@@ -131,20 +132,20 @@ def uploaded_files(name: str) -> set[str]:
     return found
 
 
-def test_a_pushed_model_has_the_files_that_running_it_needs():
-    """Whoever types `trust_remote_code=True` is to be able to read it."""
+def test_pushed_model_has_the_files_that_running_it_needs():
+    """A user who passes `trust_remote_code=True` should be able to read all of it."""
     engram = FAMILIES[0]
     assert uploaded_files("modeling_engram") == set(engram[: engram.index("modeling_engram") + 1])
     assert engram.index("modeling_engram") < 12
 
 
-def test_the_tokenizer_needs_nothing_of_the_model():
-    """Its two files stand alone beside a saved tokenizer."""
+def test_tokenizer_imports_nothing_of_the_model():
+    """Its two files work alone beside a saved tokenizer."""
     for path in sorted((ROOT / "tokenization").glob("*.py")):
         assert [module for level, module in imports(path) if level > 1 or module.startswith("engram_hf")] == []
 
 
-def test_installed_files_import_only_installed_ones():
+def test_installed_files_import_only_installed_files():
     for path in installed_files():
         names = {module.removeprefix("engram_hf.").partition(".")[0] for level, module in imports(path) if level != 1}
         assert names & ROOMS_THAT_ARE_NOT_INSTALLED == set(), path
@@ -217,7 +218,7 @@ PUBLIC_NAMES = {
         "write_facts",
     ],
 }
-# `python -m engram_hf.convert_scripts.NAME`: what a shell script of today may pass.
+# Users run `python -m engram_hf.convert_scripts.NAME`; their shell scripts pass these options.
 SCRIPTS = {
     "convert_deepseek_v41": "source target --dequantize-tables --dry-run --dtype --json --layers --link-tables --revision --verify-only",
     "convert_engram_demo": (
@@ -229,7 +230,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("package", PUBLIC_NAMES)
 def test_public_names(package):
-    """A name that goes, or is new, is a decision: this list is changed by hand."""
+    """Adding or removing a public name is a decision: this list is edited by hand."""
     module = importlib.import_module(package)
     assert module.__all__ == PUBLIC_NAMES[package]
     assert all(hasattr(module, name) for name in module.__all__)
@@ -288,8 +289,8 @@ MEMORY = {
 
 
 @pytest.mark.parametrize("variant", MEMORY)
-def test_names_of_a_checkpoint(variant):
-    """A renamed tensor orphans every checkpoint in the world: this list changes with the format version only."""
+def test_checkpoint_tensor_names(variant):
+    """A renamed tensor makes every existing checkpoint unreadable: this list changes with the format version only."""
     state = build("llama", variant).state_dict()
     memory = {f"model.layers.{layer}.engram.{name}" for layer in (1, 2) for name in MEMORY[variant]}
     assert set(state) == HASH | BACKBONE | memory
@@ -297,7 +298,7 @@ def test_names_of_a_checkpoint(variant):
     assert shapes == MEMORY[variant]
 
 
-def test_names_that_compression_and_float8_rows_add():
+def test_checkpoint_tensor_names_of_compression_and_float8_rows():
     state = build("llama", engram_compressed_vocab_size=100).state_dict()
     assert "model.hashing.token_map" in state
     state = build("llama", "v4.1", engram_table_dtype="float8_e4m3fn", engram_head_dim=32).state_dict()
@@ -310,7 +311,7 @@ def test_names_that_compression_and_float8_rows_add():
 # --- the package
 
 
-def test_every_room_is_installed():
+def test_every_room_is_in_the_wheel():
     rooms = sorted(path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file())
     packages = setup_arguments()["packages"]
     expected = ["engram_hf", *("engram_cli" if room == "cli" else f"engram_hf.{room}" for room in rooms)]
@@ -329,20 +330,20 @@ def test_versions_of_transformers_agree():
     assert f"transformers {first} to {last}" in (ROOT / "README.md").read_text()
 
 
-def test_one_version():
-    """`setup.py` takes it from the package; the others are written by hand."""
+def test_version_is_the_same_everywhere():
+    """`setup.py` reads it from the package; the other places are written by hand."""
     number = re.escape(engram_hf.__version__)
     assert re.search(rf"^version: {number}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert re.search(rf"^## {number}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
-def test_types_are_shipped():
+def test_types_are_in_the_wheel():
     assert setup_arguments()["package_data"]["engram_hf"][0] == "py.typed"
     assert (ROOT / "py.typed").read_bytes() == b""
 
 
 def test_python_versions_agree():
-    """The oldest version is said three times and has to parse every file that is installed."""
+    """The oldest version is written in three places and must parse every installed file."""
     oldest = (3, 11)
     arguments = setup_arguments()
     assert arguments["python_requires"] == importlib.metadata.metadata("engram-hf")["Requires-Python"] == ">=3.11"

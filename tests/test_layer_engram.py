@@ -1,4 +1,4 @@
-"""The fusion of rows into the streams: known answers, a second implementation, gradients, and what may not leak."""
+"""The fusion of rows into the streams: known answers, a second implementation, gradients, and causality."""
 
 import copy
 import pickle
@@ -20,11 +20,11 @@ from engram_hf.layer_engram import EngramInputs, EngramMemory, LayerWithMemory, 
 
 VARIANTS = ["paper", "v4.1"]
 HIDDEN, LENGTH = 8, 20
-REACH = 12  # at least that of every memory here
+REACH = 12  # The minimum holds for every memory in this file.
 
 
 def make_memory(variant: str = "paper", streams: int = 2, dtype=torch.float64, **fields) -> EngramMemory:
-    """A layer of which every parameter matters: a nonzero convolution and norm weights other than one."""
+    """Return a layer whose parameters all matter: a nonzero convolution and norm weights other than one."""
     backbone = LlamaConfig(
         hidden_size=HIDDEN, num_attention_heads=2, num_hidden_layers=2, vocab_size=64, hc_mult=streams
     )
@@ -34,7 +34,7 @@ def make_memory(variant: str = "paper", streams: int = 2, dtype=torch.float64, *
 
 
 def make_inputs(valid=None, sequence_ids=None, past_sequence_ids=None, history=None) -> EngramInputs:
-    """Without padding; `past_sequence_ids` `[B, P]` are the documents of the positions before."""
+    """Return inputs without padding; `past_sequence_ids` `[B, P]` are the documents of the positions before."""
     documents = sequence_ids
     if sequence_ids is not None:
         past = sequence_ids[:, :0] if past_sequence_ids is None else past_sequence_ids[:, -REACH:]
@@ -43,7 +43,7 @@ def make_inputs(valid=None, sequence_ids=None, past_sequence_ids=None, history=N
 
 
 def random_states(streams: int = 2, length: int = LENGTH, dtype=torch.float64, seed: int = 3):
-    """Streams `[2, S, G, D]` and gathered rows `[2, S, 16]`."""
+    """Return streams `[2, S, G, D]` and gathered rows `[2, S, 16]`."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn((2, length, streams, HIDDEN), generator=generator, dtype=torch.float64)
     rows = torch.randn((2, length, 16), generator=generator, dtype=torch.float64)
@@ -67,7 +67,7 @@ def watch_gates(memory: EngramMemory) -> list[torch.Tensor]:
 
 
 def reference_fuse(memory: EngramMemory, hidden: torch.Tensor, rows: torch.Tensor, valid=None) -> torch.Tensor:
-    """One document as the paper writes it, with torch's own norm and convolution."""
+    """Compute one document as the paper writes it, with torch's own norm and convolution."""
     streams, channels = hidden.shape[-2:]
 
     def norm(states, module):
@@ -89,7 +89,7 @@ def reference_fuse(memory: EngramMemory, hidden: torch.Tensor, rows: torch.Tenso
 
 
 def gradients(memory: EngramMemory, fuse, hidden, rows, *args):
-    """What `fuse` returns, and the gradients of a weighted sum of it for streams, rows and every parameter."""
+    """Return the outputs of `fuse`, and the gradients of a weighted sum of them for streams, rows and every parameter."""
     hidden, rows = hidden.clone().requires_grad_(), rows.clone().requires_grad_()
     out = fuse(hidden, rows, *args)
     parameters = [parameter for name, parameter in memory.named_parameters() if name != "table.weight"]
@@ -102,7 +102,7 @@ def gradients(memory: EngramMemory, fuse, hidden, rows, *args):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize(("variant", "file"), [("paper", "fusion_paper"), ("v4.1", "fusion_v41")])
-def test_fusion_of_the_known_answers(golden, variant, file, dtype, tolerance):
+def test_fuse_matches_the_known_answers(golden, variant, file, dtype, tolerance):
     known = load_file(golden / "known_answers" / f"{file}.safetensors")
     config = engram_config(
         "deepseek_v4", variant, engram_max_ngram_size=3, engram_n_heads=2, engram_head_dim=16, engram_vocab_size=5
@@ -132,7 +132,7 @@ def test_fusion_of_the_known_answers(golden, variant, file, dtype, tolerance):
 @pytest.mark.parametrize("lengths", [[LENGTH], [7, 13], [1, 2, 17]], ids=["one", "two", "three"])
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_outputs_and_gradients_are_those_of_the_reference(variant, streams, lengths, has_invalid):
+def test_fuse_and_its_gradients_equal_the_reference(variant, streams, lengths, has_invalid):
     memory, states = make_memory(variant, streams), random_states(streams)
     valid = two_invalid() if has_invalid else None
     inputs = make_inputs(valid=valid, sequence_ids=documents(lengths))
@@ -149,12 +149,12 @@ def test_outputs_and_gradients_are_those_of_the_reference(variant, streams, leng
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 5])
-def test_any_number_of_taps(kernel):
+def test_fuse_with_any_kernel_size(kernel):
     memory, states = make_memory(engram_conv_kernel_size=kernel), random_states()
     torch.testing.assert_close(memory.fuse(*states, make_inputs()), reference_fuse(memory, *states))
 
 
-def test_the_dilation_is_the_largest_order():
+def test_dilation_is_the_largest_ngram_order():
     assert make_memory(engram_max_ngram_size=4).conv.dilation == (4,)
 
 
@@ -163,8 +163,10 @@ def test_the_dilation_is_the_largest_order():
 
 @pytest.mark.parametrize("history", [False, True], ids=["fresh", "history"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradcheck(variant, history):
-    """For streams, rows, every weight and the convolution's past, with an invalid position and two documents."""
+def test_gradcheck_of_fuse(variant, history):
+    """Streams, rows, every weight and the past convolution inputs are checked, with an invalid position and two
+    documents.
+    """
     memory = make_memory(variant, streams=2)
     names = [name for name, _ in memory.named_parameters() if name != "table.weight"]
     length, reach = 6, 9
@@ -225,8 +227,8 @@ def test_gradcheck_of_the_table(variant):
 
 
 @pytest.mark.parametrize(("variant", "expected"), [("paper", 0.5), ("v4.1", 0.50025)])
-def test_a_product_of_exactly_zero(variant, expected):
-    """Without rows there is no key: the demo's sign of zero is 0, the release's is +1."""
+def test_gate_of_a_product_of_exactly_zero(variant, expected):
+    """Without rows the key is zero: the demo's sign of zero is 0, the release's is +1."""
     memory = make_memory(variant, dtype=torch.float32, engram_bias=False)
     gates = watch_gates(memory)
     hidden, rows = random_states(dtype=torch.float32)
@@ -245,11 +247,11 @@ def test_signs_of_the_gate():
     assert gates[0].min() < 0.4 and gates[0].max() > 0.6
 
 
-# --- what may not leak
+# --- causality and documents
 
 
 def changed_outputs(memory, inputs, position: int, batch: int = 0) -> torch.Tensor:
-    """Which positions `[B, S]` change when streams and rows of one position do."""
+    """Return the positions `[B, S]` whose outputs change with the streams and rows of one position."""
     hidden, rows = random_states()
     before = memory.fuse(hidden, rows, inputs)
     hidden, rows = hidden.clone(), rows.clone()
@@ -262,7 +264,7 @@ def positions(flags: torch.Tensor) -> list[int]:
     return flags.nonzero().flatten().tolist()
 
 
-def test_the_convolution_reaches_its_taps_and_no_further():
+def test_convolution_reaches_its_taps_only():
     changed = changed_outputs(make_memory(), make_inputs(), position=5)
     assert positions(changed[0]) == [5, 8, 11, 14]
     assert not changed[1].any()
@@ -275,8 +277,8 @@ def test_documents_do_not_leak():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_dead_positions_contribute_nothing(variant):
-    """Only the invalid position's own streams change, by what was added to them."""
+def test_invalid_positions_contribute_nothing(variant):
+    """Only the invalid position's own streams change, by the amount added to them."""
     memory, inputs = make_memory(variant), make_inputs(valid=two_invalid())
     assert positions(changed_outputs(memory, inputs, position=9, batch=1)[1]) == [9]
     hidden, rows = random_states()
@@ -284,14 +286,14 @@ def test_dead_positions_contribute_nothing(variant):
     assert torch.equal(out[0, :3], hidden[0, :3])
 
 
-def test_dead_positions_are_exactly_without_memory_in_v41():
+def test_invalid_positions_get_exactly_no_memory_in_v41():
     hidden, rows = random_states()
     same = (make_memory("v4.1").fuse(hidden, rows, make_inputs(valid=two_invalid())) == hidden).flatten(2).all(-1)
     assert torch.equal(same, ~two_invalid())
 
 
 def test_fuse_gives_no_nan_at_invalid_positions():
-    """The norm of the convolution meets rows of zeros."""
+    """The norm of the convolution gets rows of zeros."""
     memory = make_memory(dtype=torch.float32)
     hidden, rows = random_states(dtype=torch.float32)
     out, grads = gradients(memory, memory.fuse, hidden, rows, make_inputs(valid=torch.zeros(2, LENGTH).bool()))
@@ -304,7 +306,7 @@ def test_fuse_gives_no_nan_at_invalid_positions():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_chunks_equal_the_whole(variant, size):
+def test_fuse_in_chunks_equals_one_call(variant, size):
     memory, (hidden, rows) = make_memory(variant), random_states()
     sequence_ids, valid = documents([9, 11]), two_invalid()
     whole = memory.fuse(hidden, rows, make_inputs(valid=valid, sequence_ids=sequence_ids))
@@ -329,7 +331,7 @@ def test_chunks_equal_the_whole(variant, size):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("block", [1, 14, 2 * LENGTH - 1])
 def test_a_long_prompt_is_fused_in_blocks(monkeypatch, variant, block):
-    """Without gradients a few tokens at a time, which a hook on the gate does not notice."""
+    """Without gradients, a few tokens are fused at a time, which a hook on the gate cannot observe."""
     memory, (hidden, rows) = make_memory(variant), random_states()
     inputs = make_inputs(valid=two_invalid())
     whole = memory.fuse(hidden, rows, inputs)
@@ -356,7 +358,7 @@ def test_offloaded_weights_are_fetched_once_for_a_long_prompt(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_one_stream_may_come_without_its_axis(variant):
+def test_single_stream_may_omit_its_axis(variant):
     memory, (hidden, rows) = make_memory(variant, streams=1), random_states(streams=1)
     out = memory.fuse(hidden.squeeze(2), rows, make_inputs())
     assert out.shape == (2, LENGTH, HIDDEN)
@@ -386,13 +388,13 @@ def test_autocast_keeps_the_streams_in_float32():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_silenced_memory_changes_nothing(variant, dtype):
+def test_zero_value_projection_changes_nothing(variant, dtype):
     memory, (hidden, rows) = make_memory(variant, dtype=dtype), random_states(dtype=dtype)
     assert not torch.equal(memory.fuse(hidden, rows, make_inputs()), hidden)
     memory.zero_value_projection()
     assert torch.equal(memory.fuse(hidden, rows, make_inputs()), hidden)
     _, grads = gradients(memory, memory.fuse, hidden, rows, make_inputs())
-    assert grads[2][-HIDDEN:].any()  # the value rows of the projection learn from there
+    assert grads[2][-HIDDEN:].any()  # The value rows of the projection still get a gradient.
 
 
 def test_forward_reads_the_rows_of_its_own_layer():
@@ -429,7 +431,7 @@ def run_layer(layer: nn.Module, config: EngramConfig, with_memory: bool = True) 
 
 
 @torch.no_grad()
-def test_a_layer_with_memory_is_still_of_its_class(decoder_layer, config):
+def test_layer_with_memory_keeps_its_class(decoder_layer, config):
     assert isinstance(decoder_layer, MixtralDecoderLayer)
     plain = MixtralDecoderLayer(BACKBONES["mixtral"](), layer_idx=1).eval()
     plain.load_state_dict({k: v for k, v in decoder_layer.state_dict().items() if not k.startswith("engram.")})
@@ -444,13 +446,13 @@ def test_a_layer_with_memory_is_still_of_its_class(decoder_layer, config):
     assert type(other) is type(decoder_layer)
 
 
-def test_memory_takes_the_device_of_its_layer_and_the_dtype_it_is_given(config):
+def test_add_memory_uses_the_layers_device_and_the_given_dtype(config):
     layer = MixtralDecoderLayer(BACKBONES["mixtral"](), layer_idx=1).to("meta")
     add_memory_to_layer(layer, config, index=0, dtype=torch.bfloat16)
     assert {(p.dtype, p.device.type) for p in layer.engram.parameters()} == {(torch.bfloat16, "meta")}
 
 
-def test_a_layer_whose_forward_was_replaced_is_refused(config):
+def test_layer_with_a_replaced_forward_is_refused(config):
     layer = MixtralDecoderLayer(BACKBONES["mixtral"](), layer_idx=1)
     layer.forward = lambda hidden_states, **kwargs: hidden_states
     with pytest.raises(ValueError, match="forward of a MixtralDecoderLayer was replaced"):
@@ -463,7 +465,7 @@ def test_a_second_memory_is_refused(decoder_layer, config):
 
 
 @torch.no_grad()
-def test_a_layer_with_memory_can_be_copied(decoder_layer, config):
+def test_layer_with_memory_can_be_deep_copied(decoder_layer, config):
     twin = copy.deepcopy(decoder_layer)
     assert type(twin) is type(decoder_layer)
     assert torch.equal(run_layer(twin, config), run_layer(decoder_layer, config))
@@ -472,8 +474,8 @@ def test_a_layer_with_memory_can_be_copied(decoder_layer, config):
 
 
 @torch.no_grad()
-def test_a_layer_with_memory_can_be_sent_to_another_process(decoder_layer, config):
-    """Its class exists in no module, so what is sent must name the class it extends (nothing is read back here)."""
+def test_layer_with_memory_can_be_pickled(decoder_layer, config):
+    """No module contains its class, so the pickle must name the class it extends (nothing is unpickled here)."""
     assert b"MixtralDecoderLayer" in pickle.dumps(decoder_layer)
     rebuild, arguments, state = decoder_layer.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
     assert arguments == (LayerWithMemory, MixtralDecoderLayer)
@@ -483,8 +485,8 @@ def test_a_layer_with_memory_can_be_sent_to_another_process(decoder_layer, confi
     assert torch.equal(run_layer(twin, config), run_layer(decoder_layer, config))
 
 
-def test_the_class_a_layer_extends_is_found_under_another_wrapper(decoder_layer):
-    """FSDP and others put a class of their own in front of the layer's."""
+def test_class_that_a_layer_extends_is_found_under_a_wrapper(decoder_layer):
+    """FSDP and other wrappers put their own class in front of the layer's."""
     decoder_layer.__class__ = type("Wrapped", (type(decoder_layer),), {})
     assert isinstance(decoder_layer, LayerWithMemory)
     assert decoder_layer.__reduce_ex__(pickle.HIGHEST_PROTOCOL)[1] == (LayerWithMemory, MixtralDecoderLayer)

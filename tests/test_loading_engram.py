@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint come from."""
+"""The lookup of a checkpoint's files, in folders and on the Hub."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def test_files_are_looked_for_where_the_model_comes_from(monkeypatch):
+def test_files_are_looked_up_where_the_model_comes_from(monkeypatch):
     where = {
         "cache_dir": "cache",
         "force_download": True,
@@ -40,8 +40,8 @@ def test_files_are_looked_for_where_the_model_comes_from(monkeypatch):
 
 
 @pytest.mark.parametrize("cause", [None, ConnectionError("busy")], ids=["full disk", "busy Hub"])
-def test_resolver_raises_where_a_file_cannot_be_fetched(monkeypatch, cause):
-    """Else a model would be loaded without it."""
+def test_resolver_raises_if_a_file_cannot_be_fetched(monkeypatch, cause):
+    """Otherwise a model would be loaded without the file."""
 
     def fail(*_, **__):
         raise (OSError(errno.ENOSPC, "sorry") if cause is None else OSError("sorry")) from cause
@@ -62,7 +62,7 @@ def test_resolver_raises_where_a_file_cannot_be_fetched(monkeypatch, cause):
         ('{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}', "names 'a' twice"),
     ],
 )
-def test_an_index_that_is_none(tmp_path, text, message):
+def test_invalid_index_is_refused(tmp_path, text, message):
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(FileFormatError, match=message):
         read_weight_map(tmp_path / INDEX)
@@ -74,8 +74,8 @@ def test_an_index_that_is_none(tmp_path, text, message):
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
 @pytest.mark.parametrize("folder", ["model_version_1", "mapped_version_1"])
 @pytest.mark.parametrize("residency", ["auto", "mapped"])
-def test_a_checkpoint_of_version_1_still_loads(auto, folder, residency, tmp_path):
-    """Its parameters are named `model.backbone.*`; saved again, they have today's names."""
+def test_checkpoint_of_version_1_still_loads(auto, folder, residency, tmp_path):
+    """Its parameters are named `model.backbone.*`; saving it again gives today's names."""
     expected = load_file(FIXTURES / "model_version_1" / "expected.safetensors")
     model, info = auto.from_pretrained(FIXTURES / folder, engram_residency=residency, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_version_1_still_loads(auto, folder, residency, tmp_path
 
 @pytest.fixture(scope="module")
 def adapter(saved_tables, tmp_path_factory):
-    """A mapped model with an adapter, and the folder of the adapter alone."""
+    """Return a mapped model with an adapter, and the folder of the adapter alone."""
     folder = tmp_path_factory.mktemp("adapter")
     base = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
@@ -108,7 +108,7 @@ def adapter(saved_tables, tmp_path_factory):
 
 @pytest.mark.parametrize("load", [EngramForCausalLM, AutoModelForCausalLM], ids=lambda load: load.__name__)
 @pytest.mark.parametrize("residency", ["auto", "resident", "mapped"])
-def test_the_tables_of_an_adapter_are_those_of_its_base_model(saved_tables, adapter, load, residency):
+def test_adapter_loads_the_tables_of_its_base_model(saved_tables, adapter, load, residency):
     model, folder = adapter
     loaded = load.from_pretrained(folder, engram_residency=residency).eval()
     assert torch.equal(logits(loaded), logits(model))
@@ -117,8 +117,8 @@ def test_the_tables_of_an_adapter_are_those_of_its_base_model(saved_tables, adap
         assert memory.table.is_resident is (residency != "mapped")
 
 
-def test_an_adapter_in_a_subfolder_has_its_base_model_in_one_of_that_name(saved_tables, adapter, tmp_path):
-    """As for transformers, which takes both from the same subfolder."""
+def test_adapter_in_a_subfolder_takes_its_base_model_from_that_subfolder(saved_tables, adapter, tmp_path):
+    """transformers takes both from the same subfolder."""
     model, folder = adapter
     shutil.copytree(folder, tmp_path / "adapters" / "inner")
     shutil.copytree(saved_tables[2], tmp_path / "bases" / "inner")
@@ -135,7 +135,7 @@ def test_an_adapter_in_a_subfolder_has_its_base_model_in_one_of_that_name(saved_
     assert not any(memory.table.is_resident for memory in loaded.model.memories().values())
 
 
-def test_a_complete_model_with_an_adapter_in_its_folder_has_its_own_tables(saved_tables, adapter, tmp_path):
+def test_complete_model_with_an_adapter_in_its_folder_uses_its_own_tables(saved_tables, adapter, tmp_path):
     model, folder = adapter
     shutil.copytree(saved_tables[2], tmp_path, dirs_exist_ok=True)
     for path in folder.glob("adapter*"):
@@ -149,8 +149,8 @@ def test_a_complete_model_with_an_adapter_in_its_folder_has_its_own_tables(saved
 
 
 @pytest.mark.parametrize("residency", ["auto", "resident", "mapped"])
-def test_a_base_model_without_its_tables_is_refused_behind_an_adapter(saved_tables, adapter, tmp_path, residency):
-    """What transformers says of missing weights is about the adapter then."""
+def test_base_model_of_an_adapter_without_tables_is_refused(saved_tables, adapter, tmp_path, residency):
+    """The message of transformers about missing weights would name the adapter."""
     base = shutil.copytree(saved_tables[2], tmp_path / "base")
     (base / "engram_tables.json").unlink()
     folder = shutil.copytree(adapter[1], tmp_path / "adapter")
@@ -161,7 +161,7 @@ def test_a_base_model_without_its_tables_is_refused_behind_an_adapter(saved_tabl
             load.from_pretrained(folder, engram_residency=residency)
 
 
-def test_an_adapter_that_names_no_base_model(adapter, tmp_path):
+def test_adapter_without_a_base_model_name_is_refused(adapter, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(FileFormatError, match="does not name its base_model_name_or_path"):
         EngramForCausalLM.from_pretrained(tmp_path)
@@ -170,7 +170,7 @@ def test_an_adapter_that_names_no_base_model(adapter, tmp_path):
 # --- one look at each file
 
 
-def test_the_config_is_looked_for_once(saved_tables, monkeypatch):
+def test_config_is_looked_up_once(saved_tables, monkeypatch):
     asked, look = [], loading_engram.cached_file
     monkeypatch.setattr(
         loading_engram, "cached_file", lambda name, file, **options: asked.append(file) or look(name, file, **options)
@@ -186,5 +186,5 @@ def test_a_state_dict_without_tables_is_refused(saved_tables):
         EngramForCausalLM.from_pretrained(None, config=model.config, state_dict=state)
     whole = EngramForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
     assert torch.equal(logits(whole), logits(model))
-    with pytest.raises(ValueError, match="state_dict"):  # both, which transformers refuses
+    with pytest.raises(ValueError, match="state_dict"):  # Both are passed, which transformers refuses.
         EngramForCausalLM.from_pretrained(folder, state_dict=state)

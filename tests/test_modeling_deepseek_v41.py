@@ -1,4 +1,4 @@
-"""The DeepSeek-V4.1 text backbone as a model of transformers: cost, saving, dtypes, names, configuration, bad input."""
+"""The DeepSeek-V4.1 text backbone as a transformers model: cost, saving, dtypes, names, configuration, bad input."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from engram_hf.modeling_deepseek_v41 import DeepseekV41TextModel, largest
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
+    """Records the number of elements of the largest tensor that any operation returns."""
 
     size = 0
 
@@ -46,7 +46,7 @@ def test_no_tensor_grows_with_the_square_of_the_length(monkeypatch):
 
 
 @torch.no_grad()
-def test_block_length_changes_nothing(monkeypatch):
+def test_block_length_changes_no_logit(monkeypatch):
     model = tiny_model()
     ids = tokens(model, 2, 70)
     expected = model(ids).logits
@@ -56,7 +56,7 @@ def test_block_length_changes_nothing(monkeypatch):
 
 
 @torch.no_grad()
-def test_candidates_bind_even_where_everything_could_be_selected():
+def test_candidates_restrict_even_where_all_positions_fit():
     model, chosen = tiny_model(index_topk=60), []
     for index in (3, 5):
         model.model.layers[index].self_attn.register_forward_hook(lambda _, __, output: chosen.append(output[1]))
@@ -68,7 +68,7 @@ def test_candidates_bind_even_where_everything_could_be_selected():
     assert not (as_mask(later.selected, 1, 40) & ~inside).any()
 
 
-def test_largest_takes_the_first_of_equals():
+def test_largest_breaks_ties_by_position():
     scores = torch.tensor([[0.0, -0.0, 2.0, 0.0, -1.0, float("-inf")]])
     assert sorted(largest(scores, 3)[0].tolist()) == [0, 1, 2]
     assert sorted(largest(scores, 4)[0].tolist()) == [0, 1, 2, 3]
@@ -93,7 +93,7 @@ def test_auto_classes_save_and_load(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_transformers_release_of_its_own_keeps_its_place():
+def test_deepseek_v41_of_transformers_takes_precedence():
     code = """
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 class Theirs(PreTrainedConfig):
@@ -111,7 +111,7 @@ assert type(AutoModel.from_config(ours)) is DeepseekV41TextModel
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_float32_stays_where_the_release_has_it(tmp_path):
+def test_float32_parameters_stay_float32_in_bfloat16(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -136,7 +136,7 @@ def test_half_precision_trains_and_generates(tmp_path, dtype):
     out = model(ids, labels=ids)
     out.loss.backward()
     assert torch.isfinite(out.loss) and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    # In the mean: at single positions another expert or compressed position is chosen.
+    # The mean is compared: at single positions another expert or compressed position is chosen.
     assert (out.logits.float() - exact(ids).logits).abs().mean() < 0.02
     assert model.generate(ids, max_new_tokens=3, pad_token_id=2).shape == (2, 23)
 
@@ -150,7 +150,7 @@ def test_autocast_keeps_the_mixers_and_the_router_exact():
         assert model(ids, labels=ids).loss.isfinite()
     assert all(tensor.dtype == torch.float32 for tensor in seen)
     model(ids)
-    assert worst(seen[0], seen[2]) == 0  # the first mixer saw the same streams
+    assert worst(seen[0], seen[2]) == 0  # The first mixer reads the same streams.
 
 
 def test_recorded_outputs():
@@ -197,7 +197,7 @@ FP8 = {
 
 
 def quantized_checkpoint(folder, release, target, config):
-    """The miniature under our names, every matrix with a module of its own as the release stores it."""
+    """Write the miniature under our names, with a module for every matrix, as the release stores it."""
     state = {}
     for file in sorted(folder.glob("model-*.safetensors")):
         with safe_open(file, "pt") as shard:
@@ -207,7 +207,7 @@ def quantized_checkpoint(folder, release, target, config):
                 if ours is not None:
                     ours = ours.replace(".weight", ".weight_scale_inv") if scale else ours
                     state[ours if ours.startswith("lm_head") else f"model.{ours}"] = shard.get_tensor(name)
-    # Stacked experts are decoded: on a machine without GPU transformers decodes only tensors called `weight`.
+    # Stacked experts are decoded: on a machine without a GPU, transformers decodes only tensors called `weight`.
     decoded = text_state_dict(release, config)
     state.update({name: tensor.bfloat16() for name, tensor in decoded.items() if ".experts." in name})
     save_file(state, target / "model.safetensors", metadata={"format": "pt"})
@@ -218,7 +218,7 @@ def quantized_checkpoint(folder, release, target, config):
 
 @torch.no_grad()
 def test_quantized_weights_load(golden, tmp_path):
-    """Without a GPU transformers decodes to bfloat16 while loading; every weight must come out as the release's."""
+    """Without a GPU, transformers decodes to bfloat16 while loading; every weight must equal the release's."""
     folder = golden / "deepseek_v41_tiny"
     release, config = load_release(folder), DeepseekV41TextConfig(**read_text_config(folder))
     quantized_checkpoint(folder, release, tmp_path, config)
@@ -229,7 +229,7 @@ def test_quantized_weights_load(golden, tmp_path):
         assert torch.equal(tensor.float(), expected[name].to(tensor.dtype).float()), name
 
 
-def test_fp8_replaces_what_the_release_quantizes():
+def test_fp8_replaces_the_modules_that_the_release_quantizes():
     from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear, replace_with_fp8_linear
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.utils.quantization_config import FineGrainedFP8Config
@@ -260,7 +260,7 @@ def test_fp8_replaces_what_the_release_quantizes():
 
 
 def test_state_dict_names():
-    """The contract with the converter: what a KV source that is an index source holds."""
+    """They are the contract with the converter: the tensors of a KV source that is an index source, too."""
     names = [name.removeprefix("model.layers.1.") for name in tiny_model().state_dict() if "layers.1." in name]
     assert names == [
         "self_attn.sinks",
@@ -275,8 +275,8 @@ def test_state_dict_names():
     ]  # fmt: skip
 
 
-def test_shapes_of_the_default_config_are_the_release():
-    """`spec/deepseek_v41.md`, the table of tensors."""
+def test_default_config_gives_the_shapes_of_the_release():
+    """The expected shapes are the table of tensors in `spec/deepseek_v41.md`."""
     with torch.device("meta"):
         model = DeepseekV41TextForCausalLM(DeepseekV41TextConfig())
     shapes = {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -306,7 +306,7 @@ def test_experts_plans_name_existing_modules():
     config, model = tiny_config(), tiny_model()
     names = {name for name, _ in model.model.named_modules()} | {name for name, _ in model.model.named_parameters()}
     plans = [plan for plan in (config.base_model_tp_plan, config.base_model_ep_plan) if plan]
-    assert plans  # transformers 5.17 has one of the two for DeepSeek-V4, 5.23 both
+    assert plans  # transformers 5.17 has one of the two for DeepSeek-V4, 5.23 has both.
     for plan in plans:
         assert "layers.*.mlp.experts" in plan and all(rule.replace("*", "0") in names for rule in plan)
 
@@ -314,7 +314,7 @@ def test_experts_plans_name_existing_modules():
 # --- configuration ------------------------------------------------------------------------------------------------
 
 
-def test_config_keeps_what_it_does_not_read(golden):
+def test_config_keeps_unknown_fields(golden):
     release_config = read_text_config(golden / "deepseek_v41_tiny")
     config = DeepseekV41TextConfig(**release_config)
     again = DeepseekV41TextConfig.from_dict(config.to_dict())
@@ -334,7 +334,7 @@ def test_config_keeps_what_it_does_not_read(golden):
     )
 
 
-def test_config_defaults_are_the_release():
+def test_config_defaults_are_those_of_the_release():
     config = DeepseekV41TextConfig()
     assert [config.compress_ratios.count(ratio) for ratio in (0, 2, 1)] == [2, 18, 20]
     assert config.kv_source_layer_ids == [2, 8, 14, 20] and config.candidate_source_layer_id == 20
@@ -368,7 +368,7 @@ def test_config_defaults_are_the_release():
         ({"rope_scaling": {"rope_type": "dynamic"}}, "'default' or 'yarn'"),
     ],
 )
-def test_config_errors(fields, message):
+def test_config_rules_raise(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**fields)
 
@@ -390,7 +390,7 @@ def test_config_errors(fields, message):
         ({"past_key_values": DynamicCache()}, "DynamicCache\\(config=model.config\\)"),
     ],
 )
-def test_bad_input(arguments, message):
+def test_forward_refuses_bad_input(arguments, message):
     model = tiny_model()
     with pytest.raises(ValueError, match=message):
         model(tokens(model, 2, 6), **arguments)

@@ -1,4 +1,4 @@
-"""A saved folder is all that is needed: nothing here lets the child processes import `engram_hf`."""
+"""A saved folder is self-contained: none of the child processes here can import `engram_hf`."""
 
 import json
 
@@ -73,11 +73,11 @@ def folder(model, tokenizer, tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """Run code after PRELUDE in a fresh process; returns what it prints."""
+    """Run code after PRELUDE in a fresh process and return its output."""
     return lambda code: run_elsewhere(PRELUDE + code, tmp_path)
 
 
-def test_the_same_tokens_from_the_folder_alone_and_from_what_it_saves_again(model, tokenizer, folder, tmp_path, run):
+def test_folder_alone_and_its_copy_generate_the_same_tokens(model, tokenizer, folder, tmp_path, run):
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     expected = model.generate(**inputs, max_new_tokens=12, do_sample=False).tolist()
     again = tmp_path / "again"
@@ -92,7 +92,7 @@ print(json.dumps(tokens))
     assert run(f"print(json.dumps(generate({str(again)!r}, {PROMPTS!r})[2]))") == expected
 
 
-def test_the_base_model_opens_through_its_auto_class(model, folder, run):
+def test_base_model_loads_through_its_auto_class(model, folder, run):
     code = f"""
 model, config = opened(AutoModel, {str(folder)!r}), opened(AutoConfig, {str(folder)!r})
 states = model(torch.tensor([[4, 9, 8]])).last_hidden_state
@@ -105,19 +105,19 @@ print(json.dumps([type(model).__name__, type(config).__name__, states.tolist()])
 
 
 @pytest.mark.parametrize("part", ["causal", "base"])
-def test_whichever_class_is_saved_the_folder_has_everything(part, tmp_path):
+def test_saving_either_class_writes_every_file(part, tmp_path):
     model = built("mixtral")
     (model if part == "causal" else model.model).save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.glob("*.py")}
-    # Whoever types `trust_remote_code=True` has this much to read.
+    # A user who passes `trust_remote_code=True` has this much code to read.
     assert files == ROOT_FILES and len(files) <= 12
     assert sum(len((tmp_path / name).read_text().splitlines()) for name in files) <= 6140
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP and config["engram_layer_ids"] == LAYER_IDS
 
 
-def test_a_saved_base_model_becomes_a_causal_one_elsewhere(tmp_path, run):
-    """Its head is new, which transformers reports; its memory is there."""
+def test_saved_base_model_loads_as_a_causal_model(tmp_path, run):
+    """Its head is new, which transformers reports; its memory is loaded."""
     base = built("mixtral").model
     base.save_pretrained(tmp_path / "base")
     code = f"""

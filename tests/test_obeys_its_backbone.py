@@ -1,4 +1,4 @@
-"""A model with memory obeys like its backbone: what is set on it, on its config or by a tool has the backbone's effect."""
+"""A setting on a model with memory, on its config or by a tool has the effect that it has on the backbone."""
 
 import copy
 import functools
@@ -28,12 +28,12 @@ MEMORY = {"layer_ids": LAYER_IDS, "engram_vocab_size": 97, "engram_n_heads": 2, 
 
 
 def with_memory(host: PreTrainedModel) -> EngramForCausalLM:
-    """Memory on a copy of a backbone, whose logits stay as they are."""
+    """Return a copy of a backbone with memory that keeps its logits."""
     return EngramForCausalLM.from_backbone(copy.deepcopy(host), **MEMORY)
 
 
 def outcome(call: Callable[[], object]) -> object:
-    """What a call returns, or the kind of its error."""
+    """Return the result of a call, or the type of its error."""
     try:
         return call()
     except Exception as error:
@@ -44,30 +44,28 @@ def outcome(call: Callable[[], object]) -> object:
 
 
 @on_every_backbone
-def test_model_is_an_instance_of_the_backbones_own_class(name):
+def test_model_is_an_instance_of_the_backbones_class(name):
     host, model = bare(name), built(name)
     assert isinstance(model, type(host)) and isinstance(model, EngramForCausalLM)
     assert isinstance(model.model, type(host.model)) and isinstance(model.model, EngramModel)
-    # What it reads from `self`, it reads from the model that users have.
+    # Its `self` is the model that users have.
     assert type(model).forward.__wrapped__ is type(host).forward
     assert inspect.signature(type(model.model).forward) == inspect.signature(type(host.model).forward)
     assert vars(host).keys() <= vars(model).keys() and vars(host.model).keys() <= vars(model.model).keys()
 
 
 @on_every_backbone
-def test_parameters_have_the_names_that_they_have_in_the_backbone(name):
-    """So adapters, merges and quantized checkpoints of the backbone fit, and tools find what they look for."""
+def test_parameter_names_are_the_backbones(name):
+    """Adapters, merges and quantized checkpoints of the backbone therefore fit, and tools find the names they expect."""
     own = {key for key, _ in built(name).named_parameters() if ".engram." not in key}
     assert own == {key for key, _ in bare(name).named_parameters()}
 
 
 @on_every_backbone
-def test_an_adapter_of_the_backbone_fits(name):
+def test_adapter_of_the_backbone_fits(name):
     host = bare(name)
     linear = [key for key, part in host.named_modules() if type(part) is torch.nn.Linear and "self_attn" in key]
-    targets = sorted(
-        {key.split(".")[-1] for key in linear}
-    )  # of experts, PEFT converts what it knows by the model's type
+    targets = sorted({key.split(".")[-1] for key in linear})  # PEFT converts the names of experts by the model's type.
     # The memory has a `kv_proj`, too.
     options = {"target_modules": targets, "exclude_modules": r".*\.engram\..*", "init_lora_weights": False}
     config = LoraConfig(task_type="CAUSAL_LM", r=2, **options)
@@ -85,15 +83,15 @@ def test_an_adapter_of_the_backbone_fits(name):
 
 
 @on_every_backbone
-def test_a_loss_function_that_is_set_is_used(name):
+def test_custom_loss_function_is_used(name):
     model, ids = build(name), random_ids(2, 9)
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum() * 0 + 42.0
     assert float(model(ids, labels=ids).loss) == 42.0
 
 
 @pytest.mark.parametrize("name", MOE_WITH_AUX_LOSS)
-def test_every_number_of_the_backbone_can_be_read_and_set(name):
-    """Whatever the backbone's causal model keeps as a plain number changes its loss with memory as it does without."""
+def test_numeric_attributes_of_the_backbone_can_be_read_and_set(name):
+    """Every plain number that the backbone's causal model keeps changes the loss with memory as it does without."""
     host, ids = bare(name), random_ids(2, 9)
     model = with_memory(host)
     numbers = [key for key, value in vars(host).items() if type(value) in (int, float) and key not in ("vocab_size",)]
@@ -110,7 +108,7 @@ def test_every_number_of_the_backbone_can_be_read_and_set(name):
 
 @on_every_backbone
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-def test_experts_implementations_are_taken_or_refused_as_by_the_backbone(name, implementation):
+def test_set_experts_implementation_behaves_as_on_the_backbone(name, implementation):
     models = copy.deepcopy(bare(name)), copy.deepcopy(built(name))
     said = [outcome(lambda each=each: each.set_experts_implementation(implementation)) for each in models]
     assert said[0] == said[1]
@@ -120,7 +118,7 @@ def test_experts_implementations_are_taken_or_refused_as_by_the_backbone(name, i
 
 
 @on_every_backbone
-def test_every_field_of_the_backbones_config_is_read_and_set_on_the_outer_one(name):
+def test_fields_of_the_backbones_config_can_be_read_and_set_on_the_outer_config(name):
     config = engram_config(name)
     fields = [
         key for key in vars(config.text_config) if not key.startswith("_") and key not in ("dtype", "architectures")
@@ -138,7 +136,7 @@ def test_every_field_of_the_backbones_config_is_read_and_set_on_the_outer_one(na
 
 @on_every_backbone
 def test_undeclared_config_attributes_reach_the_backbone(name):
-    """transformers itself reads such fields: a model is built with checkpointing where its config asks for it."""
+    """transformers reads such fields: a model is built with checkpointing if its config asks for it."""
     config, host = engram_config(name), BACKBONES[name]()
     for each in (config, host):
         each.gradient_checkpointing = True
@@ -165,7 +163,7 @@ def test_fields_given_to_from_pretrained_reach_the_backbone(name, tmp_path):
 
 
 @on_every_backbone
-def test_output_flags_that_are_set_on_the_config_are_heard(name):
+def test_output_flags_of_the_config_take_effect(name):
     host, model, ids = bare(name), build(name), random_ids(2, 9)
     flags = ["hidden_states", "attentions", "router_logits"]
     for each in (host, model):
@@ -181,7 +179,7 @@ def test_output_flags_that_are_set_on_the_config_are_heard(name):
 
 @on_every_backbone
 @pytest.mark.parametrize("plan", ["_tp_plan", "_pp_plan", "_fsdp_plan", "_ep_plan"])
-def test_plans_are_the_backbones_and_name_modules_that_exist(name, plan):
+def test_parallel_plans_are_the_backbones_and_name_existing_modules(name, plan):
     host, model = bare(name), built(name)
     found = getattr(model, plan, None) or {}
     assert found == (getattr(host, plan, None) or {})
@@ -195,7 +193,7 @@ def test_plans_are_the_backbones_and_name_modules_that_exist(name, plan):
 
 
 @on_every_backbone
-def test_lora_without_targets_picks_the_backbones_defaults(name):
+def test_lora_without_targets_uses_the_backbones_defaults(name):
     def targets(model):
         adapted = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM"))
         return sorted(key for key, _ in adapted.named_parameters() if "lora_" in key)
@@ -215,7 +213,7 @@ def loss_of(model: torch.nn.Module, parameters: dict, ids: torch.Tensor) -> torc
 
 
 @on_every_backbone
-def test_gradients_of_single_samples(name):
+def test_per_sample_gradients_with_functional_call(name):
     ids, results = random_ids(3, 7), []
     for model in (bare(name), built(name)):
         parameters = {key: value.detach() for key, value in model.named_parameters()}
@@ -230,7 +228,8 @@ def test_gradients_of_single_samples(name):
         torch.testing.assert_close(results[1][key][1], gradient, rtol=1e-4, atol=1e-5, msg=key)
 
 
-# DeepSeek-V4 compresses keys by place in the row, and the window of gpt-oss counts padding: neither is exact by itself.
+# DeepSeek-V4 compresses keys by place in the row, and the window of gpt-oss counts padding: neither is exact by
+# itself.
 LOOKED_THROUGH = [name for name in BACKBONES if name not in ("deepseek_v4", "gpt_oss")]
 
 
@@ -238,8 +237,8 @@ LOOKED_THROUGH = [name for name in BACKBONES if name not in ("deepseek_v4", "gpt
 @pytest.mark.parametrize("variant", ["paper", "v4.1"])
 @pytest.mark.parametrize("cached", [True, False])
 @torch.no_grad()
-def test_padding_inside_a_row_is_looked_through(name, variant, cached):
-    """A right-padded first turn and a second one: each row is what it is alone."""
+def test_padding_inside_a_row_is_skipped(name, variant, cached):
+    """A right-padded first turn precedes a second one; each row equals the row alone."""
     model, lengths, first, second = built(name, variant), (5, 3, 8), random_ids(3, 8), random_ids(3, 6, seed=4)
     mask = torch.tensor([[1] * length + [0] * (8 - length) + [1] * 6 for length in lengths])
     positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -258,7 +257,7 @@ def test_padding_inside_a_row_is_looked_through(name, variant, cached):
 
 
 @torch.no_grad()
-def test_padding_is_not_looked_through_where_positions_say_that_something_is_between():
+def test_padding_is_not_skipped_where_positions_have_a_gap():
     model, ids = built("llama"), random_ids(1, 12)
     mask = torch.ones_like(ids)
     mask[:, 5:8] = 0
@@ -270,7 +269,7 @@ def test_padding_is_not_looked_through_where_positions_say_that_something_is_bet
 
 
 @on_every_backbone
-def test_sampling_an_id_that_no_token_has_does_not_end_a_generation(name):
+def test_sampled_id_without_a_token_does_not_end_generation(name):
     """Embeddings are often padded beyond the tokenizer."""
     model = build(name, engram_compressed_vocab_size=60)
     model.set_token_map(torch.arange(120) // 2)
@@ -284,7 +283,7 @@ def test_sampling_an_id_that_no_token_has_does_not_end_a_generation(name):
     assert max(sampled) >= 120, "an id without a token was to be sampled"
 
 
-def test_what_is_set_for_the_time_of_a_call_is_gone_after_it():
+def test_attribute_set_during_a_call_is_removed_after_it():
     """transformers sets `is_causal` on the config during a forward, and deletes it."""
     model = built("llama")
     model(random_ids(1, 4), is_causal=True)

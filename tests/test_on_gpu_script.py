@@ -1,4 +1,4 @@
-"""`benchmarks/on_gpu.sh`, as far as it goes without a GPU."""
+"""`benchmarks/on_gpu.sh`, as far as it runs without a GPU."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def results(out: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_every_step_runs_on_a_cpu(tmp_path):
+def test_every_step_runs_on_the_cpu(tmp_path):
     done = run_script(tmp_path, "--dry-run")
     texts = {name: (tmp_path / f"{name}.txt").read_text() for name in STEPS}
     assert results(tmp_path) == dict.fromkeys(STEPS, "ok"), texts
@@ -33,7 +33,7 @@ def test_every_step_runs_on_a_cpu(tmp_path):
     assert "mapped against resident" in texts["tables_model"]
 
 
-def test_steps_that_fail_do_not_stop_the_rest(tmp_path):
+def test_failing_steps_do_not_stop_the_rest(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 3\n")
     python.chmod(0o755)
@@ -42,7 +42,7 @@ def test_steps_that_fail_do_not_stop_the_rest(tmp_path):
     assert done.returncode == 1
 
 
-def test_limits_fit_into_eight_minutes():
+def test_time_limits_fit_into_eight_minutes():
     text = (ROOT / "benchmarks" / "on_gpu.sh").read_text()
     limits = [int(line.split()[2]) for line in text.splitlines() if line.startswith("step ")]
     assert len(limits) == len(STEPS) and max(limits) < 300

@@ -1,4 +1,4 @@
-"""Systems that lack what this one offers: a process that loses it before it imports the package."""
+"""Systems that lack a feature of this one are simulated: a process removes the feature before it imports the package."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ for residency in ("auto", "resident", "mapped"):
     rows[residency] = model(torch.tensor({ids})).logits[0, -1].tolist()
 print(json.dumps({{"rows": rows, "free": free_host_memory()}}))
 """
-# macOS tells how much memory there is, but not how much of it is free.
+# macOS reports the total memory, but not the free memory.
 NOT_POSIX = ["posix_fadvise", "posix_fallocate", "copy_file_range"]
 NOT_UNIX = ["preadv", "pread", "pwrite", "sysconf", "sysconf_names", "MADV_RANDOM", "O_NONBLOCK"]
 SYSTEMS = {"macos": ([], NOT_POSIX), "windows": (["fcntl", "resource"], [*NOT_POSIX, *NOT_UNIX])}

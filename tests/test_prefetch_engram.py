@@ -1,4 +1,4 @@
-"""Rows that are fetched ahead: the same rows, where it pays, and no thread left behind."""
+"""Prefetched rows equal rows read directly, are fetched where that is faster, and leave no thread behind."""
 
 import copy
 import gc
@@ -27,7 +27,7 @@ from engram_hf.table_format_engram import read_tables, tables_in_checkpoint
 
 
 def fetch_noted(prefetcher: Prefetcher, monkeypatch) -> list[bool]:
-    """Whether each forward from now on fetches its rows ahead."""
+    """Record whether each later forward prefetches its rows."""
     noted, start = [], prefetcher.start
 
     def noting(row_ids):
@@ -39,7 +39,7 @@ def fetch_noted(prefetcher: Prefetcher, monkeypatch) -> list[bool]:
     return noted
 
 
-def test_rows_that_are_fetched_ahead_are_the_rows(saved_tables, monkeypatch):
+def test_prefetched_rows_equal_direct_reads(saved_tables, monkeypatch):
     model, _, folder = saved_tables
     mapped = EngramForCausalLM.from_pretrained(folder, engram_residency="mapped")
     mapped.model.prefetcher.when = "always"
@@ -49,7 +49,7 @@ def test_rows_that_are_fetched_ahead_are_the_rows(saved_tables, monkeypatch):
     assert noted == [True] * 3
     row_ids = mapped.model.prepare_memory(IDS).row_ids
     for rows, some in zip(Prefetcher(mapped.model.prefetcher.tables, "always").start(row_ids), row_ids, strict=True):
-        assert rows.row_ids.tolist() == sorted(set(some.flatten().tolist()))  # each is read once, in file order
+        assert rows.row_ids.tolist() == sorted(set(some.flatten().tolist()))  # Each row is read once, in file order.
 
 
 def test_fetched_rows_raise_when_reading_failed(saved_tables):
@@ -57,7 +57,7 @@ def test_fetched_rows_raise_when_reading_failed(saved_tables):
         EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped").model.memories()[1].table.source
     )
     rows = FetchedRows(source, torch.arange(20))
-    rows._rows[0] = rows._rows[0][:, :1]  # so that reading fails, as it would on a broken disk
+    rows._rows[0] = rows._rows[0][:, :1]  # Reading then fails, as it would on a broken disk.
     with ThreadPoolExecutor(1) as pool:
         rows.request(pool)
         rows.gather(pool)
@@ -66,7 +66,7 @@ def test_fetched_rows_raise_when_reading_failed(saved_tables):
 
 
 def tables_in_parts(folder: Path) -> list[EngramTable]:
-    """Two tables, each in three files."""
+    """Write two tables, each in three files."""
     from test_table_format import LAYERS, NgramHasher, write_folder
 
     hasher = NgramHasher(
@@ -83,7 +83,7 @@ def tables_in_parts(folder: Path) -> list[EngramTable]:
     return tables
 
 
-def test_parts_are_fetched_ahead_like_one_file(tmp_path):
+def test_tables_in_parts_are_prefetched_like_one_file(tmp_path):
     tables = tables_in_parts(tmp_path)
     ids = torch.randint(0, min(table.num_rows for table in tables), (2, 3, 700))
     fetched = Prefetcher(tables, "always").start(ids)
@@ -91,8 +91,8 @@ def test_parts_are_fetched_ahead_like_one_file(tmp_path):
         assert torch.equal(bits(table(some, source=rows)), bits(read_rows(table.source, some)))
 
 
-def test_the_system_is_asked_for_the_pages_of_all_rows(tmp_path, monkeypatch):
-    """For no other pages, in file order, and once for those side by side."""
+def test_prefetch_requests_the_pages_of_all_rows(tmp_path, monkeypatch):
+    """Only these pages are requested, in file order, and adjacent ones in one request."""
     requests = []
 
     def advise(file: int, offset: int, length: int, advice: int) -> None:
@@ -123,11 +123,11 @@ def test_a_float_table_may_begin_anywhere(tmp_path):
     values = torch.randn(50, 8).to(torch.bfloat16)
     entry = {"dtype": "BF16", "shape": [50, 8], "data_offsets": [0, 800]}
     header = json.dumps({"layers.0.engram.table.weight": entry}).encode()
-    header += b" " * (len(header) % 2 + 1)  # an odd number of bytes
+    header += b" " * (len(header) % 2 + 1)  # This is an odd number of bytes.
     path = tmp_path / "odd.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + values.view(torch.uint8).numpy().tobytes())
     rows = MappedRows(tables_in_checkpoint([path])[0])
-    assert rows.parts[0].weight.data_ptr() % 2 == 1  # over the file, not a copy
+    assert rows.parts[0].weight.data_ptr() % 2 == 1  # This view shares the file's memory and is not a copy.
     ids = torch.tensor([49, 0, 7])
     table = EngramTable(50, 8, dtype=torch.bfloat16)
     table.mount(rows)
@@ -138,7 +138,7 @@ def test_a_float_table_may_begin_anywhere(tmp_path):
     assert torch.equal(rows.read(3, 9)[0], values[3:9])
 
 
-def test_on_the_cpu_rows_are_fetched_ahead_of_tables_larger_than_memory(saved_tables, monkeypatch):
+def test_on_the_cpu_only_tables_larger_than_memory_are_prefetched(saved_tables, monkeypatch):
     """In warm memory, another thread costs more than it saves (benchmarks/tables_gather.py)."""
     folder, ids = saved_tables[2], torch.arange(256).view(2, 128) % 100
 
@@ -161,7 +161,7 @@ def test_on_the_cpu_rows_are_fetched_ahead_of_tables_larger_than_memory(saved_ta
 
 
 def test_without_threads_rows_are_read_directly(saved_tables, monkeypatch, library_log):
-    """As in a container that has used up its limit of processes; it is said once."""
+    """A container may have used up its limit of processes; one warning is given."""
     model, _, folder = saved_tables
     mapped = EngramForCausalLM.from_pretrained(folder, engram_residency="mapped")
     mapped.model.prefetcher.when = "always"
@@ -177,7 +177,7 @@ def test_without_threads_rows_are_read_directly(saved_tables, monkeypatch, libra
             assert torch.equal(logits(mapped), logits(model))
     assert noted == [False] * 3
     assert ["can't start new thread" in message for message in library_log] == [True]
-    assert torch.equal(logits(mapped), logits(model))  # threads can be had again
+    assert torch.equal(logits(mapped), logits(model))  # Threads can be started again.
     assert noted[-1]
 
 
@@ -210,7 +210,7 @@ for how in ("atexit", "thread"):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_ending_gets_its_rows(tmp_path):
+def test_process_at_exit_still_reads_its_rows(tmp_path):
     model = build("qwen3")
     model.save_pretrained(tmp_path / "saved")
     code = ENDING.format(folder=str(tmp_path / "saved"), ids=IDS.tolist())

@@ -1,7 +1,7 @@
-"""`quantization_config`: linear layers are quantized, tables never, and where the tables live changes no value.
+"""`quantization_config` quantizes linear layers and never tables, and the residency of the tables changes no value.
 
-bitsandbytes runs on a CPU. Layers are 64 wide or a multiple, because it packs four-bit weights in blocks of 64 there. It
-does so in the first forward, and does not unpack all of them exactly: models are saved before.
+bitsandbytes runs on a CPU. Layers are a multiple of 64 wide, because it packs four-bit weights in blocks of 64 there.
+It packs in the first forward and does not unpack all of them exactly, so models are saved before it.
 """
 
 import copy
@@ -34,7 +34,7 @@ QUANTIZERS = {
 PLACES = [("resident", "together"), ("resident", "apart"), ("mapped", "together"), ("mapped", "apart")]
 every_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS)
 
-# bitsandbytes computes in float16 and says so once a layer.
+# bitsandbytes computes in float16 and warns so once per layer.
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
 
@@ -51,7 +51,7 @@ def logits(model) -> torch.Tensor:
 
 
 def tables(model) -> list[torch.Tensor]:
-    """All rows and scales as bytes, wherever they are."""
+    """Return all rows and scales as bytes, for any residency."""
     stored = []
     for memory in model.model.memories().values():
         table = memory.table
@@ -63,14 +63,14 @@ def tables(model) -> list[torch.Tensor]:
 
 
 def not_quantized(model: nn.Module) -> set[str]:
-    """Names of linear layers with plain weights."""
+    """Return the names of linear layers with plain weights."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return {name for name, module in linear.items() if type(module.weight) is nn.Parameter}
 
 
 @pytest.fixture(scope="module", params=[None, "float8_e4m3fn", "int8"])
 def saved(request, tmp_path_factory):
-    """A model, and where it was saved: with its tables among its weights, and in files of their own."""
+    """Return a model and its two folders: tables among its weights, and tables in files of their own."""
     folder = tmp_path_factory.mktemp("quantized")
     config = EngramConfig.for_backbone(
         wide("llama"), layer_ids=LAYER_IDS, variant="paper", engram_table_dtype=request.param, **SIZE
@@ -83,7 +83,7 @@ def saved(request, tmp_path_factory):
 
 
 @every_quantizer
-def test_every_linear_layer_is_quantized_and_no_table(saved, quantizer):
+def test_quantization_covers_every_linear_layer_and_no_table(saved, quantizer):
     model, folder = saved
     seen = []
     for residency, where in PLACES:
@@ -102,7 +102,7 @@ def test_every_linear_layer_is_quantized_and_no_table(saved, quantizer):
 
 @every_quantizer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto"])
-def test_the_other_layers_have_the_dtype_asked_for(saved, quantizer, dtype):
+def test_unquantized_layers_have_the_requested_dtype(saved, quantizer, dtype):
     folder = saved[1]
     options = {"quantization_config": QUANTIZERS[quantizer](), "dtype": dtype}
     resident, mapped = (
@@ -117,7 +117,7 @@ def test_the_other_layers_have_the_dtype_asked_for(saved, quantizer, dtype):
 
 @every_quantizer
 @pytest.mark.parametrize(("residency", "where"), [PLACES[0], PLACES[-1]])
-def test_saved_and_loaded_again(saved, tmp_path, quantizer, residency, where):
+def test_quantized_model_saves_and_loads(saved, tmp_path, quantizer, residency, where):
     model, folder = saved
     quantized = EngramForCausalLM.from_pretrained(
         folder / where, engram_residency=residency, quantization_config=QUANTIZERS[quantizer]()
@@ -134,7 +134,7 @@ def test_saved_and_loaded_again(saved, tmp_path, quantizer, residency, where):
 
 
 @every_quantizer
-def test_memory_can_be_left_out(saved, quantizer):
+def test_memory_can_be_excluded_from_quantization(saved, quantizer):
     options = {"llm_int8_skip_modules": ["engram.kv_proj", "lm_head"]}
     resident, mapped = (
         AutoModelForCausalLM.from_pretrained(
@@ -148,7 +148,7 @@ def test_memory_can_be_left_out(saved, quantizer):
 
 
 def test_experts_stay_floats_beside_quantized_layers(tmp_path):
-    """As on the bare backbone: stacked experts are no linear layers, and these quantizers leave them alone."""
+    """On the bare backbone, too, stacked experts are not linear layers, so these quantizers leave them alone."""
     config = EngramConfig.for_backbone(wide("mixtral"), layer_ids=LAYER_IDS, variant="v4.1", **SIZE)
     randomize(EngramForCausalLM(config)).save_pretrained(tmp_path)
     resident, mapped = (
@@ -165,7 +165,7 @@ LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"
 
 
 def trained(model: PeftModel, steps: int = 6) -> list[float]:
-    """Losses of a few steps on one batch."""
+    """Return the losses of a few steps on one batch."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(steps):
@@ -202,7 +202,7 @@ def test_lora_on_quantized_layers_beside_a_mapped_table(saved, tmp_path, quantiz
     assert torch.equal(logits(again), logits(adapted))
 
 
-def test_rows_of_a_mapped_table_are_trained_beside_quantized_layers(saved, tmp_path):
+def test_training_rows_of_a_mapped_table_beside_quantized_layers(saved, tmp_path):
     folder, options = saved[1] / "apart", {"engram_residency": "mapped"}
     model = EngramForCausalLM.from_pretrained(folder, **options, quantization_config=QUANTIZERS["nf4"]())
     rows = scan_rows([{"input_ids": IDS}], None, model)
@@ -216,7 +216,9 @@ def test_rows_of_a_mapped_table_are_trained_beside_quantized_layers(saved, tmp_p
 
 @pytest.mark.parametrize("link", [[], ["--link-tables"]], ids=["copied", "linked"])
 def test_fp8_weights_beside_fp8_tables(golden, tmp_path, link):
-    """A converted release, whose config has a `quantization_config`; on a CPU its weights are decoded, its tables not."""
+    """The config of a converted release has a `quantization_config`; on a CPU its weights are decoded and its tables
+    are not.
+    """
     assert convert_deepseek_v41.main([str(golden / "deepseek_v41_tiny"), str(tmp_path / "kept"), *link]) == 0
     resident, mapped = (
         EngramForCausalLM.from_pretrained(tmp_path / "kept", engram_residency=residency, dtype=torch.bfloat16)
@@ -256,7 +258,7 @@ def test_memory_on_a_quantized_backbone(backbone, tmp_path, quantizer):
     for residency in ("resident", "mapped"):
         loaded = EngramForCausalLM.from_pretrained(tmp_path / "undescribed", engram_residency=residency)
         assert not_quantized(loaded) == {*projections, "lm_head"}
-        # Experts are multiplied in another order where their weights begin at another address.
+        # Experts are multiplied in another order if their weights begin at another address.
         torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
     fresh = EngramForCausalLM.from_pretrained(tmp_path / "undescribed", engram_residency="mapped")
     options = {"target_modules": ["q_proj"], "modules_to_save": ["kv_proj", "k_norm"]}
@@ -264,7 +266,7 @@ def test_memory_on_a_quantized_backbone(backbone, tmp_path, quantizer):
     assert losses[-1] < losses[0]
 
 
-def test_memory_on_a_quantized_backbone_needs_a_way_to_be_left_out():
+def test_from_backbone_refuses_a_quantizer_that_cannot_skip_modules():
     host = AutoModelForCausalLM.from_config(wide("llama"))
     host.hf_quantizer = AutoHfQuantizer.from_config(AqlmConfig())
     with pytest.raises(ValueError, match="AqlmConfig cannot leave the memory out"):

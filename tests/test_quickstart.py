@@ -1,4 +1,4 @@
-"""The quickstart: its command line from beginning to end at a tiny size, and the fairness of its comparison."""
+"""The quickstart: its complete command line at a tiny size, and the fairness of its comparison."""
 
 import os
 import re
@@ -17,7 +17,7 @@ OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 
 
 def python(*arguments, cwd: Path) -> str:
-    """Standard output of a fresh Python."""
+    """Return the standard output of a fresh Python."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=cwd, env=OFFLINE, capture_output=True, encoding="utf-8"
     )
@@ -27,7 +27,7 @@ def python(*arguments, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> tuple[Path, str]:
-    """Folder and printed text of a quick run, over what an interrupted one may have left."""
+    """Return the folder and output of a quick run that starts over the remains of an interrupted one."""
     folder = tmp_path_factory.mktemp("quickstart")
     left = folder / "out" / "model"
     left.mkdir(parents=True)
@@ -42,7 +42,7 @@ def printed_row(text: str, label: str) -> list[float]:
     return [float(cell.strip().rstrip("%").replace(",", "")) for cell in line.split("│")[2:-1]]
 
 
-def test_prints_the_comparison(quick):
+def test_quickstart_prints_the_comparison(quick):
     _, text = quick
     without, with_memory, difference = printed_row(text, "held-out loss")
     assert 4 < with_memory < 7 and 4 < without < 7
@@ -53,14 +53,14 @@ def test_prints_the_comparison(quick):
     assert re.search(r"512 token ids -> \d+ compressed ids", text)
 
 
-def test_prints_what_a_fresh_process_generated(quick):
+def test_quickstart_prints_the_output_of_a_fresh_process(quick):
     _, text = quick
     prompt = "class Reader:\n    def __init__(self, stream, encoding=None):\n        self."
     start = text.index(prompt) + len(prompt)
     assert text[start : text.index("4. Which tokens")].strip()
 
 
-def test_saves_what_it_says(quick):
+def test_quickstart_saves_the_files_it_lists(quick):
     folder, text = quick
     for name in ("model", "gates.png"):
         assert str(Path("out", name)) in text
@@ -71,7 +71,7 @@ def test_saves_what_it_says(quick):
     assert re.search(r"elapsed +\d+\.\d s", text)
 
 
-def test_draws_a_gate_for_every_token(quick):
+def test_quickstart_draws_a_gate_for_every_token(quick):
     _, text = quick
     for layer in (1, 2):
         start = text.index(f"layer {layer}")
@@ -81,7 +81,7 @@ def test_draws_a_gate_for_every_token(quick):
         assert all(0 < float(gate) < 1 for gate in re.findall(r"\d\.\d\d", widest))
 
 
-def test_help_does_not_wait_for_torch(tmp_path):
+def test_quickstart_help_imports_no_torch(tmp_path):
     program = (
         "import runpy, sys; sys.argv[1:] = ['--help']\n"
         f"try: runpy.run_path({str(EXAMPLES / 'quickstart.py')!r}, run_name='__main__')\n"
@@ -90,7 +90,7 @@ def test_help_does_not_wait_for_torch(tmp_path):
     assert "--quick" in python("-c", program, cwd=tmp_path)
 
 
-def test_refuses_a_run_without_steps(tmp_path):
+def test_quickstart_refuses_a_run_without_steps(tmp_path):
     done = subprocess.run(
         [sys.executable, EXAMPLES / "quickstart.py", "--steps", "0"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -112,7 +112,7 @@ def sources(twin_models):
     return twin_models[1].read_sources()
 
 
-def test_twins_use_the_same_parameters(twin_models, sources):
+def test_twins_have_the_same_backbone_parameters(twin_models, sources):
     models, text = twin_models
     size = models.Size()
     tokenizer = text.train_tokenizer(sources[0][:60], size.vocab_size)
@@ -149,7 +149,7 @@ def test_twins_see_the_same_data(twin_models, sources, tmp_path):
     assert orders[0] == orders[1] and len(set(orders[0])) >= size.steps * size.batch
 
 
-def test_blocks_are_the_text_in_an_order_of_the_seed(twin_models, sources):
+def test_blocks_are_a_seeded_permutation_of_the_text(twin_models, sources):
     _, text = twin_models
     tokenizer = text.train_tokenizer(sources[0][:10], 300)
     first, same, other = (text.token_blocks(tokenizer, sources[0][:10], 16, seed) for seed in (0, 0, 1))
@@ -162,5 +162,5 @@ def test_blocks_are_the_text_in_an_order_of_the_seed(twin_models, sources):
 def test_held_out_files_are_not_trained_on(sources):
     train, held_out = sources
     assert len(train) > 5 * len(held_out) > 0
-    # The standard library repeats itself only in empty packages.
+    # Only empty packages of the standard library repeat each other.
     assert not {text for text in train if len(text) > 500} & set(held_out)

@@ -1,4 +1,4 @@
-"""The README is short, and what it shows was really printed."""
+"""The README is short, and the outputs it shows were printed by its code."""
 
 import importlib
 import re
@@ -22,8 +22,8 @@ def test_prose_check_finds_words_and_a_long_readme(tmp_path, monkeypatch):
     assert [line.split(":")[:2] for line in check_prose.complaints(page)] == [["README.md", "1"]]
 
 
-def test_readme_prints_what_it_shows(monkeypatch, capsys):
-    """The demo model, from a checkout; its remote code is the code of the package."""
+def test_readme_example_prints_the_shown_output(monkeypatch, capsys):
+    """The demo model runs from a checkout; its remote code is the code of the package."""
     monkeypatch.chdir(ROOT)
     code, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", "\n".join(LINES), re.DOTALL).groups()
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
