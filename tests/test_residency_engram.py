@@ -1,4 +1,4 @@
-"""A model's tables, wherever they live: the same logits, and nothing of them where it should not be."""
+"""The residency of a model's tables: the logits are always equal, and tables take no memory where they should not."""
 
 import copy
 import gc
@@ -25,7 +25,7 @@ from engram_hf.table_format_engram import choose_residency, free_host_memory
 
 @pytest.mark.parametrize("residency", ["auto", "resident", "mapped"])
 @pytest.mark.parametrize("folder", [1, 2], ids=["plain", "mapped"])
-def test_residency_never_changes_a_value(saved_tables, folder, residency):
+def test_residency_keeps_the_logits(saved_tables, folder, residency):
     model, info = EngramForCausalLM.from_pretrained(
         saved_tables[folder], engram_residency=residency, output_loading_info=True
     )
@@ -42,7 +42,7 @@ def test_residency_never_changes_a_value(saved_tables, folder, residency):
 
 @pytest.mark.parametrize("residency", ["resident", "mapped"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_dtypes_give_the_same_rows(saved_tables, residency, dtype):
+def test_other_table_dtypes_give_the_same_rows(saved_tables, residency, dtype):
     _, plain, mapped = saved_tables
     models = [
         EngramForCausalLM.from_pretrained(plain, dtype=dtype, engram_residency="resident"),
@@ -55,12 +55,12 @@ def test_other_dtypes_give_the_same_rows(saved_tables, residency, dtype):
 
 
 @pytest.mark.parametrize("options", [{"device_map": "auto"}, {"device_map": {"": "cpu"}}, {"dtype": "auto"}], ids=str)
-def test_loading_options(saved_tables, options):
+def test_residency_with_other_loading_options(saved_tables, options):
     model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped", **options)
     assert torch.equal(logits(model), logits(saved_tables[0]))
 
 
-def test_the_auto_class_and_the_bare_model(saved_tables):
+def test_residency_of_the_auto_class_and_the_base_model(saved_tables):
     model, _, folder = saved_tables
     loaded = AutoModelForCausalLM.from_pretrained(folder, engram_residency="mapped")
     assert torch.equal(logits(loaded), logits(model))
@@ -69,7 +69,7 @@ def test_the_auto_class_and_the_bare_model(saved_tables):
         assert torch.equal(bare(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
 
 
-def test_generation_is_the_same(saved_tables):
+def test_residency_keeps_the_generated_tokens(saved_tables):
     model, _, folder = saved_tables
     mapped = EngramForCausalLM.from_pretrained(folder, engram_residency="mapped")
     for options in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
@@ -77,7 +77,7 @@ def test_generation_is_the_same(saved_tables):
         assert torch.equal(*texts)
 
 
-def test_moving_and_copying_leave_a_mapped_table_where_it_is(saved_tables):
+def test_moving_and_copying_a_model_leave_its_mapped_tables_in_place(saved_tables):
     model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
     expected = logits(saved_tables[0])
     sources = [memory.table.source for memory in model.model.memories().values()]
@@ -87,14 +87,14 @@ def test_moving_and_copying_leave_a_mapped_table_where_it_is(saved_tables):
     assert torch.equal(logits(twin), expected)
     message = pickle.dumps(twin)
     assert torch.equal(logits(pickle.loads(message)), expected)
-    # The message has the paths in it, not the rows.
+    # The pickle contains the paths, not the rows.
     rows = sources[0].parts[0].weight[:8].numpy().tobytes()
     assert rows in pickle.dumps(saved_tables[0])
     assert rows not in message
 
 
 @pytest.mark.slow
-def test_a_compiled_backbone(saved_tables):
+def test_compiled_model_reads_mapped_tables(saved_tables):
     model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
     model.model.compile(backend="eager")
     for when in ("never", "always"):
@@ -102,7 +102,7 @@ def test_a_compiled_backbone(saved_tables):
         assert torch.equal(logits(model), logits(saved_tables[0]))
 
 
-def test_backpropagation_passes_a_mapped_table(saved_tables):
+def test_backward_skips_a_mapped_table(saved_tables):
     model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped").train()
     reference = copy.deepcopy(saved_tables[0]).train()
     model.gradient_checkpointing_enable()
@@ -115,7 +115,7 @@ def test_backpropagation_passes_a_mapped_table(saved_tables):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes(tmp_path, method):
+def test_mapped_model_in_another_process(tmp_path, method):
     build("qwen3", engram_head_dim=32).save_pretrained(tmp_path)
     model = EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped")
     model.model.prefetcher.when = "always"
@@ -129,13 +129,13 @@ def test_other_processes(tmp_path, method):
     torch.testing.assert_close(found, expected)
 
 
-def test_pinned_memory_needs_a_gpu(saved_tables):
+def test_pinned_residency_needs_a_gpu(saved_tables):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="there is none; use 'mapped'"):
             EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="pinned")
 
 
-def test_a_driver_may_refuse_to_lock_pages(saved_tables, monkeypatch):
+def test_pinned_residency_reports_a_driver_that_refuses(saved_tables, monkeypatch):
     driver = Driver()
     monkeypatch.setattr(driver, "cudaHostRegister", lambda address, size, flags: 2)
     monkeypatch.setattr(row_sources_engram, "_forget_error", lambda: None)
@@ -145,7 +145,7 @@ def test_a_driver_may_refuse_to_lock_pages(saved_tables, monkeypatch):
         EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="pinned", device_map="cpu")
 
 
-def test_the_host_reads_pinned_tables_as_well(saved_tables, monkeypatch):
+def test_host_reads_pinned_tables(saved_tables, monkeypatch):
     driver = Driver()
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -162,8 +162,10 @@ def test_the_host_reads_pinned_tables_as_well(saved_tables, monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["always", "never"])
-def test_a_default_device_is_not_where_rows_go(saved_tables, when):
-    """As with `torch.set_default_device("cuda")`; a device without memory shows what is made there by mistake."""
+def test_default_device_does_not_receive_rows(saved_tables, when):
+    """`torch.set_default_device("cuda")` is the usual case; a device without memory reveals tensors created there by
+    mistake.
+    """
     model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
     model.model.prefetcher.when = when
     with torch.device("meta"):
@@ -173,7 +175,7 @@ def test_a_default_device_is_not_where_rows_go(saved_tables, when):
     assert rows.device.type == "cpu"
 
 
-def test_auto_says_what_it_chose(library_log):
+def test_auto_residency_reports_its_choice(library_log):
     gigabyte = 1 << 30
     assert choose_residency(gigabyte, 8 * gigabyte, None) == "resident"
     assert choose_residency(3 * gigabyte, 8 * gigabyte, None) == "mapped"
@@ -184,7 +186,7 @@ def test_auto_says_what_it_chose(library_log):
     assert "Memory tables of 106.3 GB are mapped, not parameters" in "\n".join(library_log)
 
 
-def test_auto_takes_a_quarter_of_max_memory(tmp_path):
+def test_auto_residency_uses_a_quarter_of_max_memory(tmp_path):
     """The whole model would fit into `max_memory`."""
     model = build("qwen3", engram_vocab_size=2_000)
     model.save_pretrained(tmp_path)
@@ -210,13 +212,13 @@ def test_auto_takes_a_quarter_of_max_memory(tmp_path):
         ({"model": 0, "lm_head": "cuda:3", "a": "cpu", "b": "disk"}, {0, 3}),
     ],
 )
-def test_auto_looks_at_the_gpus_that_a_device_map_uses(device_map, gpus):
+def test_auto_residency_considers_the_gpus_of_a_device_map(device_map, gpus):
     assert gpus_of(device_map, count=4, current=1) == gpus
 
 
 @pytest.mark.parametrize("has_psutil", [True, False])
 def test_free_memory_is_that_of_the_machine_or_its_container(monkeypatch, has_psutil):
-    if not has_psutil:  # it comes with accelerate, which a model's code does without
+    if not has_psutil:  # psutil comes with accelerate; the remote code of a model works without it.
         monkeypatch.setattr(table_format_engram, "psutil", None)
     free = free_host_memory()
     (total,) = re.findall(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
@@ -226,7 +228,8 @@ def test_free_memory_is_that_of_the_machine_or_its_container(monkeypatch, has_ps
 IN_USE = {"memory.current": "4000\n", "memory.stat": "anon 90\ninactive_file 700\nactive_file 80\n"}
 IN_USE_V1 = {
     "memory/memory.usage_in_bytes": "4000\n",
-    "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 700\ntotal_unevictable 2\n",  # of groups below, too
+    # The limits of parent groups count, too.
+    "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 700\ntotal_unevictable 2\n",
 }
 
 
@@ -237,13 +240,13 @@ IN_USE_V1 = {
         (IN_USE, 8000 * 1024),
         ({**IN_USE, "memory.max": "max\n"}, 8000 * 1024),
         ({**IN_USE, "memory.max": "5000\n"}, 1700),
-        ({**IN_USE, "memory.max": "3000\n"}, 0),  # it was lowered
+        ({**IN_USE, "memory.max": "3000\n"}, 0),  # The limit was lowered.
         ({**IN_USE, "memory.max": "90000000\n"}, 8000 * 1024),
         ({**IN_USE_V1, "memory/memory.limit_in_bytes": "5000\n"}, 1700),
     ],
 )
 def test_free_memory_of_a_container(tmp_path, monkeypatch, group, free):
-    """Both versions of control groups, in a file system that has its root elsewhere."""
+    """Both versions of control groups are read, in a file system whose root is elsewhere."""
     for name, text in group.items():
         name = f"sys/fs/cgroup/{name}"
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +256,7 @@ def test_free_memory_of_a_container(tmp_path, monkeypatch, group, free):
     assert free_host_memory() == free
 
 
-# --- tables and model that do not belong together ---------------------------------------------------------------------
+# --- tables that do not belong to the model --------------------------------------------------------------------------
 
 
 def change_json(path: Path, change) -> None:
@@ -263,14 +266,14 @@ def change_json(path: Path, change) -> None:
 
 
 @pytest.mark.parametrize("residency", ["mapped", "resident"])
-def test_a_layer_without_table(saved_tables, tmp_path, residency):
+def test_layer_without_a_table_is_refused(saved_tables, tmp_path, residency):
     shutil.copytree(saved_tables[2], tmp_path, dirs_exist_ok=True)
     change_json(tmp_path / "engram_tables.json", lambda manifest: manifest["tables"].pop("2"))
     with pytest.raises(ValueError, match="no table for layer 2"):
         EngramForCausalLM.from_pretrained(tmp_path, engram_residency=residency)
 
 
-def test_a_table_of_another_shape_dtype_or_hash(saved_tables, tmp_path):
+def test_table_of_another_shape_dtype_or_hash_is_refused(saved_tables, tmp_path):
     other = build("qwen3", engram_table_dtype=None, engram_head_dim=64)
     other.save_pretrained(tmp_path / "wide")
     seeded = build(
@@ -297,7 +300,7 @@ def test_a_table_of_another_shape_dtype_or_hash(saved_tables, tmp_path):
             EngramForCausalLM.from_pretrained(tmp_path / name, engram_residency="mapped")
 
 
-def test_asking_for_what_there_is_not(saved_tables, tmp_path):
+def test_residency_that_cannot_apply_is_refused(saved_tables, tmp_path):
     with pytest.raises(ValueError, match="must be one of 'auto', 'resident', 'mapped', 'pinned'"):
         EngramForCausalLM.from_pretrained(saved_tables[1], engram_residency="disk")
     saved_tables[0].config.save_pretrained(tmp_path)
@@ -313,8 +316,8 @@ def test_asking_for_what_there_is_not(saved_tables, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["nowhere", "no/where/at/all", "folder", "config.json", ""])
-def test_from_pretrained_of_no_model_raises_an_os_error(saved_tables, tmp_path, monkeypatch, place):
-    """As of every model of transformers; weights without a config would be given the one of a model of many gigabytes."""
+def test_from_pretrained_of_a_folder_without_config_raises_an_os_error(saved_tables, tmp_path, monkeypatch, place):
+    """Every model of transformers raises it; weights without a config would get the default config of many gigabytes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     shutil.copy(saved_tables[1] / "model.safetensors", tmp_path / "folder")

@@ -1,4 +1,4 @@
-"""Saving a model whose tables are no parameters: linked, written once, never lost."""
+"""Saving a model whose tables are not parameters: they are linked, written once, and never lost."""
 
 import copy
 import json
@@ -26,13 +26,13 @@ from engram_hf.table_format_engram import MANIFEST_NAME, read_tables
 
 
 def save_only_tables(model, folder: str | os.PathLike) -> None:
-    """As `save_pretrained` does, without weights."""
+    """Save like `save_pretrained`, without weights."""
     with ClaimedFolderWriter(folder) as writer:
         save_tables(model.model, writer.path)
         complete_save(model.model, writer)
 
 
-def test_saving_a_mapped_table_links_it(saved_tables, tmp_path):
+def test_save_pretrained_links_a_mapped_table(saved_tables, tmp_path):
     tmp_path, elsewhere = tmp_path / "saved_tables", tmp_path / "moved"
     model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
     model.save_pretrained(tmp_path)
@@ -46,14 +46,14 @@ def test_saving_a_mapped_table_links_it(saved_tables, tmp_path):
     shutil.rmtree(tmp_path)
     moved = EngramForCausalLM.from_pretrained(elsewhere, engram_residency="mapped")
     assert torch.equal(logits(moved), logits(saved_tables[0]))
-    # The open files outlive their names.
+    # The open files remain readable after their names are removed.
     assert torch.equal(logits(model), logits(saved_tables[0]))
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path)), logits(saved_tables[0]))
 
 
-def test_a_saved_folder_protects_what_it_shares(saved_tables):
-    """`cp -r other/. saved/` by an ordinary user does not change the source of the saved folder."""
+def test_saved_folder_protects_the_files_it_shares(saved_tables):
+    """Copying over it with `cp -r other/. saved/` as an ordinary user does not change the source of the saved folder."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         root.chmod(0o755)
@@ -64,19 +64,20 @@ def test_a_saved_folder_protects_what_it_shares(saved_tables):
             data = path.read_bytes()
             path.write_bytes(data[:-64] + bytes(64))
         EngramForCausalLM.from_pretrained(source, engram_residency="mapped").save_pretrained(root / "saved")
-        owner = 65534 if os.geteuid() == 0 else os.geteuid()  # rights do not bind the system's administrator
+        owner = 65534 if os.geteuid() == 0 else os.geteuid()  # Permissions do not restrict root.
         (root / "other").chmod(0o755)
         if os.geteuid() == 0:
             for path in [root / "saved", *root.glob("s*/*")]:
                 os.chown(path, owner, -1)
         options = {"user": owner} if os.geteuid() == 0 else {}
         copied = subprocess.run(["cp", "-r", "other/.", "saved/"], cwd=root, capture_output=True, text=True, **options)
-        assert copied.stderr.count("Permission denied") in (0, 2)  # none where the file system shares blocks
+        # No file is read-only where the file system shares blocks.
+        assert copied.stderr.count("Permission denied") in (0, 2)
         assert {path.name: path.read_bytes() for path in source.iterdir()} == content
 
 
-def test_no_save_writes_a_table_that_an_earlier_one_wrote(saved_tables, tmp_path):
-    """Out of a file with other weights in it, or a file that is gone since, it is written once, and linked from then on."""
+def test_save_pretrained_links_a_table_that_it_wrote_before(saved_tables, tmp_path):
+    """A table from a file with other weights, or from a deleted file, is written once, and linked from then on."""
 
     def inodes(folder: Path) -> dict[str, int]:
         return {path.name: path.stat().st_ino for path in folder.glob("engram-layer-*")}
@@ -91,7 +92,7 @@ def test_no_save_writes_a_table_that_an_earlier_one_wrote(saved_tables, tmp_path
         shutil.rmtree(tmp_path / "first", ignore_errors=True)
     assert inodes(tmp_path / "third") == inodes(tmp_path / "fourth") == inodes(tmp_path / "second")
     assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path / "fourth")), logits(saved_tables[0]))
-    # What took the place of a save is no copy of these rows.
+    # The file that replaced a save is not a copy of these rows.
     other = EngramForCausalLM.from_pretrained(saved_tables[1], engram_residency="mapped")
     for save in (lambda: other.save_pretrained(tmp_path / "fifth"), lambda: model.save_pretrained(tmp_path / "fifth")):
         save()
@@ -105,8 +106,8 @@ def test_no_save_writes_a_table_that_an_earlier_one_wrote(saved_tables, tmp_path
     assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path / "sixth")), logits(saved_tables[0]))
 
 
-def test_an_upload_needs_no_room_for_tables(saved_tables):
-    """Its temporary folder may be on a file system where no hard link leads, and which is small."""
+def test_push_to_hub_needs_no_space_for_tables(saved_tables):
+    """Its temporary folder may be small and on a file system that hard links cannot reach."""
     model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         with tables_by_reference():
@@ -121,13 +122,13 @@ def test_an_upload_needs_no_room_for_tables(saved_tables):
             [path.stat().st_ino for path in sorted(Path(folder, name).glob("engram-layer-*"))]
             for name in ("first", "second")
         ]
-        assert inodes[0] == inodes[1] != []  # from another file system, they are copied once
+        assert inodes[0] == inodes[1] != []  # From another file system, the tables are copied once.
         save_only_tables(model, Path(folder, "kept"))
         assert not any(path.is_symlink() for path in Path(folder, "kept").iterdir())
 
 
-def test_files_that_describe_nothing_are_described_by_the_manifest(saved_tables, tmp_path):
-    """As shards of a release may lie beside a model."""
+def test_manifest_describes_files_without_a_description(saved_tables, tmp_path):
+    """Shards of a release may lie beside a model in this form."""
     from test_table_format import METADATA_KEY, edit_header
 
     shutil.copytree(saved_tables[2], tmp_path / "undescribed")
@@ -145,8 +146,8 @@ def test_files_that_describe_nothing_are_described_by_the_manifest(saved_tables,
         assert path.samefile(tmp_path / "undescribed" / path.name)
 
 
-def test_an_upload_refers_to_what_was_saved_before(saved_tables, tmp_path):
-    """If its own files have other weights in them, too."""
+def test_push_to_hub_refers_to_tables_that_were_saved_before(saved_tables, tmp_path):
+    """This also holds if its own files contain other weights."""
     model = EngramForCausalLM.from_pretrained(saved_tables[1], engram_residency="mapped")
     save_only_tables(model, tmp_path)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
@@ -157,7 +158,7 @@ def test_an_upload_refers_to_what_was_saved_before(saved_tables, tmp_path):
         assert all(Path(folder, name).samefile(tmp_path / name) for name in names)
 
 
-def test_a_relative_path_is_kept_wherever_the_process_goes(saved_tables, tmp_path, monkeypatch):
+def test_relative_path_of_a_table_survives_a_change_of_folder(saved_tables, tmp_path, monkeypatch):
     monkeypatch.chdir(saved_tables[2].parent)
     model = EngramForCausalLM.from_pretrained(saved_tables[2].name, engram_residency="mapped")
     monkeypatch.chdir(tmp_path)
@@ -168,8 +169,8 @@ def test_a_relative_path_is_kept_wherever_the_process_goes(saved_tables, tmp_pat
 
 
 @pytest.mark.parametrize("residency", ["auto", "resident", "mapped"])
-def test_tables_among_the_weights_come_before_an_older_manifest(saved_tables, tmp_path, residency):
-    """As after `push_to_hub` of a model that was mapped, and then of one that was trained: uploads delete nothing."""
+def test_tables_among_the_weights_take_precedence_over_an_older_manifest(saved_tables, tmp_path, residency):
+    """`push_to_hub` of a mapped model, then of a trained one, leaves both: uploads delete nothing."""
     trained = copy.deepcopy(saved_tables[0])
     with torch.no_grad():
         for memory in trained.model.memories().values():
@@ -192,8 +193,8 @@ def test_only_the_first_process_saves_tables(saved_tables, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mapped_model_gets_more_tokens(saved_tables, tmp_path):
-    """Its tables were written for ids as they are, and say so; the model has a map from now on, which keeps them."""
+def test_resizing_embeddings_of_a_mapped_model_keeps_its_ids(saved_tables, tmp_path):
+    """Its tables record the ids they were written for; the model gets a token map that keeps these ids."""
     model = EngramForCausalLM.from_pretrained(saved_tables[2], engram_residency="mapped")
     assert model.config.engram_compressed_vocab_size is None
     model.resize_token_embeddings(model.config.vocab_size + 12)
@@ -203,7 +204,7 @@ def test_a_mapped_model_gets_more_tokens(saved_tables, tmp_path):
         assert torch.equal(logits(loaded), logits(model))
 
 
-def test_saving_in_place_and_over_another_kind(saved_tables, tmp_path):
+def test_saving_in_place_and_over_another_residency(saved_tables, tmp_path):
     shutil.copytree(saved_tables[2], tmp_path, dirs_exist_ok=True)
     inodes = {path.name: path.stat().st_ino for path in tmp_path.glob("engram-layer-*")}
     for residency, has_files in (("mapped", True), ("resident", False), ("mapped", True)):
@@ -216,17 +217,17 @@ def test_saving_in_place_and_over_another_kind(saved_tables, tmp_path):
         assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path)), logits(saved_tables[0]))
 
 
-def test_a_save_that_fails_loses_no_table(saved_tables, tmp_path):
-    """The only copy of a resident table are the files it was loaded from, until the weights were written."""
+def test_failed_save_loses_no_table(saved_tables, tmp_path):
+    """Until the weights are written, the files it was loaded from are the only copy of a resident table."""
     shutil.copytree(saved_tables[2], tmp_path, dirs_exist_ok=True)
     model = EngramForCausalLM.from_pretrained(tmp_path, engram_residency="resident")
-    model.generation_config.temperature = 0.5  # without sampling: refused
+    model.generation_config.temperature = 0.5  # These settings without sampling are refused.
     with pytest.raises(ValueError, match="temperature"):
         model.save_pretrained(tmp_path)
     assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path)), logits(saved_tables[0]))
 
 
-def test_a_table_that_changed_is_not_passed_on(saved_tables, tmp_path):
+def test_table_that_changed_is_not_linked(saved_tables, tmp_path):
     source = shutil.copytree(saved_tables[2], tmp_path / "source")
     model = EngramForCausalLM.from_pretrained(source, engram_residency="mapped")
     os.truncate(source / "engram-layer-00002.safetensors", 5000)
@@ -237,8 +238,8 @@ def test_a_table_that_changed_is_not_passed_on(saved_tables, tmp_path):
     assert not (tmp_path / "target" / "engram_tables.json").exists()
 
 
-def test_checkpoints_of_training_beside_a_mapped_table(saved_tables, tmp_path):
-    """A checkpoint has what was trained and links to the tables, and training resumes from it."""
+def test_trainer_checkpoints_of_a_model_with_mapped_tables(saved_tables, tmp_path):
+    """A checkpoint contains the trained weights and links to the tables, and training resumes from it."""
     data = [{"input_ids": row, "labels": row} for row in random_ids(8, 6)]
 
     def train(resume: bool = False, steps: int = 4) -> EngramForCausalLM:
@@ -267,7 +268,7 @@ def test_checkpoints_of_training_beside_a_mapped_table(saved_tables, tmp_path):
 
 
 @pytest.mark.parametrize("spelling", ["compressed-tensors", "ModelOpt"])
-def test_four_bit_floats_among_the_weights_as_others_name_them(tmp_path, spelling):
+def test_four_bit_floats_among_the_weights_under_other_libraries_names(tmp_path, spelling):
     model = build("qwen3", engram_table_dtype="nvfp4", engram_head_dim=32)
     for memory in model.model.memories().values():
         memory.table.reset_parameters(1.0)

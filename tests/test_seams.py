@@ -1,4 +1,4 @@
-"""`docs/seams.md` against the libraries and against our files: each seam is as we use it, and no seam is left out."""
+"""`docs/seams.md` agrees with the libraries and with our files: each seam exists as we use it, and none is missing."""
 
 import inspect
 import re
@@ -20,19 +20,19 @@ class Seam(NamedTuple):
     """One name of the page."""
 
     row: str
-    path: str  # dotted; of a module if `member` is given
-    member: str | None  # what occurs in the module's source
+    path: str  # This name is dotted; it is a module's if `member` is given.
+    member: str | None  # This text occurs in the module's source.
     parameters: tuple[str, ...]
     files: tuple[str, ...]
 
     @property
     def last_name(self) -> str:
-        """The name as our files write it."""
+        """Return the name as our files spell it."""
         return self.member or self.path.rpartition(".")[2]
 
 
 def rows_of_page(columns: int) -> list[list[str]]:
-    """Cells of all tables with this many columns, without heads."""
+    """Return the cells of all tables with this number of columns, without headings."""
     lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     heads = ("seam", "behaviour", "---")
@@ -40,7 +40,7 @@ def rows_of_page(columns: int) -> list[list[str]]:
 
 
 def read_seams() -> list[Seam]:
-    """Every name of the page."""
+    """Return every name of the page."""
     seams = []
     for row, names, files, *_ in rows_of_page(6):
         for path, member, parameters in NAME.findall(names):
@@ -63,15 +63,15 @@ def name_of(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def used() -> dict[str, set[str]]:
-    """By file, the names that are a host's and not promised."""
+    """Return, by file, the names that belong to a host and are not public."""
     defined = set().union(*(seam_scan.names_defined(seam_scan.parse(path)) for path in our_files()))
     hosts = seam_scan.private_names_of_hosts()
     return {name_of(path): seam_scan.seams_in(path, defined, hosts) for path in our_files()}
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: f"{seam.row}: {seam.last_name}")
-def test_the_host_still_has_it(seam):
-    """Under this name, and with the parameters that are passed."""
+def test_host_still_has_each_seam(seam):
+    """The name exists and has the parameters that we pass."""
     if seam.member is not None:
         target = seam_scan.resolve(seam.path)
         assert re.search(rf"\b\w*{seam.member}\b", inspect.getsource(target)), f"{seam.path} has no {seam.member}"
@@ -83,27 +83,27 @@ def test_the_host_still_has_it(seam):
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: f"{seam.row}: {seam.last_name}")
-def test_the_files_named_still_use_it(seam, used):
-    """A name that no file of its row uses is to be taken from the page."""
+def test_files_of_a_row_still_use_the_seam(seam, used):
+    """A name that no file of its row uses should be removed from the page."""
     for name in seam.files:
         assert (ROOT / f"{name}.py").is_file(), f"{PAGE.name} names {name}, which is no file"
     assert any(seam.last_name in _words(ROOT / f"{name}.py") for name in seam.files), f"{seam.last_name} is not used"
 
 
 @pytest.mark.parametrize("path", our_files(), ids=name_of)
-def test_every_seam_of_a_file_is_listed(path, used):
+def test_every_seam_of_a_file_is_on_the_page(path, used):
     listed = {seam.last_name for seam in SEAMS if name_of(path) in seam.files}
     assert used[name_of(path)] - listed == set(), f"list these in {PAGE.name}, or use something public"
 
 
-def test_every_row_says_why_and_what_breaks():
+def test_every_row_has_a_reason_and_a_consequence():
     rows = rows_of_page(6)
     assert len(rows) > 5 and all(all(row) for row in rows)
     assert len({row[0] for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("row", rows_of_page(3), ids=lambda row: row[0])
-def test_behaviour_has_a_test(row):
+def test_every_relied_on_behaviour_has_a_test(row):
     (test,) = re.findall(r"`(tests/[\w/]+\.py)(?:::\w+)?`", row[2])
     assert "def test_" in (ROOT / test).read_text(encoding="utf-8")
 
@@ -112,8 +112,8 @@ def _words(path: Path) -> set[str]:
     return set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
 
 
-def test_the_scan_sees_what_it_should(tmp_path):
-    """Private attributes, overrides, strings, and imports that a library does not export."""
+def test_seam_scan_finds_every_kind_of_seam(tmp_path):
+    """It must find private attributes, overrides, strings, and imports that a library does not export."""
     path = tmp_path / "sample.py"
     path.write_text(
         "from transformers import PreTrainedModel\n"

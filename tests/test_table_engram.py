@@ -1,4 +1,4 @@
-"""One table of every dtype: its rows, their numbers, and what becomes of them when it is moved or trained."""
+"""One table of every dtype: its rows, their numbers, and the effect of moving and training it."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ DTYPES = [*SOME_DTYPES, *OTHER_DTYPES]
 
 
 def make_table(table_dtype: str | None, dtype: torch.dtype = torch.float32) -> tuple[EngramTable, torch.Tensor]:
-    """A table, and its rows as float32 numbers."""
+    """Return a table, and its rows as float32 numbers."""
     rows = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
     table = EngramTable(ROWS, WIDTH, table_dtype, dtype=dtype)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def decoded(values, scale, global_scale=None, width=WIDTH) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("table_dtype", DTYPES)
-def test_rows_lie_side_by_side(table_dtype, dtype):
+def test_rows_are_stored_contiguously(table_dtype, dtype):
     table, rows = make_table(table_dtype, dtype)
     ids = torch.randint(0, ROWS, (2, 5, 3))
     found = table(ids, dtype=dtype)
@@ -45,7 +45,7 @@ def test_rows_lie_side_by_side(table_dtype, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_float_rows_are_trained_and_others_are_not(dtype):
+def test_only_float_rows_are_trainable(dtype):
     table, _ = make_table(None, dtype)
     ids = torch.tensor([[3, 3], [7, 0]])
     table(ids).sum().backward()
@@ -56,8 +56,8 @@ def test_float_rows_are_trained_and_others_are_not(dtype):
         assert not any(parameter.requires_grad for parameter in make_table(quantized)[0].parameters())
 
 
-def test_rows_are_float32_unless_asked_otherwise():
-    """Whatever is the default while a model is built."""
+def test_rows_are_float32_unless_requested_otherwise():
+    """They do not depend on the default dtype at the time the model is built."""
     table, rows = make_table("int8")
     torch.set_default_dtype(torch.float64)
     try:
@@ -69,10 +69,10 @@ def test_rows_are_float32_unless_asked_otherwise():
 
 
 def test_every_float8_number_times_every_scale():
-    """The fast way on the CPU, against the definition; and where it does not apply, too."""
+    """The fast path on the CPU equals the definition, and is not used where it does not apply."""
     numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     exponents = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu)
-    values = numbers.view(torch.uint8).repeat(256, 1).view(torch.float8_e4m3fn)  # row r has scale r
+    values = numbers.view(torch.uint8).repeat(256, 1).view(torch.float8_e4m3fn)  # Row r has scale r.
     table = EngramTable(256, 256, "float8_e4m3fn")
     scale = exponents.view(torch.uint8).unsqueeze(1).repeat(1, 8).view(torch.float8_e8m0fnu)
     for nan_free in (True, False):
@@ -89,8 +89,9 @@ def test_every_float8_number_times_every_scale():
                 assert torch.equal(found.nan_to_num(7.0), expected[row : row + 1].nan_to_num(7.0)), (row, dtype)
 
 
-def test_flushed_subnormal_numbers_do_not_change_rows():
-    values = torch.arange(1, 33, dtype=torch.uint8).view(1, 32).view(torch.float8_e4m3fn)  # seven of them subnormal
+def test_flushing_subnormal_numbers_changes_no_rows():
+    # Seven of them are subnormal.
+    values = torch.arange(1, 33, dtype=torch.uint8).view(1, 32).view(torch.float8_e4m3fn)
     scale = torch.full((1, 1), 127, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     table = EngramTable(1, 32, "float8_e4m3fn")
     with torch.no_grad():
@@ -104,7 +105,7 @@ def test_flushed_subnormal_numbers_do_not_change_rows():
     assert torch.equal(found, dequantize_rows(values, scale, torch.bfloat16))
 
 
-def test_quantizing_follows_the_releases_rule():
+def test_quantizing_follows_the_rule_of_the_release():
     rows = torch.randn(300, 64) * torch.logspace(-8, 4, 300).unsqueeze(1)
     assert torch.equal(dequantize_rows(*quantize_rows(rows, "float8_e4m3fn")), round_fp8(rows))
     values, scale = quantize_rows(rows, "int8")
@@ -123,7 +124,7 @@ def test_quantizing_follows_the_releases_rule():
 
 
 @pytest.mark.parametrize("table_dtype", DTYPES)
-def test_rows_that_do_not_exist(table_dtype):
+def test_rows_beyond_the_table_are_refused(table_dtype):
     table, _ = make_table(table_dtype)
     for wrong in (ROWS, -1):
         with pytest.raises(ValueError, match=f"Row {wrong} was asked for, but the table has rows 0..{ROWS - 1}"):
@@ -132,21 +133,21 @@ def test_rows_that_do_not_exist(table_dtype):
 
 
 @pytest.mark.parametrize("table_dtype", DTYPES[1:])
-def test_a_quantized_table_keeps_its_dtypes(table_dtype):
+def test_quantized_table_keeps_its_dtypes(table_dtype):
     table, _ = make_table(table_dtype)
     before = table.weight.dtype, table.scale.dtype
     assert (table.bfloat16().weight.dtype, table.scale.dtype) == before
     assert table.to("meta").weight.device.type == table.scale.device.type == "meta"
 
 
-def test_a_float_table_goes_along_with_the_models_dtype():
+def test_float_table_follows_the_dtype_of_the_model():
     table, rows = make_table(None)
     assert table.bfloat16().weight.dtype == torch.bfloat16
     assert torch.equal(table(torch.tensor([[3, 5]])), rows[[3, 5]].view(1, -1).bfloat16())
 
 
 @pytest.mark.parametrize("table_dtype", DTYPES)
-def test_a_new_table_holds_noise_of_the_asked_size(table_dtype):
+def test_new_table_has_noise_of_the_given_scale(table_dtype):
     table = EngramTable(3000, 64, table_dtype)
     table.reset_parameters(0.5)
     rows = table(torch.arange(3000).unsqueeze(1), dtype=torch.float32).detach()

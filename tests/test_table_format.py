@@ -1,4 +1,4 @@
-"""The table format: what is written can be read by others and by us, and nothing damaged is ever read."""
+"""The table format: other readers and ours read what is written, and damaged files are never read."""
 
 import contextlib
 import copy
@@ -68,7 +68,7 @@ def hasher() -> NgramHasher:
         max_ngram=3,
         bucket_counts=[11, 13],
         heads=2,
-        vocab_size=64,  # four ids more than the tokenizer has
+        vocab_size=64,  # This is four ids more than the tokenizer has.
         compressed_vocab_size=50,
         pad_token_id=2,
     )
@@ -79,7 +79,7 @@ def hasher() -> NgramHasher:
 
 
 def stored_rows(dtype: str, count: int, seed: int = 0):
-    """Values and scales of random rows."""
+    """Return values and scales of random rows."""
     rows = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
     if ROW_FORMATS[dtype].scale_dtype is not None:
         return quantize_rows(rows, ROW_FORMATS[dtype].name, torch.tensor([3.0]))
@@ -87,7 +87,7 @@ def stored_rows(dtype: str, count: int, seed: int = 0):
 
 
 def write_folder(folder: Path, hasher: NgramHasher, dtype: str = "BF16", parts: int = 1) -> dict[int, tuple]:
-    """A folder of tables for both layers, and the rows that are in it."""
+    """Write a folder of tables for both layers; return the rows in it."""
     folder.mkdir(exist_ok=True)
     entries, content = {}, {}
     for index, layer in enumerate(LAYERS):
@@ -110,7 +110,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("dtype", ROW_FORMATS)
-def test_rows_come_back_bit_for_bit(tmp_path, hasher, dtype, parts):
+def test_rows_are_read_back_bit_for_bit(tmp_path, hasher, dtype, parts):
     content = write_folder(tmp_path, hasher, dtype, parts)
     for layer, table in read_tables(tmp_path).items():
         values, scale = content[layer]
@@ -138,8 +138,8 @@ def test_rows_begin_at_a_page_and_safetensors_reads_the_file(tmp_path, hasher):
     assert torch.equal(bits(weight), bits(content[1][0]))
 
 
-def test_a_file_alone_leads_from_ids_to_rows(tmp_path, hasher):
-    """The page's own pseudo-code, with nothing but the file's description, gives the hasher's rows."""
+def test_file_alone_leads_from_ids_to_rows(tmp_path, hasher):
+    """The page's own pseudocode, with nothing but the file's description, gives the hasher's rows."""
     write_folder(tmp_path, hasher)
     d = file_description(read_header(tmp_path / table_file_name(3)))
     compressed = [5, 9, 2, 41]
@@ -154,27 +154,27 @@ def test_a_file_alone_leads_from_ids_to_rows(tmp_path, hasher):
     assert hasher(torch.tensor([compressed]))[1, 0].tolist() == rows
 
 
-def test_the_description_names_the_tokenizers_map(hasher):
+def test_description_names_the_token_map_of_the_tokenizer(hasher):
     d = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
     assert (d.token_map_ids, d.token_map_sha256) == (60, token_map_digest(TOKEN_MAP))
     assert d.pad_id == 2
     assert d.num_rows == int(hasher.primes[0].sum())
     again = copy.deepcopy(hasher)
-    again.token_map[59] = 0  # as good an id as others
+    again.token_map[59] = 0  # It is as valid an id as any other.
     assert describe_table(again, 0, width=WIDTH, dtype="BF16").token_map_ids == 60
 
 
-def test_a_header_lists_tensors_in_any_order(tmp_path, hasher):
+def test_header_may_list_tensors_in_any_order(tmp_path, hasher):
     content = write_folder(tmp_path, hasher, "I8")
     edit_header(tmp_path / table_file_name(1), lambda header: header.update([header.popitem(), header.popitem()]))
     found, scale = MappedRows(read_tables(tmp_path)[1]).read(0, 60)
     assert torch.equal(found, content[1][0]) and torch.equal(scale, content[1][1])
 
 
-def test_an_upstream_shard_is_read_as_it_is(tmp_path):
+def test_upstream_shard_is_read_unchanged(tmp_path):
     values, scale = stored_rows("F8_E4M3", 20)
     names = {"weight": "layers.2.engram.embed.weight", "scale": "layers.2.engram.embed.scale"}
-    # An odd neighbour: the rows begin at no page, and the shard describes nothing.
+    # The shard holds another tensor of odd size, so its rows do not begin at a page, and it has no description.
     save_file({names["weight"]: values, names["scale"]: scale, "a": torch.zeros(3)}, tmp_path / "shard.safetensors")
     write_manifest(tmp_path, {2: manifest_entry([("shard.safetensors", (0, 20), names)])})
     (report,) = check_folder(tmp_path)
@@ -195,7 +195,7 @@ def test_an_upstream_shard_is_read_as_it_is(tmp_path):
         (64, ["I64", "U64", "F64", "C64"]),
     ],
 )
-def test_a_shard_may_hold_anything_else_that_safetensors_holds(tmp_path, bits, dtypes):
+def test_shard_may_hold_any_other_safetensors_dtype(tmp_path, bits, dtypes):
     values, _ = stored_rows("F32", 4)
     others = {f"other {index}": torch.zeros(24, dtype=torch.uint8) for index in range(len(dtypes))}
     save_file({"rows": values, **others}, tmp_path / "shard.safetensors")
@@ -219,7 +219,7 @@ def test_tables_among_ordinary_weights_are_found_by_name(tmp_path):
     assert {layer: (table.num_rows, table.width) for layer, table in tables.items()} == {12: (9, 4)}
 
 
-def test_the_command_prints_a_summary(tmp_path, hasher, capsys):
+def test_table_check_prints_a_summary(tmp_path, hasher, capsys):
     write_folder(tmp_path, hasher, "I8", parts=2)
     assert main([str(tmp_path), "--rows"]) == 0
     summary = capsys.readouterr().out
@@ -240,9 +240,9 @@ def test_table_check_runs_as_a_module(tmp_path, hasher, capsys, monkeypatch):
     assert f"{tmp_path}: 2 tables" in capsys.readouterr().out
 
 
-def test_a_summary_that_nobody_gets_is_no_success(tmp_path, hasher, capsys, monkeypatch):
+def test_table_check_fails_if_its_output_cannot_be_written(tmp_path, hasher, capsys, monkeypatch):
     write_folder(tmp_path, hasher)
-    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # it cannot be closed without an error either
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # Closing it raises an error, too.
         monkeypatch.setattr(sys, "stdout", full)
         status = main([str(tmp_path)])
     assert status == 1
@@ -254,12 +254,12 @@ def test_a_summary_that_nobody_gets_is_no_success(tmp_path, hasher, capsys, monk
 
 @pytest.mark.parametrize(
     ("table_dtype", "worst"),
-    # Half a step of three mantissa bits, the largest channel at 448 or just below half of it; half of 1/127. Of fewer bits,
-    # a channel far from the others may be cut off.
+    # The tolerance is half a step of three mantissa bits, with the largest channel at 448 or just below half of it; or
+    # half of 1/127. With fewer bits, a channel far from the others may be clipped.
     [("float8_e4m3fn", 2**-4), ("int8", 1 / 254), ("nvfp4", 0.2), ("int4", 0.3), ("int2", 0.7)],
 )
 def test_quantizing_reports_its_error(tmp_path, hasher, monkeypatch, table_dtype, worst):
-    monkeypatch.setattr(table_writer_engram, "_STEP_NUMBERS", 7 * WIDTH)  # some rows at a time, and a rest
+    monkeypatch.setattr(table_writer_engram, "_STEP_NUMBERS", 7 * WIDTH)  # The rows do not divide evenly into blocks.
     content = write_folder(tmp_path, hasher, "BF16")
     source = read_tables(tmp_path)[1]
     description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
@@ -283,7 +283,7 @@ def test_quantizing_reports_its_error(tmp_path, hasher, monkeypatch, table_dtype
     assert error.largest <= worst * rows.abs().max()
 
 
-def test_threads_change_no_bytes_and_nothing_for_others(tmp_path, hasher, monkeypatch):
+def test_quantizing_threads_change_no_bytes_and_no_global_settings(tmp_path, hasher, monkeypatch):
     monkeypatch.setattr(table_writer_engram, "_STEP_NUMBERS", 7 * WIDTH)
     write_folder(tmp_path, hasher, "BF16")
     source = MappedRows(read_tables(tmp_path)[1])
@@ -310,13 +310,13 @@ def test_threads_change_no_bytes_and_nothing_for_others(tmp_path, hasher, monkey
     assert made[0] == made[1]
 
 
-def test_quantizing_zeros_makes_no_error():
+def test_quantizing_zeros_has_no_error():
     error = QuantizationError()
     error.add(compare_rows(torch.zeros(3, WIDTH), torch.zeros(3, WIDTH)))
     assert (error.rows, error.largest, error.relative) == (3, 0, 0)
 
 
-def test_a_quantized_table_is_not_quantized_again(tmp_path, hasher):
+def test_quantizing_a_quantized_table_is_refused(tmp_path, hasher):
     write_folder(tmp_path, hasher, "I8")
     description = describe_table(hasher, 0, width=WIDTH, dtype="I8")
     with pytest.raises(ValueError, match="is I8 already"):
@@ -325,7 +325,7 @@ def test_a_quantized_table_is_not_quantized_again(tmp_path, hasher):
 
 
 @pytest.mark.parametrize("dtype", ["I4", "I2", "NVFP4"])
-def test_rows_of_four_bits_or_fewer_are_not_quantized_again(tmp_path, hasher, dtype):
+def test_quantizing_rows_of_four_bits_or_fewer_is_refused(tmp_path, hasher, dtype):
     write_folder(tmp_path, hasher, dtype)
     description = describe_table(hasher, 0, width=WIDTH, dtype=dtype)
     with pytest.raises(ValueError, match=f"is {dtype} already, rows of . bits; quantize rows of 8 bits or more"):
@@ -334,7 +334,7 @@ def test_rows_of_four_bits_or_fewer_are_not_quantized_again(tmp_path, hasher, dt
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "I8"])
 @pytest.mark.parametrize("table_dtype", ["int2", "int4", "nvfp4"])
-def test_rows_of_eight_bits_become_rows_of_fewer(tmp_path, hasher, dtype, table_dtype):
+def test_quantizing_reduces_rows_of_eight_bits(tmp_path, hasher, dtype, table_dtype):
     content = write_folder(tmp_path, hasher, dtype)
     source, path = MappedRows(read_tables(tmp_path)[1]), tmp_path / "quantized.safetensors"
     error = quantize_table(source, path, describe_table(hasher, 0, width=WIDTH, dtype=dtype), table_dtype)
@@ -347,7 +347,7 @@ def test_rows_of_eight_bits_become_rows_of_fewer(tmp_path, hasher, dtype, table_
 
 
 @pytest.mark.parametrize("dtype", ["int2", "nvfp4"])
-def test_a_quantization_that_was_cut_off_goes_on_where_it_stopped(tmp_path, hasher, monkeypatch, dtype):
+def test_interrupted_quantization_resumes(tmp_path, hasher, monkeypatch, dtype):
     monkeypatch.setattr(table_writer_engram, "_STEP_NUMBERS", 7 * WIDTH)
     write_folder(tmp_path, hasher, "BF16")
     source = MappedRows(read_tables(tmp_path)[1])
@@ -358,7 +358,7 @@ def test_a_quantization_that_was_cut_off_goes_on_where_it_stopped(tmp_path, hash
 
     def advance(count: int) -> None:
         read.append(count)
-        # Four steps of the second reading, the first one told of what was done before: nothing.
+        # The second reading reports four steps; the first report, of the finished part, is zero.
         if len(read) - (dtype == "nvfp4") * (1 + math.ceil(source.num_rows / 7)) == 5:
             raise KeyboardInterrupt
 
@@ -367,13 +367,13 @@ def test_a_quantization_that_was_cut_off_goes_on_where_it_stopped(tmp_path, hash
         quantize_table(source, cut, description, dtype, advance, journal, save_seconds=0)
     read.clear()
     monkeypatch.setattr(MappedRows, "read", _counting(MappedRows.read, begun := []))
-    for first in ([3 * 7], []):  # what was done is not done again
+    for first in ([3 * 7], []):  # The finished part is not repeated.
         error = quantize_table(source, cut, description, dtype, read.append, journal)
         assert (error, cut.read_bytes()) == (expected, whole.read_bytes())
         assert sorted(begun)[:1] == first and sum(read) == source.stored.size * (2 if dtype == "nvfp4" else 1)
         begun.clear(), read.clear()
 
-    # Another source, another dtype, or a damaged journal: nothing is gone on with.
+    # Another source, another dtype, or a damaged journal prevents resuming.
     for text in (journal.read_text(), "{"):
         journal.write_text(text.replace("multipliers", "others"))
         assert quantize_table(source, cut, description, dtype, journal=journal) == expected and min(begun) == 0
@@ -391,7 +391,7 @@ def _counting(read, begun: list[int]):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, hasher):
+def test_failed_write_leaves_no_file(tmp_path, hasher):
     description = describe_table(hasher, 0, width=WIDTH, dtype="F32")
     path = tmp_path / "table.safetensors"
     with pytest.raises(KeyboardInterrupt), TableWriter(path, description):
@@ -428,7 +428,7 @@ def edit_description(path: Path, **members) -> None:
     edit_header(path, change)
 
 
-def test_a_manifest_of_another_version_or_without_tables_is_refused(tmp_path, hasher):
+def test_manifest_of_another_version_or_without_tables_is_refused(tmp_path, hasher):
     write_folder(tmp_path, hasher)
     for version, message in (
         (2, "upgrade engram-hf"),
@@ -448,7 +448,7 @@ def test_a_manifest_of_another_version_or_without_tables_is_refused(tmp_path, ha
 @pytest.mark.parametrize(
     "name", ["../x", "/etc/passwd", "a/b", "..", "", ".", "a\\b", "c:x", "a\0b", "\ud800", 3, None]
 )
-def test_a_manifest_stays_in_its_folder(tmp_path, hasher, name):
+def test_manifest_paths_may_not_leave_its_folder(tmp_path, hasher, name):
     write_folder(tmp_path, hasher)
     edit_json(tmp_path / "engram_tables.json", lambda m: m["tables"]["1"]["weight"][0].update(file=name))
     with pytest.raises(TableFormatError, match="named without a path"):
@@ -468,7 +468,7 @@ def test_a_manifest_stays_in_its_folder(tmp_path, hasher, name):
         ([[0, 20], [20, 10**30]], r"expected \[first, stop\]"),
     ],
 )
-def test_row_ranges_without_gap_or_overlap(tmp_path, hasher, rows, message):
+def test_row_ranges_have_no_gap_or_overlap(tmp_path, hasher, rows, message):
     write_folder(tmp_path, hasher, parts=2)
 
     def change(manifest):
@@ -480,14 +480,14 @@ def test_row_ranges_without_gap_or_overlap(tmp_path, hasher, rows, message):
         read_tables(tmp_path)
 
 
-def test_more_rows_than_the_file_has(tmp_path, hasher):
+def test_manifest_with_more_rows_than_the_file_is_refused(tmp_path, hasher):
     write_folder(tmp_path, hasher)
     edit_json(tmp_path / "engram_tables.json", lambda m: m["tables"]["1"]["weight"][0].update(rows=[0, 999]))
     with pytest.raises(TableFormatError, match="expected 999 rows"):
         read_tables(tmp_path)
 
 
-def test_two_layers_never_share_bytes(tmp_path):
+def test_two_layers_may_not_share_bytes(tmp_path):
     names = {"weight": "t"}
     save_file({"t": torch.zeros(4, 8)}, tmp_path / "one.safetensors")
     write_manifest(tmp_path, {layer: manifest_entry([("one.safetensors", (0, 4), names)]) for layer in (1, 2)})
@@ -496,7 +496,7 @@ def test_two_layers_never_share_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_a_file_of_two_names_is_one_file(tmp_path, link):
+def test_file_with_two_names_is_opened_once(tmp_path, link):
     save_file({"t": torch.zeros(4, 8)}, tmp_path / "one.safetensors")
     link(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
     files = {1: "one.safetensors", 2: "two.safetensors"}
@@ -510,7 +510,7 @@ def test_a_file_of_two_names_is_one_file(tmp_path, link):
 @pytest.mark.parametrize(
     "name", ["engram_tables.json", "engram-layer-00001.safetensors", "engram_token_map.safetensors"]
 )
-def test_a_pipe_is_refused_without_waiting_for_it(tmp_path, hasher, name):
+def test_pipe_is_refused_without_waiting_for_it(tmp_path, hasher, name):
     write_folder(tmp_path, hasher)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
@@ -519,7 +519,7 @@ def test_a_pipe_is_refused_without_waiting_for_it(tmp_path, hasher, name):
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
-def test_a_manifest_is_json_as_other_languages_read_it(tmp_path, hasher, constant):
+def test_manifest_is_strict_json(tmp_path, hasher, constant):
     write_folder(tmp_path, hasher)
     manifest = tmp_path / "engram_tables.json"
     manifest.write_text(manifest.read_text().replace("{", f'{{"note": {constant}, ', 1))
@@ -527,7 +527,7 @@ def test_a_manifest_is_json_as_other_languages_read_it(tmp_path, hasher, constan
         read_tables(tmp_path)
 
 
-def test_scales_belong_to_their_rows(tmp_path, hasher):
+def test_scales_must_belong_to_their_rows(tmp_path, hasher):
     write_folder(tmp_path, hasher, "F8_E4M3", parts=2)
     manifest = tmp_path / "engram_tables.json"
     good = manifest.read_text()
@@ -582,7 +582,7 @@ def test_scales_belong_to_their_rows(tmp_path, hasher):
         ({"token_map_ids": None}, "or both null"),
     ],
 )
-def test_a_description_without_contradiction(tmp_path, hasher, members, message):
+def test_contradictory_description_is_refused(tmp_path, hasher, members, message):
     write_folder(tmp_path, hasher)
     edit_description(tmp_path / table_file_name(1), **members)
     with pytest.raises(TableFormatError, match=message):
@@ -590,8 +590,8 @@ def test_a_description_without_contradiction(tmp_path, hasher, members, message)
 
 
 @pytest.mark.parametrize("members", [{"dtype": "F16"}, {"width": 16}, {"rows": [0, 5]}], ids=str)
-def test_a_file_alone_says_what_it_holds(tmp_path, hasher, members):
-    """Without a manifest beside it that could be compared."""
+def test_description_of_a_file_without_manifest_is_checked(tmp_path, hasher, members):
+    """There is no manifest beside it to compare with."""
     write_folder(tmp_path, hasher)
     edit_description(tmp_path / table_file_name(1), **members)
     with pytest.raises(TableFormatError, match=r"is used as|expected 5 rows"):
@@ -602,14 +602,14 @@ def test_a_file_alone_says_what_it_holds(tmp_path, hasher, members):
     ("member", "other"),
     [("primes", [[11, 13], [17, 23]]), ("multipliers", [1, 3, 5]), ("vocab_size", 51), ("pad_id", 3)],
 )
-def test_a_table_of_another_hash_is_told_from_the_models(hasher, member, other):
+def test_table_of_another_hash_is_refused(hasher, member, other):
     described = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
     require_same_hash(described, hasher, 0)
     with pytest.raises(TableFormatError, match=f"written for the {member} {re.escape(str(other))}"):
         require_same_hash(replace(described, **{member: other}), hasher, 0)
 
 
-def test_parts_of_one_table_may_name_it_differently(tmp_path, hasher):
+def test_parts_of_one_table_may_have_different_tensor_names(tmp_path, hasher):
     description = describe_table(hasher, 0, width=WIDTH, dtype="F32")
     values, parts = stored_rows("F32", 60)[0], []
     for name, rows in (("a", (0, 20)), ("b", (20, 60))):
@@ -626,7 +626,7 @@ def with_token_map(hasher: NgramHasher, token_map: torch.Tensor | None) -> Ngram
     return changed
 
 
-def test_a_table_of_another_token_map_is_told_from_the_models(hasher):
+def test_table_of_another_token_map_is_refused(hasher):
     described = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
     unmapped = replace(described, token_map_sha256=None, token_map_ids=None)
     padding, other = TOKEN_MAP.new_full((4,), -1), TOKEN_MAP.where(TOKEN_MAP != 49, 48)
@@ -636,14 +636,14 @@ def test_a_table_of_another_token_map_is_told_from_the_models(hasher):
     for table, token_map in ((unmapped, other), (described, None)):
         with pytest.raises(TableFormatError, match="Only one of model and table"):
             require_same_hash(table, with_token_map(hasher, token_map), 0)
-    # Tokens were added; the tokenizer is not known yet; or its map does nothing.
+    # Tokens were added; the tokenizer is not known yet; or its map is the identity.
     longer = torch.cat([TOKEN_MAP, TOKEN_MAP.new_tensor([7]), padding])
     unknown = replace(described, pad_id=-1), torch.cat([TOKEN_MAP.new_full((60,), -1), padding])
     for table, token_map in ((described, longer), unknown, (unmapped, torch.arange(64))):
         require_same_hash(table, with_token_map(hasher, token_map), 0)
 
 
-def test_parts_of_one_table_describe_one_hash(tmp_path, hasher):
+def test_parts_of_one_table_must_describe_one_hash(tmp_path, hasher):
     write_folder(tmp_path, hasher, parts=2)
     edit_description(tmp_path / table_file_name(1, 1, 2), multipliers=[1, 3, 5])
     with pytest.raises(TableFormatError, match="describe different tables"):
@@ -653,7 +653,7 @@ def test_parts_of_one_table_describe_one_hash(tmp_path, hasher):
         read_tables(tmp_path)
 
 
-def test_a_description_in_the_manifest_is_checked_too(tmp_path, hasher):
+def test_description_in_the_manifest_is_checked(tmp_path, hasher):
     write_folder(tmp_path, hasher)
     edit_header(tmp_path / table_file_name(1), lambda header: header.pop("__metadata__"))
     description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
@@ -661,13 +661,14 @@ def test_a_description_in_the_manifest_is_checked_too(tmp_path, hasher):
     write_manifest(tmp_path, {1: manifest_entry([part], description)})
     assert read_tables(tmp_path)[1].description.multipliers == description.multipliers
     entry = json.loads((tmp_path / "engram_tables.json").read_text())["tables"]["1"]
-    assert entry["description"].keys() == asdict(description).keys() - {"rows", "tensors"}  # of one file
+    # The parts belong to one file.
+    assert entry["description"].keys() == asdict(description).keys() - {"rows", "tensors"}
     write_manifest(tmp_path, {1: manifest_entry([part], replace(description, dtype="F16"))})
     with pytest.raises(TableFormatError, match="but describe"):
         read_tables(tmp_path)
 
 
-def test_rows_that_left_their_page_are_refused(tmp_path, hasher):
+def test_rows_that_do_not_begin_at_a_page_are_refused(tmp_path, hasher):
     write_folder(tmp_path, hasher)
     path = tmp_path / table_file_name(1)
     data = path.read_bytes()
@@ -685,10 +686,10 @@ def write_token_map(
     save_file({name: values}, folder / "engram_token_map.safetensors", metadata=metadata)
 
 
-def test_the_token_map_belongs_to_the_tables(tmp_path, hasher):
+def test_token_map_must_belong_to_the_tables(tmp_path, hasher):
     write_folder(tmp_path, hasher)
     assert {report.token_map for report in check_folder(tmp_path)} == {"absent"}
-    write_token_map(tmp_path, torch.cat([TOKEN_MAP, TOKEN_MAP.new_tensor([50, 51])]))  # tokens were added
+    write_token_map(tmp_path, torch.cat([TOKEN_MAP, TOKEN_MAP.new_tensor([50, 51])]))  # Tokens were added.
     assert {report.token_map for report in check_folder(tmp_path)} == {"checked"}
     write_token_map(tmp_path, TOKEN_MAP.flip(0))
     with pytest.raises(TableFormatError, match="another token map"):
@@ -709,8 +710,8 @@ def test_the_token_map_belongs_to_the_tables(tmp_path, hasher):
 
 
 @pytest.mark.parametrize("other", [torch.zeros(4, 8, dtype=torch.float16), torch.zeros(4, 16)])
-def test_parts_of_one_table_are_alike(tmp_path, other):
-    """Of shards that describe nothing, too."""
+def test_parts_of_one_table_must_have_one_format(tmp_path, other):
+    """This includes shards without a description."""
     save_file({"a": torch.zeros(4, 8), "b": other}, tmp_path / "shard.safetensors")
     parts = [("shard.safetensors", rows, {"weight": name}) for name, rows in (("a", (0, 4)), ("b", (4, 8)))]
     write_manifest(tmp_path, {0: manifest_entry(parts)})
@@ -727,7 +728,7 @@ def test_parts_of_one_table_are_alike(tmp_path, other):
         (TOKEN_MAP, {"name": "map"}, "no vector `token_map` of I32"),
     ],
 )
-def test_a_token_map_of_another_form(tmp_path, values, options, message):
+def test_token_map_of_another_form_is_refused(tmp_path, values, options, message):
     write_token_map(tmp_path, values, **options)
     with pytest.raises(TableFormatError, match=re.escape(message)):
         read_token_map(tmp_path / "engram_token_map.safetensors")
@@ -754,7 +755,7 @@ def test_two_tensors_for_one_table_are_refused(tmp_path):
         (torch.zeros(4, 64).to(torch.float8_e4m3fn), torch.ones(4, 1).to(torch.float8_e8m0fnu), "\\[4, 2\\]"),
     ],
 )
-def test_rows_and_scales_are_of_one_format(tmp_path, weight, scale, message):
+def test_rows_and_scales_must_have_one_format(tmp_path, weight, scale, message):
     tensors = {"weight": weight} if scale is None else {"weight": weight, "scale": scale}
     save_file({f"layers.2.engram.table.{kind}": some for kind, some in tensors.items()}, tmp_path / "a.safetensors")
     with pytest.raises(TableFormatError, match=message):
@@ -762,9 +763,9 @@ def test_rows_and_scales_are_of_one_format(tmp_path, weight, scale, message):
 
 
 @pytest.mark.parametrize("name", ["layers.7.engram.table.weight", f"layers.{'9' * 5000}.engram.table.weight"])
-def test_a_name_alone_makes_no_table(tmp_path, name):
+def test_tensor_with_a_tables_name_alone_is_no_table(tmp_path, name):
     save_file({name: torch.zeros(())}, tmp_path / "model.safetensors")
-    if len(name) > 1000:  # not even a layer
+    if len(name) > 1000:  # The layer has no number.
         assert tables_in_checkpoint([tmp_path / "model.safetensors"]) == {}
     else:
         with pytest.raises(TableFormatError, match=r"has shape \[\], expected 0 rows"):
@@ -772,8 +773,8 @@ def test_a_name_alone_makes_no_table(tmp_path, name):
 
 
 @pytest.mark.parametrize("pickled", [False, True])
-def test_a_file_that_was_replaced_since_it_was_checked(tmp_path, hasher, pickled):
-    """By one of the same size, as every save of the same model writes."""
+def test_file_replaced_since_its_check_is_refused(tmp_path, hasher, pickled):
+    """Every save of the same model writes a file of equal size in its place."""
     write_folder(tmp_path / "one", hasher)
     table = read_tables(tmp_path / "one")[1]
     source = MappedRows(table)
@@ -782,18 +783,18 @@ def test_a_file_that_was_replaced_since_it_was_checked(tmp_path, hasher, pickled
     os.replace(tmp_path / "other", tmp_path / "one" / table_file_name(1))
     with pytest.raises(TableFormatError, match="was changed while it was in use"):
         pickle.loads(pickle.dumps(source)) if pickled else MappedRows(table)
-    # What is open stays what it was.
+    # The open file still has its old content.
     assert torch.equal(source.fetch(torch.arange(5))[0], stored_rows("BF16", other.num_rows, seed=1)[0][:5])
 
 
 @pytest.mark.parametrize("length", [10, 1000, 1001, 10**6])
-def test_an_error_quotes_no_more_than_a_screen(length):
+def test_error_messages_quote_at_most_a_screenful(length):
     message = str(FileFormatError("begin" + "x" * (length - 8) + "end"))
     assert message.startswith("begin") and message.endswith("end")
     assert len(message) == (length if length <= 1000 else 1005)
 
 
-def test_an_emptied_file(tmp_path, hasher):
+def test_emptied_file_is_refused(tmp_path, hasher):
     write_folder(tmp_path, hasher)
     table = read_tables(tmp_path)[1]
     os.truncate(tmp_path / table_file_name(1), 0)
@@ -802,7 +803,7 @@ def test_an_emptied_file(tmp_path, hasher):
 
 
 @pytest.mark.parametrize("shape", [100_000 * [1 << 62], 500 * [10**4000], 300_000 * [1]])
-def test_numbers_without_end_are_refused_at_once(tmp_path, shape):
+def test_huge_numbers_are_refused_without_delay(tmp_path, shape):
     digits = f"[{','.join('1' + '0' * 4000 if size >> 64 else str(size) for size in shape)}]"
     text = f'{{"a": {{"dtype": "F32", "shape": {digits}, "data_offsets": [0, 4]}}}}'.encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
@@ -814,8 +815,8 @@ def test_numbers_without_end_are_refused_at_once(tmp_path, shape):
 
 
 @pytest.mark.parametrize("token_map", [TOKEN_MAP[:40], TOKEN_MAP.where(TOKEN_MAP != 49, 64)])
-def test_a_token_map_fits_the_vocabulary(tmp_path, hasher, token_map):
-    """A digest that is right does not make up for a map that is too short, or leads outside of the vocabulary."""
+def test_token_map_must_fit_the_vocabulary(tmp_path, hasher, token_map):
+    """A correct digest does not excuse a map that is too short, or points outside the vocabulary."""
     write_folder(tmp_path, hasher)
     write_token_map(tmp_path, token_map)
     for layer in LAYERS:
@@ -825,7 +826,7 @@ def test_a_token_map_fits_the_vocabulary(tmp_path, hasher, token_map):
 
 
 @pytest.mark.parametrize("wrong", [None, float("nan"), float("inf"), -0.5], ids=str)
-def test_scales_are_numbers(tmp_path, hasher, wrong):
+def test_scales_must_be_finite_numbers(tmp_path, hasher, wrong):
     dtype = "F8_E4M3" if wrong is None else "I8"
     content = write_folder(tmp_path, hasher, dtype)
     values, scale = content[1]
@@ -841,7 +842,7 @@ def test_scales_are_numbers(tmp_path, hasher, wrong):
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F8_E4M3", "I8"])
-def test_rows_are_numbers(tmp_path, hasher, dtype):
+def test_rows_must_be_numbers(tmp_path, hasher, dtype):
     content = write_folder(tmp_path, hasher, dtype, parts=2)
     values, scale = content[3]
     values = values.clone()
@@ -855,7 +856,7 @@ def test_rows_are_numbers(tmp_path, hasher, dtype):
         check_folder(tmp_path, rows=True)
 
 
-def test_a_missing_truncated_or_foreign_file(tmp_path, hasher):
+def test_missing_truncated_or_foreign_file_is_refused(tmp_path, hasher):
     write_folder(tmp_path, hasher)
     path = tmp_path / table_file_name(1)
     data = path.read_bytes()
@@ -885,7 +886,7 @@ def test_a_missing_truncated_or_foreign_file(tmp_path, hasher):
         read_tables(tmp_path)
 
 
-def test_a_file_that_changes_under_the_process(tmp_path, hasher):
+def test_file_that_changes_while_open_is_noticed(tmp_path, hasher):
     write_folder(tmp_path, hasher)
     path = tmp_path / table_file_name(1)
     table = read_tables(tmp_path)[1]
@@ -897,7 +898,7 @@ def test_a_file_that_changes_under_the_process(tmp_path, hasher):
             use()
 
 
-def test_a_touch_a_link_and_other_rights_change_nothing(tmp_path, hasher):
+def test_touch_link_and_chmod_do_not_count_as_changes(tmp_path, hasher):
     write_folder(tmp_path, hasher)
     path = tmp_path / table_file_name(1)
     table = read_tables(tmp_path)[1]
@@ -913,14 +914,14 @@ def test_a_touch_a_link_and_other_rights_change_nothing(tmp_path, hasher):
         change()
         assert torch.equal(rows.fetch(ids)[0], expected)
         assert torch.equal(rows.read(0, 5)[0], expected)
-        if path.exists():  # a table that was checked before can be opened, here and in another process
+        if path.exists():  # A table that was checked before can be opened, here and in another process.
             assert torch.equal(MappedRows(table).fetch(ids)[0], expected)
             assert torch.equal(pickle.loads(pickle.dumps(rows)).fetch(ids)[0], expected)
 
 
 @pytest.mark.parametrize("keeps_time", [False, True])
-def test_a_file_that_is_written_in_place_is_noticed(tmp_path, hasher, keeps_time):
-    """Of the same size, with the same header, and if somebody sets the old time again, too (`cp -p`, `rsync -t --inplace`)."""
+def test_file_written_in_place_is_noticed(tmp_path, hasher, keeps_time):
+    """The size and header stay equal, even if the old time is restored, too (`cp -p`, `rsync -t --inplace`)."""
     write_folder(tmp_path, hasher)
     path = tmp_path / table_file_name(1)
     rows = MappedRows(read_tables(tmp_path)[1])
@@ -950,8 +951,8 @@ SYSTEM_ERRORS = {
 
 
 @pytest.mark.parametrize("code", SYSTEM_ERRORS, ids=errno.errorcode.get)
-def test_errors_of_the_system_keep_their_kind(tmp_path, hasher, monkeypatch, code):
-    """Wherever a file of a table is opened, mapped or read; none of them says that it is missing."""
+def test_system_errors_keep_their_type(tmp_path, hasher, monkeypatch, code):
+    """Opening, mapping and reading a table file keep the system's error; none of them reports a missing file."""
     write_folder(tmp_path, hasher)
     write_token_map(tmp_path, TOKEN_MAP)
     table = read_tables(tmp_path)[1]
@@ -978,7 +979,7 @@ def test_errors_of_the_system_keep_their_kind(tmp_path, hasher, monkeypatch, cod
         assert "missing" not in str(caught.value)
 
 
-def test_a_missing_file_is_that_kind_of_error(tmp_path):
+def test_missing_table_file_raises_file_not_found(tmp_path):
     with pytest.raises(FileNotFoundError, match="fetch the missing file") as caught:
         read_header(tmp_path / "gone.safetensors")
     assert isinstance(caught.value, FileFormatError) and caught.value.errno == errno.ENOENT
@@ -1001,7 +1002,7 @@ def test_files_are_closed_with_their_table(tmp_path, hasher):
 
 
 def mutated(data: bytes, generator: random.Random) -> bytes:
-    """A file's header with one random change: a byte, a number, or a stretch that is lost, doubled or moved."""
+    """Return a file's header with one random change: a byte, a number, or a range that is lost, doubled or moved."""
     (length,) = struct.unpack("<Q", data[:8])
     head, body = bytearray(data[: 8 + length].rstrip()), data[8 + length :]
     kind = generator.randrange(6)
@@ -1021,21 +1022,23 @@ def mutated(data: bytes, generator: random.Random) -> bytes:
     else:
         digits = [at for at in range(8, len(head)) if chr(head[at]).isdigit()]
         head[generator.choice(digits)] = generator.choice(b"0123456789")
-    if generator.random() < 0.7:  # most of them so that the length still fits, and the content decides
+    if generator.random() < 0.7:  # Most changes keep the length, so that the content decides.
         head += b" " * (-len(head) % PAGE)
         head[:8] = struct.pack("<Q", len(head) - 8)
     return bytes(head) + body
 
 
 def overwrite(path: Path, content: bytes) -> None:
-    """Like `write_bytes`, but never by way of an empty file: file systems flush those to the disk."""
+    """Overwrite a file like `write_bytes`, but without truncating it first: file systems flush truncated files to the
+    disk.
+    """
     with path.open("r+b") as file:
         file.write(content)
         file.truncate()
 
 
 def test_ten_thousand_mutated_headers(tmp_path, hasher):
-    """Whatever a header says: the rows that were written, or an error of one sentence."""
+    """A header gives the rows that were written, or an error of one sentence."""
     content = write_folder(tmp_path, hasher, "I8")
     edit_json(tmp_path / "engram_tables.json", lambda manifest: manifest["tables"].pop("3"))
     path, generator = tmp_path / table_file_name(1), random.Random(0)
@@ -1080,7 +1083,7 @@ def test_a_thousand_mutated_manifests(tmp_path, hasher):
 
 
 def nvfp4_tensors(rows: int = 6) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A table as compressed-tensors stores it, and its rows, computed code by code."""
+    """Return a table as compressed-tensors stores it, and its rows, computed code by code."""
     draw = torch.Generator().manual_seed(3)
     packed = torch.randint(0, 256, (rows, WIDTH // 2), dtype=torch.uint8, generator=draw)
     scale = (torch.rand(rows, WIDTH // 16, generator=draw) * 300).to(torch.float8_e4m3fn)
@@ -1089,14 +1092,14 @@ def nvfp4_tensors(rows: int = 6) -> tuple[dict[str, torch.Tensor], torch.Tensor]
     expected = torch.empty(rows, WIDTH)
     for row in range(rows):
         for channel in range(WIDTH):
-            code = int(packed[row, channel // 2]) >> 4 * (channel % 2) & 15  # the first channel in the low bits
+            code = int(packed[row, channel // 2]) >> 4 * (channel % 2) & 15  # The first channel is in the low bits.
             value = magnitudes[code & 7] * (-1 if code & 8 else 1)
             expected[row, channel] = value * (scale[row, channel // 16].float() / global_scale[0])
     return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": global_scale}, expected
 
 
 def modelopt(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same table as NVIDIA's ModelOpt spells it: its second scale multiplies."""
+    """Return the same table as NVIDIA's ModelOpt stores it: its second scale multiplies."""
     return {
         "weight": tensors["weight_packed"],
         "weight_scale": tensors["weight_scale"],
@@ -1112,11 +1115,11 @@ def test_four_bit_floats_of_other_libraries(tmp_path, spelling):
     (table,) = tables_in_checkpoint([tmp_path / "model.safetensors"]).values()
     assert (table.dtype, table.width, table.num_rows) == ("NVFP4", WIDTH, 6)
     found = read_rows(MappedRows(table), torch.arange(6).unsqueeze(1))
-    # The second scale is turned round and back, and each time rounded.
+    # The second scale is inverted twice, with a rounding each time.
     torch.testing.assert_close(found, expected, rtol=0 if spelling is dict else 3e-7, atol=0)
     assert torch.equal(read_rows(MappedRows(table), torch.arange(6).unsqueeze(1), torch.bfloat16), found.bfloat16())
 
-    # A manifest may point at these tensors as they are.
+    # A manifest may refer to these tensors unchanged.
     kinds = {"weight": 0, "scale": 1, "global_scale" if spelling is dict else "scale_2": 2}
     names = {kind: list(state)[at] for kind, at in kinds.items()}
     write_manifest(tmp_path, {1: manifest_entry([("model.safetensors", (0, 6), names)])})
@@ -1125,7 +1128,7 @@ def test_four_bit_floats_of_other_libraries(tmp_path, spelling):
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_global_scale_that_is_no_positive_number(tmp_path, wrong):
+def test_global_scale_must_be_a_positive_number(tmp_path, wrong):
     tensors = {f"layers.1.engram.embed.{name}": tensor for name, tensor in nvfp4_tensors()[0].items()}
     tensors["layers.1.engram.embed.weight_global_scale"][0] = wrong
     save_file(tensors, tmp_path / "model.safetensors")
@@ -1144,7 +1147,7 @@ def test_a_global_scale_that_is_no_positive_number(tmp_path, wrong):
         ({"weight_packed": torch.zeros(6, 12, dtype=torch.uint8)}, "multiple of 16"),
     ],
 )
-def test_four_bit_floats_that_do_not_fit_together(tmp_path, change, message):
+def test_inconsistent_four_bit_floats_are_refused(tmp_path, change, message):
     tensors = {name: tensor for name, tensor in (nvfp4_tensors()[0] | change).items() if tensor is not None}
     save_file(
         {f"layers.1.engram.embed.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "x.safetensors"
@@ -1153,7 +1156,7 @@ def test_four_bit_floats_that_do_not_fit_together(tmp_path, change, message):
         tables_in_checkpoint([tmp_path / "x.safetensors"])
 
 
-def test_the_config_says_of_how_many_bits_packed_numbers_are(tmp_path):
+def test_config_gives_the_bits_of_packed_numbers(tmp_path):
     tensors = {"weight": torch.zeros(6, 16, dtype=torch.uint8), "scale": torch.ones(6, 1).bfloat16()}
     save_file(
         {f"layers.1.engram.table.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "x.safetensors"

@@ -1,4 +1,4 @@
-"""The report of `make test-upstream`: what makes it fail, on outcomes written by hand."""
+"""The report of `make test-upstream`: which outcomes make it fail, with outcomes written by hand."""
 
 import sys
 import tarfile
@@ -9,13 +9,13 @@ import pytest
 UPSTREAM = Path(__file__).parent / "upstream"
 sys.path.append(str(UPSTREAM))
 
-from excuses import Excuse, Excuses  # noqa: E402 (the folder is no package: it runs by itself)
+from excuses import Excuse, Excuses  # noqa: E402 (the folder is not a package: it runs by itself)
 from report import compare, print_report  # noqa: E402
 from source import _fill_in, _unpack  # noqa: E402
 
 
 def outcomes(**by_test: tuple[str, str]) -> dict[str, dict]:
-    """Of each test, what became of it on the bare backbone and with memory."""
+    """Return the outcomes of each test on the bare backbone and with memory."""
     return {
         f"suite.py::{kind}_llama::{test}": {"outcome": outcome, "message": "because"}
         for test, pair in by_test.items()
@@ -36,7 +36,7 @@ def test_report_leaves_out_tests_that_fail_on_the_bare_backbone(capsys):
 
 
 @pytest.mark.parametrize("outcome", ["failed", "skipped"])
-def test_a_failure_needs_an_entry(outcome, capsys):
+def test_report_fails_for_a_failure_without_an_entry(outcome, capsys):
     tests = outcomes(**GOOD, test_inputs=("passed", outcome))
     assert report(tests) == 1
     assert f"FAILED llama test_inputs\n  {outcome}: because" in capsys.readouterr().out
@@ -44,27 +44,27 @@ def test_a_failure_needs_an_entry(outcome, capsys):
     assert report(tests, Excuse("test_inputs", "refused", ("mixtral",))) == 1
 
 
-def test_an_entry_that_is_not_needed_fails_a_complete_run(capsys):
+def test_complete_run_fails_for_an_unneeded_entry(capsys):
     assert report(outcomes(**GOOD), Excuse("test_a", "refused")) == 1
     assert "OUT OF DATE in excused.toml: test_a does not fail on any backbone" in capsys.readouterr().out
     assert report(outcomes(**GOOD), Excuse("test_a", "refused"), complete=False) == 0
     assert report(outcomes(test_a=("passed", "failed")), Excuse("test_a", "refused", ("llama", "qwen3"))) == 1
 
 
-def test_a_run_that_proves_nothing_fails():
+def test_report_fails_for_a_run_without_tests():
     assert report({}) == 1
     assert report(outcomes(test_b=("failed", "failed"))) == 1
     only_bare = {"suite.py::Bare_llama::test_a": {"outcome": "passed", "message": ""}}
     assert report(only_bare) == 1
 
 
-def test_the_list_is_read_by_version():
+def test_excuses_are_read_by_version():
     for version in ("5.17.0", "5.24.0"):
         entries = Excuses.read(UPSTREAM / "excused.toml", version).entries
         assert entries and all(entry.reason.endswith(".") for entry in entries)
 
 
-def test_an_entry_without_a_reason_is_refused(tmp_path):
+def test_excuse_without_a_reason_is_refused(tmp_path):
     path = tmp_path / "excused.toml"
     path.write_text('[[excused]]\ntest = "test_a"\n')
     with pytest.raises(ValueError, match="needs `test` and `reason`"):
@@ -73,7 +73,7 @@ def test_an_entry_without_a_reason_is_refused(tmp_path):
     assert len(Excuses.read(path, "5.17.0").entries) == 1 and not Excuses.read(path, "5.20.2").entries
 
 
-def test_only_files_of_the_tests_are_unpacked(tmp_path):
+def test_only_test_files_are_unpacked(tmp_path):
     archive = tmp_path / "transformers-5.0.tar.gz"
     content = tmp_path / "content"
     content.write_text("x = 1\n")

@@ -1,4 +1,4 @@
-"""The digests by which weights and tables know each other."""
+"""The digests by which weights and tables recognize each other."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def test_weights_digest_depends_on_tensors_and_not_on_shards(tmp_path, state):
     assert len({whole, *digests.values()}) == len(digests) + 1, digests
 
 
-def test_small_weights_count_whole(tmp_path):
+def test_small_weights_are_read_completely(tmp_path):
     whole = digest(tmp_path, SMALL)
     for index in range(10):
         other = {name: tensor.clone() for name, tensor in SMALL.items()}
@@ -56,13 +56,13 @@ def test_small_weights_count_whole(tmp_path):
         assert digest(tmp_path, other) != whole
 
 
-def test_tables_are_left_out(tmp_path):
+def test_weights_digest_leaves_tables_out(tmp_path):
     table = {"model.backbone.layers.1.engram.table.weight": torch.ones(7, 4)}
     assert digest(tmp_path, SMALL | table) == digest(tmp_path, SMALL)
 
 
-def test_a_small_part_is_read(tmp_path, monkeypatch):
-    """At most 1% of the bytes, beside headers."""
+def test_weights_digest_reads_a_small_part(tmp_path, monkeypatch):
+    """At most 1% of the bytes are read, beside headers."""
     from engram_hf import loading_engram
 
     read, real = [], loading_engram._read
@@ -71,7 +71,7 @@ def test_a_small_part_is_read(tmp_path, monkeypatch):
     assert 0 < sum(read) <= 0.01 * sum(tensor.nbytes for tensor in LARGE.values())
 
 
-def test_a_file_that_is_cut_off_is_refused(tmp_path):
+def test_weights_digest_refuses_a_truncated_file(tmp_path):
     digest(tmp_path, SMALL)
     os.truncate(tmp_path / "0.safetensors", 100)
     with pytest.raises(FileFormatError):
@@ -79,8 +79,8 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("residency", ["resident", "mapped"])
-def test_a_table_file_of_another_model_is_refused(tmp_path, residency):
-    """It has the same shape and hash, so nothing but its rows could tell."""
+def test_table_file_of_another_model_is_refused(tmp_path, residency):
+    """Shape and hash are equal, so only the rows can reveal the difference."""
     for name in ("old", "new"):
         model = build("qwen3", engram_head_dim=32)
         with torch.no_grad():
@@ -97,7 +97,7 @@ def test_a_table_file_of_another_model_is_refused(tmp_path, residency):
         EngramForCausalLM.from_pretrained(tmp_path / "old", engram_residency=residency)
 
 
-def test_the_digest_of_a_table_file_is_what_its_format_says(tmp_path):
+def test_table_digest_follows_the_documented_format(tmp_path):
     build("qwen3", engram_head_dim=32).save_pretrained(tmp_path / "plain")
     mapped = EngramForCausalLM.from_pretrained(tmp_path / "plain", engram_residency="mapped")
     mapped.save_pretrained(tmp_path / "files")

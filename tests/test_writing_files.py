@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever else writes beside them and whatever the file system can do."""
+"""Files are complete or absent, with any concurrent writer and any file system."""
 
 import errno
 import fcntl
@@ -31,7 +31,7 @@ def write(path: Path, content: bytes = 64 * b"a") -> None:
         writer.write_at(len(HEAD), memoryview(content))
 
 
-def test_a_file_appears_when_it_is_whole(tmp_path):
+def test_file_appears_only_when_complete(tmp_path):
     path = tmp_path / "a"
     with FileWriter(path, HEAD) as writer:
         writer.write_at(len(HEAD), memoryview(64 * b"a"))
@@ -54,8 +54,8 @@ def refuse_locks(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("has_locks", [True, False])
-def test_the_last_whole_file_wins(tmp_path, monkeypatch, has_locks):
-    """No writer touches another's file: every rank of a job may save to one folder."""
+def test_last_complete_file_wins(tmp_path, monkeypatch, has_locks):
+    """No writer touches another writer's file: every rank of a job may save to one folder."""
     if not has_locks:
         refuse_locks(monkeypatch)
     path = tmp_path / "a"
@@ -75,7 +75,7 @@ def write_many_times(folder: Path) -> None:
         write_json(folder / "a.json", {"a": 1})
 
 
-def test_many_processes_write_one_file(tmp_path):
+def test_concurrent_processes_write_one_complete_file(tmp_path):
     context = forks_of_a_server()
     processes = [context.Process(target=write_many_times, args=(tmp_path,)) for _ in range(3)]
     for process in processes:
@@ -87,8 +87,8 @@ def test_many_processes_write_one_file(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.json"]
 
 
-def test_a_file_system_that_locks_only_what_is_open_for_writing(tmp_path, monkeypatch):
-    """As NFS does."""
+def test_write_on_a_file_system_that_locks_only_writable_files(tmp_path, monkeypatch):
+    """NFS behaves so."""
     lock, asked = fcntl.flock, []
 
     def lock_writers(file, operation):
@@ -101,13 +101,13 @@ def test_a_file_system_that_locks_only_what_is_open_for_writing(tmp_path, monkey
     (tmp_path / "a.0.unfinished").write_bytes(b"half")
     with FileWriter(tmp_path / "a", HEAD) as first:
         with FileWriter(tmp_path / "a", HEAD):
-            assert len(list(tmp_path.iterdir())) == 2  # what was left is gone, what is being written is not
+            assert len(list(tmp_path.iterdir())) == 2  # The remains are gone; the file that is being written is not.
         first.write_at(len(HEAD), memoryview(64 * b"1"))
     assert asked and [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_writer_removes_what_a_killed_one_left(tmp_path, monkeypatch):
-    """It may be a link to a file of another folder, which is renamed at once unless its writer was killed."""
+def test_writer_removes_the_remains_of_a_killed_writer(tmp_path, monkeypatch):
+    """The remains may be a link to a file of another folder, which a live writer would rename at once."""
     (tmp_path / "source").write_bytes(b"rows of another model")
     path, left = tmp_path / "a", tmp_path / "a.0123.unfinished"
     opened = os.listdir("/proc/self/fd")
@@ -130,15 +130,15 @@ def test_a_writer_removes_what_a_killed_one_left(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == len(opened)
 
 
-def test_a_writer_keeps_unfinished_files_on_systems_without_locks(tmp_path, monkeypatch):
+def test_writer_keeps_unfinished_files_on_systems_without_locks(tmp_path, monkeypatch):
     refuse_locks(monkeypatch)
     (tmp_path / "a.0.unfinished").write_bytes(b"half")
     write(tmp_path / "a")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "a.0.unfinished"]
 
 
-def test_a_full_disk_and_a_read_only_one_are_said(tmp_path):
-    """In a process of its own: it limits the size of its files, and gives up the right to write everywhere."""
+def test_full_disk_and_read_only_folder_are_reported(tmp_path):
+    """A separate process limits the size of its files, and drops its right to write everywhere."""
     script = f"""
 import os, resource
 from pathlib import Path
@@ -175,8 +175,8 @@ attempt(lambda: link_or_copy(source, folder / "source", folder / "locked"))
 
 
 @pytest.mark.parametrize("way", ["pwrite", "copy_file_range"])
-def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, way):
-    """Not every file system keeps the space that is asked for at the beginning."""
+def test_disk_that_fills_up_while_writing_is_reported(tmp_path, monkeypatch, way):
+    """Not every file system reserves the space that is requested at the beginning."""
 
     def fill(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -194,16 +194,16 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, way):
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_linked_file_is_one_file(tmp_path):
+def test_link_or_copy_makes_one_file_of_two_names(tmp_path):
     (tmp_path / "a").write_bytes(b"rows" * 9999)
     source = os.open(tmp_path / "a", os.O_RDONLY)
     assert can_link(source, tmp_path / "a", tmp_path)
     link_or_copy(source, tmp_path / "a", tmp_path / "b")
-    link_or_copy(source, tmp_path / "a", tmp_path / "b")  # it is there already
+    link_or_copy(source, tmp_path / "a", tmp_path / "b")  # The target exists already.
     assert (tmp_path / "b").samefile(tmp_path / "a")
-    link_or_copy(source, tmp_path / "a", tmp_path / "a")  # in place
+    link_or_copy(source, tmp_path / "a", tmp_path / "a")  # The target is the source.
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
-    # Another file took the name: what was opened is copied, not what is there now.
+    # Another file took the name: the opened file is copied, not the present one.
     os.replace(tmp_path / "b", tmp_path / "kept")
     (tmp_path / "a").unlink()
     (tmp_path / "a").write_bytes(b"other")
@@ -215,7 +215,7 @@ def test_a_linked_file_is_one_file(tmp_path):
 
 
 def share_blocks(monkeypatch) -> list[int]:
-    """Let the file system share blocks, as far as anyone can tell who reads; returns who asked for it."""
+    """Make the file system appear to share blocks; return the calls that asked for it."""
     asked = []
 
     def ioctl(target: int, request: int, source: int) -> int:
@@ -228,8 +228,8 @@ def share_blocks(monkeypatch) -> list[int]:
     return asked
 
 
-def test_blocks_are_shared_where_that_is_possible(tmp_path, monkeypatch):
-    """Then both files can be written to."""
+def test_link_or_copy_shares_blocks_where_possible(tmp_path, monkeypatch):
+    """Both files can be written to then."""
     (tmp_path / "a").write_bytes(b"rows" * 9999)
     source = os.open(tmp_path / "a", os.O_RDONLY)
     asked = share_blocks(monkeypatch)
@@ -244,12 +244,12 @@ def test_blocks_are_shared_where_that_is_possible(tmp_path, monkeypatch):
 
 
 def test_link_or_copy_makes_links_read_only(tmp_path):
-    """Under both names; whoever may not make it so gets a copy."""
+    """It does so under both names; a user who may not change the rights gets a copy."""
     (tmp_path / "a").write_bytes(b"rows")
     (tmp_path / "a").chmod(0o640)
     source = os.open(tmp_path / "a", os.O_RDONLY)
     assert can_link(source, tmp_path / "a", tmp_path)
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640  # nothing was linked yet
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640  # Nothing was linked yet.
     link_or_copy(source, tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").samefile(tmp_path / "a")
     assert (tmp_path / "b").stat().st_mode & 0o777 == 0o440
@@ -270,8 +270,8 @@ def test_link_or_copy_copies_what_cannot_be_made_read_only(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("code", ["EXDEV", "EPERM", "EMLINK", "ENOTSUP", "ENOSYS", "ENOENT", "EACCES"])
-def test_where_there_are_no_hard_links_is_found_out_by_trying(tmp_path, monkeypatch, code):
-    """One disk mounted twice, a file system that has none, a file with too many, one that is gone, or another user's."""
+def test_link_or_copy_copies_where_hard_links_fail(tmp_path, monkeypatch, code):
+    """Reasons: one disk mounted twice, no links, too many links, a deleted file, or another user's file."""
 
     def refuse(*_):
         raise OSError(getattr(errno, code), "no link")
@@ -284,14 +284,14 @@ def test_where_there_are_no_hard_links_is_found_out_by_trying(tmp_path, monkeypa
     assert (tmp_path / "b").is_symlink() and (tmp_path / "b").samefile(tmp_path / "a")
     link_or_copy(source, tmp_path / "a", tmp_path / "c")
     assert not (tmp_path / "c").samefile(tmp_path / "a") and (tmp_path / "c").read_bytes() == b"rows"
-    link_or_copy(source, tmp_path / "a", tmp_path / "a", symbolic=True)  # in place
+    link_or_copy(source, tmp_path / "a", tmp_path / "a", symbolic=True)  # The target is the source.
     assert still_names(tmp_path / "a", source) and not (tmp_path / "a").is_symlink()
     os.close(source)
 
 
 @pytest.mark.parametrize("kernel_copies", [True, False])
-def test_a_tensor_is_copied_out_of_a_file(tmp_path, monkeypatch, kernel_copies):
-    """Its bytes and no others; not between all file systems does the kernel do it."""
+def test_tensor_is_copied_out_of_a_file(tmp_path, monkeypatch, kernel_copies):
+    """Only the tensor's bytes are copied; the kernel cannot do it between all file systems."""
     if not kernel_copies:
 
         def refuse(*_):
@@ -335,7 +335,7 @@ def test_link_errors_name_the_file(tmp_path, monkeypatch, code, said):
     os.close(source)
 
 
-def test_a_link_that_cannot_get_its_name_is_taken_away(tmp_path):
+def test_link_that_cannot_be_renamed_is_removed(tmp_path):
     (tmp_path / "a").write_bytes(b"rows")
     (tmp_path / "folder").mkdir()
     source = os.open(tmp_path / "a", os.O_RDONLY)
@@ -345,7 +345,7 @@ def test_a_link_that_cannot_get_its_name_is_taken_away(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "folder"]
 
 
-def test_a_small_json_file_is_replaced_as_a_whole(tmp_path):
+def test_small_json_file_is_replaced_atomically(tmp_path):
     write_json(tmp_path / "a.json", {"é": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"a": object()})

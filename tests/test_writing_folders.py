@@ -1,4 +1,4 @@
-"""Folders that have one writer at a time, and whose files are exchanged in one step."""
+"""Folders have one writer at a time, and their files are exchanged in one step."""
 
 import errno
 import fcntl
@@ -32,7 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-# That of the code beside a saved model, and that of this package.
+# One is the exchange of the code saved beside a model, the other that of this package.
 WRITERS = [FolderWriter, ClaimedFolderWriter]
 
 
@@ -48,20 +48,20 @@ AFTER = {name: data for name, data in (OLD | NEW).items() if name != "stale"}
 # --- claims
 
 
-def test_a_claimed_folder_names_who_writes_to_it(tmp_path):
+def test_claim_names_the_process_that_writes(tmp_path):
     with FolderClaim(tmp_path / "new"):
         before = contents(tmp_path)
         with pytest.raises(FolderInUseError, match=rf"being written by process {os.getpid()} on .* \(since 20"):
             FolderClaim(tmp_path / "new").take()
         assert contents(tmp_path) == before
-    assert not (tmp_path / "new").exists()  # made for nothing
+    assert not (tmp_path / "new").exists()  # The claim is made without a later write.
     with FolderClaim(tmp_path / "new"):
         (tmp_path / "new" / "a").write_bytes(b"a")
     assert contents(tmp_path) == {"new/a": b"a"}
 
 
 def claim_and_write(folder, barrier, results):
-    """What a conversion does: everything between the claim and its release must be seen by one process alone."""
+    """Do what a conversion does: only one process may be between the claim and its release."""
     barrier.wait()
     try:
         with FolderClaim(folder):
@@ -76,7 +76,7 @@ def claim_and_write(folder, barrier, results):
 
 
 @pytest.mark.parametrize("has_locks", [True, False])
-def test_processes_that_start_at_once(tmp_path, has_locks, monkeypatch):
+def test_only_one_of_several_processes_claims_a_folder(tmp_path, has_locks, monkeypatch):
     """One of them writes; the others are refused, or write after it."""
     if not has_locks:
         monkeypatch.setattr(claiming_engram, "lock_file", lambda file: None)
@@ -100,7 +100,7 @@ def claim_and_die(folder):
 
 
 @pytest.mark.parametrize("has_locks", [True, False])
-def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, has_locks, monkeypatch):
+def test_claim_of_a_killed_process_is_taken_over(tmp_path, has_locks, monkeypatch):
     if not has_locks:
         monkeypatch.setattr(claiming_engram, "lock_file", lambda file: None)
     process = multiprocessing.get_context("fork").Process(target=claim_and_die, args=(tmp_path,))
@@ -112,7 +112,7 @@ def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, has_locks, monkey
     assert contents(tmp_path) == {}
 
 
-def test_without_locks_another_machine_is_believed(tmp_path, monkeypatch):
+def test_claim_of_another_machine_is_respected_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(claiming_engram, "lock_file", lambda file: None)
     (tmp_path / LOCK_NAME).write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "yesterday"}))
     with pytest.raises(FolderInUseError, match=r"process 1 on elsewhere \(since yesterday\); wait .* delete"):
@@ -122,7 +122,7 @@ def test_without_locks_another_machine_is_believed(tmp_path, monkeypatch):
         FolderClaim(tmp_path).take()
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+def test_claim_of_an_unwritable_folder_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match="is a file; name a folder"):
         FolderClaim(tmp_path / "file").take()
@@ -139,7 +139,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("old", [OLD, {}])
-def test_files_become_part_of_a_folder_together(tmp_path, old):
+def test_exchange_adds_all_files_together(tmp_path, old):
     fill(tmp_path / "target", old)
     with ClaimedFolderWriter(tmp_path / "target") as writer:
         fill(writer.path, NEW)
@@ -148,8 +148,8 @@ def test_files_become_part_of_a_folder_together(tmp_path, old):
     assert contents(tmp_path / "target") == (AFTER if old else NEW)
 
 
-def test_a_file_that_is_there_already_stays(tmp_path):
-    """As a table does that is saved to the folder it was loaded from."""
+def test_exchange_keeps_a_file_that_is_already_there(tmp_path):
+    """A table does so if it is saved to the folder it was loaded from."""
     fill(tmp_path, OLD)
     inode = (tmp_path / "weights").stat().st_ino
     with ClaimedFolderWriter(tmp_path) as writer:
@@ -158,7 +158,7 @@ def test_a_file_that_is_there_already_stays(tmp_path):
     assert contents(tmp_path) == OLD and (tmp_path / "weights").stat().st_ino == inode
 
 
-def test_an_exception_leaves_the_old_files(tmp_path):
+def test_exception_in_an_exchange_leaves_the_old_files(tmp_path):
     for target in (tmp_path / "old", tmp_path / "new"):
         if target.name == "old":
             fill(target, OLD)
@@ -171,8 +171,8 @@ def test_an_exception_leaves_the_old_files(tmp_path):
 
 @pytest.mark.parametrize("has_links", [True, False])
 @pytest.mark.parametrize("function", ["os.replace", "os.link", "pathlib.Path.unlink", "pathlib.Path.rename"])
-def test_an_interrupted_exchange_is_completed(tmp_path, monkeypatch, function, has_links):
-    """At each of its steps: before, the folder is the old one, afterwards the new one."""
+def test_interrupted_exchange_is_completed(tmp_path, monkeypatch, function, has_links):
+    """Before the decisive step the folder is the old one, after it the new one."""
     if not has_links:
 
         def refuse(*_):
@@ -202,17 +202,17 @@ def test_an_interrupted_exchange_is_completed(tmp_path, monkeypatch, function, h
             except KeyboardInterrupt:
                 interrupted = True
         found = contents(target)
-        found.pop(LOCK_NAME, None)  # its removal was interrupted; the next claim takes it over
+        found.pop(LOCK_NAME, None)  # Its removal was interrupted; the next claim takes it over.
         assert found in (OLD, AFTER), step
         states.append((interrupted, found == AFTER))
         save(target)
         assert contents(target) == AFTER
-    assert (False, True) in states  # the last steps come after its end
+    assert (False, True) in states  # The last steps come after its end.
     assert function in ("pathlib.Path.unlink",) or not has_links or (True, True) in states
 
 
 def save_and_die(folder, moment, writer_class):
-    """Die at the `moment`-th change of a name."""
+    """Exit at the `moment`-th change of a name."""
     import sys
 
     events = []
@@ -228,8 +228,8 @@ def save_and_die(folder, moment, writer_class):
 
 
 @pytest.mark.parametrize("writer_class", WRITERS)
-def test_killed_at_every_moment(tmp_path, monkeypatch, writer_class):
-    """The folder is the old one, the new one, or is refused and says where the new one is; the next save cleans up."""
+def test_exchange_killed_at_every_step(tmp_path, monkeypatch, writer_class):
+    """The folder is the old one, the new one, or is refused with the place of the new one; the next save cleans up."""
     monkeypatch.setattr(saving_engram, "LOAD_WAITS", 0.0)
     seen = set()
     for moment in range(1, 80):
@@ -258,7 +258,7 @@ def test_killed_at_every_moment(tmp_path, monkeypatch, writer_class):
 
 
 @pytest.mark.parametrize("writer_class", WRITERS)
-def test_a_second_save_keeps_the_files_of_a_running_one(tmp_path, writer_class):
+def test_second_save_keeps_the_files_of_a_running_one(tmp_path, writer_class):
     with writer_class(tmp_path) as first:
         fill(first.path, NEW)
         save(tmp_path, {"config.json": b"of the second"}, writer_class)
@@ -280,7 +280,7 @@ def save_often(folder, number, writer_class, barrier, results):
 
 
 @pytest.mark.parametrize("writer_class", WRITERS)
-def test_the_last_of_many_saves_wins_whole(tmp_path, writer_class):
+def test_last_of_many_saves_wins_completely(tmp_path, writer_class):
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(3), context.Queue()
     arguments = [(tmp_path / "new", number, writer_class, barrier, results) for number in range(3)]
@@ -292,7 +292,7 @@ def test_the_last_of_many_saves_wins_whole(tmp_path, writer_class):
     assert len(found) == 4 and len(set(found.values())) == 1, found
 
 
-def test_where_there_are_no_locks_saves_still_work(tmp_path, monkeypatch):
+def test_saves_work_without_locks(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -302,7 +302,7 @@ def test_where_there_are_no_locks_saves_still_work(tmp_path, monkeypatch):
     assert contents(tmp_path) == AFTER
 
 
-def test_a_folder_whose_save_goes_on_is_waited_for(tmp_path, monkeypatch):
+def test_require_settled_waits_for_a_running_save(tmp_path, monkeypatch):
     import threading
 
     (tmp_path / ".engram-exchange-0").mkdir()

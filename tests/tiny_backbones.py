@@ -1,4 +1,4 @@
-"""Tiny configs of every backbone the suite runs on, and Engram models on them whose memory really does something."""
+"""Tiny configs of every backbone in the tests, and Engram models on them whose memory changes the logits."""
 
 import contextlib
 import functools
@@ -51,7 +51,7 @@ _MLA = {
 }
 
 
-# Before 5.20, transformers keeps keys and values of continuous batching in another way.
+# Before 5.20, transformers stores keys and values of continuous batching differently.
 needs_continuous_batching = pytest.mark.skipif(
     "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters,
     reason="continuous batching of models with memory needs transformers 5.20 or later",
@@ -104,13 +104,13 @@ MOE_WITH_AUX_LOSS = ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "
 
 
 def engram_config(name: str, variant: str = "paper", **fields) -> EngramConfig:
-    """A small memory on the backbone `name`: two layers, a few hundred rows."""
+    """Return the config of a small memory on the backbone `name`: two layers, a few hundred rows."""
     size = {"engram_n_heads": 2, "engram_head_dim": 8, "engram_vocab_size": 97, **fields}
     return EngramConfig.for_backbone(BACKBONES[name](), layer_ids=LAYER_IDS, variant=variant, **size)
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Give every parameter a value that matters: zero convolutions and unit norms make most equalities hold emptily."""
+    """Randomize every parameter: with zero convolutions and unit norms, most equalities would hold trivially."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -123,26 +123,26 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def build(name: str, variant: str = "paper", *, seed: int = 0, **fields) -> EngramForCausalLM:
-    """A float32 Engram model in eval mode whose memory changes its logits."""
+    """Build a float32 Engram model in eval mode whose memory changes its logits."""
     torch.manual_seed(seed)
     return randomize(EngramForCausalLM(engram_config(name, variant, **fields)), seed).eval()
 
 
 @functools.cache
 def built(name: str, variant: str = "paper") -> EngramForCausalLM:
-    """As `build`, once a run: for tests that leave the model as it is."""
+    """Return the model of `build`, cached for the run: for tests that do not change it."""
     return build(name, variant)
 
 
 def bare(name: str) -> torch.nn.Module:
-    """The backbone's own causal language model, with weights like those of `build`."""
+    """Return the backbone's own causal language model, with weights like those of `build`."""
     torch.manual_seed(0)
     return randomize(AutoModelForCausalLM.from_config(BACKBONES[name]())).eval()
 
 
 @contextlib.contextmanager
 def as_able_as(call_bare: Callable[[], object]) -> Iterator[None]:
-    """What a backbone cannot do by itself, in some release of transformers, the model on it has to refuse likewise."""
+    """Expect the model to refuse what the backbone itself cannot do in some release of transformers."""
     try:
         call_bare()
     except Exception as error:
@@ -153,12 +153,14 @@ def as_able_as(call_bare: Callable[[], object]) -> Iterator[None]:
 
 
 def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    """Token ids without the special ones (pad, BOS, EOS)."""
+    """Return token ids without the special ones (pad, BOS, EOS)."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def tiny_tokenizer() -> EngramTokenizer:
-    """120 ids of `VOCAB`, 58 words of which are there twice: `word7` and `Word7` share a compressed id."""
+    """Return a tokenizer with 120 ids of `VOCAB`, of which 58 words occur twice: `word7` and `Word7` share a
+    compressed id.
+    """
     tokens = ["<pad>", "<bos>", "<eos>", "<unk>"] + [f"{word}{i}" for i in range(58) for word in ("word", "Word")]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -10,7 +10,7 @@ WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "the", "THE", "café", "Café", "ca
 
 
 def make_tokenizer() -> EngramTokenizer:
-    """`the café w7` is three tokens; `THE CAFE` has the compressed ids of `the café`."""
+    """Return a tokenizer for which `the café w7` is three tokens; `THE CAFE` has the compressed ids of `the café`."""
     words = [*WORDS, *(f"w{index}" for index in range(VOCAB - len(WORDS)))]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

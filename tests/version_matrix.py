@@ -1,7 +1,8 @@
-"""All tests on every tested version of transformers: `python tests/version_matrix.py` (or `make test-matrix`).
+"""Run all tests on every tested version of transformers: `python tests/version_matrix.py` (or `make test-matrix`).
 
-Each version has its own environment and constraints file. Prints a table, and another one of folders that are saved with
-one version and loaded as remote code with another; exit code 1 if a test failed, or did not run, or tokens differ.
+Each version has its own environment and constraints file. The script prints a table, and another one of folders that
+are saved with one version and loaded as remote code with another. The exit code is 1 if a test failed or did not run,
+or tokens differ.
 """
 
 import argparse
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def constraints_files() -> dict[str, Path]:
-    """The constraints file of every tested version of transformers, oldest first."""
+    """Return the constraints file of every tested version of transformers, oldest first."""
     paths = [ROOT / "constraints.txt", *(ROOT / "constraints").glob("transformers-*.txt")]
     versions = {_pinned_version(path): path for path in paths}
     return {version: versions[version] for version in sorted(versions, key=lambda each: [*map(int, each.split("."))])}
@@ -29,7 +30,7 @@ def _pinned_version(path: Path) -> str:
 
 
 def run_suite(version: str, constraints: Path, pytest_args: str) -> dict[str, int | str]:
-    """One row of the table: how many tests passed, failed and were skipped, and the seconds it took."""
+    """Return one row of the table: how many tests passed, failed and were skipped, and the seconds they took."""
     report = ROOT / "out" / f"tests-{version}.xml"
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
@@ -51,7 +52,9 @@ def _count(report: Path) -> dict[str, int | str]:
 
 
 def exchange(versions: list[str]) -> list[dict[str, str]]:
-    """A row for each version: whether a folder saved with it gives the same tokens as remote code in every other one."""
+    """Return a row for each version: whether a folder saved with it gives the same tokens as remote code in every
+    other version.
+    """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for saving in versions:
@@ -63,7 +66,7 @@ def exchange(versions: list[str]) -> list[dict[str, str]]:
 
 
 def _tokens(version: str, side: str, folder: str) -> str:
-    """The last line that a worker prints in the environment of a version."""
+    """Return the last line that a worker prints in the environment of a version."""
     python = ROOT / f".venv-{version}" / "bin" / "python"
     worker = subprocess.run(
         [python, ROOT / "tests" / "exchange_worker.py", side, folder], capture_output=True, text=True, check=False
@@ -72,7 +75,7 @@ def _tokens(version: str, side: str, folder: str) -> str:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Rows with their keys as a heading."""
+    """Print rows with their keys as a heading."""
     for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
         print("  ".join(f"{value!s:>14}" for value in row.values()))
 
