@@ -1,4 +1,4 @@
-"""A small model, its tokenizer, and windows of random words, some n-grams of which are frequent."""
+"""Provide a small model, its tokenizer, and windows of random words, in which some n-grams are frequent."""
 
 import random
 
@@ -16,7 +16,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer):
-    """Makes a model on a backbone that hashes this tokenizer's compressed ids."""
+    """Return a function that builds a model on a backbone and hashes this tokenizer's compressed ids."""
 
     def make(name: str, variant: str = "paper", **fields):
         model = build(name, variant, engram_compressed_vocab_size=tokenizer.compressed_vocab_size, **fields)

@@ -1,4 +1,4 @@
-"""What the instruments of `analysis` measure, against counting and computing by hand."""
+"""The measurements of `analysis` equal values counted and computed by hand."""
 
 import collections
 import json
@@ -30,7 +30,7 @@ from engram_hf.hashing_engram import row_offsets
 
 
 def bare_twin(model):
-    """The backbone without memory, with the same weights."""
+    """Return the backbone without memory, with the same weights."""
     bare = AutoModelForCausalLM.from_config(model.config.text_config, dtype=torch.float32)
     own = {
         name: part for name, part in model.state_dict().items() if ".engram." not in name and ".hashing." not in name
@@ -47,7 +47,7 @@ def texts_of(windows):
 # --- texts
 
 
-def test_windows_hold_one_text_each(tokenizer):
+def test_windows_contain_one_text_each(tokenizer):
     windows = cut_windows(["w1 w2 w3 w4 w5", "w6 w7", "w8"], tokenizer, length=3)
     ids = {f"w{index}": tokenizer(f"w{index}")["input_ids"][0] for index in range(9)}
     expected = [["w1", "w2", "w3"], ["w4", "w5"], ["w6", "w7"]]
@@ -67,12 +67,12 @@ def test_windows_hold_one_text_each(tokenizer):
         (["w1 w2"], {"length": 1}, "at least 2"),
     ],
 )
-def test_texts_that_cannot_be_read(tokenizer, texts, options, message):
+def test_unreadable_texts_are_refused(tokenizer, texts, options, message):
     with pytest.raises(ValueError, match=message):
         cut_windows(texts, tokenizer, **options)
 
 
-def test_classes_of_tokens():
+def test_token_classes():
     class Words:
         all_special_ids = (0,)
         words = ("<s>", "def", " read", "er", "(", " Name", "\n", "Path", " 42", "_x", "7")
@@ -88,7 +88,7 @@ def test_classes_of_tokens():
     assert names == [*words, "inside a word", "digit"]
 
 
-def test_the_space_of_a_sentencepiece_token_is_seen():
+def test_token_classes_of_sentencepiece_see_the_space():
     from tokenizers import Tokenizer, decoders, models
 
     backend = Tokenizer(models.WordLevel({"▁the": 0, "cat": 1}, unk_token="cat"))
@@ -96,7 +96,7 @@ def test_the_space_of_a_sentencepiece_token_is_seen():
     assert Pieces(PreTrainedTokenizerFast(tokenizer_object=backend)).text(0) == " the"
 
 
-def test_ngrams_and_their_frequency(model, windows):
+def test_ngram_counts(model, windows):
     texts = texts_of(windows)
     compressed = [model.model.hashing.compress(torch.tensor([text]))[0].tolist() for text in texts]
     found = collections.Counter(tuple(text[at : at + 3]) for text in compressed for at in range(len(text) - 2))
@@ -111,10 +111,10 @@ def test_ngrams_and_their_frequency(model, windows):
             assert classes[row, at] == next(index for index, limit in enumerate(limits) if times <= limit)
 
 
-# --- losses, and what memory is worth
+# --- losses, and the value of memory
 
 
-def test_losses_are_those_of_each_text_alone(model, windows):
+def test_losses_equal_those_of_each_text_alone(model, windows):
     losses = token_losses(model, windows, batch=3)
     for row, text in enumerate(texts_of(windows)):
         ids = torch.tensor([text])
@@ -126,7 +126,7 @@ def test_losses_are_those_of_each_text_alone(model, windows):
 
 @pytest.mark.parametrize("variant", ["paper", "v4.1"])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_memory_off_is_the_bare_backbone(make_model, name, variant):
+def test_memory_off_equals_the_bare_backbone(make_model, name, variant):
     model, ids = make_model(name, variant), torch.arange(4, 20).view(2, 8)
     bare = bare_twin(model)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_memory_off_is_the_bare_backbone(make_model, name, variant):
         assert not torch.equal(one, model(ids, use_cache=False).logits)
 
 
-def test_worth(model, windows):
+def test_measure_worth(model, windows):
     worth = measure_worth(model, windows, batch=3)
     base, valid = token_losses(model, windows), windows.valid[:, 1:]
     bare = token_losses(bare_twin(model), windows)
@@ -153,7 +153,7 @@ def test_worth(model, windows):
 
 
 def test_measure_worth_controls_read_other_rows(model, windows):
-    """The rows that reach a layer are another position's, the mean of those read, or the first of each head."""
+    """The rows that reach a layer are those of another position, the mean of the rows read, or the first of each head."""
     from engram_hf.analysis.worth import MeanRows, OneRow, Shuffled, _mean_rows
 
     memory = model.model.memories()[1]
@@ -183,8 +183,8 @@ def test_measure_worth_controls_read_other_rows(model, windows):
     assert torch.equal(first[0, 0], memory.table.weight[offsets].flatten())
 
 
-def test_an_interval_holds_the_mean_19_times_of_20():
-    """Of windows whose tokens depend on each other, which intervals over tokens would not."""
+def test_interval_contains_the_mean_19_times_of_20():
+    """The tokens of a window depend on each other, which intervals over tokens would ignore."""
     random = torch.Generator().manual_seed(0)
     hits = 0
     for _ in range(400):
@@ -197,7 +197,7 @@ def test_an_interval_holds_the_mean_19_times_of_20():
     assert estimate(values[:1], valid[:1]).low is None
 
 
-def test_other_threads_see_nothing_of_a_measurement(model, windows):
+def test_measurement_does_not_affect_other_threads(model, windows):
     (batch,) = windows.batches(len(windows))
     with torch.no_grad():
         expected = model(**batch).logits
@@ -236,7 +236,7 @@ class PlainWords:
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v4"])
-def test_gates(make_model, windows, name):
+def test_measure_gates(make_model, windows, name):
     model = make_model(name)
     found, real = measure_gates(model, windows, batch=2), windows.valid
     assert found.positions == int(real.sum())
@@ -248,7 +248,7 @@ def test_gates(make_model, windows, name):
         assert found.by_frequency[layer][FREQUENCIES[1]] == pytest.approx(float(values[chosen].mean()), abs=1e-5)
 
 
-def test_depth(model, windows):
+def test_measure_depth(model, windows):
     found = measure_depth(model, windows, batch=2)
     sums = torch.zeros(3, dtype=torch.float64)
     for text in texts_of(windows):
@@ -264,7 +264,7 @@ def test_depth(model, windows):
 
 def test_similarity_of_layers(model, make_model, windows):
     same = compare_layers(model, bare_twin(model), windows).similarity
-    assert same[0][0] == pytest.approx(1)  # in front of the first memory
+    assert same[0][0] == pytest.approx(1)  # This layer precedes the first memory.
     assert same[2][2] < 0.999
     with pytest.raises(ValueError, match="differ in num_hidden_layers, 3 and 2"):
         config = BACKBONES["llama"]()
@@ -276,7 +276,7 @@ def test_similarity_of_layers(model, make_model, windows):
         compare_layers(model, AutoModelForCausalLM.from_config(config).eval(), windows)
 
 
-def test_similarity_does_not_see_rotations():
+def test_linear_cka_ignores_rotations():
     from engram_hf.analysis.depth import _linear_cka
 
     random = torch.Generator().manual_seed(0)
@@ -286,7 +286,7 @@ def test_similarity_does_not_see_rotations():
     assert _linear_cka(x, torch.randn(200, 8, generator=random, dtype=torch.float64)) < 0.2
 
 
-def test_attention(model, windows):
+def test_measure_attention(model, windows):
     found = measure_attention(model, windows, batch=2)
     entropy, distance = 0.0, 0.0
     for text in texts_of(windows):
@@ -299,19 +299,19 @@ def test_attention(model, windows):
     positions = int(windows.valid.sum())
     assert found.entropy[1] == pytest.approx(entropy / positions, abs=1e-4)
     assert found.distance[1] == pytest.approx(distance / positions, abs=1e-4)
-    assert found.entropy[0] == pytest.approx(found.entropy_off[0], abs=1e-6)  # in front of the first memory
+    assert found.entropy[0] == pytest.approx(found.entropy_off[0], abs=1e-6)  # This layer precedes the first memory.
     assert found.entropy[1] != pytest.approx(found.entropy_off[1], abs=1e-4)
 
 
-def test_attention_that_is_not_returned_is_told(make_model, windows):
+def test_attention_that_is_not_returned_is_reported(make_model, windows):
     model = make_model("llama")
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="attn_implementation='eager'"):
         measure_attention(model, windows)
 
 
-def test_traffic(model, windows):
-    """Rows, n-grams and collisions of one head, counted one by one."""
+def test_measure_traffic(model, windows):
+    """Rows, n-grams and collisions of one head are counted one by one."""
     found = measure_traffic(model, windows, batch=2)
     assert found.positions == int(windows.valid.sum())
     (head,) = (each for each in found.heads if (each.layer, each.order, each.head) == (2, 3, 1))
@@ -344,10 +344,10 @@ def test_collisions_of_a_large_vocabulary_are_as_expected(make_model, tokenizer)
         assert head.shared == pytest.approx(head.shared_expected, abs=0.05)
 
 
-# --- what all of them share
+# --- common behaviour
 
 
-def test_plain_data_and_pictures(model, windows, tokenizer):
+def test_results_are_plain_data_and_have_pictures(model, windows, tokenizer):
     measure = (measure_worth, measure_gates, measure_depth, measure_traffic, measure_attention)
     for found in [
         *(each(model, windows) for each in measure),

@@ -1,4 +1,4 @@
-"""`engram show` and `engram report`: what they write, and what they refuse."""
+"""`engram show` and `engram report`: the pages they write, and the input they refuse."""
 
 import html.parser
 import json
@@ -28,7 +28,7 @@ def saved(model, tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder: its exit status, output and errors."""
+    """Run a command in an empty folder; return its exit status, output and errors."""
     monkeypatch.chdir(tmp_path)
 
     def command(*arguments):
@@ -39,7 +39,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 class Reader(html.parser.HTMLParser):
-    """Collects what a page shows and what it would fetch."""
+    """Collects the visible text of a page and the addresses it would fetch."""
 
     def __init__(self, page):
         super().__init__()
@@ -70,7 +70,7 @@ def read_page(path):
 
 
 @pytest.mark.parametrize("residency", ["resident", "mapped"])
-def test_show(saved, run, tmp_path, residency):
+def test_show_writes_a_page(saved, run, tmp_path, residency):
     status, out, _ = run("show", saved, "the café w3 w4", "--residency", residency)
     assert status == 0 and "show.html" in out
     text, page = read_page(tmp_path / "show.html")
@@ -79,7 +79,7 @@ def test_show(saved, run, tmp_path, residency):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["show.html", "show.png"]
 
 
-def test_show_as_data(saved, run, model):
+def test_show_prints_json(saved, run, model):
     _, out, _ = run("show", saved, "w3 w4 w3 w4", "--json")
     tokens = json.loads(out)["tokens"]
     assert [len(token["ngrams"]["1"]) for token in tokens] == [0, 1, 2, 2]
@@ -88,7 +88,7 @@ def test_show_as_data(saved, run, model):
     assert tokens[3]["next_probability"] is None and 0 < tokens[0]["next_probability"] < 1
 
 
-def test_report(saved, run, tmp_path):
+def test_report_writes_a_page(saved, run, tmp_path):
     (tmp_path / "text.txt").write_text(CORPUS)
     status, out, _ = run("report", saved, "--corpus", "text.txt", "--length", 32, "--against", saved)
     assert status == 0 and "report.html" in out
@@ -100,8 +100,8 @@ def test_report(saved, run, tmp_path):
     assert set(json.loads(out)) > {"What memory is worth", "Gates", "Effective depth", "Rows", "Attention"}
 
 
-def test_pages_show_names_and_tokens_as_text(saved, run, tmp_path):
-    """A folder's name and a vocabulary are somebody else's."""
+def test_pages_escape_names_and_tokens(saved, run, tmp_path):
+    """A folder's name and a vocabulary come from strangers."""
     folder = shutil.copytree(saved, tmp_path / "<b onclick=x>&")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -142,7 +142,7 @@ def test_pages_show_names_and_tokens_as_text(saved, run, tmp_path):
         (["report", "{plain}", "--corpus", "text.txt"], "no Engram memory"),
     ],
 )
-def test_bad_input(saved, run, tmp_path, arguments, message):
+def test_show_and_report_refuse_bad_input(saved, run, tmp_path, arguments, message):
     from tiny_backbones import BACKBONES
     from transformers import AutoModelForCausalLM
 
@@ -159,8 +159,8 @@ def test_bad_input(saved, run, tmp_path, arguments, message):
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_draws_it(saved, run, tmp_path, scheme):
-    """At the width of a phone nothing but tables and pictures is wider than the screen."""
+def test_page_renders_in_a_browser(saved, run, tmp_path, scheme):
+    """At the width of a phone, only tables and pictures are wider than the screen."""
     run("show", saved, "the café w3 w4")
     page = (tmp_path / "show.html").read_text()
     probe = "<script>document.title = [document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor].join()</script>"
@@ -179,8 +179,8 @@ def test_a_browser_draws_it(saved, run, tmp_path, scheme):
     assert colour == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 24, 29)")
 
 
-def test_the_walkthrough_agrees_with_itself(monkeypatch, capsys):
-    """It computes everything twice, and stops where the model differs."""
+def test_walkthrough_runs(monkeypatch, capsys):
+    """The example computes everything twice, and stops where the model differs."""
     examples = Path(__file__).parents[2] / "examples"
     monkeypatch.syspath_prepend(str(examples))
     runpy.run_path(str(examples / "walkthrough.py"), run_name="__main__")

@@ -1,4 +1,4 @@
-"""What the conversion tests do to checkpoints: damage them, write odd ones, compare folders."""
+"""Helpers of the conversion tests: they damage checkpoints, write malformed ones, and compare folders."""
 
 import json
 import struct
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class EditableCheckpoint:
-    """A private copy of the miniature checkpoint which a test may damage."""
+    """A private copy of the miniature checkpoint that a test may damage."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -50,7 +50,7 @@ class EditableCheckpoint:
 
 
 def write_safetensors(path: Path, tensors: dict) -> None:
-    """An independent writer of the format, for files no library would write."""
+    """Write the format independently of the library, for files that no library would write."""
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, (dtype, shape, content) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
@@ -60,6 +60,6 @@ def write_safetensors(path: Path, tensors: dict) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by relative name."""
+    """Return every file below a folder, by relative name."""
     paths = sorted(folder.rglob("*"))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}

@@ -1,4 +1,4 @@
-"""A copy of the miniature checkpoint to convert, and its finished conversion."""
+"""Provide a copy of the miniature checkpoint, and its finished conversion."""
 
 import shutil
 from pathlib import Path
@@ -12,13 +12,13 @@ from engram_hf.convert_scripts import convert_deepseek_v41
 
 @pytest.fixture(scope="session")
 def tiny(golden, tmp_path_factory) -> Path:
-    """The miniature checkpoint alone, as a release folder."""
+    """Copy the release's own files of the miniature to a folder."""
     return copy_release(golden / "deepseek_v41_tiny", tmp_path_factory.mktemp("upstream") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def converted(tiny, tmp_path_factory) -> Path:
-    """Its conversion with default options."""
+    """Convert the miniature with default options."""
     target = tmp_path_factory.mktemp("converted") / "tiny"
     assert convert_deepseek_v41.main([str(tiny), str(target)]) == 0
     return target

@@ -1,10 +1,12 @@
-"""Writes `engine_facts.json`: what the loaders of vLLM and SGLang ask of a DeepSeek-V4.1 checkpoint, from their wheels' sources.
+"""Write `engine_facts.json`: what the loaders of vLLM and SGLang require of a DeepSeek-V4.1 checkpoint, from their
+sources.
 
     pip download --no-deps vllm==0.33.0 sglang==0.5.23
     python tests/convert_scripts/read_engine_wheels.py vllm-0.33.0-*.whl sglang-0.5.23-*.whl
 
-Nothing is installed. Of each wheel, the functions that rename tensors are taken out of their files and called with the names
-of the miniature release; what the table says besides stands in the sources as the snippets below, which have to be found there.
+Nothing is installed. The script extracts the functions that rename tensors from each wheel and calls them with the
+names of the miniature release. Everything else in the table is backed by the snippets below, which must occur in the
+sources.
 """
 
 import argparse
@@ -20,7 +22,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RELEASE = HERE.parent / "golden" / "deepseek_v41_tiny"
-# Dtypes as in safetensors' headers; shapes in fields of the config, `columns` being those of the concatenated rows.
+# Dtypes are spelled as in safetensors' headers; shapes are in config fields, and `columns` counts the concatenated
+# rows.
 TABLE = {
     "layers.N.engram.embed.weight": {"dtype": "F8_E4M3", "shape": ["engram_num_embeddings", "engram_head_dim"]},
     "layers.N.engram.embed.scale": {"dtype": "F8_E8M0", "shape": ["engram_num_embeddings", "engram_head_dim // 32"]},
@@ -28,7 +31,7 @@ TABLE = {
     "layers.N.engram.k_weight": {"shape": ["hc_mult", "hidden_size"]},
     "layers.N.engram.wkv.weight": {"dtype": "F8_E4M3", "shape": ["hidden_size * (hc_mult + 1)", "columns"]},
 }
-# Attributes of the config that are no fields of config.json: the engine sets them itself.
+# These attributes of the config are not in config.json: the engine sets them itself.
 OWN_ATTRIBUTES = {"hc_pre_from_prev_sublayer", "q_head_norm", "vision_n_layers", "vision_downsample_ratio"}
 
 
@@ -42,14 +45,14 @@ class Wheel:
         return self.archive.read(name).decode()
 
     def require(self, name: str, *snippets: str) -> None:
-        """Fail unless a file has these, whatever its line breaks."""
+        """Fail unless a file contains these snippets, whatever its line breaks."""
         text = "".join(self.source(name).split())
         missing = [snippet for snippet in snippets if "".join(snippet.split()) not in text]
         if missing:
             raise SystemExit(f"{name} of {self.path.name} no longer has {missing}; read it again.")
 
     def node(self, name: str, wanted: str) -> ast.AST:
-        """The function, class or assignment `wanted` of a file."""
+        """Return the function, class or assignment `wanted` of a file."""
         for node in ast.walk(ast.parse(self.source(name))):
             target = getattr(node, "target", None) or next(iter(getattr(node, "targets", [])), None)
             if wanted in (getattr(node, "name", None), getattr(target, "id", None)):
@@ -57,7 +60,7 @@ class Wheel:
         raise SystemExit(f"{name} of {self.path.name} has no {wanted}; read it again.")
 
     def config_fields(self, *names: str) -> list[str]:
-        """What these files read of the model's config."""
+        """Return the fields of the model's config that these files read."""
         read = re.compile(r"(?<![\w.])(?:self\.)?config\.(\w+)")
         found = {field for name in names for field in read.findall(self.source(name))}
         return sorted(field for field in found - OWN_ATTRIBUTES if not field.endswith("_config"))
@@ -68,7 +71,7 @@ class Wheel:
 
 
 def run(*nodes: ast.AST, **namespace: object) -> dict[str, object]:
-    """The names that these definitions make; annotations are left unread."""
+    """Execute these definitions without their annotations, and return the names they define."""
     module = ast.parse("from __future__ import annotations")
     for node in nodes:
         node.decorator_list = [] if isinstance(node, ast.FunctionDef) else node.decorator_list
@@ -176,7 +179,7 @@ def main() -> None:
     given = parser.parse_args()
     index = json.loads((RELEASE / "model.safetensors.index.json").read_text())
     names = sorted({re.sub(r"\b\d+\b", "N", name) for name in index["weight_map"]})
-    # Renaming looks at layer numbers, so a number goes in and N comes out.
+    # Renaming parses layer numbers, so a number is passed in and replaced by N in the result.
     renamed = {
         "vllm": read_vllm(Wheel(given.vllm), [name.replace("N", "7") for name in names]),
         "sglang": read_sglang(Wheel(given.sglang), [name.replace("N", "7") for name in names]),

@@ -30,7 +30,7 @@ def golden_options(conversation):
     return {"enable_thinking": conversation["thinking"], **given}
 
 
-def test_every_golden_string(tokenizer, conversations):
+def test_template_gives_every_golden_string(tokenizer, conversations):
     assert len(conversations) == 38
     for conversation in conversations:
         options = golden_options(conversation)
@@ -47,7 +47,7 @@ def test_without_generation_prompt_only_the_header_is_missing(tokenizer, convers
 
 
 def test_prompt_is_a_prefix_of_the_answered_conversation(tokenizer):
-    """What supervised fine-tuning relies on."""
+    """Supervised fine-tuning relies on it."""
     question = [{"role": "user", "content": "1+1?"}]
     answer = {"role": "assistant", "content": "2", "reasoning_content": "One and one."}
     for thinking in (False, True):
@@ -57,7 +57,7 @@ def test_prompt_is_a_prefix_of_the_answered_conversation(tokenizer):
         assert whole == f"{prompt}{reasoning}2{tokenizer.eos_token}"
 
 
-def test_assistant_mask_covers_what_the_model_writes(tokenizer):
+def test_assistant_mask_covers_what_the_model_generates(tokenizer):
     messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "two"}]
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     written = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
@@ -75,8 +75,8 @@ def test_default_is_chat_mode(tokenizer):
     assert render(tokenizer, messages) == render(tokenizer, messages, enable_thinking=False)
 
 
-def test_thinking_is_another_name_of_enable_thinking(tokenizer):
-    """DeepSeek's templates say `thinking`; rendering chat mode without a word would be another prompt."""
+def test_thinking_is_an_alias_of_enable_thinking(tokenizer):
+    """DeepSeek's templates call the option `thinking`; ignoring it would silently render the prompt of chat mode."""
     messages = [{"role": "user", "content": "a"}]
     for value in (True, False):
         expected = render(tokenizer, messages, add_generation_prompt=True, enable_thinking=value)
@@ -128,8 +128,8 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("thinks", ANSWERS)
-def test_answers_are_parsed_into_reasoning_and_content(converted, thinks):
-    """By the response template that converting puts into the tokenizer's config; what a server streams."""
+def test_response_template_parses_reasoning_and_content(converted, thinks):
+    """The conversion writes the response template into the tokenizer's config; a server streams with it."""
     tokenizer = AutoTokenizer.from_pretrained(converted)
     question = [
         {"role": "user", "content": "1+1?"},

@@ -1,4 +1,4 @@
-"""The conversion command: what it writes, what it refuses, and that an interruption leaves no trace."""
+"""The conversion command: its output, the input it refuses, and recovery from interruptions."""
 
 import json
 import os
@@ -36,10 +36,10 @@ def tensors_of(folder, pattern="*.safetensors"):
     return loaded
 
 
-# --- what it writes ---
+# --- output ---
 
 
-def test_keeps_quantized_bytes(tiny, converted):
+def test_convert_keeps_quantized_bytes(tiny, converted):
     ours, upstream = tensors_of(converted, "model-*"), tensors_of(tiny)
     layer = "model.layers.4"
     q_b = ours[f"{layer}.self_attn.q_b_proj.weight"]
@@ -50,7 +50,7 @@ def test_keeps_quantized_bytes(tiny, converted):
     assert torch.equal(scale.view(torch.uint8), upstream["layers.4.attn.wq_b.scale"].view(torch.uint8))
 
 
-def test_stacks_experts_gate_before_up(tiny, converted):
+def test_convert_stacks_experts_gate_before_up(tiny, converted):
     ours, upstream = tensors_of(converted, "model-*"), tensors_of(tiny)
     experts = "model.layers.4.mlp.experts"
     gate_up, scale = ours[f"{experts}.gate_up_proj"], ours[f"{experts}.gate_up_proj_scale_inv"]
@@ -64,7 +64,7 @@ def test_stacks_experts_gate_before_up(tiny, converted):
         assert torch.equal(ours[f"{experts}.down_proj"][expert], upstream[f"layers.4.ffn.experts.{expert}.w2.weight"])
 
 
-def test_hash_constants_are_the_golden_ones(golden, converted):
+def test_hash_constants_equal_the_golden_ones(golden, converted):
     ours = tensors_of(converted, "model-00001-*")
     with safe_open(golden / "deepseek_v41_tiny" / "golden.safetensors", "pt") as file:
         assert torch.equal(ours["model.hashing.token_map"], file.get_tensor("engram.token_map").long())
@@ -72,7 +72,7 @@ def test_hash_constants_are_the_golden_ones(golden, converted):
         assert torch.equal(ours["model.hashing.primes"].flatten(1), file.get_tensor("engram.primes"))
 
 
-def test_index_names_every_tensor_of_the_model_and_no_other(converted):
+def test_index_names_exactly_the_tensors_of_the_model(converted):
     checkpoint = read_checkpoint(converted)
     names = set(checkpoint.tensors)
     assert not any(name.startswith(("vision.", "aligner.", "mtp.", "image_")) for name in names)
@@ -83,7 +83,7 @@ def test_index_names_every_tensor_of_the_model_and_no_other(converted):
     assert files == on_disk
 
 
-def test_table_index_leads_to_the_tables(tiny, converted):
+def test_table_manifest_leads_to_the_tables(tiny, converted):
     tables = json.loads((converted / "engram_tables.json").read_text(encoding="utf-8"))
     upstream = tensors_of(tiny)
     assert tables["format_version"] == 1 and set(tables["tables"]) == {"1", "4"}
@@ -95,8 +95,8 @@ def test_table_index_leads_to_the_tables(tiny, converted):
             assert piece["rows"] == [0, len(expected)] and torch.equal(found, expected)
 
 
-def test_passes_through_what_the_model_does_not_use(checkpoint, tmp_path):
-    """A tensor under a known prefix that no rule has: it is kept as it is, and comes back."""
+def test_unused_tensors_are_passed_through(checkpoint, tmp_path):
+    """A tensor without a rule under a known prefix is kept unchanged, and exported again."""
     shard = checkpoint.shard_of("mtp.0.norm.weight")
     checkpoint.rewrite(shard, lambda tensors: tensors.update({"mtp.0.calibration": ["F32", [2], bytes(range(8))]}))
     checkpoint.edit_index(lambda weights: weights.update({"mtp.0.calibration": shard.name}))
@@ -107,7 +107,7 @@ def test_passes_through_what_the_model_does_not_use(checkpoint, tmp_path):
     }
 
 
-def test_without_its_text_layers_a_draft_layer_is_carried(tiny, tmp_path):
+def test_draft_layers_are_passed_through_without_the_layers_they_need(tiny, tmp_path):
     assert run(tiny, tmp_path / "out", "--layers", "5") == 0
     passed_through, upstream = tensors_of(tmp_path / "out", "carried-*"), tensors_of(tiny)
     expected = {name for name in upstream if name.startswith("mtp.")}
@@ -115,8 +115,8 @@ def test_without_its_text_layers_a_draft_layer_is_carried(tiny, tmp_path):
     assert all(torch.equal(passed_through[n].view(torch.uint8), upstream[n].view(torch.uint8)) for n in expected)
 
 
-def test_vision_and_drafts_may_be_stored_in_the_other_float(checkpoint, tmp_path):
-    """Nobody here has read those headers of the release; whatever they say is kept."""
+def test_vision_and_draft_tensors_keep_either_float_dtype(checkpoint, tmp_path):
+    """Nobody here has read those headers of the release; either dtype is kept."""
     for name in ("image_start", "vision.norm.weight", "mtp.0.confidence_head.proj.weight"):
 
         def change(tensors, name=name):
@@ -134,7 +134,7 @@ def test_vision_and_drafts_may_be_stored_in_the_other_float(checkpoint, tmp_path
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_dequantizes_to_the_golden_values(golden, tiny, tmp_path, dtype):
+def test_dequantize_gives_the_golden_values(golden, tiny, tmp_path, dtype):
     assert run(tiny, tmp_path / "out", "--dtype", dtype, "--dequantize-tables") == 0
     ours = tensors_of(tmp_path / "out", "[em]*-0*.safetensors")
     layer = "model.layers.4."
@@ -156,14 +156,14 @@ def test_dequantizes_to_the_golden_values(golden, tiny, tmp_path, dtype):
     assert config.get("engram_table_dtype") is None
 
 
-def test_tables_stay_quantized_unless_asked(tiny, tmp_path):
+def test_tables_stay_quantized_unless_requested(tiny, tmp_path):
     assert run(tiny, tmp_path / "out", "--dtype", "bfloat16") == 0
     table = load_file(tmp_path / "out" / "engram-layer-00004.safetensors")
     assert table["model.layers.4.engram.table.weight"].dtype == torch.float8_e4m3fn
     assert len(table) == 2
 
 
-def test_linked_tables_are_the_upstream_shards(tiny, tmp_path):
+def test_link_tables_links_the_upstream_shards(tiny, tmp_path):
     assert run(tiny, tmp_path / "out", "--link-tables") == 0
     linked, original = tmp_path / "out" / "engram-layer-00001.safetensors", tiny / "model-00013-of-00014.safetensors"
     assert linked.samefile(original)
@@ -173,7 +173,7 @@ def test_linked_tables_are_the_upstream_shards(tiny, tmp_path):
     assert original.is_file()
 
 
-def test_layers_are_a_prefix(tiny, tmp_path):
+def test_layers_option_converts_the_first_layers(tiny, tmp_path):
     assert run(tiny, tmp_path / "out", "--layers", "4") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     text = config["text_config"]
@@ -212,7 +212,7 @@ def test_tables_follow_the_table_format(tiny, tmp_path, options):
         assert "--link-tables" in options or table.parts[0].weight.offset % 4096 == 0
 
 
-def test_the_token_map_lies_beside_the_tokenizer(golden, converted):
+def test_token_map_is_saved_with_the_tokenizer(golden, converted):
     tokenizer = EngramTokenizer.from_pretrained(converted)
     with safe_open(golden / "deepseek_v41_tiny" / "golden.safetensors", "pt") as file:
         assert torch.equal(tokenizer.token_map, file.get_tensor("engram.token_map").long())
@@ -222,13 +222,13 @@ def test_the_token_map_lies_beside_the_tokenizer(golden, converted):
 # --- verification ---
 
 
-def test_verifies_a_finished_conversion(tiny, converted, capsys):
+def test_verify_accepts_a_finished_conversion(tiny, converted, capsys):
     assert run(tiny, converted, "--verify-only") == 0
     assert "verified" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["model-00004-of-00011.safetensors", "engram-layer-00004.safetensors", "config.json"])
-def test_verification_finds_one_changed_byte(tiny, converted, tmp_path, capsys, name):
+def test_verify_finds_one_changed_byte(tiny, converted, tmp_path, capsys, name):
     copy = tmp_path / "copy"
     shutil.copytree(converted, copy)
     data = bytearray((copy / name).read_bytes())
@@ -238,13 +238,13 @@ def test_verification_finds_one_changed_byte(tiny, converted, tmp_path, capsys, 
     assert name in capsys.readouterr().err
 
 
-def test_verification_wants_the_same_source(checkpoint, converted, capsys):
+def test_verify_requires_the_same_source(checkpoint, converted, capsys):
     checkpoint.edit_text_config(lambda text: text.update(routed_scaling_factor=2.0))
     assert run(checkpoint.folder, converted, "--verify-only") == 1
     assert "another checkpoint" in capsys.readouterr().err
 
 
-# --- what it refuses ---
+# --- refusals ---
 
 
 def remove(name):
@@ -272,7 +272,9 @@ def edit_text(**changes):
 
 
 def merge_two_tokens(checkpoint):
-    """A tokenizer whose special token is a full-width letter, which compresses to the same id as the letter itself."""
+    """Change the tokenizer so that a special token is a full-width letter, which compresses to the id of the letter
+    itself.
+    """
     path = checkpoint.folder / "tokenizer.json"
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("<｜User｜>", "ａ"), encoding="utf-8")
@@ -326,8 +328,8 @@ def test_bad_checkpoints_are_refused_before_anything_is_written(checkpoint, tmp_
     assert contents(checkpoint.folder) == before
 
 
-def test_every_tensor_is_needed(checkpoint, tmp_path, capsys):
-    """A sample of single tensors, of which each is left out once."""
+def test_every_missing_tensor_is_named(checkpoint, tmp_path, capsys):
+    """A sample of tensors is removed, one at a time."""
     draw = random.Random(3)
     index = json.loads((checkpoint.folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
     for name in draw.sample([name for name in index if name.startswith("layers.")], 12):
@@ -341,7 +343,7 @@ def test_every_tensor_is_needed(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("layers", ["0", "-1", "10", "1"])
-def test_impossible_prefixes(tiny, tmp_path, capsys, layers):
+def test_impossible_layer_counts_are_refused(tiny, tmp_path, capsys, layers):
     assert run(tiny, tmp_path / "out", "--layers", layers) == 1
     assert f"--layers is {layers}" in capsys.readouterr().err
 
@@ -352,7 +354,7 @@ def test_convert_refuses_a_source_that_is_neither_folder_nor_hub_id(tmp_path, ca
         assert "neither a folder nor a Hub id" in capsys.readouterr().err
 
 
-def test_errors_of_the_system_are_one_line_too(tmp_path, capsys):
+def test_system_errors_are_one_line(tmp_path, capsys):
     assert run_command(lambda: (tmp_path / "gone").read_bytes()) == 1
     message = capsys.readouterr().err
     assert message.startswith("error: ") and "gone" in message and message.count("\n") == 1
@@ -361,7 +363,7 @@ def test_errors_of_the_system_are_one_line_too(tmp_path, capsys):
 # --- the target folder ---
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tiny, tmp_path, capsys):
+def test_folder_with_other_files_is_left_unchanged(tiny, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert run(tiny, tmp_path / "out") == 1
@@ -369,19 +371,19 @@ def test_a_folder_with_something_in_it_is_left_alone(tiny, tmp_path, capsys):
     assert contents(tmp_path / "out") == {"notes.txt": b"mine"}
 
 
-def test_a_file_in_the_way(tiny, tmp_path, capsys):
+def test_target_that_is_a_file_is_refused(tiny, tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     assert run(tiny, tmp_path / "out") == 1
     assert "cannot be read or written" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written(tiny, capsys):
-    """`/proc` is one for everybody, root included."""
+def test_unwritable_target_is_refused(tiny, capsys):
+    """`/proc` is unwritable even for root."""
     assert run(tiny, "/proc/engram-conversion") == 1
     assert "cannot be read or written" in capsys.readouterr().err
 
 
-def test_a_second_run_finds_the_work_done(tiny, tmp_path, capsys):
+def test_second_run_finds_the_finished_conversion(tiny, tmp_path, capsys):
     assert run(tiny, tmp_path / "out") == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert run(tiny, tmp_path / "out") == 0
@@ -389,8 +391,8 @@ def test_a_second_run_finds_the_work_done(tiny, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
-def test_a_second_run_removes_the_claim_of_a_killed_one(tiny, tmp_path):
-    """A process may be killed when all is written and its claim of the folder is not yet given up."""
+def test_second_run_removes_the_claim_of_a_killed_one(tiny, tmp_path):
+    """A process may be killed after everything is written and before it releases its claim of the folder."""
     assert run(tiny, tmp_path / "out") == 0
     lock = tmp_path / "out" / LOCK_NAME
     lock.write_text("{}")
@@ -400,13 +402,13 @@ def test_a_second_run_removes_the_claim_of_a_killed_one(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["model-00003-of-00011.safetensors", "engram-layer-00001.safetensors", "config.json"])
 @pytest.mark.parametrize("damage", ["lost", "cut off"])
-def test_a_second_run_writes_what_was_lost(tiny, tmp_path, capsys, name, damage):
+def test_second_run_writes_deleted_files_again(tiny, tmp_path, capsys, name, damage):
     out = tmp_path / "out"
     assert run(tiny, out) == 0
     before, stamps = contents(out), {path.name: path.stat().st_mtime_ns for path in out.glob("*0*.safetensors")}
     if damage == "lost":
         (out / name).unlink()
-    elif name == "config.json":  # an edited document is the user's
+    elif name == "config.json":  # An edited document belongs to the user.
         (out / name).write_text("{}")
         before[name] = b"{}"
     else:
@@ -419,7 +421,7 @@ def test_a_second_run_writes_what_was_lost(tiny, tmp_path, capsys, name, damage)
     assert "already complete" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_another_conversion_does_not_overwrite_a_finished_one(tiny, tmp_path, capsys):
+def test_other_options_do_not_overwrite_a_finished_conversion(tiny, tmp_path, capsys):
     assert run(tiny, tmp_path / "out") == 0
     before = contents(tmp_path / "out")
     assert run(tiny, tmp_path / "out", "--dtype", "bfloat16") == 1
@@ -427,8 +429,8 @@ def test_another_conversion_does_not_overwrite_a_finished_one(tiny, tmp_path, ca
     assert contents(tmp_path / "out") == before
 
 
-def test_too_small_a_disk_is_noticed_before_writing(checkpoint, tmp_path, capsys):
-    """A draft tensor larger than the free disk, in a sparse file."""
+def test_small_disk_is_detected_before_writing(checkpoint, tmp_path, capsys):
+    """A sparse file holds a draft tensor that is larger than the free disk."""
     free = shutil.disk_usage(tmp_path).free
     path = checkpoint.folder / "model-00015-of-00015.safetensors"
     count = free // 2 + 10**6
@@ -442,8 +444,8 @@ def test_too_small_a_disk_is_noticed_before_writing(checkpoint, tmp_path, capsys
     assert contents(tmp_path / "out") == {}
 
 
-def test_a_full_disk_leaves_no_half_file_and_resumes(tiny, converted, tmp_path, capsys):
-    """A limit on the size of files fails a write half-way, as a full disk or a quota does."""
+def test_full_disk_leaves_no_partial_file_and_the_next_run_resumes(tiny, converted, tmp_path, capsys):
+    """A limit on the size of files fails a write in the middle, as a full disk or a quota does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
     try:
@@ -457,7 +459,7 @@ def test_a_full_disk_leaves_no_half_file_and_resumes(tiny, converted, tmp_path, 
 
 
 def assert_only_whole_files(folder, expected, parts=True):
-    """Under final names nothing but finished files; unfinished ones only after a kill."""
+    """Require that final names belong to finished files only; unfinished files may exist after a kill."""
     found = contents(folder) if folder.exists() else {}
     own, unfinished = (".conversion-journal", LOCK_NAME), (".part", ".unfinished")
     final = {name: data for name, data in found.items() if not name.endswith(unfinished) and name not in own}
@@ -467,9 +469,9 @@ def assert_only_whole_files(folder, expected, parts=True):
 
 
 def run_and_die(source, target, moment, events):
-    """Convert, but die without notice at the `moment`-th time a file is opened, renamed or removed after planning.
+    """Convert, but exit without cleanup at the `moment`-th time a file is opened, renamed or removed after planning.
 
-    Sources are opened once for each piece that is copied, so moments lie inside files, between them, and around renames.
+    Sources are opened once for each copied piece, so moments lie inside files, between them, and around renames.
     """
 
     def count(event, arguments):
@@ -483,7 +485,7 @@ def run_and_die(source, target, moment, events):
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments(tiny, converted, tmp_path):
+def test_conversion_killed_at_ten_random_moments(tiny, converted, tmp_path):
     context = forks_of_a_server()
     expected = contents(converted)
 
@@ -498,7 +500,7 @@ def test_killed_at_ten_random_moments(tiny, converted, tmp_path):
     assert code == 0 and contents(tmp_path / "whole") == expected
     draw, target, states = random.Random(5), tmp_path / "out", set()
     for attempt in range(10):
-        # Every other time on top of what the last one left, so that resuming is interrupted as well.
+        # Every other run starts over the remains of the last one, so that resuming is interrupted as well.
         if attempt % 2 == 0:
             shutil.rmtree(target, ignore_errors=True)
         code, _ = die_at(draw.randrange(1, events if attempt % 2 == 0 else events // 3), target)
@@ -508,10 +510,10 @@ def test_killed_at_ten_random_moments(tiny, converted, tmp_path):
         if attempt % 2:
             assert run(tiny, target) == 0
             assert contents(target) == expected
-    assert len(states) >= 4  # how far its threads come by a moment differs
+    assert len(states) >= 4  # The progress of its threads at a moment varies.
 
 
-def test_an_interrupted_conversion_of_another_source_is_not_mixed(tiny, checkpoint, tmp_path, capsys):
+def test_interrupted_conversion_of_another_source_is_refused(tiny, checkpoint, tmp_path, capsys):
     target = tmp_path / "out"
     assert run(tiny, target) == 0
     (target / "conversion_manifest.json").unlink()
@@ -520,8 +522,8 @@ def test_an_interrupted_conversion_of_another_source_is_not_mixed(tiny, checkpoi
     assert "another source or with other options" in capsys.readouterr().err
 
 
-def test_interrupted_before_the_first_file_is_on_record(tiny, converted, tmp_path, monkeypatch):
-    """The file is there already; without a journal, nobody could go on."""
+def test_conversion_interrupted_before_its_first_journal_line(tiny, converted, tmp_path, monkeypatch):
+    """The file exists already; without a journal, no run could resume."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -534,7 +536,7 @@ def test_interrupted_before_the_first_file_is_on_record(tiny, converted, tmp_pat
     assert contents(target) == contents(converted)
 
 
-def test_a_torn_journal_line_counts_as_absent(tiny, converted, tmp_path):
+def test_torn_journal_line_is_ignored(tiny, converted, tmp_path):
     target = tmp_path / "out"
     manifest = json.loads((converted / "conversion_manifest.json").read_text(encoding="utf-8"))
     target.mkdir()
@@ -546,7 +548,7 @@ def test_a_torn_journal_line_counts_as_absent(tiny, converted, tmp_path):
     assert contents(target) == contents(converted)
 
 
-def test_a_conversion_into_a_folder_that_is_being_written(tiny, tmp_path, capsys):
+def test_folder_claimed_by_another_process_is_refused(tiny, tmp_path, capsys):
     target = tmp_path / "out"
     with FolderClaim(target):
         before = contents(target)
@@ -556,7 +558,7 @@ def test_a_conversion_into_a_folder_that_is_being_written(tiny, tmp_path, capsys
     assert not target.exists()
 
 
-# --- what is damaged ---
+# --- damage ---
 
 
 def assert_one_sentence(capsys, *words):
@@ -579,7 +581,7 @@ def assert_one_sentence(capsys, *words):
         ({"options": {"colour": "red"}}, "options on record"),
     ],
 )
-def test_a_damaged_manifest(tiny, converted, tmp_path, capsys, change, words):
+def test_damaged_manifest_is_refused(tiny, converted, tmp_path, capsys, change, words):
     target = shutil.copytree(converted, tmp_path / "out")
     path = target / "conversion_manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change))
@@ -597,7 +599,7 @@ def test_a_damaged_manifest(tiny, converted, tmp_path, capsys, change, words):
         (["{FINGERPRINT}", '{"name": "../other", "size": 1}\n'], "is damaged"),
     ],
 )
-def test_a_damaged_journal(tiny, converted, tmp_path, capsys, lines, words):
+def test_damaged_journal_is_refused(tiny, converted, tmp_path, capsys, lines, words):
     manifest = json.loads((converted / "conversion_manifest.json").read_text(encoding="utf-8"))
     begin = json.dumps({"fingerprint": manifest["fingerprint"]}) + "\n"
     (tmp_path / "out").mkdir()
@@ -609,7 +611,7 @@ def test_a_damaged_journal(tiny, converted, tmp_path, capsys, lines, words):
     assert journal.read_text() == before
 
 
-def test_a_verification_ends_with_the_first_damage(tiny, converted, tmp_path, capsys, monkeypatch):
+def test_verify_stops_at_the_first_damage(tiny, converted, tmp_path, capsys, monkeypatch):
     target, read = shutil.copytree(converted, tmp_path / "out"), []
     (target / "model-00001-of-00011.safetensors").write_bytes(b"damaged")
     chunks = streaming.Copy.chunks
@@ -627,7 +629,7 @@ def test_a_verification_ends_with_the_first_damage(tiny, converted, tmp_path, ca
 
 
 @pytest.mark.parametrize("quantization", [5, [], None, "fp8"])
-def test_a_config_with_another_kind_of_quantization(checkpoint, tmp_path, capsys, quantization):
+def test_config_of_another_quantization_is_refused(checkpoint, tmp_path, capsys, quantization):
     path = checkpoint.folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": quantization}))
     assert run(checkpoint.folder, tmp_path / "out") == 1

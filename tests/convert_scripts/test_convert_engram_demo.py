@@ -1,4 +1,4 @@
-"""The demo's memory on a backbone computes what the demo's formulas give."""
+"""The converted memory of the demo computes the demo's formulas on a backbone."""
 
 import math
 
@@ -21,7 +21,7 @@ BUCKETS = 40
 
 
 def demo_state(streams, layers=LAYERS, max_ngram=3):
-    """A random state dict with the demo's names and shapes."""
+    """Return a random state dict with the demo's names and shapes."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -52,7 +52,7 @@ def demo_state(streams, layers=LAYERS, max_ngram=3):
 
 
 def demo_forward(state, layer, streams, rows, max_ngram=3):
-    """What a layer of the demo adds to the streams `[B, S, G, D]`, from gathered `rows` `[B, S, heads * width]`."""
+    """Compute the output of a demo layer on streams `[B, S, G, D]`, from gathered `rows` `[B, S, heads * width]`."""
     get = {name.split(".engram.")[1]: tensor for name, tensor in state.items() if name.startswith(f"layers.{layer}.")}
     count = streams.shape[2]
 
@@ -125,7 +125,7 @@ def convert(state, backbone, target, *options):
     return convert_engram_demo.main([*arguments, *options])
 
 
-def test_computes_what_the_demo_computes(backbone, tmp_path):
+def test_converted_memory_equals_the_demo(backbone, tmp_path):
     folder, streams = backbone
     state = demo_state(streams)
     assert convert(state, folder, tmp_path / "out") == 0
@@ -143,7 +143,7 @@ def test_computes_what_the_demo_computes(backbone, tmp_path):
         assert torch.allclose(found.view_as(expected), expected, atol=2e-6)
 
 
-def test_key_and_query_norms_are_not_confused(backbone, tmp_path):
+def test_key_and_query_norms_are_not_exchanged(backbone, tmp_path):
     folder, streams = backbone
     state = demo_state(streams)
     swapped = {
@@ -157,7 +157,7 @@ def test_key_and_query_norms_are_not_confused(backbone, tmp_path):
     assert torch.equal(memory.q_norm.weight[0], state["layers.1.engram.norm1.0.weight"])
 
 
-def test_the_backbone_and_the_tokenizer_come_along(backbone, tmp_path):
+def test_backbone_and_tokenizer_are_saved(backbone, tmp_path):
     folder, streams = backbone
     assert convert({f"model.{name}": t for name, t in demo_state(streams).items()}, folder, tmp_path / "out") == 0
     model = EngramForCausalLM.from_pretrained(tmp_path / "out")
@@ -204,14 +204,14 @@ def test_convert_refuses_a_state_dict_that_does_not_fit(backbone, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_other_kinds_of_files_are_refused(tmp_path, capsys):
+def test_unsupported_files_are_refused(tmp_path, capsys):
     for name, content in (("demo.pt", b"PK"), ("demo.safetensors", b"\x00" * 4)):
         (tmp_path / name).write_bytes(content)
         assert convert_engram_demo.main([str(tmp_path / name), "backbone", str(tmp_path / "out")]) == 1
         assert "safetensors" in capsys.readouterr().err
 
 
-def test_a_folder_in_use_is_left_alone(backbone, tmp_path, capsys):
+def test_folder_in_use_is_refused(backbone, tmp_path, capsys):
     folder, streams = backbone
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")

@@ -1,4 +1,4 @@
-"""Loading the release's folder, and kept quantized folders of ours, through the Auto classes."""
+"""The Auto classes load the release's folder, and our converted folders that keep its quantization."""
 
 import json
 import shutil
@@ -54,8 +54,8 @@ def assert_golden_logits(model, truth):
 
 
 @pytest.mark.parametrize("kind", ["tiny", "converted", "float32"])
-def test_golden_logits(request, truth, kind):
-    """The release itself, its conversion with quantized weights, and dequantized."""
+def test_logits_equal_the_golden_ones(request, truth, kind):
+    """The release itself, its quantized conversion and its dequantized conversion are loaded."""
     model = load(request.getfixturevalue(kind), dtype=torch.float32)
     assert (type(model).__name__, type(model.config).__name__) == ("EngramForCausalLM", "EngramConfig")
     tables = [tensor for memory in model.model.memories().values() for tensor in memory.table.parameters()]
@@ -64,8 +64,8 @@ def test_golden_logits(request, truth, kind):
 
 
 @pytest.mark.parametrize("residency", ["resident", "mapped"])
-def test_tables_live_where_they_are_asked_to(tiny, truth, tmp_path, residency):
-    """In the release's own shards, even, which another save then takes the tables out of."""
+def test_tables_have_the_requested_residency(tiny, truth, tmp_path, residency):
+    """This includes the release's own shards; another save takes the tables out of them."""
     model = load(tiny, dtype=torch.float32, engram_residency=residency)
     assert all(memory.table.is_resident == (residency == "resident") for memory in model.model.memories().values())
     assert_golden_logits(model, truth)
@@ -74,8 +74,8 @@ def test_tables_live_where_they_are_asked_to(tiny, truth, tmp_path, residency):
     assert_golden_logits(load(tmp_path, dtype=torch.float32), truth)
 
 
-def test_the_whole_model_generates_and_learns_as_the_oracle(truth, float32):
-    """Memory and backbone together: greedy continuation, loss, and decoding in chunks across every boundary."""
+def test_model_with_memory_generates_and_learns_as_the_oracle(truth, float32):
+    """Greedy continuation, loss, and decoding in chunks across every boundary are compared, with the memory."""
     model = load(float32, dtype=torch.float32)
     prompt = truth["generate.input_ids"]
     written = model.generate(
@@ -90,7 +90,7 @@ def test_the_whole_model_generates_and_learns_as_the_oracle(truth, float32):
     ids = truth["full.input_ids"]
     with torch.no_grad():
         assert abs(model(ids, labels=ids).loss - truth["full.loss"]) < 1e-5
-        # In float64: caches are rounded in steps, and on some processors float32 noise shows as a step.
+        # The models are in float64: caches are rounded in steps, and on some processors float32 noise shows as a step.
         model.double().set_experts_implementation("eager")
         for size in (1, 2, 3, 7):
             cache, logits = None, []
@@ -101,8 +101,8 @@ def test_the_whole_model_generates_and_learns_as_the_oracle(truth, float32):
             assert (torch.cat(logits, 1) - truth["full.logits"]).abs().max() < 1e-4, size
 
 
-def test_all_gradients_of_the_whole_model(golden, tiny, tmp_path):
-    """All 144 of the oracle, found by the converter's own table; the tables learn too once they are dequantized."""
+def test_all_gradients_equal_the_oracle(golden, tiny, tmp_path):
+    """All 144 gradients of the oracle are found by the converter's own table; dequantized tables are trained, too."""
     options = ["--dtype", "float32", "--dequantize-tables"]
     assert convert_deepseek_v41.main([str(tiny), str(tmp_path / "out"), *options]) == 0
     model = load(tmp_path / "out").train()
@@ -124,7 +124,7 @@ def test_all_gradients_of_the_whole_model(golden, tiny, tmp_path):
     assert len(expected) == 144
 
 
-def test_the_release_and_its_conversion_are_one_model(tiny, converted):
+def test_release_and_its_conversion_are_equal(tiny, converted):
     direct, through = load(tiny, dtype=torch.bfloat16), load(converted, dtype=torch.bfloat16)
     ours, theirs = through.state_dict(), direct.state_dict()
     assert ours.keys() == theirs.keys()
@@ -140,7 +140,7 @@ def test_saves_as_an_ordinary_model(request, truth, tmp_path, kind):
     assert_golden_logits(load(tmp_path), truth)
 
 
-def test_a_prefix_has_the_streams_of_the_whole(golden, tiny, tmp_path):
+def test_first_layers_have_the_streams_of_the_whole_model(golden, tiny, tmp_path):
     assert convert_deepseek_v41.main([str(tiny), str(tmp_path / "out"), "--layers", "5", "--dtype", "float32"]) == 0
     model = load(tmp_path / "out")
     with safe_open(golden / "deepseek_v41_tiny" / "golden.safetensors", "pt") as file:
@@ -152,8 +152,8 @@ def test_a_prefix_has_the_streams_of_the_whole(golden, tiny, tmp_path):
     assert (seen[0] - expected).abs().max() < 1e-4
 
 
-def test_a_saved_model_exports_to_the_releases_values(tiny, converted, tmp_path):
-    """Load, save after training would have changed it, export with the conversion's record: the release's logits again."""
+def test_saved_model_exports_to_the_values_of_the_release(tiny, converted, tmp_path):
+    """The model is loaded, saved, and exported with the conversion's record; the logits are the release's again."""
     load(tiny, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
     arguments = [str(tmp_path / "saved"), str(tmp_path / "back"), "--record", str(converted)]
     assert export_deepseek_v41.main(arguments) == 0
@@ -164,7 +164,7 @@ def test_a_saved_model_exports_to_the_releases_values(tiny, converted, tmp_path)
     assert all(torch.equal(original[name].float(), back[name].float()) for name in original)
 
 
-def test_the_tokenizer_of_a_conversion_has_the_template(converted):
+def test_converted_tokenizer_has_the_chat_template(converted):
     tokenizer = AutoTokenizer.from_pretrained(converted)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
@@ -172,13 +172,13 @@ def test_the_tokenizer_of_a_conversion_has_the_template(converted):
     assert text == "<｜begin▁of▁sentence｜><｜User｜>a<｜Assistant｜></think>"
 
 
-def test_config_of_the_release(tiny):
+def test_config_of_the_release_is_read(tiny):
     config = AutoConfig.from_pretrained(tiny)
     assert isinstance(config, DeepseekV41Config)
     assert config.engram_layer_ids == [1, 4] and config.text_config.num_hidden_layers == 9
 
 
-def test_a_missing_shard_tensor_is_named(tiny, tmp_path):
+def test_tensor_missing_from_a_shard_is_named(tiny, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(tiny, folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
@@ -198,8 +198,8 @@ def test_another_tokenizer_is_refused(tiny, tmp_path):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_the_mapping_is_the_table(tiny):
-    """Every upstream name of the table, through transformers' renamings and converters, becomes the table's name."""
+def test_key_mapping_agrees_with_the_tensor_table(tiny):
+    """Every upstream name, passed through transformers' renamings and converters, becomes the name in the table."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     conversions = upstream_conversions(DEEPSEEK_V41)
@@ -217,8 +217,10 @@ def test_the_mapping_is_the_table(tiny):
 
 
 @pytest.mark.parametrize("saved_again", [False, True])
-def test_a_dequantized_folder_needs_nothing_installed(truth, float32, tmp_path, saved_again):
-    """As remote code, in a process that cannot import the package: the backbone comes with the folder too."""
+def test_dequantized_folder_needs_no_installed_package(truth, float32, tmp_path, saved_again):
+    """The folder runs as remote code in a process that cannot import the package: it contains the backbone's code,
+    too.
+    """
     folder = tmp_path if saved_again else float32
     if saved_again:
         load(float32, dtype=torch.float32).save_pretrained(folder)

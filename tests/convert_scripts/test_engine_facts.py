@@ -1,6 +1,6 @@
-"""An export has the names, shapes, dtypes and fields that the loaders of vLLM and SGLang ask for.
+"""An export has the names, shapes, dtypes and fields that the loaders of vLLM and SGLang require.
 
-`engine_facts.json` is read from the engines' wheels by `read_engine_wheels.py`; the engines themselves are not run.
+`read_engine_wheels.py` reads `engine_facts.json` from the engines' wheels; the engines themselves are not run.
 """
 
 import json
@@ -26,7 +26,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def exported(converted, tmp_path_factory) -> Path:
-    """What a model that was trained is exported as: without the record of the release it came from."""
+    """Export a trained model, which has no record of the release it came from."""
     ours, target = tmp_path_factory.mktemp("ours") / "model", tmp_path_factory.mktemp("exported") / "release"
     shutil.copytree(converted, ours, ignore=shutil.ignore_patterns("upstream"))
     assert export_deepseek_v41.main([str(ours), str(target)]) == 0
@@ -35,7 +35,7 @@ def exported(converted, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tensors(exported):
-    """Every tensor of the export, in the files that its index names: an engine reads no others."""
+    """Return every tensor of the export in the files that its index names: an engine reads no others."""
     index = json.loads((exported / "model.safetensors.index.json").read_text())["weight_map"]
     headers = {file: read_header(exported / file).tensors for file in set(index.values())}
     assert sorted(path.name for path in exported.glob("*.safetensors")) == sorted(headers)
@@ -49,17 +49,17 @@ def config(exported):
 
 
 @pytest.mark.parametrize("engine", FACTS)
-def test_every_tensor_has_a_name_that_the_loader_maps(engine, tensors):
+def test_loader_maps_the_name_of_every_tensor(engine, tensors):
     names = FACTS[engine]["names"]
     assert {re.sub(r"\b\d+\b", "N", name) for name in tensors} == set(names)
-    # A loader leaves out drafts, and where it loads text alone what reads images; nothing of the text, nothing of the memory.
+    # A loader skips drafts, and a text-only one skips vision tensors; it skips nothing of the text or the memory.
     assert {name for name, target in names.items() if target is None} <= {
         name for name in names if name.startswith(("mtp.", "vision.", "aligner.", "image_"))
     }
 
 
 @pytest.mark.parametrize("engine", FACTS)
-def test_the_memory_has_the_shapes_and_dtypes_of_the_engine(engine, tensors, config):
+def test_memory_has_the_shapes_and_dtypes_of_the_engine(engine, tensors, config):
     columns = (config["engram_max_ngram_size"] - 1) * config["engram_n_heads"] * config["engram_head_dim"]
     for layer, rows in zip(config["engram_layer_ids"], config["engram_num_embeddings"], strict=True):
         sizes = {**config, "engram_num_embeddings": rows, "columns": columns}
@@ -70,17 +70,17 @@ def test_the_memory_has_the_shapes_and_dtypes_of_the_engine(engine, tensors, con
 
 
 @pytest.mark.parametrize("engine", FACTS)
-def test_the_config_has_every_field_that_the_engine_reads(engine, config):
+def test_config_has_every_field_that_the_engine_reads(engine, config):
     facts = FACTS[engine]
     assert config["architectures"] == [facts["architecture"]] and config["model_type"] == facts["model_type"]
     assert [name for name in facts["config"] if name not in config] == []
     quantization = config["quantization_config"]
-    # By these vLLM tells in which of its forms a linear layer and the experts are.
+    # From these, vLLM recognizes the form of a linear layer and of the experts.
     assert (quantization["weight_block_size"], quantization["expert_dtype"]) == ([32, 32], "fp4")
 
 
-def test_the_tokenizer_gives_the_compressed_vocabulary_that_both_engines_build(exported, config):
-    """Both build the map from the tokenizer beside the weights, and refuse a size that the config does not name."""
+def test_tokenizer_gives_the_compressed_vocabulary_of_both_engines(exported, config):
+    """Both build the map from the tokenizer beside the weights, and refuse a size that differs from the config's."""
     from engram_hf.tokenization import EngramTokenizer
 
     tokenizer = EngramTokenizer.from_tokenizer(AutoTokenizer.from_pretrained(exported))
@@ -88,20 +88,22 @@ def test_the_tokenizer_gives_the_compressed_vocabulary_that_both_engines_build(e
 
 
 @pytest.mark.parametrize("engine", FACTS)
-def test_the_page_names_what_the_engine_has(engine):
+def test_serving_page_names_the_options_of_the_engine(engine):
     page = (DOCS / "serving.md").read_text(encoding="utf-8")
     version = FACTS[engine]["wheel"].split("-")[1]
     assert version in page and [name for name in FACTS[engine]["options"] if f"`{name}`" not in page] == []
 
 
-def test_the_page_for_engine_authors_tells_the_look_back_of_vllm():
+def test_engines_page_describes_the_look_back_of_vllm():
     page = (DOCS / "engines.md").read_text(encoding="utf-8")
     assert FACTS["vllm"]["wheel"].split("-")[1] in page
     assert [word for word in FACTS["vllm"]["lookback"].values() if str(word) not in page] == []
 
 
-def test_what_vllms_transformers_backend_asks_of_a_model(monkeypatch):
-    """It builds the model on the meta device, registers an attention, and calls it with requests packed in one row."""
+def test_model_meets_the_requirements_of_vllms_transformers_backend(monkeypatch):
+    """The backend builds the model on the meta device, registers an attention, and calls it with requests packed in
+    one row.
+    """
     seen = []
     own = torch.block_diag(torch.ones(5, 5), torch.ones(7, 7)).tril().bool()[None, None]
 
@@ -109,7 +111,7 @@ def test_what_vllms_transformers_backend_asks_of_a_model(monkeypatch):
         seen.append(kwargs["attention_instances"][module.layer_idx])
         return sdpa_attention_forward(
             module, query, key, value, own, **kwargs
-        )  # vLLM's keeps requests apart by itself
+        )  # vLLM's own attention separates requests by itself.
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", attention)
     model, ids = build("llama").eval(), random_ids(1, 12)
@@ -138,7 +140,7 @@ def test_what_vllms_transformers_backend_asks_of_a_model(monkeypatch):
 
 
 def test_resident_tables_are_saved_among_the_weights(tmp_path):
-    """As docs/engines.md says: a loader that reads only the weights or their index finds them."""
+    """docs/engines.md says so: a loader that reads only the weights or their index finds them."""
     build("llama").save_pretrained(tmp_path / "model")
     EngramForCausalLM.from_pretrained(tmp_path / "model", engram_residency="mapped").save_pretrained(tmp_path / "own")
     EngramForCausalLM.from_pretrained(tmp_path / "own", engram_residency="resident").save_pretrained(

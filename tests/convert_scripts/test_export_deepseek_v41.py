@@ -1,4 +1,4 @@
-"""The export command: the release comes back byte for byte, and a changed model in the release's form."""
+"""The export command: a conversion gives the release back byte for byte, and a changed model gets the release's form."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def storage_of(name):
 
 
 def values_of(tensors):
-    """Every tensor of an upstream state dict in float32, quantized ones decoded."""
+    """Return every tensor of an upstream state dict in float32, with quantized ones decoded."""
     values = {}
     for name, tensor in tensors.items():
         scale = tensors.get(name.removesuffix("weight") + "scale")
@@ -70,13 +70,13 @@ def rewrite(path, change):
 
 
 @pytest.mark.parametrize("options", [(), ("--link-tables",)])
-def test_an_unmodified_conversion_comes_back_byte_for_byte(tiny, tmp_path, options):
+def test_unmodified_conversion_exports_byte_for_byte(tiny, tmp_path, options):
     ours = convert(tiny, tmp_path / "ours", *options)
     assert without_manifest(exported(ours, tmp_path / "back")) == contents(tiny)
 
 
 @pytest.mark.parametrize("options", [("bfloat16",), ("float32",), ("bfloat16", "--dequantize-tables")])
-def test_a_dequantized_model_has_the_releases_values(tiny, tmp_path, options):
+def test_dequantized_model_exports_the_values_of_the_release(tiny, tmp_path, options):
     ours = convert(tiny, tmp_path / "ours", "--dtype", *options)
     back = exported(ours, tmp_path / "back")
     original, found = tensors_of(tiny), tensors_of(back)
@@ -87,7 +87,7 @@ def test_a_dequantized_model_has_the_releases_values(tiny, tmp_path, options):
     assert all((back / name).read_bytes() == (tiny / name).read_bytes() for name in documents)
 
 
-def test_a_changed_matrix_is_quantized_by_the_releases_rules(tiny, tmp_path):
+def test_changed_matrix_is_quantized_by_the_rules_of_the_release(tiny, tmp_path):
     ours = convert(tiny, tmp_path / "ours", "--dtype", "float32", "--dequantize-tables")
     generator = torch.Generator().manual_seed(0)
     layer = "model.layers.1"
@@ -118,7 +118,7 @@ def test_a_changed_matrix_is_quantized_by_the_releases_rules(tiny, tmp_path):
         assert torch.equal(found[f"{stem}.scale"].view(torch.uint8), scale), stem
 
 
-def test_without_a_record_the_releases_shard_rule(converted, tiny, copy, tmp_path):
+def test_export_without_a_record_shards_by_the_rule_of_the_release(converted, tiny, copy, tmp_path):
     shutil.rmtree(copy / "upstream")
     for path in copy.glob("carried-*"):
         path.unlink()
@@ -140,7 +140,7 @@ def test_without_a_record_the_releases_shard_rule(converted, tiny, copy, tmp_pat
     assert (back / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
 
 
-def test_the_config_made_without_a_record_is_the_releases(copy, tiny, tmp_path):
+def test_export_without_a_record_writes_the_config_of_the_release(copy, tiny, tmp_path):
     shutil.rmtree(copy / "upstream")
     back = exported(copy, tmp_path / "back")
     made, release = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (back, tiny))
@@ -149,7 +149,7 @@ def test_the_config_made_without_a_record_is_the_releases(copy, tiny, tmp_path):
     assert {key: value for key, value in made.items() if key != "text_config"} == expected
 
 
-def test_an_export_without_a_record_converts_again(copy, converted, tmp_path):
+def test_export_without_a_record_converts_again(copy, converted, tmp_path):
     shutil.rmtree(copy / "upstream")
     back = exported(copy, tmp_path / "back")
     again = convert(back, tmp_path / "again")
@@ -158,8 +158,8 @@ def test_an_export_without_a_record_converts_again(copy, converted, tmp_path):
             assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_saved_model_takes_the_record_from_its_conversion(converted, copy, tiny, tmp_path):
-    """One file, as `save_pretrained` writes a small model, and nothing of the release beside it."""
+def test_saved_model_exports_with_the_record_of_its_conversion(converted, copy, tiny, tmp_path):
+    """The model is one file, as `save_pretrained` writes a small model, without any file of the release."""
     tensors = {}
     for path in sorted(copy.glob("*.safetensors")):
         tensors |= load_file(path) if path.name.startswith(("model-", "engram-")) else {}
@@ -172,7 +172,7 @@ def test_a_saved_model_takes_the_record_from_its_conversion(converted, copy, tin
     assert without_manifest(back) == contents(tiny)
 
 
-def test_a_prefix_is_a_checkpoint_of_its_own(tiny, tmp_path):
+def test_export_of_the_first_layers_is_a_complete_checkpoint(tiny, tmp_path):
     ours = convert(tiny, tmp_path / "ours", "--layers", "5")
     back = exported(ours, tmp_path / "back")
     kept = [f"model-{number:05d}-of-00014.safetensors" for number in (1, 2, 3, 4, 5, 6, 11, 12, 13, 14)]
@@ -183,7 +183,7 @@ def test_a_prefix_is_a_checkpoint_of_its_own(tiny, tmp_path):
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_dry_run_and_verification(converted, tmp_path, capsys):
+def test_export_dry_run_and_verification(converted, tmp_path, capsys):
     assert export(converted, tmp_path / "back", "--dry-run") == 0
     assert "model-00014-of-00014.safetensors" in capsys.readouterr().out and not (tmp_path / "back").exists()
     exported(converted, tmp_path / "back")
@@ -209,7 +209,7 @@ def edit_config(**changes):
 
 
 def edit_first_layer(change):
-    """Change the tensors of layer 0 and name them in the index."""
+    """Change the tensors of layer 0 and update their names in the index."""
 
     def damage(folder):
         path = folder / "model-00002-of-00011.safetensors"
@@ -269,7 +269,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_models_are_refused(copy, tmp_path, capsys, case):
+def test_export_refuses_bad_models(copy, tmp_path, capsys, case):
     damage, words = REFUSED[case]
     damage(copy)
     before = contents(copy)
@@ -282,7 +282,7 @@ def test_bad_models_are_refused(copy, tmp_path, capsys, case):
     assert contents(copy) == before
 
 
-def test_a_config_without_memory(converted, tmp_path, capsys):
+def test_export_refuses_a_config_without_memory(converted, tmp_path, capsys):
     source = shutil.copytree(converted, tmp_path / "source")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     del config["engram_n_heads"]

@@ -1,4 +1,4 @@
-"""The quantized number formats against the golden decodings and roundings."""
+"""The quantized number formats agree with the golden decodings and roundings."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_every_storage_has_a_golden_decoding(truth):
     assert {"attn.wo_a.weight", "ffn.experts.5.w1.weight", "engram.embed.weight", "engram.wkv.weight"} <= kinds
 
 
-def test_decodes_to_the_golden_values(checkpoint, truth):
+def test_decode_gives_the_golden_values(checkpoint, truth):
     for key, expected in truth.items():
         if key.startswith("dequantized."):
             stem = key.removeprefix("dequantized.").removesuffix(".weight")
@@ -42,7 +42,7 @@ def test_decodes_to_the_golden_values(checkpoint, truth):
 @pytest.mark.parametrize(
     ("key", "storage", "floor"), [("rounding.fp8", FP8_ROWS, 1e-4), ("rounding.mxfp4", FP4_ROWS, None)]
 )
-def test_rounds_to_the_golden_values(truth, key, storage, floor):
+def test_encode_gives_the_golden_values(truth, key, storage, floor):
     weight, scale = encode(truth["rounding.input"], storage, floor)
     assert torch.equal(decode(weight, scale, storage), truth[key])
 
@@ -50,11 +50,11 @@ def test_rounds_to_the_golden_values(truth, key, storage, floor):
 @pytest.mark.parametrize("storage", [FP8_BLOCKS, FP8_ROWS, FP4_ROWS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoded_values_encode_to_themselves(storage, dtype):
-    """Whatever the stored scale was: a decoded model, exported again, has the values it had, in bfloat16 as well."""
+    """With any stored scale, an exported model has the values of the decoded one, in bfloat16 as well."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(0, 256, (96, 64), dtype=torch.uint8, generator=generator)
     if not storage.is_packed:
-        weight[(weight & 0x7F) == 0x7F] = 0  # the two NaN codes
+        weight[(weight & 0x7F) == 0x7F] = 0  # These are the two NaN codes.
     scale_shape = storage.scale_shape((96, 128 if storage.is_packed else 64))
     scale = torch.randint(64, 180, scale_shape, dtype=torch.uint8, generator=generator)
     values = decode(weight, scale, storage)
@@ -62,7 +62,7 @@ def test_decoded_values_encode_to_themselves(storage, dtype):
     assert torch.equal(decode(*encode(values.to(dtype).float(), storage), storage), values)
 
 
-def test_ties_go_to_the_even_code():
+def test_ties_round_to_the_even_code():
     values = torch.tensor([[0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]])
     weight, scale = encode(values.repeat(1, 4), FP4_ROWS)
     assert scale.tolist() == [[127]]
@@ -70,7 +70,7 @@ def test_ties_go_to_the_even_code():
     assert decode(weight, scale, FP4_ROWS)[0, :8].tolist() == expected
 
 
-def test_blocks_cut_off_by_the_edge():
+def test_blocks_at_the_edge_may_be_incomplete():
     values = torch.randn(40, 72, generator=torch.Generator().manual_seed(0))
     weight, scale = encode(values, FP8_BLOCKS)
     assert weight.shape == (40, 72) and scale.shape == (2, 3)

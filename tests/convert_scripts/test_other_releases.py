@@ -1,4 +1,4 @@
-"""Folders in the release's layout that are other than the release: they convert as far as their config allows."""
+"""Folders in the release's layout with other dimensions convert as far as their config allows."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def text_alone(config):
 
 
 def other_counts(config):
-    """Fewer layers, more experts, another tower and other draft layers."""
+    """Use fewer layers, more experts, another tower and other draft layers."""
     config["text_config"] |= {
         "num_hidden_layers": 6,
         "n_routed_experts": 12,
@@ -79,7 +79,7 @@ CHANGES = [no_tower, empty_tower, no_drafts, text_alone, other_counts]
 
 
 def write_release(miniature, folder, change):
-    """A folder of random weights with a changed config, in one shard."""
+    """Write a folder of random weights with a changed config, in one shard."""
     config = json.loads((miniature / "config.json").read_text(encoding="utf-8"))
     change(config)
     folder.mkdir()
@@ -108,7 +108,7 @@ def write_release(miniature, folder, change):
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_convert_a_release_as_far_as_its_config_allows(miniature, tmp_path, change):
-    """Kept and dequantized, and opened as it is: the same logits; drafts draft, images are read; the export is equal."""
+    """Opened directly, kept and dequantized, it gives equal logits; drafts and images work; the export is equal."""
     release, kept, plain = (tmp_path / name for name in ("release", "kept", "plain"))
     config = write_release(miniature, release, change)
     assert convert_deepseek_v41.main([str(release), str(kept)]) == 0
@@ -148,11 +148,11 @@ def test_convert_a_release_as_far_as_its_config_allows(miniature, tmp_path, chan
                 AutoModelForImageTextToText.from_pretrained(folder)
 
 
-# --- refused by name
+# --- refused, with the field's name
 
 
 def lacking(prefix):
-    """The config speaks of tensors that are not there."""
+    """Remove tensors that the config requires."""
 
     def change(folder):
         checkpoint = EditableCheckpoint(folder)
@@ -209,8 +209,8 @@ def test_convert_refuses_unknown_config_values_by_name(miniature, tmp_path, case
 
 
 @pytest.mark.parametrize("part", ["text_config", "vision_config", None], ids=str)
-def test_a_field_that_is_not_known_is_refused_by_direct_loading(miniature, tmp_path, part):
-    """One without a value says nothing, and is not refused."""
+def test_direct_loading_refuses_an_unknown_field(miniature, tmp_path, part):
+    """A field without a value has no effect and is not refused."""
     folder = copy_release(miniature, tmp_path / "release")
     with_field(part, attention_sinks=None)(folder)
     AutoModelForCausalLM.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The table of names at the size of the release: nothing is allocated, and nothing is left over."""
+"""The table of tensor names covers the release at its full size; nothing is allocated."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
 from engram_hf.convert_scripts.deepseek_v41_config import HASHING, to_engram_config
 from engram_hf.convert_scripts.tensor_rules import map_tensors
 
-# The release's shapes, layer by layer and in its tables.
+# These are the release's shapes, layer by layer and in its tables.
 RELEASE = {
     "vocab_size": 129280,
     "hidden_size": 5120,
@@ -92,7 +92,7 @@ def release(golden) -> dict:
     return config
 
 
-def test_the_table_names_what_the_model_holds(release):
+def test_tensor_table_names_the_parameters_of_the_model(release):
     config = to_engram_config(release, "keep", dequantize_tables=False)
     config.draft = True
     with torch.device("meta"):
@@ -100,21 +100,23 @@ def test_the_table_names_what_the_model_holds(release):
     mappings = map_tensors(DEEPSEEK_V41, release)
     named = {mapping.ours for mapping in mappings}
     named |= {mapping.ours_scale for mapping in mappings if mapping.rule.file == "table"}
-    # Scales of linear weights exist once transformers' quantizer has replaced the modules; the hash is the model's own.
+    # The scales of linear weights exist once transformers' quantizer has replaced the modules; the model makes the
+    # hash itself.
     assert {name for name in state if not name.startswith(f"{HASHING}.")} == named
     assert {name: tuple(state[name].shape) for name in SHAPES} == SHAPES
     assert all(tuple(state[mapping.ours].shape) == mapping.shape for mapping in mappings)
 
 
-def test_every_name_of_the_release_is_used_once(release):
+def test_every_tensor_of_the_release_is_used_once(release):
     mappings = map_tensors(DEEPSEEK_V41, release)
     names = [tensor.name for mapping in mappings for tensor in mapping.upstream]
-    assert len(names) == len(set(names)) == 96_085  # as many as the release's index has
+    assert len(names) == len(set(names)) == 96_085  # The release's index has this number of tensors.
     sizes = {"BF16": 2, "F32": 4}
     total = sum(
         math.prod(tensor.shape) * sizes.get(tensor.dtype, 1) for mapping in mappings for tensor in mapping.upstream
     )
-    # Its `total_size` is this, if the tower's norms (65 of 1024 channels, whose header was not read) are bfloat16.
+    # The release's `total_size` equals this if the tower's norms (65 of 1024 channels, whose header was not read) are
+    # bfloat16.
     assert total - 65 * 1024 * 2 == 510_286_023_000
     vision = [name for name in names if name.startswith(("vision.", "aligner.", "image_"))]
     assert len(vision) == 266
@@ -123,7 +125,7 @@ def test_every_name_of_the_release_is_used_once(release):
     assert {name.split(".")[1] for name in drafts if "markov_head" in name or ".norm." in name} == {"2"}
 
 
-def test_the_page_says_what_is_computed():
+def test_page_shows_the_computed_dimensions():
     """`docs/deepseek-v41.md` has the lines that the benchmark prints."""
     root = Path(engram_hf.__file__).parent
     spec = importlib.util.spec_from_file_location(

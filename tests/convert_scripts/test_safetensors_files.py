@@ -1,4 +1,4 @@
-"""Headers and indexes of strangers: every damage is named, nothing is guessed."""
+"""Headers and indexes of unknown origin: every damage is named in an error."""
 
 import json
 import random
@@ -14,14 +14,14 @@ from engram_hf.safetensors_engram import FileFormatError, header_bytes, read_jso
 
 
 def check(folder):
-    """What a conversion checks before it writes, without the hash."""
+    """Run the checks of a conversion before it writes, without the hash."""
     config = read_json(folder / "config.json")
     checkpoint = read_checkpoint(folder)
     check_tensors(DEEPSEEK_V41, map_tensors(DEEPSEEK_V41, config), checkpoint.tensors)
     return checkpoint
 
 
-def test_the_miniature_is_accepted(tiny):
+def test_miniature_is_accepted(tiny):
     checkpoint = check(tiny)
     assert len(checkpoint.tensors) == 830
     assert checkpoint.size == sum(path.stat().st_size for path in tiny.glob("model-*.safetensors"))
@@ -52,7 +52,7 @@ def test_written_headers_are_aligned_and_accepted(tmp_path):
         assert set(file.keys()) == {"a", "b", "c"}
 
 
-def test_a_shard_truncated_anywhere(checkpoint):
+def test_shard_truncated_anywhere_is_refused(checkpoint):
     draw = random.Random(0)
     for _ in range(20):
         path = draw.choice(checkpoint.shards)
@@ -64,7 +64,7 @@ def test_a_shard_truncated_anywhere(checkpoint):
     check(checkpoint.folder)
 
 
-def test_a_flipped_byte_anywhere_in_a_header(checkpoint):
+def test_flipped_byte_anywhere_in_a_header_is_refused(checkpoint):
     draw = random.Random(1)
     for _ in range(60):
         path = draw.choice(checkpoint.shards)
@@ -103,7 +103,7 @@ BAD_HEADERS = {
 
 
 @pytest.mark.parametrize("case", BAD_HEADERS)
-def test_bad_headers(tmp_path, case):
+def test_malformed_headers_are_refused(tmp_path, case):
     header, words = BAD_HEADERS[case]
     text = json.dumps(header).encode()
     path = tmp_path / "bad.safetensors"
@@ -126,14 +126,14 @@ def test_bad_headers(tmp_path, case):
         (struct.pack("<Q", 33) + b'{"a":{"dtype":"F32"},"a":{"x":1}}', "twice"),
     ],
 )
-def test_bad_bytes(tmp_path, content, words):
+def test_malformed_bytes_are_refused(tmp_path, content, words):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(FileFormatError, match=words):
         read_shard(path)
 
 
-def test_a_header_of_more_than_100_mb_is_not_read(tmp_path):
+def test_header_of_more_than_100_mb_is_not_read(tmp_path):
     path = tmp_path / "bad.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 100_000_001))
@@ -143,19 +143,19 @@ def test_a_header_of_more_than_100_mb_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../b", "..", "", "sub/x.safetensors", "a\\b"])
-def test_an_index_may_not_leave_its_folder(checkpoint, name):
+def test_index_may_not_leave_its_folder(checkpoint, name):
     checkpoint.edit_index(lambda index: index.update({"norm.weight": name}))
     with pytest.raises(FileFormatError, match="without a path"):
         check(checkpoint.folder)
 
 
-def test_index_names_a_missing_file(checkpoint):
+def test_index_with_a_missing_file_is_refused(checkpoint):
     checkpoint.shards[3].unlink()
     with pytest.raises(ConversionError, match=r"model-00004-of-00014\.safetensors, which is not in the folder"):
         check(checkpoint.folder)
 
 
-def test_index_names_a_tensor_that_is_not_there(checkpoint):
+def test_index_with_a_missing_tensor_is_refused(checkpoint):
     checkpoint.edit_index(
         lambda index: index.update({"layers.99.attn.wkv.weight": "model-00002-of-00014.safetensors"})
     )
@@ -163,13 +163,13 @@ def test_index_names_a_tensor_that_is_not_there(checkpoint):
         check(checkpoint.folder)
 
 
-def test_a_tensor_the_index_does_not_name(checkpoint):
+def test_tensor_that_the_index_does_not_name_is_refused(checkpoint):
     checkpoint.edit_index(lambda index: index.pop("layers.3.attn.attn_sink"))
     with pytest.raises(ConversionError, match="does not name"):
         check(checkpoint.folder)
 
 
-def test_a_tensor_in_two_shards(checkpoint):
+def test_tensor_in_two_shards_is_refused(checkpoint):
     stolen = {}
     checkpoint.rewrite(checkpoint.shards[1], lambda tensors: stolen.update(sink=tensors["layers.0.attn.attn_sink"]))
     checkpoint.rewrite(
@@ -179,7 +179,7 @@ def test_a_tensor_in_two_shards(checkpoint):
         check(checkpoint.folder)
 
 
-def test_an_index_that_names_a_tensor_twice(checkpoint):
+def test_index_that_names_a_tensor_twice_is_refused(checkpoint):
     path = checkpoint.folder / "model.safetensors.index.json"
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace('"weight_map": {', '"weight_map": {"norm.weight": "x",', 1), encoding="utf-8")
@@ -188,7 +188,7 @@ def test_an_index_that_names_a_tensor_twice(checkpoint):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "{"])
-def test_bad_indexes(checkpoint, content):
+def test_malformed_indexes_are_refused(checkpoint, content):
     (checkpoint.folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
     with pytest.raises((FileFormatError, ConversionError), match=r"model\.safetensors\.index\.json"):
         check(checkpoint.folder)

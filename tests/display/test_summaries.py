@@ -1,4 +1,4 @@
-"""What a model says of its memory is what its tables are, wherever they are."""
+"""The printed summary of a model's memory agrees with its tables, for every residency."""
 
 import pytest
 from tiny_backbones import LAYER_IDS, build, tiny_tokenizer
@@ -15,17 +15,17 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("residency", ["resident", "mapped"])
-def test_bytes_are_those_of_the_rows(saved, residency):
+def test_summary_bytes_equal_those_of_the_rows(saved, residency):
     model = EngramForCausalLM.from_pretrained(saved, engram_residency=residency)
     tables = summarize_tables(model)
     assert [table.layer for table in tables] == LAYER_IDS
     for table, memory in zip(tables, model.model.memories().values(), strict=True):
         assert table.rows == memory.table.num_rows
-        assert table.bytes == table.rows * (32 + 1)  # a row of 32 numbers in float8, and its scale
+        assert table.bytes == table.rows * (32 + 1)  # One row has 32 numbers in float8, and a scale.
         assert (table.residency, table.trainable) == (residency, False)
 
 
-def test_the_print_counts_every_parameter_once(capsys):
+def test_print_memory_summary_counts_every_parameter_once(capsys):
     model = build("llama")
     model.print_memory_summary()
     *lines, totals = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""The miniature's draft layers, and its golden drafts."""
+"""Provide the miniature's draft layers, and its golden drafts."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def draft(release, config):
 
 @pytest.fixture
 def text(release, config):
-    """The text model without memory."""
+    """Return the text model without memory."""
     model = DeepseekV41TextForCausalLM(config).eval()
     model.load_state_dict(text_state_dict(release, config), strict=True)
     return model

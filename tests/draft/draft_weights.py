@@ -1,4 +1,4 @@
-"""Our names for the miniature's draft tensors, written from the specification apart from the converter."""
+"""Our names for the miniature's draft tensors, written from the specification independently of the converter."""
 
 import re
 
@@ -16,7 +16,7 @@ HEADS = {
 
 
 def draft_state_dict(release: dict[str, torch.Tensor], layers: int, experts: int) -> dict[str, torch.Tensor]:
-    """State dict of `DeepseekV41DraftModel` in float32, of the release's tensors by their names."""
+    """Return the state dict of `DeepseekV41DraftModel` in float32 from the release's tensors by name."""
     state = {}
     for name, tensor in release.items():
         match = re.fullmatch(r"mtp\.(\d+)\.(.+)", name)

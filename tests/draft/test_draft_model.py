@@ -1,4 +1,4 @@
-"""The draft layers against the golden activations, stage by stage."""
+"""The draft layers equal the golden activations at every stage."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from engram_hf.draft_deepseek_v41 import DeepseekV41DraftModel, draft_layers_con
 
 
 def behind(draft, answers, number: int):
-    """The context before anchor `number`, and the anchor's token `[1]`."""
+    """Return the context before anchor `number`, and the anchor's token `[1]`."""
     anchor = int(answers["draft.anchors"][number])
     context = draft.new_context()
     draft.extend(context, answers["draft.target_hidden"][:, :anchor])
@@ -15,14 +15,14 @@ def behind(draft, answers, number: int):
 
 
 @torch.no_grad()
-def test_main_states(draft, answers):
+def test_main_states_match_the_oracle(draft, answers):
     states = draft.main_norm(draft.main_proj(answers["draft.target_hidden"]))
     torch.testing.assert_close(states, answers["draft.main_states"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("number", range(8))
 @torch.no_grad()
-def test_every_stage_matches_the_oracle(draft, text, answers, number):
+def test_every_draft_activation_matches_the_oracle(draft, text, answers, number):
     context, token = behind(draft, answers, number)
     seen = {}
     for index, layer in enumerate(draft.layers):
@@ -49,8 +49,8 @@ def test_every_stage_matches_the_oracle(draft, text, answers, number):
 
 
 @torch.no_grad()
-def test_a_context_may_grow_by_pieces(draft, text, answers):
-    """Whatever the pieces, the drafts are those of a context that was made at once."""
+def test_context_may_be_extended_in_chunks(draft, text, answers):
+    """The drafts equal those of a context that was read in one call."""
     anchor = int(answers["draft.anchors"][6])
     for sizes in ([1] * anchor, [anchor - 3, 3], [5] * (anchor // 5) + [anchor % 5]):
         context, start = draft.new_context(), 0
@@ -72,14 +72,14 @@ def test_fewer_drafts_are_the_first_of_the_block(draft, text, answers):
 
 
 @torch.no_grad()
-def test_the_block_is_not_remembered(draft, text, answers):
+def test_drafted_block_is_not_kept_in_the_context(draft, text, answers):
     context, token = behind(draft, answers, 4)
     before = [keys.clone() for keys in context.keys]
     draft.draft(token, context, text.model.embed_tokens, text.lm_head)
     assert all(torch.equal(*pair) for pair in zip(context.keys, before, strict=True))
 
 
-def test_a_new_draft_model_is_initialized(config):
+def test_new_draft_model_is_initialized(config):
     model = DeepseekV41DraftModel(config)
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
 
@@ -93,7 +93,7 @@ BAD_FIELDS = [
 
 
 @pytest.mark.parametrize("fields, message", BAD_FIELDS)
-def test_a_config_without_usable_drafts_is_refused(config, fields, message):
+def test_config_without_usable_drafts_is_refused(config, fields, message):
     for name, value in fields.items():
         setattr(config, name, value)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Drafts in `generate`: the same output in fewer passes of the text model."""
+"""Drafts in `generate` give the same output in fewer forward passes of the text model."""
 
 import os
 from collections import Counter
@@ -16,7 +16,7 @@ PLAIN = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
 
 @pytest.fixture
 def drafting(text, draft):
-    """The text model without memory, with its draft layers."""
+    """Return the text model without memory, with its draft layers."""
     text.draft = draft
     text.config.draft = True
     return text
@@ -24,7 +24,7 @@ def drafting(text, draft):
 
 @pytest.fixture
 def agreeing(drafting):
-    """Draft layers whose Markov head was taught what the text model says after this prompt: most drafts are accepted."""
+    """Return draft layers whose Markov head knows the text model's answer to this prompt: most drafts are accepted."""
     ids = torch.tensor(PROMPT)
     sequence = drafting.generate(ids, max_new_tokens=24, **PLAIN)[0, ids.shape[1] - 1 :]
     with torch.no_grad():
@@ -36,7 +36,7 @@ def agreeing(drafting):
 
 
 def count_passes(model) -> list[int]:
-    """Tokens of each forward of the text model."""
+    """Return a list that records the tokens of each forward of the text model."""
     passes = []
     model.model.register_forward_pre_hook(
         lambda _, args, kwargs: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -45,13 +45,13 @@ def count_passes(model) -> list[int]:
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 24])
-def test_greedy_output_is_the_same(drafting, length):
+def test_drafting_keeps_the_greedy_output(drafting, length):
     ids = torch.tensor(PROMPT)
     plain = drafting.generate(ids, max_new_tokens=length, **PLAIN)
     assert torch.equal(drafting.generate(ids, max_new_tokens=length, use_mtp=True, **PLAIN), plain)
 
 
-def test_greedy_output_is_the_same_in_fewer_passes(agreeing):
+def test_drafting_needs_fewer_passes(agreeing):
     ids = torch.tensor(PROMPT)
     plain = agreeing.generate(ids, max_new_tokens=24, **PLAIN)
     passes = count_passes(agreeing)
@@ -62,7 +62,7 @@ def test_greedy_output_is_the_same_in_fewer_passes(agreeing):
     assert report.tokens_per_round > 2 and all(0 <= share <= 1 for share in report.acceptance)
 
 
-def test_fewer_drafts(agreeing):
+def test_fewer_drafts_keep_the_output(agreeing):
     ids = torch.tensor(PROMPT)
     plain = agreeing.generate(ids, max_new_tokens=24, **PLAIN)
     passes = count_passes(agreeing)
@@ -71,8 +71,8 @@ def test_fewer_drafts(agreeing):
     assert all(drafted <= 2 for drafted, _ in agreeing.draft_report.rounds)
 
 
-def test_doubt_stops_a_block(agreeing):
-    """At a threshold above every confidence nothing is drafted; in between, fewer drafts are refused."""
+def test_confidence_threshold_stops_a_block(agreeing):
+    """Above every confidence nothing is drafted; at lower thresholds, fewer drafts are rejected."""
     ids = torch.tensor(PROMPT)
     plain = agreeing.generate(ids, max_new_tokens=24, **PLAIN)
     drafted = {}
@@ -83,7 +83,7 @@ def test_doubt_stops_a_block(agreeing):
     assert drafted[1.0] == 0 < drafted[0.5] < drafted[None]
 
 
-def test_padding_in_front_is_no_position(agreeing):
+def test_left_padding_is_not_counted_as_positions(agreeing):
     ids = torch.tensor(PROMPT)
     expected = agreeing.generate(ids, max_new_tokens=12, use_mtp=True, **PLAIN)
     rounds = agreeing.draft_report.rounds
@@ -93,7 +93,7 @@ def test_padding_in_front_is_no_position(agreeing):
     assert torch.equal(new[:, 4:], expected) and agreeing.draft_report.rounds == rounds
 
 
-def test_a_stop_token_inside_a_block(agreeing):
+def test_stop_token_inside_a_block_ends_the_output(agreeing):
     ids = torch.tensor(PROMPT)
     plain = agreeing.generate(ids, max_new_tokens=24, **PLAIN)
     for place in range(3, 12):
@@ -102,8 +102,8 @@ def test_a_stop_token_inside_a_block(agreeing):
         assert torch.equal(agreeing.generate(ids, max_new_tokens=24, use_mtp=True, **options), expected)
 
 
-def test_processors_see_every_draft(agreeing):
-    """A penalty for repetition changes what is chosen; drafts go through it as the text model's tokens do."""
+def test_logits_processors_apply_to_every_draft(agreeing):
+    """A repetition penalty changes the choice; drafts pass through it like the text model's tokens."""
     ids = torch.tensor(PROMPT)
     options = {**PLAIN, "repetition_penalty": 3.0, "no_repeat_ngram_size": 2, "max_new_tokens": 16}
     plain = agreeing.generate(ids, **options)
@@ -111,7 +111,7 @@ def test_processors_see_every_draft(agreeing):
 
 
 def exact_distribution(model, ids: torch.Tensor, length: int, options: dict) -> dict[tuple[int, ...], float]:
-    """The probability of each continuation of `length` tokens, of plain sampling with these options."""
+    """Return the probability of each continuation of `length` tokens under plain sampling with these options."""
     found = {(): 1.0}
     for _ in range(length):
         longer = {}
@@ -128,7 +128,7 @@ def exact_distribution(model, ids: torch.Tensor, length: int, options: dict) -> 
 @pytest.mark.slow
 @torch.no_grad()
 def test_sampling_keeps_the_distribution(agreeing):
-    """Three tokens drawn many times with drafts are distributed as without (chi-square against exact probabilities).
+    """Three tokens sampled often with drafts match the exact probabilities in a chi-square test.
 
     `ENGRAM_TRIALS=20` draws 2,400 times.
     """
@@ -141,12 +141,12 @@ def test_sampling_keeps_the_distribution(agreeing):
         counts[tuple(agreeing.generate(ids, max_new_tokens=3, use_mtp=True, **options)[0, -3:].tolist())] += 1
         accepted += sum(count for _, count in agreeing.draft_report.rounds)
     assert 0 < accepted < draws and counts.keys() <= probabilities.keys()
-    # Continuations that are expected less than five times are counted together, as the approximation wants.
+    # Continuations expected less than five times are counted together, as the approximation requires.
     cells = [(counts[kind], draws * share) for kind, share in probabilities.items()]
     rare = [cell for cell in cells if cell[1] < 5]
     cells = [cell for cell in cells if cell[1] >= 5] + ([tuple(map(sum, zip(*rare, strict=True)))] if rare else [])
     statistic, degrees = sum((seen - expected) ** 2 / expected for seen, expected in cells), len(cells) - 1
-    # The 99.9 % point of the chi-square distribution (Wilson and Hilferty).
+    # This is the 99.9 % point of the chi-square distribution (Wilson and Hilferty).
     limit = degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
     print(
         f"{draws} draws, {accepted} drafts accepted: chi-square {statistic:.2f} of {degrees} degrees, limit {limit:.2f}"
@@ -157,7 +157,7 @@ def test_sampling_keeps_the_distribution(agreeing):
 # --- loading
 
 
-def test_drafts_are_loaded_when_asked_for(agreeing, tmp_path):
+def test_draft_layers_are_loaded_on_request(agreeing, tmp_path):
     agreeing.config.draft = True
     agreeing.save_pretrained(tmp_path)
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, draft=False, output_loading_info=True)
@@ -173,7 +173,7 @@ def test_drafts_are_loaded_when_asked_for(agreeing, tmp_path):
     assert asked.draft_report.rounds == rounds
 
 
-def test_a_folder_without_drafts_is_told(text, tmp_path):
+def test_folder_without_draft_layers_is_refused(text, tmp_path):
     text.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lacks .* tensors of the draft layers"):
@@ -194,13 +194,13 @@ def test_use_mtp_is_refused_where_it_cannot_draft(text, drafting, config):
         DeepseekV41TextForCausalLM(config).generate(ids, use_mtp=True, max_new_tokens=2)
 
 
-def test_memory_in_front_of_a_layer_that_is_read_is_refused(drafting):
+def test_memory_before_a_layer_that_drafts_read_is_refused(drafting):
     drafting.config.engram_layer_ids = [1, 7]
     with pytest.raises(ValueError, match="memory"):
         drafting.generate(torch.tensor(PROMPT), use_mtp=True, max_new_tokens=2)
 
 
-def test_a_report():
+def test_drafting_report():
     report = DraftReport()
     assert report.tokens_per_round == 0 and report.acceptance == []
     report.rounds = [(5, 2), (5, 0), (5, 5), (2, 2)]

@@ -1,4 +1,4 @@
-"""Trials of faults: how many rounds they have, which seed they draw from, and the folders they work on.
+"""Fault trials: the number of rounds, the seed, and the folders they work on.
 
 `make faults` sets ENGRAM_TRIALS to 100 and so runs a hundred times as many rounds; ENGRAM_SEED repeats a run.
 """
@@ -15,7 +15,7 @@ from engram_cli.main import main as engram
 from tqdm import tqdm
 from trial_models import save_folders, write_facts
 
-# The lock of tqdm is shared with forked processes: one that is killed while it holds it would stop all others for good.
+# Forked processes share the lock of tqdm: one that is killed while it holds it would block all others for good.
 tqdm.monitor_interval = 0
 tqdm.set_lock(threading.RLock())
 
@@ -28,7 +28,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """All trials are slow."""
+    """Mark all trials as slow."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.slow)
@@ -36,24 +36,24 @@ def pytest_collection_modifyitems(items) -> None:
 
 @pytest.fixture
 def draw(request) -> random.Random:
-    """Random numbers of one test; a failure shows the seed."""
+    """Return the random generator of one test; a failure shows the seed."""
     print(f"ENGRAM_SEED={SEED}")
     return random.Random(f"{SEED} {request.node.name}")
 
 
 @pytest.fixture
 def rounds():
-    """The number of rounds of a trial that has `count` of them in CI."""
+    """Return the number of rounds of a trial that runs `count` of them in CI."""
     return lambda count: count * FACTOR
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Saved models (see `trial_models.save_folders`); `old int8`, and two adapters of facts, `old facts` and `new facts`."""
-    torch.set_num_threads(1)  # forked processes do not have the threads of this one
+    """Save models (see `trial_models.save_folders`), `old int8`, and two row adapters, `old facts` and `new facts`."""
+    torch.set_num_threads(1)  # Forked processes do not have the threads of this one.
     home = tmp_path_factory.mktemp("trials")
     found = save_folders(home) | {name: home / name for name in ("old int8", "old facts", "new facts")}
     engram(["quantize", str(found["old files"]), str(found["old int8"]), "--dtype", "int8"])
-    for name, word in (("old facts", "w7"), ("new facts", "w8")):  # which the text of the trials has
+    for name, word in (("old facts", "w7"), ("new facts", "w8")):  # The text of the trials contains this word.
         write_facts(found["old files"], found[name], word)
     return found

@@ -1,10 +1,10 @@
-"""Mutated files: each is refused with a sentence, or means what an independent reader says it means.
+"""Mutated files: each is refused with a sentence, or has the meaning that an independent reader finds.
 
     python tests/faults/fuzzing.py --count 100000 [--seed N] [--only KIND]
 
-A file is made from the seed and its number alone, so that one failure can be repeated by `--seed N --first I --count 1`. Files
-are tried in forked processes: one that crashes, or takes more than ten seconds, is a failure, too. Prints a line of figures for
-each kind of file; ends with 1 if there was a failure.
+A file depends on the seed and its number alone, so `--seed N --first I --count 1` repeats one failure. Files are tried
+in forked processes: a crash, or a file that takes more than ten seconds, is a failure, too. The script prints a line
+of figures for each kind of file, and ends with 1 if there was a failure.
 """
 
 import argparse
@@ -46,7 +46,8 @@ from engram_hf.tokenization.vocabulary_compression import read_token_map
 
 SECONDS = 10
 CHUNK = 250
-# What a damaged file may be refused with (the last, by transformers' own checks of a config). Anything else is a fault.
+# A damaged file may be refused with these (the last, by transformers' own checks of a config). Anything else is a
+# fault.
 REFUSALS = (ValueError, OSError, StrictDataclassError)
 WORDS = [
     "0",
@@ -66,11 +67,11 @@ WORDS = [
 
 
 class Wrong(AssertionError):
-    """A file was accepted that means something else."""
+    """A file was accepted with another meaning."""
 
 
 def mutate(data: bytes, draw: random.Random) -> bytes:
-    """One to four changes of bytes, or of a value, a name or a line of JSON."""
+    """Make one to four changes of bytes, or of a value, a name or a line of JSON."""
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
         data = draw.choice((_change_byte, _change_byte, _cut, _repeat, _swap, _change_number, _change_value))(
             data, draw
@@ -120,7 +121,7 @@ def _change_value(data: bytes, draw: random.Random) -> bytes:
 
 
 class Kinds:
-    """A reader of every kind of file, with a folder of its own in which it is mutated.
+    """A reader of every kind of file, each with its own folder for the mutated file.
 
     Args:
         home: an empty folder.
@@ -149,7 +150,8 @@ class Kinds:
         self.tables = {layer: self._meaning(table) for layer, table in read_tables(self.model_folder).items()}
         self.home = home
         self.kinds: dict[str, tuple[str, int, Callable[[Path, bytes], None]]] = {
-            # name: the file, how many of its bytes are mutated (the rest are rows, which nothing describes), the reader
+            # Each name has its file, how many of its bytes are mutated (the rest are rows, which nothing describes),
+            # and the reader.
             "header": ("engram-layer-00001.safetensors", 4096, self.check_tables),
             "packed header": ("engram-layer-00002.safetensors", 4096, self.check_tables),
             "manifest": ("engram_tables.json", 1 << 30, self.check_tables),
@@ -163,14 +165,14 @@ class Kinds:
         self._write_others(folders["old plain"])
         self.adapter = self._meaning_of_adapter(self.model_folder / "adapter")
         weights = self.model_folder / "adapter" / "adapter_model.safetensors"
-        # The differences lie behind all else, and nothing describes them.
+        # The differences stand at the end of the file, and nothing describes them.
         described = weights.stat().st_size - sum(data.nbytes for name, data in self.adapter.items() if "delta" in name)
         self.kinds["adapter weights"] = ("adapter/adapter_model.safetensors", described, self.check_adapter)
         self.originals = {kind: (self.model_folder / file).read_bytes() for kind, (file, _, _) in self.kinds.items()}
         self._folder: Path | None = None
 
     def _pack_tables(self) -> None:
-        """Rows of two bits, of which the description alone says how many there are in a byte, and of 4-bit floats."""
+        """Write rows of two bits, whose number per byte only the description gives, and rows of 4-bit floats."""
         entries, tables = {}, read_tables(self.model_folder)
         for (layer, table), dtype in zip(tables.items(), ("int2", "nvfp4"), strict=True):
             path = table.parts[0].file.path
@@ -188,21 +190,21 @@ class Kinds:
         (self.model_folder / "conversion_manifest.json").write_text(json.dumps(manifest, indent=2))
         write_facts(model, self.model_folder / "adapter", "w5")
         config = self.model_folder / "adapter" / "adapter_config.json"
-        config.write_text(config.read_text().replace(str(model), "model"))  # the same text in every run
+        config.write_text(config.read_text().replace(str(model), "model"))  # The text is the same in every run.
 
     def make(self, kind: str, draw: random.Random) -> bytes:
-        """A mutated file."""
+        """Return a mutated file."""
         data, (_, count, _) = self.originals[kind], self.kinds[kind]
         return mutate(data[:count], draw) + data[count:]
 
     def check(self, kind: str, data: bytes) -> str:
-        """Read a file: `"refused"` or `"accepted"`.
+        """Read a file; return `"refused"` or `"accepted"`.
 
         Raises:
-            Wrong: it was accepted, and means something else.
-            Exception: it was refused with an error that is none of those for damaged files.
+            Wrong: it was accepted with another meaning.
+            Exception: it was refused with an error that is not meant for damaged files.
         """
-        if self._folder is None:  # of each forked process its own
+        if self._folder is None:  # Each forked process has its own.
             self._folder = self.home / f"of {os.getpid()}"
             shutil.copytree(self.model_folder, self._folder)
         file, _, read = self.kinds[kind]
@@ -221,7 +223,7 @@ class Kinds:
         return "accepted"
 
     def _meaning(self, table) -> tuple:
-        """All that reading a table depends on, and its rows."""
+        """Return everything that reading a table depends on, and its rows."""
         d = table.description
         said = (d.layer, d.num_rows, d.width, d.dtype, d.primes, d.offsets, d.multipliers, d.pad_id, d.vocab_size)
         source = MappedRows(table)
@@ -229,7 +231,7 @@ class Kinds:
         return (*said, *(some.contiguous().view(torch.uint8).numpy().tobytes() for some in rows))
 
     def check_tables(self, path: Path, data: bytes) -> None:
-        """A model's tables: their hash is the model's, and the rows are those that were written."""
+        """Check a model's tables: their hash is the model's, and the rows are those that were written."""
         for index, (layer, table) in enumerate(read_tables(path.parent).items()):
             if table.description is None:
                 raise ValueError("without a description, only a model's own word says what is in it")
@@ -238,16 +240,16 @@ class Kinds:
                 raise Wrong(f"The table of layer {layer} was read as another one.")
 
     def _meaning_of_adapter(self, folder: Path) -> dict[str, torch.Tensor]:
-        """The rows of an adapter, and their differences, once it is on a model."""
+        """Return the rows of an adapter, and their differences, once it is on a model."""
         try:
             state = PeftModel.from_pretrained(self.model, str(folder)).state_dict()
             return {name: value.clone() for name, value in state.items() if "engram_rows_adapter" in name}
         finally:
-            for memory in self.model.model.memories().values():  # also when it was refused half loaded
+            for memory in self.model.model.memories().values():  # It is removed even if it was refused half loaded.
                 memory.table = getattr(memory.table, "base_layer", memory.table)
 
     def check_adapter(self, path: Path, data: bytes) -> None:
-        """The rows and differences are those that were written; `engram facts list` ends with a sentence."""
+        """Check that rows and differences are those that were written; `engram facts list` ends with a sentence."""
         if engram(["facts", "list", str(path.parent)]) not in (0, 1):
             raise Wrong("The list of facts did not end well.")
         try:
@@ -265,12 +267,12 @@ class Kinds:
             raise Wrong("Other rows or differences were loaded.")
 
     def check_token_map(self, path: Path, data: bytes) -> None:
-        """Its digests leave no other map."""
+        """Check a token map: its digests leave no other map."""
         if read_token_map(path, self.tokenizer._tokenizer).tolist() != self.tokenizer.token_map.tolist():
             raise Wrong("Another map was read.")
 
     def check_config(self, path: Path, data: bytes) -> None:
-        """Each field of ours that the file gives is what the config says."""
+        """Check that each of our fields in the file has its value in the config."""
         try:
             config = EngramConfig.from_pretrained(path.parent)
         except REFUSALS:
@@ -285,7 +287,7 @@ class Kinds:
                 raise Wrong(f"{name} is {given[name]!r} in the file, but {kept[name]!r} in the config.")
 
     def check_index(self, path: Path, data: bytes) -> None:
-        """Files lie in the folder."""
+        """Check that the files of an index lie in the folder."""
         found = read_weight_map(path)
         if found != json.loads(data)["weight_map"]:
             raise Wrong("Other files were read.")
@@ -294,13 +296,13 @@ class Kinds:
                 raise Wrong(f"{file!r} leaves the folder.")
 
     def check_conversion(self, path: Path, data: bytes) -> None:
-        """Files lie below the folder."""
+        """Check that the files of a conversion lie below the folder."""
         for name in read_manifest(path.parent)["files"]:
             if not Path(path.parent, name).resolve().is_relative_to(path.parent.resolve()):
                 raise Wrong(f"{name!r} leaves the folder.")
 
     def check_tokenizer(self, path: Path, data: bytes) -> None:
-        """The ids that tables were trained on keep their tokens and their compressed ids."""
+        """Check that ids which tables were trained on keep their tokens and their compressed ids."""
         try:
             found = EngramTokenizer.from_pretrained(path.parent)
         except REFUSALS:
@@ -316,7 +318,7 @@ class Kinds:
 
 
 def _error_of_transformers(path: Path) -> type[Exception] | None:
-    """What a config without memory is refused with that has the same fields."""
+    """Return the error that a config without memory with the same fields is refused with."""
     try:
         PreTrainedConfig.from_pretrained(path.parent)
         LlamaConfig(**json.loads(path.read_bytes())["text_config"])
@@ -326,15 +328,17 @@ def _error_of_transformers(path: Path) -> type[Exception] | None:
 
 
 def _passes_through_our_code(error: Exception) -> bool:
-    """Whether an error was raised below a function of the package; else another library refused the file by itself."""
+    """Return whether an error was raised below a function of the package; otherwise another library refused the file
+    itself.
+    """
     package = Path(engram_hf.__file__).resolve().parent
     files = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
-    elsewhere = {"tests", "site-packages"}  # an environment may lie in the checkout
+    elsewhere = {"tests", "site-packages"}  # A virtual environment may lie in the checkout.
     return any(file.is_relative_to(package) and not elsewhere & set(file.parts) for file in files)
 
 
 def try_files(kinds: Kinds, seed: int, numbers: range, only: str | None) -> tuple[Counter, list[str]]:
-    """Try the files of these numbers: outcomes by kind, and failures."""
+    """Try the files of these numbers; return outcomes by kind, and failures."""
     names, seen, failures = [only] if only else list(kinds.kinds), Counter(), []
     for number in numbers:
         draw = random.Random(f"{seed} {number}")
@@ -352,12 +356,12 @@ def try_files(kinds: Kinds, seed: int, numbers: range, only: str | None) -> tupl
 
 
 def try_apart(kinds: Kinds, seed: int, numbers: range, only: str | None) -> tuple[Counter, list[str]]:
-    """As `try_files`, in a process of its own, whose end is a failure."""
+    """Do as `try_files` in a separate process, whose crash is a failure."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
 
     def run() -> None:
-        faulthandler.disable()  # which pytest enables: a crash is told by the parent
+        faulthandler.disable()  # pytest enables it, but here the parent reports a crash.
         with (
             open(os.devnull, "w") as nowhere,
             contextlib.redirect_stdout(nowhere),
@@ -386,7 +390,7 @@ def try_apart(kinds: Kinds, seed: int, numbers: range, only: str | None) -> tupl
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=100_000, help="files")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 32))

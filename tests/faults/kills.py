@@ -1,9 +1,10 @@
-"""SIGKILL at random moments: after the next run, each folder is byte for byte what it is without a kill.
+"""SIGKILL at random moments: after the next run, each folder is byte for byte equal to one of an uninterrupted run.
 
     python tests/faults/kills.py --count 100 [--seed N] [convert export quantize save facts]
 
-Every process is a fork that is killed at a moment drawn from the time that a whole run takes; a third of the kills hit a run
-that goes on where another one was killed. Prints one line of figures for each command; ends with 1 if one of them failed.
+Every process is a fork that is killed at a random moment within the time of a complete run; a third of the kills hit a
+run that resumes a killed one. The script prints one line of figures for each command, and ends with 1 if one of them
+failed.
 """
 
 import argparse
@@ -34,10 +35,10 @@ FORK = multiprocessing.get_context("fork")
 
 
 def start(action: Callable[[Path], object], target: Path) -> multiprocessing.Process:
-    """Run an action on a folder in a process of its own, without its output."""
+    """Run an action on a folder in a separate process, without its output."""
 
     def run():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
         sys.exit(action(target) or 0)
 
     process = FORK.Process(target=run)
@@ -46,7 +47,7 @@ def start(action: Callable[[Path], object], target: Path) -> multiprocessing.Pro
 
 
 def run_whole(action: Callable[[Path], object], target: Path) -> float:
-    """Seconds that a run takes which nothing kills."""
+    """Return the seconds that an uninterrupted run takes."""
     begin = time.perf_counter()
     process = start(action, target)
     process.join()
@@ -67,10 +68,10 @@ def trial(
 
     Args:
         prepare: makes the folder that a run begins with.
-        is_allowed: whether what a killed run left is what it may leave.
+        is_allowed: returns whether a killed run may leave these files.
 
     Returns:
-        How many runs were killed, ended before, and left something that is wrong.
+        How many runs were killed, how many ended before, and how many left a wrong folder.
     """
     whole, target, seen = home / "whole", home / "target", Counter()
     prepare(whole)
@@ -96,7 +97,7 @@ def trial(
 
 
 def trials(home: Path) -> dict[str, tuple]:
-    """Action, preparation and check of every command."""
+    """Return the action, preparation and check of every command."""
     source, converted = home / "source", home / "converted"
     shutil.copytree(GOLDEN, source, ignore=shutil.ignore_patterns("golden.safetensors"))
     convert_deepseek_v41.main([str(source), str(converted)])
@@ -105,7 +106,7 @@ def trials(home: Path) -> dict[str, tuple]:
     new = load(folders["new files"], "mapped")
 
     def nothing(target: Path) -> None:
-        """Each of these commands makes its folder."""
+        """Do nothing: each of these commands makes its folder."""
 
     def is_old_or_new(target: Path) -> bool:
         try:
@@ -121,7 +122,7 @@ def trials(home: Path) -> dict[str, tuple]:
         return not (target / "config.json").exists() or begun_exchange(target)
 
     def quantize(target: Path) -> int:
-        if begun_exchange(target):  # after which the command takes the folder for that of a model
+        if begun_exchange(target):  # With this file the command accepts the folder as a model's.
             if not any(target.glob(".engram-*")):
                 return 0
             shutil.rmtree(target)
@@ -162,7 +163,7 @@ def trials(home: Path) -> dict[str, tuple]:
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("commands", nargs="*", help="convert, export, quantize, demo, save, facts (default: all)")
     parser.add_argument("--count", type=int, default=100, help="kills of each command")

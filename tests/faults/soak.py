@@ -1,12 +1,12 @@
-"""Mixed requests by threads and forked workers on mapped tables: every answer is compared, nothing may grow.
+"""Mixed requests by threads and forked workers on mapped tables: every answer is compared, and no resource may grow.
 
-Row adapters are switched, and loaded anew, between requests: PEFT switches them for all threads of a process at once, so that
-whoever switches waits until no request runs, as a server does.
+Row adapters are switched, and loaded again, between requests: PEFT switches them for all threads of a process at once,
+so a switch waits until no request runs, as in a server.
 
     python tests/faults/soak.py --minutes 20 [--seed N]
 
-Prints memory, threads and open files of the process at each tenth of the time, and how many answers were compared; ends with
-1 if one of them was wrong, or if something grew after the first third.
+The script prints memory, threads and open files of the process at each tenth of the time, and the number of compared
+answers; it ends with 1 if one of them was wrong, or if a resource grew after the first third.
 """
 
 import argparse
@@ -31,20 +31,20 @@ from trial_models import load, random_ids, save_folders, write_facts
 
 FORK = multiprocessing.get_context("fork")
 THREADS, WORKERS = 4, 2
-# What memory may grow by after the first third: allocators take and give back pages as threads come and go.
+# Memory may grow by this after the first third: allocators take and return pages as threads come and go.
 MEMORY_SLACK = 8 << 20
 
 
 CHOICES = ((), ("w5",), ("w6",), ("w5", "w6"))
-SWITCHES = 1 / 10  # how often a request is followed by a switch
+SWITCHES = 1 / 10  # A request is followed by a switch with this probability.
 
 
 class AdaptedModel:
     """A model with adapters that are switched while no request runs.
 
     Args:
-        model: without adapters.
-        folders: of an adapter, by its name.
+        model: a model without adapters.
+        folders: folders of adapters by name.
     """
 
     def __init__(self, model, folders: dict[str, Path]):
@@ -57,7 +57,7 @@ class AdaptedModel:
 
     @contextlib.contextmanager
     def request(self) -> Iterator[tuple]:
-        """The model, and which adapters are active as long as the request runs."""
+        """Yield the model and its active adapters, which stay active as long as the request runs."""
         with self._turn:
             self._turn.wait_for(lambda: not self._waiting)
             self._running += 1
@@ -69,7 +69,7 @@ class AdaptedModel:
                 self._turn.notify_all()
 
     def switch(self, choice: tuple[str, ...], reloads: bool = False) -> None:
-        """Make these adapters the active ones, perhaps after one of them was taken off and loaded from its folder again."""
+        """Activate these adapters, perhaps after one of them was removed and loaded from its folder again."""
         with self._turn:
             self._waiting += 1
             self._turn.wait_for(lambda: not self._running)
@@ -88,7 +88,7 @@ class AdaptedModel:
 
 
 def requests(model: AdaptedModel) -> list:
-    """Calls of many shapes, each with what a resident model answers with each choice of adapters."""
+    """Return calls of many shapes, each with the answers of a resident model for each choice of adapters."""
 
     @torch.no_grad()
     def forward(ids, mask=None):
@@ -121,7 +121,7 @@ def requests(model: AdaptedModel) -> list:
 
 
 def serve(model: AdaptedModel, calls: list, seed: str, stop) -> tuple[int, int, int]:
-    """Ask until `stop()`; how many answers there were, how many of them were wrong, and how many switches there were."""
+    """Send requests until `stop()`; return the numbers of answers, wrong answers and switches."""
     draw, asked, wrong, switches = random.Random(seed), 0, 0, 0
     while not stop():
         call, expected = draw.choice(calls)
@@ -135,7 +135,7 @@ def serve(model: AdaptedModel, calls: list, seed: str, stop) -> tuple[int, int, 
 
 
 def measure() -> dict[str, int]:
-    """What must not grow."""
+    """Return the resources that must not grow."""
     status = Path("/proc/self/status").read_text()
     memory = int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
     return {
@@ -146,7 +146,7 @@ def measure() -> dict[str, int]:
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 32))

@@ -1,4 +1,4 @@
-"""A save that is interrupted, or for which there is no room, leaves the old model or the new one, and nothing else."""
+"""A save that is interrupted, or runs out of space, leaves the old model or the new one, and nothing else."""
 
 import errno
 import multiprocessing
@@ -21,11 +21,13 @@ CASES = [("old files", "mapped"), ("old plain", "mapped"), ("old plain", "reside
 
 
 def interrupted(seconds: float, action: Callable[[], object]) -> bool:
-    """Whether a real signal after `seconds` raised KeyboardInterrupt in `action`, as Ctrl-C does, before it ended."""
+    """Return whether a real signal after `seconds` raised KeyboardInterrupt in `action`, as Ctrl-C does, before it
+    ended.
+    """
     ended = False
 
     def interrupt(*_):
-        if not ended:  # else it came too late, and would interrupt the test
+        if not ended:  # Otherwise it came too late, and would interrupt the test.
             raise KeyboardInterrupt
 
     try:
@@ -38,7 +40,7 @@ def interrupted(seconds: float, action: Callable[[], object]) -> bool:
     except KeyboardInterrupt:
         return True
     except OSError as error:
-        # `shutil.rmtree`, interrupted between closing a folder and noting that it is closed, closes it again.
+        # `shutil.rmtree`, interrupted between closing a folder and recording that it is closed, closes it again.
         if error.errno == errno.EBADF and isinstance(error.__context__, KeyboardInterrupt):
             return True
         raise
@@ -53,14 +55,14 @@ def answers(folders):
 
 
 def named(folder, answers) -> str:
-    """Which of two models a folder holds; an error if it is neither."""
+    """Return which of two models a folder holds; raise if it is neither."""
     found = answer(load(folder))
     (name,) = [name for name, logits in answers.items() if torch.equal(found, logits)]
     return name
 
 
 @pytest.mark.parametrize(("over", "residency"), CASES)
-def test_interrupted_at_random_moments(folders, answers, tmp_path, draw, rounds, over, residency):
+def test_save_interrupted_at_random_moments(folders, answers, tmp_path, draw, rounds, over, residency):
     model, target, seen = load(folders["new files"], residency), tmp_path / "target", []
     model.save_pretrained(tmp_path / "once")
     replaced = {
@@ -82,8 +84,8 @@ def test_interrupted_at_random_moments(folders, answers, tmp_path, draw, rounds,
 
 
 @pytest.mark.parametrize(("over", "residency"), CASES)
-def test_no_room(folders, answers, tmp_path, draw, rounds, over, residency):
-    """A limit on the size of files stops a write as a full disk does, at each size that a file of the save has."""
+def test_save_without_space(folders, answers, tmp_path, draw, rounds, over, residency):
+    """A limit on the size of files stops a write as a full disk does, at each file size of the save."""
     model, target = load(folders["new files"], residency), tmp_path / "target"
     model.save_pretrained(tmp_path / "whole")
     sizes = sorted({path.stat().st_size for path in (tmp_path / "whole").iterdir()})
@@ -97,18 +99,18 @@ def test_no_room(folders, answers, tmp_path, draw, rounds, over, residency):
         try:
             model.save_pretrained(target)
             failed = False
-        except Exception:  # of safetensors or of the system, by what did not fit
+        except Exception:  # The error is safetensors' or the system's, depending on the file that did not fit.
             failed = True
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        # Tables are linked, so that their size does not matter.
+        # Tables are linked, so their size does not matter.
         assert named(target, answers) == ("old" if failed else "new"), size
         assert contents(target) == before if failed else True
         assert not [name for name in os.listdir(target) if name.startswith(".")]
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_facts_that_are_interrupted_or_have_no_room(folders, tmp_path, draw, rounds):
+def test_facts_write_interrupted_or_without_space(folders, tmp_path, draw, rounds):
     """`engram facts write` over an older adapter leaves that one or the new one."""
     target, known = tmp_path / "target", [contents(folders[f"{name} facts"]) for name in ("old", "new")]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -134,7 +136,7 @@ def test_facts_that_are_interrupted_or_have_no_room(folders, tmp_path, draw, rou
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_an_adapter_that_peft_was_saving(folders, tmp_path, draw, rounds):
+def test_interrupted_save_of_an_adapter_by_peft(folders, tmp_path, draw, rounds):
     """PEFT writes an adapter file by file: after an interrupt it is the old one, the new one, or refused."""
     adapters = [
         PeftModel.from_pretrained(load(folders["old plain"]), folders[f"{name} facts"]) for name in ("old", "new")
@@ -149,7 +151,7 @@ def test_an_adapter_that_peft_was_saving(folders, tmp_path, draw, rounds):
         interrupted(draw.uniform(1e-4, span), lambda target=target: adapters[1].save_pretrained(target))
         try:
             found = answer(adapt(load(folders["old plain"]), target))
-        except (ValueError, SafetensorError):  # a file that is cut off, or rows of which the config does not know
+        except (ValueError, SafetensorError):  # The file is truncated, or has rows that the config does not know.
             pass
         else:
             assert any(torch.equal(found, one) for one in answers)
@@ -162,8 +164,10 @@ def load_and_save(folder, target, seconds):
     interrupted(seconds, lambda: load(folder, "mapped").save_pretrained(target))
 
 
-def test_interrupted_from_loading_to_saving(folders, answers, tmp_path, draw, rounds):
-    """In place too, and in processes of their own: an interrupted load may leave transformers building on no device."""
+def test_load_and_save_interrupted_at_random_moments(folders, answers, tmp_path, draw, rounds):
+    """It saves in place, too, and in separate processes: an interrupted load may leave transformers building on no
+    device.
+    """
     target = shutil.copytree(folders["new files"], tmp_path / "target")
     for _ in range(rounds(8)):
         arguments = (target, target, draw.uniform(1e-3, 0.3))
@@ -174,7 +178,7 @@ def test_interrupted_from_loading_to_saving(folders, answers, tmp_path, draw, ro
     assert contents(target).keys() == contents(folders["new files"]).keys()
 
 
-def test_an_interrupted_conversion_goes_on(golden, tmp_path, draw, rounds):
+def test_interrupted_conversion_resumes(golden, tmp_path, draw, rounds):
     source = tmp_path / "source"
     shutil.copytree(golden / "deepseek_v41_tiny", source, ignore=shutil.ignore_patterns("golden.safetensors"))
     begin = time.perf_counter()

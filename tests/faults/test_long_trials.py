@@ -1,4 +1,4 @@
-"""Short runs of `make fuzz`, `make kills` and `make soak`, so that they work when they are needed."""
+"""Short runs of `make fuzz`, `make kills` and `make soak`, so that those keep working."""
 
 import random
 import sys
@@ -19,25 +19,25 @@ def kinds(tmp_path_factory):
     return fuzzing.Kinds(tmp_path_factory.mktemp("kinds"))
 
 
-def test_a_fixed_sample_of_mutated_files(kinds):
-    """2,000 of them, the same ones every time."""
+def test_fuzzing_a_fixed_sample(kinds):
+    """The 2,000 files are the same in every run."""
     seen, failures = fuzzing.try_apart(kinds, 20261128, range(2000), None)
     hung = "--seed 20261128 --first 1256: ended by exit 1 or took too long"
     if Version(transformers.__version__) < Version("5.23") and hung in failures:
-        failures.remove(hung)  # in the copy of a damaged tokenizer.json that these versions have tokenizers make
+        failures.remove(hung)  # These versions make tokenizers read a copy of the damaged tokenizer.json.
     assert failures == []
     assert seen.total() == 2000
     assert all(seen[kind, outcome] for kind in fuzzing.Kinds.NAMES for outcome in ("refused", "accepted"))
 
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
-def test_files_that_the_fuzzer_found(kinds, path):
-    """Each of them once ended in another error than a refusal."""
+def test_fuzzing_files_that_once_failed(kinds, path):
+    """Each of them once raised an error other than a refusal."""
     assert kinds.check(path.stem.partition("_")[0], path.read_bytes()) in ("refused", "accepted")
 
 
-def test_the_fuzzer_finds_what_is_wrong(kinds, monkeypatch):
-    """A reader that takes any token map, one that crashes, and one that never ends."""
+def test_fuzzing_finds_faulty_readers(kinds, monkeypatch):
+    """The readers accept any token map, crash, or never end."""
     monkeypatch.setattr(fuzzing, "SECONDS", 1)
     for reader, said in (
         ("lambda path, tokenizer: __import__('numpy').zeros(9, int)", "Another map"),
@@ -55,14 +55,14 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["convert", "export", "quantize", "demo", "save", "facts"])
-def test_kills_in_short(killed, tmp_path, draw, name):
+def test_short_kills(killed, tmp_path, draw, name):
     seen = kills.trial(*killed[name], tmp_path, 3, random.Random(draw.random()))
     assert seen["killed"] >= 3
     assert not seen["left something wrong"] and not seen["differ after the next run"], seen
 
 
-def test_a_short_soak(monkeypatch, capsys):
+def test_short_soak(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["soak", "--minutes", "0.1"])
-    monkeypatch.setattr(soak, "MEMORY_SLACK", 1 << 30)  # too short to say anything about memory
+    monkeypatch.setattr(soak, "MEMORY_SLACK", 1 << 30)  # The run is too short to judge memory.
     assert soak.main() == 0, capsys.readouterr().out
     assert " 0 wrong, flat" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Many processes, one folder: conversions that start at once, and ranks that all save."""
+"""Many processes work on one folder: conversions start at once, and all ranks save."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def source(golden, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def commands(source, folders, tmp_path_factory):
-    """Commands by name, each a pair of its form with these and with other options; they take the target."""
+    """Return commands by name, each with these and with other options; they take the target."""
     converted = tmp_path_factory.mktemp("converted") / "v41"
     assert convert_deepseek_v41.main([str(source), str(converted)]) == 0
 
@@ -48,8 +48,8 @@ def commands(source, folders, tmp_path_factory):
 
 @pytest.mark.parametrize("other_options", [False, True])
 @pytest.mark.parametrize("name", ["convert", "export", "quantize", "facts"])
-def test_conversions_that_start_at_once(commands, tmp_path, rounds, name, other_options):
-    """One of them succeeds, and the folder is what it writes when it is alone."""
+def test_simultaneous_conversions_into_one_folder(commands, tmp_path, rounds, name, other_options):
+    """One of them succeeds, and the folder equals that of a single run."""
     pair = commands[name] if other_options else (commands[name][0],) * 2
     alone = [tmp_path / f"alone{index}" for index in range(2)]
     for command, target in zip(pair, alone, strict=True):
@@ -61,14 +61,14 @@ def test_conversions_that_start_at_once(commands, tmp_path, rounds, name, other_
         assert 0 in codes and set(codes) <= {0, 1}, codes
         assert (
             not (other_options and codes == [0, 0]) or name == "facts"
-        )  # a later write of facts replaces an earlier one
+        )  # A later `engram facts write` replaces an earlier one.
         assert contents(target) in [one for one, code in zip(expected, codes, strict=True) if code == 0]
         shutil.rmtree(target)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "files", "plain"])
 def test_every_rank_saves_to_one_folder(folders, tmp_path, rounds, kind):
-    """The last writer wins whole, whether all save one model or different ones."""
+    """The files of the last writer win as a whole, whether the ranks save one model or different ones."""
     if kind == "tokenizer":
         ranks = [make_tokenizer() for _ in range(3)]
     else:
@@ -89,8 +89,8 @@ def test_every_rank_saves_to_one_folder(folders, tmp_path, rounds, kind):
             assert any(torch.equal(found, one) for one in answers)
 
 
-def test_tables_know_their_weights(folders, tmp_path):
-    """A folder that was changed in part by something else than a save does not load."""
+def test_tables_of_other_weights_are_refused(folders, tmp_path):
+    """A folder that another program changed in part does not load."""
     for weights, tables in (("old", "new"), ("new", "old")):
         target = tmp_path / tables
         shutil.copytree(folders[f"{tables} files"], target)
@@ -98,7 +98,7 @@ def test_tables_know_their_weights(folders, tmp_path):
         for residency in ("resident", "mapped"):
             with pytest.raises(ValueError, match="other weights than the tables beside it were saved with"):
                 load(target, residency)
-    # A folder that was saved before there were digests loads as it did.
+    # A folder saved before there were digests still loads.
     manifest = target / "engram_tables.json"
     members = json.loads(manifest.read_text())
     assert len(members.pop("tables_sha256")) == 2

@@ -1,4 +1,4 @@
-"""What surrounds a model: threads, processes, limits, settings of the user, files that go away."""
+"""The surroundings of a model: threads, processes, limits, user settings, deleted files."""
 
 import ast
 import copy
@@ -38,14 +38,14 @@ def expected(folders):
 
 @pytest.fixture(scope="module")
 def expected_of(folders, expected):
-    """What a model of each kind answers, by resident tables."""
+    """Return the answers of each kind of model with resident tables."""
     adapted = answer(adapt(load(folders["old int8"], "resident"), folders["old facts"]))
     assert not torch.equal(adapted, expected) and not torch.equal(adapted, answer(load(folders["old int8"])))
     return {"resident": expected, "mapped": expected, "adapted": adapted}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads(folders, expected_of, rounds, kind):
+def test_forward_in_threads(folders, expected_of, rounds, kind):
     model, expected, wrong = load_kind(folders, kind), expected_of[kind], []
     short = answer(model, rows=1)
 
@@ -62,7 +62,7 @@ def test_threads(folders, expected_of, rounds, kind):
     assert not wrong
 
 
-# What the public methods of a model return that reads memory, as tensors.
+# These public methods of a model read memory; their results are returned as tensors.
 ASKED = {
     "engram_gates": lambda model, ids: list(model.engram_gates(ids).values()),
     "forward": lambda model, ids: [model(ids).logits],
@@ -73,7 +73,7 @@ ASKED = {
         rows.unsqueeze(0) for rows in scan_rows([{"input_ids": one} for one in ids], None, model).values()
     ],
 }
-# Those that change a model, give parts of it, or say how it is run.
+# These change a model, return parts of it, or configure how it runs.
 OTHERS = {
     *(
         "from_backbone",
@@ -99,7 +99,7 @@ OTHERS = {
 }
 
 
-def test_every_public_method_is_asked_beside_other_threads(folders):
+def test_every_public_method_is_listed(folders):
     model = load(folders["old plain"])
     classes = [part for whole in (model, model.base_model) for part in type(whole).__mro__]
     ours = [part for part in classes if part.__module__.startswith("engram_hf")]
@@ -111,14 +111,14 @@ def test_every_public_method_is_asked_beside_other_threads(folders):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_public_methods_beside_other_threads(folders, rounds, kind, name):
-    """It is that of the text that was asked for, whatever else the model reads meanwhile."""
+    """The result belongs to the given text, whatever other threads read meanwhile."""
     model, done, failed = load_kind(folders, kind), threading.Event(), []
     asked, others = random_ids(1, 12), random_ids(3, 20, seed=5)
     alone = ASKED[name](model, asked)
     assert len(alone) and not torch.equal(alone[0][:1, :12], ASKED[name](model, others)[0][:1, :12])
 
     def read_others():
-        # The other threads' answers must not depend on what is asked for either.
+        # The answers of the other threads must not depend on this call either.
         with torch.no_grad():
             expected = None
             while not done.is_set():
@@ -149,9 +149,9 @@ def put_answers(models, folder, queue):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes(folders, expected_of, tmp_path, monkeypatch, method):
-    """With no locale, no home and no rights for new files, all at once, since a process takes long to start."""
-    home = tmp_path / "file" / "home"  # where not even root can make one
+def test_processes_without_locale_home_or_rights(folders, expected_of, tmp_path, monkeypatch, method):
+    """Locale, home and rights for new files are missing at once, since a process takes long to start."""
+    home = tmp_path / "file" / "home"  # Not even root can create a file there.
     home.parent.write_bytes(b"")
     for name, value in {"HOME": home, "HF_HOME": home / "hf", "XDG_CACHE_HOME": home / "cache", "LC_ALL": "C"}.items():
         monkeypatch.setenv(name, str(value))
@@ -170,7 +170,7 @@ def test_processes(folders, expected_of, tmp_path, monkeypatch, method):
 
 
 class Answers(torch.utils.data.Dataset):
-    """What a data set does that embeds its texts."""
+    """A data set that embeds its texts."""
 
     def __init__(self, model):
         self.model = model
@@ -191,15 +191,15 @@ def test_data_loader_workers(folders, expected_of, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pickles_and_copies(folders, expected_of, kind):
+def test_pickled_and_copied_models(folders, expected_of, kind):
     model = load_kind(folders, kind)
     for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert torch.equal(answer(other), expected_of[kind])
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
-def test_files_that_are_deleted_or_replaced(folders, expected, tmp_path, residency):
-    """By new files under their names, as every save does; the open ones live on."""
+def test_files_deleted_or_replaced_while_mapped(folders, expected, tmp_path, residency):
+    """New files replace them under their names, as in every save; the open ones remain readable."""
     folder = shutil.copytree(folders["old files"], tmp_path / "model")
     model = load(folder, residency)
     for path in sorted(folder.glob("engram-layer-*")):
@@ -213,15 +213,15 @@ def test_files_that_are_deleted_or_replaced(folders, expected, tmp_path, residen
 
 
 def test_results_do_not_depend_on_assertions():
-    """`python -O` leaves out assertions, and nothing else."""
+    """`python -O` removes assertions, and nothing else."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/**/*.py")]:
         if path.relative_to(ROOT).parts[0] not in ("tests", "benchmarks", "examples", "build"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 assert not isinstance(node, ast.Assert) and getattr(node, "id", None) != "__debug__", path
 
 
-def test_a_turkish_locale_does_not_change_the_map(tmp_path):
-    """There, a C library's lower case of I is a dotless one. The locale is compiled for the test."""
+def test_turkish_locale_does_not_change_the_map(tmp_path):
+    """In it, a C library's lower case of I is a dotless one. The test compiles the locale."""
     if shutil.which("localedef") is None or not os.path.exists("/usr/share/i18n/locales/tr_TR"):
         pytest.skip("no locale can be compiled here")
     command = ["localedef", "-i", "tr_TR", "-f", "UTF-8", tmp_path / "tr_TR.UTF-8"]
@@ -239,8 +239,8 @@ def test_a_turkish_locale_does_not_change_the_map(tmp_path):
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
-def test_defaults_of_torch(folders, expected, residency):
-    """A default dtype or device is for what the user makes, not for what is loaded."""
+def test_loading_ignores_torch_defaults(folders, expected, residency):
+    """A default dtype or device applies to tensors that the user makes, not to loaded ones."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         model = load(folders["old files"], residency)
@@ -254,8 +254,8 @@ def test_defaults_of_torch(folders, expected, residency):
         torch.set_default_device(None)
 
 
-def test_more_table_files_than_files_may_be_open(tmp_path):
-    """80 table files where a process may open 64 files: the answer, or what to do."""
+def test_more_table_files_than_the_limit_of_open_files(tmp_path):
+    """With 80 table files where a process may open 64 files, the model answers or says what to do."""
     size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     text = LlamaConfig(vocab_size=128, num_hidden_layers=80, **size)
     memory = {"engram_n_heads": 1, "engram_head_dim": 8, "engram_vocab_size": 11}
@@ -266,7 +266,8 @@ def test_more_table_files_than_files_may_be_open(tmp_path):
     expected = model(ids).logits
 
     def load_and_answer(residency):
-        limit = max(map(int, os.listdir("/proc/self/fd"))) + 64  # of what is open now, some belongs to other tests
+        # Some of the files that are open now belong to other tests.
+        limit = max(map(int, os.listdir("/proc/self/fd"))) + 64
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         return torch.equal(load(tmp_path / "files", residency)(ids).logits, expected)
 
@@ -277,8 +278,8 @@ def test_more_table_files_than_files_may_be_open(tmp_path):
 
 @pytest.mark.parametrize("source", ["old plain", "old files"])
 @pytest.mark.parametrize("field", ["engram_vocab_size", "engram_head_dim", "vocab_size"])
-def test_the_word_of_a_config_takes_no_memory(folders, tmp_path, capsys, source, field):
-    """A table of 10^12 rows, or of rows of as many channels, is refused in a sentence; so are as many tokens by the command."""
+def test_huge_numbers_in_a_config_allocate_no_memory(folders, tmp_path, capsys, source, field):
+    """A table of 10^12 rows or channels, and a command with such a vocabulary, are refused in one sentence."""
     folder = shutil.copytree(folders[source], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     del config["engram_num_embeddings"]
@@ -293,8 +294,8 @@ def test_the_word_of_a_config_takes_no_memory(folders, tmp_path, capsys, source,
         assert "of one model" in capsys.readouterr().err
 
 
-def test_a_model_in_the_background_of_a_fork_keeps_its_files(folders, expected):
-    """A child that ends must not close what its parent reads."""
+def test_forked_child_keeps_the_files_of_its_parent_open(folders, expected):
+    """A child that ends must not close files that its parent reads."""
     model = load(folders["old files"], "mapped")
     for _ in range(3):
         process = get_context("fork").Process(target=answer, args=(model,))

@@ -1,4 +1,4 @@
-"""The models that trials of faults work on, and how one tells which of them a folder holds."""
+"""The models that fault trials work on, and a way to tell which of them a folder holds."""
 
 import contextlib
 import io
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # for the scripts of this folder, which pytest does not start
+# The scripts of this folder need it, since pytest does not start them.
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from engram_cli.main import main as engram
 from peft import PeftModel
 from tiny_backbones import engram_config, random_ids, randomize  # noqa: F401
@@ -23,7 +24,7 @@ TEXT = ["the café THE cafe w7 w8 the w9", "w1 w2 w3 w4 w5 w6 w7 the"]
 
 
 def make_model(seed: int) -> EngramForCausalLM:
-    """A model with a token map whose memory matters; another one for every seed."""
+    """Build a model with a token map whose memory changes its logits; each seed gives another model."""
     backbone = engram_config("llama").text_config
     size = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": 97}
     config = EngramConfig.for_backbone(backbone, make_tokenizer(), layer_ids=[1, 2], **size)
@@ -34,7 +35,9 @@ def make_model(seed: int) -> EngramForCausalLM:
 
 
 def save_folders(home: Path) -> dict[str, Path]:
-    """Two models, each with its tables among the weights and in files: `old plain`, `old files`, `new plain`, `new files`."""
+    """Save two models, each with its tables among the weights and in files: `old plain`, `old files`, `new plain`,
+    `new files`.
+    """
     found = {}
     for seed, name in enumerate(("old", "new")):
         plain, files = home / f"{name}_plain", home / f"{name}_files"
@@ -47,7 +50,9 @@ def save_folders(home: Path) -> dict[str, Path]:
 
 
 def write_facts(model: Path, target: Path, word: str) -> int:
-    """Write two facts about a word with `engram facts write`; its exit code. Other words give adapters of equal size."""
+    """Write two facts about a word with `engram facts write`; return its exit code. Other words give adapters of equal
+    size.
+    """
     path = target.parent / f"facts about {word} of {os.getpid()}.jsonl"
     facts = [{"prompt": f"{word} w2 w3", "target": "w9"}, {"prompt": f"w1 {word} w4", "target": "w7 w8"}]
     path.write_text("\n".join(map(json.dumps, facts)))
@@ -56,40 +61,42 @@ def write_facts(model: Path, target: Path, word: str) -> int:
 
 
 def load(folder: Path, residency: str = "resident") -> EngramForCausalLM:
-    """A saved model."""
+    """Load a saved model."""
     return EngramForCausalLM.from_pretrained(folder, engram_residency=residency).eval()
 
 
 def load_kind(folders: dict[str, Path], kind: str) -> EngramForCausalLM:
-    """The old model, resident or mapped; or `adapted`: its quantized tables, mapped, with facts written into rows of them."""
+    """Load the old model, resident or mapped; or `adapted`: its quantized tables, mapped, with facts written into rows
+    of them.
+    """
     if kind != "adapted":
         return load(folders["old files"], kind)
     return adapt(load(folders["old int8"], "mapped"), folders["old facts"])
 
 
 def adapt(model: EngramForCausalLM, adapter: Path) -> EngramForCausalLM:
-    """The model with an adapter on it."""
+    """Put an adapter on the model."""
     return PeftModel.from_pretrained(model, adapter).get_base_model()
 
 
 @torch.no_grad()
 def answer(model: EngramForCausalLM, rows: int = 2) -> torch.Tensor:
-    """Its logits on a text."""
+    """Return its logits on a text."""
     return model(**make_tokenizer()(TEXT[:rows], return_tensors="pt")).logits
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by relative name."""
+    """Return every file below a folder, by relative name."""
     paths = sorted(folder.rglob("*"))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 
 def all_at_once(functions) -> list:
-    """What functions return in processes that start them within milliseconds."""
+    """Return the results of functions that separate processes start within milliseconds of each other."""
     barrier, results = FORK.Barrier(len(functions)), FORK.Queue()
 
     def run(function, index):
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
         barrier.wait(60)
         try:
             results.put((index, function()))
