@@ -1,6 +1,6 @@
-"""`EngramModel` and `EngramForCausalLM` as members of transformers: building, loading, inputs, outputs, resizing.
+"""`EngramModel` and `EngramForCausalLM` as transformers models: building, loading, inputs, outputs, resizing.
 
-What has to hold on every backbone is in test_backbones.py; here one or two stand for all.
+The requirements on every backbone are tested in test_backbones.py; here one or two backbones suffice.
 """
 
 import copy
@@ -54,7 +54,7 @@ def mixtral() -> EngramForCausalLM:
 
 @pytest.fixture
 def own() -> EngramForCausalLM:
-    """A model that the test may change."""
+    """Return a model that the test may change."""
     return copy.deepcopy(built("mixtral"))
 
 
@@ -65,7 +65,7 @@ def tokenizer():
 
 @pytest.fixture
 def compressed(tokenizer) -> EngramForCausalLM:
-    """A model that hashes the compressed ids of `tokenizer`; eight of its embeddings have no token."""
+    """Return a model that hashes the compressed ids of `tokenizer`; eight of its embeddings have no token."""
     model = build("mixtral", engram_compressed_vocab_size=tokenizer.compressed_vocab_size)
     model.set_token_map(tokenizer)
     return model
@@ -95,7 +95,7 @@ def test_state_dict_keys_are_the_documented_ones(mixtral):
     assert {key.removeprefix("model.") for key in backbone} == bare.state_dict().keys()
 
 
-def test_layers_with_memory_are_still_of_their_class(mixtral):
+def test_layers_with_memory_keep_their_class(mixtral):
     plain, first, second = mixtral.model.layers
     assert isinstance(first, type(plain)) and type(first) is type(second) is not type(plain)
     assert list(mixtral.model.memories()) == LAYER_IDS
@@ -104,8 +104,8 @@ def test_layers_with_memory_are_still_of_their_class(mixtral):
 # --- building and loading --------------------------------------------------------------------------------------------
 
 
-def test_a_new_model_has_the_dtype_that_its_backbone_would_have():
-    """The caller's, or with `from_config` the one of the config."""
+def test_new_model_has_the_dtype_of_a_new_backbone():
+    """It is the caller's dtype or, with `from_config`, that of the config."""
     text_config = BACKBONES["mixtral"]()
     text_config.dtype = torch.bfloat16
     config = EngramConfig.for_backbone(text_config, **SMALL)
@@ -117,7 +117,7 @@ def test_a_new_model_has_the_dtype_that_its_backbone_would_have():
         assert {parameter.dtype for parameter in built_model.parameters()} == {torch.float32}
 
 
-def test_a_config_that_was_made_wrong_afterwards_builds_no_model():
+def test_config_made_invalid_afterwards_builds_no_model():
     config = engram_config("mixtral")
     config.num_hidden_layers = 2
     with pytest.raises(ValueError, match=r"must lie in 0\.\.1, the backbone's 2 decoder layers"):
@@ -125,8 +125,10 @@ def test_a_config_that_was_made_wrong_afterwards_builds_no_model():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_new_model_is_initialized(dtype):
-    """Tables and projections like the backbone's weights, norms to one, the convolution to the identity."""
+def test_new_model_is_initialized(dtype):
+    """Tables and projections are initialized like the backbone's weights, norms to one, the convolution to the
+    identity.
+    """
     torch.manual_seed(0)
     config = engram_config("mixtral")
     config.text_config.initializer_range = 0.05
@@ -140,13 +142,13 @@ def test_a_new_model_is_initialized(dtype):
     model.model.hashing.verify_constants()
 
 
-def test_the_output_layer_and_embeddings_are_found(mixtral):
+def test_output_layer_and_embeddings_are_found(mixtral):
     assert mixtral.get_output_embeddings() is mixtral.lm_head
     assert mixtral.get_input_embeddings() is mixtral.model.get_input_embeddings() is mixtral.model.embed_tokens
     assert mixtral.base_model is mixtral.model
 
 
-def test_shards(mixtral, tmp_path):
+def test_sharded_checkpoint_saves_and_loads(mixtral, tmp_path):
     mixtral.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 5
     loaded, info = EngramForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -155,7 +157,7 @@ def test_shards(mixtral, tmp_path):
     assert torch.equal(logits_of(loaded, ids), logits_of(mixtral, ids))
 
 
-def test_state_dicts_go_back_and_forth(mixtral):
+def test_state_dict_round_trip(mixtral):
     fresh = EngramForCausalLM(engram_config("mixtral")).eval()
     ids = random_ids(2, 9)
     assert differ(logits_of(fresh, ids), logits_of(mixtral, ids))
@@ -164,7 +166,7 @@ def test_state_dicts_go_back_and_forth(mixtral):
 
 
 @pytest.mark.parametrize("used_before", [True, False])
-def test_copies_are_independent(used_before):
+def test_deep_copies_are_independent(used_before):
     model, ids = build("mixtral"), random_ids(2, 9)
     if used_before:
         model(ids)
@@ -185,7 +187,7 @@ def edit_checkpoint(folder, change) -> None:
 
 @pytest.mark.parametrize("key", ["model.layers.2.engram.table.weight", "model.hashing.primes"])
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
-def test_a_checkpoint_without_a_tensor_of_the_memory_is_refused(mixtral, tmp_path, key, auto):
+def test_checkpoint_without_a_tensor_of_the_memory_is_refused(mixtral, tmp_path, key, auto):
     mixtral.save_pretrained(tmp_path)
     edit_checkpoint(tmp_path, lambda tensors: tensors.pop(key))
     with pytest.raises(ValueError, match=f"lacks 1 tensors of the memory, such as .*{key.removeprefix('model.')}"):
@@ -200,7 +202,7 @@ def test_hash_constants_of_another_model_are_refused(mixtral, tmp_path, name):
         EngramForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_config_of_another_seed_is_refused(mixtral, tmp_path):
+def test_config_of_another_seed_is_refused(mixtral, tmp_path):
     mixtral.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "engram_seed": 7}))
@@ -209,8 +211,8 @@ def test_a_config_of_another_seed_is_refused(mixtral, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3"])
-def test_a_plain_model_is_refused_before_it_is_built(tmp_path, monkeypatch, name):
-    """Its config means another thing to `EngramConfig`, which would fill in a backbone and large tables."""
+def test_plain_model_is_refused_before_it_is_built(tmp_path, monkeypatch, name):
+    """`EngramConfig` would misread its config and add a default backbone and large tables."""
     AutoModelForCausalLM.from_config(BACKBONES[name]()).save_pretrained(tmp_path)
     monkeypatch.setattr(EngramForCausalLM, "__init__", None)
     with pytest.raises(
@@ -219,8 +221,8 @@ def test_a_plain_model_is_refused_before_it_is_built(tmp_path, monkeypatch, name
         EngramForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_plain_checkpoint_is_refused(tmp_path):
-    """Whoever writes an Engram config beside a backbone's weights gets no random memory."""
+def test_plain_checkpoint_with_an_engram_config_is_refused(tmp_path):
+    """An Engram config beside a backbone's weights must not give random memory."""
     AutoModelForCausalLM.from_config(BACKBONES["mixtral"]()).save_pretrained(tmp_path)
     engram_config("mixtral").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="from_backbone"):
@@ -230,7 +232,7 @@ def test_a_plain_checkpoint_is_refused(tmp_path):
 # --- from_backbone ---------------------------------------------------------------------------------------------------
 
 
-def test_from_backbone_takes_tokenizer_dtype_mode_and_generation_settings(tokenizer):
+def test_from_backbone_keeps_tokenizer_dtype_mode_and_generation_settings(tokenizer):
     host = AutoModelForCausalLM.from_config(BACKBONES["mixtral"](), dtype=torch.bfloat16).train()
     host.generation_config.temperature = 0.3
     model = EngramForCausalLM.from_backbone(host, tokenizer, **SMALL)
@@ -243,7 +245,7 @@ def test_from_backbone_takes_tokenizer_dtype_mode_and_generation_settings(tokeni
     assert (model.model.hashing.token_map[len(tokenizer) :] == -1).all()
 
 
-def test_from_backbone_passes_arguments_of_from_pretrained_on(tmp_path):
+def test_from_backbone_passes_arguments_to_from_pretrained(tmp_path):
     AutoModelForCausalLM.from_config(BACKBONES["llama"]()).save_pretrained(tmp_path)
     model = EngramForCausalLM.from_backbone(tmp_path, **SMALL, dtype=torch.bfloat16, attn_implementation="eager")
     assert model.dtype == torch.bfloat16 and model.model.config._attn_implementation == "eager"
@@ -255,21 +257,21 @@ def test_from_backbone_refuses_arguments_that_would_have_no_effect():
         EngramForCausalLM.from_backbone(host, **SMALL, dtype=torch.bfloat16)
 
 
-def test_memory_is_added_once():
+def test_from_backbone_refuses_a_model_with_memory():
     host = AutoModelForCausalLM.from_config(BACKBONES["llama"]())
     EngramForCausalLM.from_backbone(host, **SMALL)
     with pytest.raises(ValueError, match="already has Engram memory"):
         EngramForCausalLM.from_backbone(host, **SMALL)
 
 
-def test_a_backbone_without_a_cache_is_refused():
+def test_backbone_without_a_cache_is_refused():
     host = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2))
     with pytest.raises(ValueError, match="MambaModel keeps no transformers Cache that counts positions"):
         EngramForCausalLM.from_backbone(host, **SMALL)
 
 
 class Forgetful(MixtralModel):
-    """Hands no keyword argument on to its layers."""
+    """Passes no keyword arguments to its layers."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
         known = {name: kwargs.get(name) for name in (*CACHE_NAMES, "inputs_embeds", "use_cache") if name in kwargs}
@@ -280,11 +282,11 @@ Forgetful.forward.__signature__ = inspect.signature(MixtralModel.forward)
 
 
 @torch.no_grad()
-def test_a_backbone_that_drops_keyword_arguments_runs_with_memory():
+def test_backbone_that_drops_keyword_arguments_runs_with_memory():
     config, model = engram_config("mixtral"), built("mixtral").model
     forgetful = EngramModel(config, Forgetful(config.text_config)).eval()
     forgetful.load_state_dict(model.state_dict())
-    for _ in range(2):  # the first forward learns how inputs reach the layers
+    for _ in range(2):  # The first forward learns how inputs reach the layers.
         assert torch.equal(forgetful(random_ids(2, 9))[0], model(random_ids(2, 9))[0])
 
 
@@ -298,8 +300,8 @@ class Shortcut(MixtralModel):
 Shortcut.forward.__signature__ = inspect.signature(MixtralModel.forward)
 
 
-def test_a_backbone_that_calls_no_layer_does_not_run_without_memory():
-    """Told by the first forward that a model runs."""
+def test_backbone_that_calls_no_layer_is_refused():
+    """The first forward raises the error."""
     config = engram_config("mixtral")
     model = EngramModel(config, Shortcut(config.text_config))
     with pytest.raises(ValueError, match="Shortcut ran without memory"):
@@ -307,7 +309,7 @@ def test_a_backbone_that_calls_no_layer_does_not_run_without_memory():
 
 
 class Amnesiac(MixtralModel):
-    """Keeps its keys in a cache of its own."""
+    """Stores its keys in its own cache."""
 
     def forward(self, *args, **kwargs):
         own = {name: DynamicCache(config=self.config) for name in CACHE_NAMES if kwargs.get(name) is not None}
@@ -318,7 +320,7 @@ Amnesiac.forward.__signature__ = inspect.signature(MixtralModel.forward)
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
-def test_a_backbone_that_loses_the_history_is_refused(return_dict):
+def test_backbone_that_loses_the_history_is_refused(return_dict):
     config = engram_config("mixtral")
     model = EngramModel(config, Amnesiac(config.text_config))
     with pytest.raises(ValueError, match="cache"):
@@ -326,7 +328,7 @@ def test_a_backbone_that_loses_the_history_is_refused(return_dict):
     model(random_ids(1, 4), use_cache=False)
 
 
-def test_an_encoder_decoder_is_refused():
+def test_encoder_decoder_is_refused():
     config = T5Config(vocab_size=VOCAB, d_model=32, d_ff=32, num_layers=2, num_heads=2, d_kv=8)
     with pytest.raises(ValueError, match="encoder-decoder"):
         EngramForCausalLM.from_backbone(T5ForConditionalGeneration(config), **SMALL)
@@ -335,7 +337,7 @@ def test_an_encoder_decoder_is_refused():
 # --- the token map ---------------------------------------------------------------------------------------------------
 
 
-def test_without_a_map_a_forward_says_so(tokenizer):
+def test_forward_without_a_token_map_raises(tokenizer):
     model = build("mixtral", engram_compressed_vocab_size=tokenizer.compressed_vocab_size)
     with pytest.raises(ValueError, match="no token map yet"):
         model(random_ids(1, 4))
@@ -347,20 +349,20 @@ def test_equal_tokens_read_equal_rows(compressed):
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
 
 
-def test_a_map_may_be_a_tensor(compressed, tokenizer):
+def test_token_map_may_be_a_tensor(compressed, tokenizer):
     other = build("mixtral", engram_compressed_vocab_size=tokenizer.compressed_vocab_size)
     other.set_token_map(torch.as_tensor(tokenizer.token_map))
     assert torch.equal(other.model.hashing.token_map, compressed.model.hashing.token_map)
 
 
-def test_the_map_is_saved_with_the_weights(compressed, tmp_path):
+def test_token_map_is_saved_with_the_weights(compressed, tmp_path):
     compressed.save_pretrained(tmp_path)
     loaded = EngramForCausalLM.from_pretrained(tmp_path)
     ids = torch.randint(3, 120, (2, 9))
     assert torch.equal(logits_of(loaded, ids), logits_of(compressed, ids))
 
 
-def test_a_wrong_map_is_refused(compressed, tokenizer):
+def test_wrong_token_map_is_refused(compressed, tokenizer):
     token_map = torch.as_tensor(tokenizer.token_map)
     size = tokenizer.compressed_vocab_size
     with pytest.raises(ValueError, match=f"compresses to 30 ids, but this model was built for {size}"):
@@ -378,18 +380,18 @@ def test_a_wrong_map_is_refused(compressed, tokenizer):
         fresh.set_token_map(torch.cat([token_map, torch.tensor([size])]))
 
 
-def test_tokens_that_the_map_does_not_know_have_no_memory(compressed):
-    """Embeddings are often padded beyond the tokenizer, and sampling finds such an id sooner or later."""
+def test_tokens_without_an_entry_in_the_map_have_no_memory(compressed):
+    """Embeddings are often padded beyond the tokenizer, and sampling eventually finds such an id."""
     ids = torch.tensor([[4, 9, 125, 8, 7]])
     gates = compressed.engram_gates(ids)
     for gate in gates.values():
         assert (gate[:, 2] == 0).all() and (gate[:, [0, 1, 3, 4]] > 0).all()
-    # They cut a look-back, as images do.
+    # They end a look-back, as images do.
     rows = compressed.model.prepare_memory(ids).row_ids
     assert torch.equal(rows[:, :, 3:], compressed.model.prepare_memory(ids[:, 3:]).row_ids)
 
 
-def test_padding_may_be_any_id(compressed):
+def test_padding_may_have_any_id(compressed):
     ids, mask = torch.tensor([[125, -100, 4, 9, 8]]), torch.tensor([[0, 0, 1, 1, 1]])
     rows = compressed.model.prepare_memory(ids, attention_mask=mask).row_ids
     assert torch.equal(rows[:, :, 2:], compressed.model.prepare_memory(ids[:, 2:]).row_ids)
@@ -398,7 +400,7 @@ def test_padding_may_be_any_id(compressed):
 # --- resizing --------------------------------------------------------------------------------------------------------
 
 
-def test_more_tokens_leave_the_old_ones_as_they_were(compressed, tokenizer, tmp_path):
+def test_resize_token_embeddings_keeps_the_old_tokens(compressed, tokenizer, tmp_path):
     ids = torch.randint(3, 120, (2, 9))
     before = logits_of(compressed, ids)
     compressed.resize_token_embeddings(140)
@@ -413,12 +415,12 @@ def test_more_tokens_leave_the_old_ones_as_they_were(compressed, tokenizer, tmp_
     compressed.save_pretrained(tmp_path)
     loaded = EngramForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(new, labels=new).loss, loss)
-    # A new token is known by its own id: another one reads other rows.
+    # A new token has its own id: another one reads other rows.
     rows = [compressed.model.prepare_memory(ids).row_ids for ids in (new, torch.tensor([[4, 131, 139]]))]
     assert not torch.equal(*rows)
 
 
-def test_tokens_added_to_the_tokenizer_share_the_ids_of_their_equals(compressed, tmp_path):
+def test_added_tokens_share_the_ids_of_their_equals(compressed, tmp_path):
     tokenizer = tiny_tokenizer()
     size = tokenizer.compressed_vocab_size
     tokenizer.add_tokens(["WORD7", "quite new"])
@@ -433,7 +435,7 @@ def test_tokens_added_to_the_tokenizer_share_the_ids_of_their_equals(compressed,
     torch.testing.assert_close(logits_of(loaded, ids), logits_of(compressed, ids), rtol=0, atol=1e-6)
 
 
-def test_fewer_tokens_as_long_as_the_hash_has_them(compressed, tokenizer, tmp_path):
+def test_resize_token_embeddings_shrinks_down_to_the_hash(compressed, tokenizer, tmp_path):
     ids = torch.randint(3, 120, (2, 9))
     before = logits_of(compressed, ids)
     compressed.resize_token_embeddings(len(tokenizer))
@@ -450,7 +452,7 @@ def test_fewer_tokens_as_long_as_the_hash_has_them(compressed, tokenizer, tmp_pa
     assert compressed.config.vocab_size == compressed.lm_head.out_features == len(tokenizer)
 
 
-def test_uncompressed_ids_stay_as_they_are_when_tokens_are_added(own, tmp_path):
+def test_uncompressed_ids_stay_when_tokens_are_added(own, tmp_path):
     ids = random_ids(2, 9)
     before = logits_of(own, ids)
     own.resize_token_embeddings(130, pad_to_multiple_of=8)
@@ -463,14 +465,14 @@ def test_uncompressed_ids_stay_as_they_are_when_tokens_are_added(own, tmp_path):
         own.resize_token_embeddings(100)
 
 
-def test_a_size_that_stays_changes_nothing(own):
+def test_resize_to_the_same_size_changes_nothing(own):
     ids, before = random_ids(2, 9), logits_of(own, random_ids(2, 9))
     own.resize_token_embeddings(VOCAB)
     own.resize_token_embeddings()
     assert own.model.hashing.token_map is None and torch.equal(logits_of(own, ids), before)
 
 
-def test_tied_embeddings_stay_tied(tmp_path):
+def test_resize_keeps_tied_embeddings_tied(tmp_path):
     config = engram_config("llama")
     config.text_config.tie_word_embeddings = True
     model = randomize(EngramForCausalLM(config)).eval()
@@ -491,7 +493,7 @@ def test_untied_embeddings_stay_untied(mixtral):
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def test_embeddings_beside_ids(mixtral):
+def test_embeddings_beside_ids_are_used(mixtral):
     ids = random_ids(2, 9)
     embeddings = mixtral.get_input_embeddings()(ids)
     assert torch.equal(logits_of(mixtral, ids, inputs_embeds=embeddings), logits_of(mixtral, ids))
@@ -506,7 +508,7 @@ def test_embeddings_alone_are_refused(mixtral, part):
         model(inputs_embeds=torch.zeros(1, 4, 32))
 
 
-def test_image_positions_have_no_memory_and_are_not_looked_through(mixtral):
+def test_image_positions_have_no_memory_and_end_a_look_back(mixtral):
     ids, image = random_ids(1, 10), torch.zeros(1, 10, dtype=torch.bool)
     image[:, 4:6] = True
     rows = mixtral.model.prepare_memory(ids, image_mask=image).row_ids
@@ -519,7 +521,7 @@ def test_image_positions_have_no_memory_and_are_not_looked_through(mixtral):
         mixtral(ids, image_mask=image[:, :-1])
 
 
-def test_image_ids_do_not_matter_to_the_memory(mixtral):
+def test_memory_ignores_image_ids(mixtral):
     ids, image = random_ids(1, 10), torch.zeros(1, 10, dtype=torch.bool)
     image[:, 4:6] = True
     others = ids.masked_fill(image, 99)
@@ -528,8 +530,8 @@ def test_image_ids_do_not_matter_to_the_memory(mixtral):
     assert torch.equal(one, two)
 
 
-def test_a_mask_of_another_shape_leaves_padding_to_padding_mask(mixtral):
-    """With a mask that is already 4-D (a static cache's), `padding_mask` tells the memory what is padding."""
+def test_mask_of_another_shape_needs_a_padding_mask(mixtral):
+    """With a mask that is already 4-D (a static cache's), `padding_mask` marks the padding for the memory."""
     ids, padding = random_ids(1, 8), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
     positions = (padding.cumsum(1) - 1).clamp_min(0)
     causal = torch.ones(8, 8).tril().bool() & padding.bool()[:, None]
@@ -538,10 +540,10 @@ def test_a_mask_of_another_shape_leaves_padding_to_padding_mask(mixtral):
     torch.testing.assert_close(told, logits_of(mixtral, ids[:, 3:]), rtol=0, atol=1e-5)
 
 
-POSITIONS = torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5, 6]])  # of two documents
+POSITIONS = torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5, 6]])  # The mask separates two documents.
 
 
-def test_numbered_documents_are_cut_like_restarting_positions(mixtral):
+def test_sequence_index_separates_documents_like_restarting_positions(mixtral):
     ids = random_ids(1, 9)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     numbered = torch.tensor([[5, 5, 5, 5, 2, 2, 2, 2, 2]])
@@ -566,7 +568,7 @@ LATER_POSITIONS = {"position_ids": POSITIONS[:, 6:]}
         (BY_POSITION, LATER_POSITIONS),
     ],
 )
-def test_a_later_call_goes_on_with_the_last_document(mixtral, first, second):
+def test_later_call_continues_the_last_document(mixtral, first, second):
     ids = random_ids(1, 9)
     expected = mixtral.model.prepare_memory(ids, position_ids=POSITIONS).row_ids
 
@@ -579,7 +581,7 @@ def test_a_later_call_goes_on_with_the_last_document(mixtral, first, second):
     assert torch.equal(torch.cat(found, dim=2), expected)
 
 
-def test_documents_of_a_prompt_are_told_to_generate(mixtral):
+def test_generate_takes_the_documents_of_a_prompt(mixtral):
     ids, documents = random_ids(1, 6), torch.full((1, 6), 5)
     options = {"max_new_tokens": 3, "do_sample": False}
     assert torch.equal(mixtral.generate(ids, seq_idx=documents, **options), mixtral.generate(ids, **options))
@@ -588,7 +590,7 @@ def test_documents_of_a_prompt_are_told_to_generate(mixtral):
 # --- outputs ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_averaged_over_the_items_of_the_whole_batch(mixtral):
+def test_loss_is_averaged_over_the_items_of_the_whole_batch(mixtral):
     ids = random_ids(2, 9)
     labels = ids.clone()
     labels[0, :5] = -100
@@ -600,7 +602,7 @@ def test_the_loss_is_averaged_over_the_items_of_the_whole_batch(mixtral):
 
 
 @pytest.mark.parametrize("kept", [1, 3, torch.tensor([0, 4, 7])])
-def test_logits_of_some_positions(mixtral, kept):
+def test_logits_to_keep(mixtral, kept):
     ids = random_ids(2, 9)
     chosen = slice(-kept, None) if isinstance(kept, int) else kept
     torch.testing.assert_close(
@@ -609,7 +611,7 @@ def test_logits_of_some_positions(mixtral, kept):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v4"])
-def test_states_attentions_and_router_logits_can_be_asked_for(name):
+def test_outputs_include_requested_states_attentions_and_router_logits(name):
     model, ids = build(name), random_ids(2, 9)
     model.set_attn_implementation("eager")
     outputs = model(ids, output_hidden_states=True, output_attentions=True, output_router_logits=True)
@@ -617,7 +619,7 @@ def test_states_attentions_and_router_logits_can_be_asked_for(name):
     assert len(outputs.hidden_states) == layers + 1 and len(outputs.attentions) == layers
     # The first layer of the tiny DeepSeek-V4 routes by a hash, without logits.
     assert len(outputs.router_logits) == layers - (name == "deepseek_v4")
-    # What enters a layer is recorded before its memory is added: the rows of layer 1 cannot change it.
+    # The input of a layer is recorded before its memory is added: the rows of layer 1 cannot change it.
     with torch.no_grad():
         model.model.memories()[1].table.weight.zero_()
     without = model(ids, output_hidden_states=True)
@@ -630,7 +632,7 @@ def test_tuples_instead_of_outputs(mixtral):
     assert torch.equal(mixtral(ids, return_dict=False)[0], mixtral(ids).logits)
 
 
-def test_gates(mixtral):
+def test_engram_gates(mixtral):
     ids = random_ids(2, 9)
     gates = mixtral.engram_gates(ids)
     assert list(gates) == LAYER_IDS
@@ -644,8 +646,8 @@ def test_gates(mixtral):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 @pytest.mark.parametrize("variant", ["paper", "v4.1"])
-def test_lower_precision(dtype, tolerance, variant, tmp_path):
-    # A dense backbone: with experts, a rounded router may choose others.
+def test_forward_in_lower_precision(dtype, tolerance, variant, tmp_path):
+    # The backbone is dense: with experts, a rounded router may choose others.
     reference, ids = built("llama", variant), random_ids(2, 9)
     reference.save_pretrained(tmp_path)
     model = EngramForCausalLM.from_pretrained(tmp_path, dtype=dtype)
@@ -656,7 +658,7 @@ def test_lower_precision(dtype, tolerance, variant, tmp_path):
     assert model.generate(ids, max_new_tokens=3, eos_token_id=None).shape == (2, 12)
 
 
-def test_autocast():
+def test_forward_with_autocast():
     model, ids = build("llama"), random_ids(2, 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = model(ids, labels=ids)
@@ -667,7 +669,7 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_attention_implementations(mixtral, implementation, tmp_path):
+def test_attention_implementations_agree(mixtral, implementation, tmp_path):
     ids = random_ids(2, 9)
     mixtral.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation)
@@ -679,8 +681,8 @@ def test_attention_implementations(mixtral, implementation, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_without_a_break_in_the_graph():
-    """Gradients included, and padding."""
+def test_compiled_without_graph_breaks():
+    """Gradients and padding are included."""
     torch.compiler.reset()
     model, ids, mask = build("llama"), random_ids(2, 9), torch.ones(2, 9)
     mask[0, :3] = 0
@@ -696,7 +698,7 @@ def test_compiled_without_a_break_in_the_graph():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_compiled_once_for_all_tokens_of_a_static_cache():
+def test_static_cache_compiles_once_for_all_tokens():
     torch.compiler.reset()
     model, ids = built("llama"), random_ids(2, 14)
     cache, graphs = StaticCache(config=model.config, max_cache_len=16), CompileCounterWithBackend("eager")
@@ -709,7 +711,7 @@ def test_compiled_once_for_all_tokens_of_a_static_cache():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_forward_is_compiled_once_from_the_first_call_on():
+def test_forward_is_compiled_once():
     torch.compiler.reset()
     model, graphs = build("llama"), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
@@ -719,8 +721,8 @@ def test_a_forward_is_compiled_once_from_the_first_call_on():
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-def test_the_attention_is_called_what_the_backbone_calls_it(name):
-    """Trainers build a second model with what the config of the first one says."""
+def test_attention_implementation_has_the_backbones_name(name):
+    """Trainers build a second model from the first one's config."""
     model = build(name)
     assert model.config._attn_implementation == model.model.config._attn_implementation
     model.set_attn_implementation(model.config._attn_implementation)
@@ -740,7 +742,7 @@ def test_every_device_map_gives_the_same_logits(mixtral, tmp_path):
     assert torch.equal(on_disk.generate(ids, max_new_tokens=3), mixtral.generate(ids, max_new_tokens=3))
 
 
-def test_accelerate_dispatches_it(own):
+def test_accelerate_dispatches_the_model(own):
     ids = random_ids(2, 9)
     before = logits_of(own, ids)
     dispatched = accelerate.cpu_offload(own, execution_device=torch.device("cpu"))
@@ -748,8 +750,8 @@ def test_accelerate_dispatches_it(own):
     assert torch.equal(logits_of(dispatched, ids), before)
 
 
-def test_a_backbone_with_hooks_gets_memory_that_works():
-    """`device_map` wraps the forward of each layer; the memory has to run inside."""
+def test_from_backbone_of_a_backbone_with_hooks():
+    """`device_map` wraps the forward of each layer; the memory must run inside."""
     torch.manual_seed(0)
     host = AutoModelForCausalLM.from_config(BACKBONES["mixtral"]()).eval()
     host = accelerate.dispatch_model(host, {"": "cpu"}, force_hooks=True)
@@ -758,7 +760,7 @@ def test_a_backbone_with_hooks_gets_memory_that_works():
     torch.testing.assert_close(logits_of(model, ids), logits_of(built("mixtral"), ids), rtol=0, atol=1e-5)
 
 
-def test_an_offloaded_backbone_is_refused(tmp_path):
+def test_offloaded_backbone_is_refused(tmp_path):
     host = AutoModelForCausalLM.from_config(BACKBONES["mixtral"]())
     accelerate.disk_offload(host, tmp_path, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match="weights are offloaded"):
@@ -798,7 +800,7 @@ def test_replicas_do_not_share_modules(mixtral):
     assert differ(logits_of(replica, ids), before) and torch.equal(logits_of(mixtral, ids), before)
 
 
-def test_more_than_a_base_model_and_a_head_stays_as_it_is(tmp_path):
+def test_model_with_other_parts_is_unchanged(tmp_path):
     host = AutoModelForCausalLM.from_config(LlamaConfig(**BACKBONES["llama"]().to_diff_dict()))
     host.value_head = torch.nn.Linear(32, 1)
     model = EngramForCausalLM.from_backbone(host, **SMALL)
@@ -808,7 +810,7 @@ def test_more_than_a_base_model_and_a_head_stays_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("version", "warns"), [("5.16.1", True), ("5.17.0", False), ("5.24.3", False), ("5.25.0.dev0", True)]
 )
-def test_an_untested_version_of_transformers_is_told_once(monkeypatch, library_log, version, warns):
+def test_untested_version_of_transformers_is_warned_of_once(monkeypatch, library_log, version, warns):
     monkeypatch.setattr(transformers, "__version__", version)
     logging.warning_once.cache_clear()
     told = []
@@ -820,6 +822,6 @@ def test_an_untested_version_of_transformers_is_told_once(monkeypatch, library_l
     assert [len(texts) for texts in told] == [warns, 0]
 
 
-def test_the_base_model_can_be_built_alone():
+def test_base_model_can_be_built_alone():
     model, ids = randomize(EngramModel(engram_config("mixtral"))).eval(), random_ids(2, 9)
     assert model(ids).last_hidden_state.shape == (2, 9, 32)

@@ -1,7 +1,8 @@
-"""A Hub on loopback: as much of the Hub's HTTP API as `huggingface_hub` needs to push and to load a model.
+"""A Hub on loopback: the part of the Hub's HTTP API that `huggingface_hub` needs to push and to load a model.
 
-Written against huggingface_hub 1.33 and 2.4 with `HF_HUB_DISABLE_XET=1`. Objects are files named by their digest in a
-folder; trees and branches are kept in memory. A request can be made to fail half-way, once, to see what is left behind.
+It is written against huggingface_hub 1.33 and 2.4 with `HF_HUB_DISABLE_XET=1`. Objects are files named by their digest
+in a folder; trees and branches are kept in memory. A request can be made to fail in the middle, once, to see what is
+left behind.
 """
 
 import base64
@@ -31,7 +32,7 @@ PATIENCE_SECONDS = 30
 
 
 class HubError(Exception):
-    """An answer other than success: HTTP status, the Hub's error code, and what it says."""
+    """An answer other than success: HTTP status, the Hub's error code, and its message."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
         super().__init__(message)
@@ -58,7 +59,7 @@ class Repository:
     history: list[tuple[str, str]] = field(default_factory=list)
 
     def resolve(self, revision: str) -> str:
-        """The commit that a branch or commit hash names."""
+        """Return the commit that a branch or commit hash names."""
         commit = self.branches.get(revision, revision)
         if commit not in self.commits:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -77,7 +78,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class Request:
-    """One line of the server's log; `status` 0 for a connection that was cut."""
+    """One line of the server's log; `status` is 0 for a connection that was cut."""
 
     method: str
     path: str
@@ -87,7 +88,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What goes wrong, once, half-way through the body of the first request that fits.
+    """A single failure in the middle of the body of the first matching request.
 
     `kind` is "error" (500 after an upload was read), "drop" (the connection is closed) or "hold" (nothing more happens
     until the client is gone; `reached` tells the test when).
@@ -100,17 +101,17 @@ class Fault:
 
 
 class Cut(Exception):
-    """The connection is to be closed without an answer."""
+    """The connection must be closed without an answer."""
 
 
 class HubServer(ThreadingHTTPServer):
-    """The server; use it as a context manager. `folder` is where objects go."""
+    """The server; use it as a context manager. `folder` stores the objects."""
 
-    daemon_threads = False  # so that closing waits for every connection's thread
+    daemon_threads = False  # Closing then waits for every connection's thread.
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.busy: set[str] = set()  # parts of paths that are answered 503
+        self.busy: set[str] = set()  # Paths that contain one of these parts are answered with 503.
         self.objects = folder / "objects"
         self.objects.mkdir(parents=True)
         self.repositories: dict[str, Repository] = {}
@@ -127,34 +128,34 @@ class HubServer(ThreadingHTTPServer):
     def __exit__(self, *exception: object) -> None:
         self.shutdown()
         self._thread.join()
-        for connection in list(self._connections):  # a client in this very process keeps its own open
+        for connection in list(self._connections):  # A client in this same process keeps its own connections open.
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self.server_close()
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
-        """Remember the connection, to end it if the server ends first."""
+        """Record the connection, to end it if the server ends first."""
         self._connections.add(request)
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: socket.socket) -> None:
-        """Forget the connection again."""
+        """Forget the connection."""
         self._connections.discard(request)
         super().shutdown_request(request)
 
     @property
     def endpoint(self) -> str:
-        """What `HF_ENDPOINT` is to be."""
+        """Return the value for `HF_ENDPOINT`."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def fail_once(self, method: str, path: str, kind: str) -> Fault:
-        """Let the first `method` request whose path contains `path` go wrong; see [`Fault`]."""
+        """Make the first `method` request whose path contains `path` fail; see [`Fault`]."""
         fault = Fault(method, path, kind)
         self.faults.append(fault)
         return fault
 
     def take_fault(self, method: str, path: str) -> Fault | None:
-        """The fault meant for this request; it will not happen again."""
+        """Return and remove the fault meant for this request."""
         with self.changing:
             for fault in self.faults:
                 if fault.method == method and fault.path in path:
@@ -163,13 +164,13 @@ class HubServer(ThreadingHTTPServer):
         return None
 
     def repository(self, name: str) -> Repository:
-        """The repository `name`, which has to exist."""
+        """Return the repository `name`, which must exist."""
         if name not in self.repositories:
             raise HubError(404, "Repository not found", "RepoNotFound")
         return self.repositories[name]
 
     def create(self, name: str) -> Repository:
-        """A new, empty repository."""
+        """Create an empty repository."""
         with self.changing:
             if name in self.repositories:
                 raise HubError(409, "You already created this model repo")
@@ -178,18 +179,18 @@ class HubServer(ThreadingHTTPServer):
         return repository
 
     def store(self, content: bytes) -> StoredFile:
-        """Keep a small file."""
+        """Store a small file."""
         oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         (self.objects / oid).write_bytes(content)
         return StoredFile(oid, len(content), is_large=False)
 
     def read(self, name: str, path: str, revision: str = "main") -> bytes:
-        """The content of a file, for a test to look at."""
+        """Return the content of a file, for a test to check."""
         repository = self.repository(name)
         return (self.objects / repository.commits[repository.resolve(revision)][path].oid).read_bytes()
 
     def files(self, name: str, revision: str = "main") -> set[str]:
-        """The paths of a revision, for a test to look at."""
+        """Return the paths of a revision, for a test to check."""
         repository = self.repository(name)
         return set(repository.commits[repository.resolve(revision)])
 
@@ -240,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send_json({**self.conflict_url, "name": name})
 
     def validate_card(self) -> None:
-        """`POST /api/validate-yaml`: the metadata has to be a YAML mapping, and names a licence by its identifier."""
+        """`POST /api/validate-yaml`: the metadata must be a YAML mapping, and name a licence by its identifier."""
         try:
             metadata = ModelCard(self._read_json()["content"]).data.to_dict()
         except (ValueError, yaml.YAMLError) as error:
@@ -295,7 +296,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send_json({"files": answers})
 
     def lfs_batch(self, name: str) -> None:
-        """`POST /NAME.git/info/lfs/objects/batch`: where to put the large files that are not here yet."""
+        """`POST /NAME.git/info/lfs/objects/batch`: where to put the large files that are missing here."""
         self._require_token()
         objects = []
         for given in self._read_json()["objects"]:
@@ -306,7 +307,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send_json({"transfer": "basic", "objects": objects})
 
     def receive_object(self, name: str, oid: str) -> None:
-        """`PUT /lfs/NAME/OID`: kept only if it is complete."""
+        """`PUT /lfs/NAME/OID`: the object is kept only if it is complete."""
         fault = self.server.take_fault("PUT", self.path)
         half, received, digest = int(self.headers.get("Content-Length", 0)) // 2, 0, hashlib.sha256()
         with tempfile.NamedTemporaryFile(dir=self.server.objects.parent) as part:
@@ -331,7 +332,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send_json({})
 
     def commit(self, name: str, branch: str) -> None:
-        """`POST /api/models/NAME/commit/BRANCH`: all of the changes or none."""
+        """`POST /api/models/NAME/commit/BRANCH`: all of the changes are made, or none."""
         self._require_token()
         lines = [json.loads(line) for line in b"".join(self._body()).splitlines()]
         header, *changes = lines
@@ -378,7 +379,7 @@ class Handler(BaseHTTPRequestHandler):
         part = content[first : last + 1]
         self._send(part, 206, {**headers, "Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(content)}"})
 
-    # Plumbing
+    # Helpers
 
     def _tree(self, name: str, revision: str) -> tuple[str, dict[str, StoredFile]]:
         repository = self.server.repository(name)
@@ -390,7 +391,7 @@ class Handler(BaseHTTPRequestHandler):
             raise HubError(401, "Invalid username or password.")
 
     def _body(self) -> Iterator[bytes]:
-        """The request's body in blocks; an end before its announced end is the end of the connection."""
+        """Yield the request's body in blocks; an end before its announced end closes the connection."""
         self.body_read = True
         if self.headers.get("Transfer-Encoding") == "chunked":
             while size := int(self.rfile.readline() or b"0", 16):
@@ -418,7 +419,9 @@ class Handler(BaseHTTPRequestHandler):
         return json.loads(b"".join(self._body()))
 
     def _details(self, error: HubError) -> dict[str, Any]:
-        """What the client reads from the body of an error: the repository there is, or what is wrong with a card."""
+        """Return the fields that the client reads from the body of an error: the existing repository, or the card's
+        fault.
+        """
         if error.status == 409:
             return getattr(self, "conflict_url", {})
         return {"errors": [{"message": str(error)}]} if error.status == 400 else {}
@@ -429,7 +432,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.status = status
-        self.body_read = False  # a kept connection goes on with the next request
+        self.body_read = False  # A kept connection continues with the next request.
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
@@ -444,7 +447,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _fail(self, fault: Fault) -> None:
-        """Be `fault`, in the middle of a body; an "error" lets the body end first."""
+        """Perform `fault` in the middle of a body; an "error" reads the body to its end first."""
         fault.reached.set()
         if fault.kind == "drop":
             raise Cut
@@ -481,7 +484,7 @@ ROUTES = [
 
 
 def client_environment(hub: HubServer, home: Path, **more: str) -> dict[str, str]:
-    """Of a client that knows this Hub alone."""
+    """Return the environment of a client that knows only this Hub."""
     inherited = {
         name: value
         for name, value in os.environ.items()

@@ -1,4 +1,4 @@
-"""An adapter on the Hub stands for its base model: tables come from there, at the state that the weights are of."""
+"""An adapter on the Hub refers to its base model: tables come from there, at the revision of the weights."""
 
 import os
 import sys
@@ -49,7 +49,7 @@ print(json.dumps(found))
 """
 
 
-def test_tables_come_from_the_base_model_of_an_adapter(tmp_path):
+def test_adapter_loads_the_tables_of_its_base_model_from_the_hub(tmp_path):
     paths = os.pathsep.join(path for path in sys.path if path)
     with HubServer(tmp_path / "hub") as hub:
         env = client_environment(hub, tmp_path / "home", HF_TOKEN=TOKEN, PYTHONPATH=paths)

@@ -1,4 +1,4 @@
-"""The generated card says what is true of the model, and never replaces what somebody wrote."""
+"""The generated model card agrees with the model, and never replaces a card written by hand."""
 
 import json
 import re
@@ -18,22 +18,22 @@ PLACEHOLDER = "This is the model card of a model. This model card has been autom
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub that the client in this process talks to."""
+    """Run a Hub that the client in this process uses."""
     with HubServer(tmp_path / "hub") as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
         yield server
 
 
 def placeholder(tmp_path, **metadata):
-    """A card as transformers saves it for a repository without one."""
+    """Return a card as transformers saves it for a repository without one."""
     path = tmp_path / "README.md"
     data = ModelCardData(library_name="transformers", **metadata)
     ModelCard.from_template(data, model_description=PLACEHOLDER).save(path)
     return path
 
 
-def test_the_package_writes_the_card_and_the_code_beside_a_model_does_not():
-    """The arrow runs one way: the models know a hook, and the package sets it."""
+def test_only_the_package_writes_a_card():
+    """Imports run one way: the models define a hook, and the package sets it."""
     assert EngramForCausalLM.write_model_card is EngramModel.write_model_card is write_model_card
 
 
@@ -42,14 +42,14 @@ def fact(card: str, name: str) -> str:
 
 
 def number(text: str) -> float:
-    """The last amount of a fact, such as `28.4 kB` or `1.2 M parameters`."""
+    """Return the last amount of a line, such as `28.4 kB` or `1.2 M parameters`."""
     value, prefix = re.findall(r"([\d.]+) ([kMGBT]?)", text)[-1]
     return float(value) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}[prefix]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v4"])
 @pytest.mark.parametrize("table_dtype", [None, "float8_e4m3fn"])
-def test_amounts_are_those_of_the_model(name, table_dtype):
+def test_card_amounts_equal_those_of_the_model(name, table_dtype):
     model = build(name, "v4.1", engram_table_dtype=table_dtype, engram_head_dim=32)
     card = model_card(model.config, "me/model")
     tables = [table for memory in model.model.memories().values() for table in memory.table.parameters()]
@@ -62,7 +62,7 @@ def test_amounts_are_those_of_the_model(name, table_dtype):
     assert number(fact(card, "Backbone")) == pytest.approx(sum(parameters.values()) - in_memory, rel=5e-3)
 
 
-def test_the_front_matter_is_what_was_asked_for():
+def test_card_front_matter_has_the_given_fields():
     card = ModelCard(model_card(engram_config("llama"), "me/model", license="mit", tags=["mine"], language="en"))
     assert card.data.to_dict() == {
         "language": "en",
@@ -75,7 +75,7 @@ def test_the_front_matter_is_what_was_asked_for():
     assert "`mit`." in card.text
 
 
-def test_the_hub_accepts_the_card(hub):
+def test_hub_accepts_the_card(hub):
     card = model_card(engram_config("mixtral"), "me/model", license="apache-2.0")
     hub.create("me/model")
     api = HfApi(endpoint=hub.endpoint, token=TOKEN)
@@ -83,7 +83,7 @@ def test_the_hub_accepts_the_card(hub):
     assert hub.read("me/model", "README.md").decode() == card
 
 
-def test_a_backbone_the_hub_knows_is_named_with_its_licence(hub, tmp_path):
+def test_card_names_a_backbone_on_the_hub_with_its_licence(hub, tmp_path):
     repository = hub.create("org/backbone")
     repository.commit("main", "card", {"README.md": hub.store(b"---\nlicense: apache-2.0\n---\n# Backbone\n")})
     config = engram_config("mixtral")
@@ -95,7 +95,7 @@ def test_a_backbone_the_hub_knows_is_named_with_its_licence(hub, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "org/unknown", "/srv/someone/private", "./private", "private"])
-def test_a_backbone_the_hub_does_not_know_is_not_named(hub, tmp_path, name):
+def test_card_does_not_name_a_backbone_that_is_not_on_the_hub(hub, tmp_path, name):
     config = engram_config("mixtral")
     config.text_config.name_or_path = name
     path = placeholder(tmp_path)
@@ -107,14 +107,14 @@ def test_a_backbone_the_hub_does_not_know_is_not_named(hub, tmp_path, name):
 
 
 @pytest.mark.parametrize("text", ["# Mine\n", "---\ntags: [a]\n---\n# Mine\n", "---\r\nlicense: mit\r\n---\r\n# Mine"])
-def test_another_card_is_left_alone(tmp_path, text):
+def test_card_written_by_hand_is_kept(tmp_path, text):
     path = tmp_path / "README.md"
     path.write_bytes(text.encode())
     write_model_card(path, engram_config("mixtral"), "me/model")
     assert path.read_bytes() == text.encode()
 
 
-def test_a_card_tells_of_images_and_drafts(golden):
+def test_card_mentions_images_and_drafts(golden):
     config = to_engram_config(
         json.loads((golden / "deepseek_v41_tiny_vl" / "config.json").read_text(encoding="utf-8")), "float32", True
     )

@@ -1,6 +1,6 @@
-"""A release that is converted by its Hub id, through the real client: the outcome, and what is downloaded for it.
+"""A release is converted by its Hub id, through the real client: the result, and the downloads it takes.
 
-One child process runs all conversions; each is from a repository of its own, so that the Hub's log tells them apart.
+One child process runs all conversions; each uses a separate repository, so that the Hub's log distinguishes them.
 """
 
 import filecmp
@@ -48,7 +48,9 @@ DRY_RUNS = {
 
 
 def needed_shards(release: Path, layers: int = 9) -> set[str]:
-    """Those with a tensor that a conversion of the first `layers` of nine layers converts or passes through."""
+    """Return the shards with a tensor that a conversion of the first `layers` of nine layers converts or passes
+    through.
+    """
     weight_map = json.loads((release / INDEX).read_text())["weight_map"]
     found = {key: re.match(r"layers\.(\d+)\.", key) for key in weight_map}
     return {weight_map[key] for key, match in found.items() if match is None or int(match[1]) < layers}
@@ -56,7 +58,7 @@ def needed_shards(release: Path, layers: int = 9) -> set[str]:
 
 @dataclass
 class Converted:
-    """What all conversions said and left behind; `release` is the release as a folder."""
+    """The output and results of all conversions; `release` is the release as a folder."""
 
     folder: Path
     release: Path
@@ -64,26 +66,26 @@ class Converted:
     requests: list[Request]
 
     def lines(self, case: str) -> list[str]:
-        """What a conversion that succeeded printed."""
+        """Return the output of a conversion that succeeded."""
         code, output, errors = self.outcomes[case]
         assert code == 0, errors
         return output.splitlines()
 
     def error(self, case: str) -> str:
-        """The one line that a conversion failed with."""
+        """Return the one line that a conversion failed with."""
         code, _, errors = self.outcomes[case]
         assert code == 1
         (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
         return line
 
     def shards(self, case: str, by_range: bool) -> list[str]:
-        """Shards of which parts, or the whole, were asked for, once for every time."""
+        """Return the requested shards, in parts or as a whole, once for every request."""
         gets = [request for request in self.requests if request.method == "GET" and f"/org/{case}/" in request.path]
         paths = [request.path for request in gets if (request.range is not None) == by_range]
         return sorted(path.rpartition("/")[2] for path in paths if path.endswith(".safetensors"))
 
     def cached_shards(self, case: str) -> set[str]:
-        """Shards in the download cache."""
+        """Return the shards in the download cache."""
         cache = self.folder / "home" / "hub" / f"models--org--{case}"
         assert (cache / "snapshots").is_dir()
         return {path.name for path in cache.rglob("*.safetensors")}
@@ -157,12 +159,12 @@ def converted(golden, tmp_path_factory) -> Converted:
         return Converted(folder, release, outcomes, list(hub.requests))
 
 
-def test_a_hub_id_is_converted_as_its_folder(converted):
+def test_convert_from_a_hub_id_equals_convert_from_the_folder(converted):
     assert converted.lines("whole") and converted.lines("whole-folder")
     converted.assert_same("from-hub", "from-folder")
 
 
-def test_the_first_layers_take_their_shards_alone(converted):
+def test_layers_option_downloads_only_the_shards_it_needs(converted):
     needed = needed_shards(converted.release, 4)
     assert 0 < len(needed) < len(needed_shards(converted.release))
     assert converted.lines("first") and converted.lines("first-folder")
@@ -171,14 +173,14 @@ def test_the_first_layers_take_their_shards_alone(converted):
     converted.assert_same("first-from-hub", "first-from-folder")
 
 
-def test_a_folder_needs_no_shards_of_later_layers(converted):
+def test_folder_needs_no_shards_of_later_layers(converted):
     assert converted.lines("part-folder")
     converted.assert_same("first-from-part", "first-from-folder")
     assert "which is not in the folder" in converted.error("part-folder-too-small")
 
 
 @pytest.mark.parametrize("case", DRY_RUNS)
-def test_a_dry_run_downloads_no_shard(converted, case):
+def test_dry_run_downloads_no_shard(converted, case):
     needed = needed_shards(converted.release, 4 if case == "dry-first" else 9)
     assert converted.shards(case, by_range=True) == sorted(needed)
     assert converted.shards(case, by_range=False) == []
@@ -187,33 +189,33 @@ def test_a_dry_run_downloads_no_shard(converted, case):
 
 
 @pytest.mark.parametrize("case", DRY_RUNS)
-def test_a_dry_run_says_what_it_says_of_the_folder(converted, case):
+def test_dry_run_prints_the_same_as_for_the_folder(converted, case):
     *files, total = (line.partition(" -> ")[0] for line in converted.lines(case))
     *expected, expected_total = (line.partition(" -> ")[0] for line in converted.lines(f"{case}-folder"))
     assert files == expected
     assert total.partition(",")[0] == expected_total.partition(",")[0]
 
 
-def test_a_header_may_be_longer_than_the_first_part_that_is_read(converted):
+def test_header_may_be_longer_than_the_first_part_that_is_read(converted):
     assert converted.lines("long-headers")[:-1] == converted.lines("dry")[:-1]
     shards = converted.shards("long-headers", by_range=True)
     assert shards == sorted(2 * list(needed_shards(converted.release)))
     assert converted.cached_shards("long-headers") == set()
 
 
-def test_a_conversion_is_verified_without_the_shards(converted):
+def test_verify_needs_no_shards(converted):
     assert "from-folder: verified" in converted.lines("verify")[-1]
     assert "first-from-folder: verified" in converted.lines("verify-first")[-1]
     assert converted.cached_shards("verify") == set()
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_shard_on_the_hub_is_found_before_any_is_downloaded(converted, case):
+def test_damaged_shard_is_found_before_any_download(converted, case):
     error = converted.error(case)
     assert DAMAGES[case][1] in error and DAMAGED in error
     assert converted.cached_shards(case) == set()
     assert not (converted.folder / "damaged").exists()
 
 
-def test_no_such_repository(converted):
+def test_missing_repository_is_reported(converted):
     assert "the Hub did not give a repository of that name" in converted.error("none")

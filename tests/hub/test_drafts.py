@@ -1,4 +1,4 @@
-"""Draft layers that are loaded at their first use are those of the model's own revision."""
+"""Draft layers loaded at their first use come from the model's own revision."""
 
 import shutil
 
@@ -26,7 +26,7 @@ print(json.dumps(answers))
 """
 
 
-def test_drafts_are_of_the_models_revision(golden, tmp_path):
+def test_draft_layers_come_from_the_models_revision(golden, tmp_path):
     release = copy_release(golden / "deepseek_v41_tiny_vl", tmp_path / "release")
     folders = [tmp_path / "first", tmp_path / "last"]
     assert convert_deepseek_v41.main([str(release), str(folders[0]), "--dtype", "float32"]) == 0

@@ -1,8 +1,8 @@
-"""Push a model and its tokenizer to a Hub, and load them elsewhere by name, through the real clients.
+"""A model and its tokenizer are pushed to a Hub, and loaded elsewhere by name, through the real clients.
 
-Two child processes do the work, once: one that pushes, with `engram_hf`; one that loads, where `engram_hf` cannot be
-imported. The tests look at what they left on the Hub, in the cache, and in the Hub's log: whatever goes wrong on the way,
-a repository has whole commits and a cache whole files.
+Two child processes do the work, once: one pushes with `engram_hf`; one loads, and cannot import `engram_hf`. The tests
+examine the Hub, the cache, and the Hub's log afterwards: after any fault, a repository has complete commits and a
+cache complete files.
 """
 
 import os
@@ -110,11 +110,12 @@ snapshot_download("me/model", allow_patterns="model*.safetensors")
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    """A saved model with memory on a Mixtral that came from the Hub as `org/backbone`, with its tokenizer."""
+    """Save a model with memory on a Mixtral that came from the Hub as `org/backbone`, with its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer, backbone = make_tokenizer(), BACKBONES["mixtral"]()
     backbone.name_or_path = "org/backbone"
-    # More than the 10 MB that the client takes from a connection at once, so that there is a half to go on from.
+    # The client reads up to 10 MB from a connection at once; the file is larger, so that a download can stop in the
+    # middle.
     sizes = {"engram_n_heads": 2, "engram_head_dim": 16, "engram_vocab_size": 50_000}
     config = EngramConfig.for_backbone(backbone, tokenizer, layer_ids=[1, 2], **sizes)
     model = randomize(EngramForCausalLM(config))
@@ -125,13 +126,13 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 def server_threads() -> list[threading.Thread]:
-    """Threads that keep a process from ending; those of the Hub's client do."""
+    """Return the threads that keep a process from ending; those of the Hub's client do."""
     return [thread for thread in threading.enumerate() if not thread.daemon]
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A Hub with a backbone that has a licence, and a repository with a card of its own."""
+    """Run a Hub with a backbone that has a licence, and a repository with a card of its own."""
     before = server_threads()
     with HubServer(tmp_path_factory.mktemp("hub")) as server:
         card = "---\nlicense: other\nlicense_name: tiny\nlicense_link: https://example.com/tiny\n---\n# Backbone\n"
@@ -143,7 +144,7 @@ def hub(tmp_path_factory):
 
 
 def wait_for(fault: Fault, process: subprocess.Popen) -> None:
-    """Until `process` has met `fault`; an error if it ends before."""
+    """Wait until `process` has met `fault`; raise if it ends before."""
     deadline = time.monotonic() + SECONDS
     while not fault.reached.wait(0.1):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -153,7 +154,7 @@ def wait_for(fault: Fault, process: subprocess.Popen) -> None:
 
 @dataclass
 class Pushed:
-    """What the pushing process said, and what the Hub had while its first upload hung."""
+    """The output of the pushing process, and the Hub's content while its first upload hung."""
 
     said: dict
     logits: dict[str, np.ndarray]
@@ -168,7 +169,7 @@ def pushed(hub, model_folder, tmp_path_factory) -> Pushed:
     hang = hub.fail_once("PUT", "/lfs/me/interrupted/", "hold")
     hub.fail_once("PUT", "/lfs/me/model/", "error")
     hub.fail_once("PUT", "/lfs/me/model/", "drop")
-    # Temporary files in memory, as on many systems: the tables of a mapped model are on another file system than these.
+    # Temporary files are in memory, as on many systems: the tables of a mapped model are on another file system.
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         env = client_environment(hub, folder / "home", HF_TOKEN=TOKEN, TMPDIR=memory)
         process = start(PUSH, model_folder, TEXT, folder / "logits.npz", env=env, cwd=folder)
@@ -184,7 +185,7 @@ def pushed(hub, model_folder, tmp_path_factory) -> Pushed:
 
 @dataclass
 class Loaded:
-    """What the loading process said, the Hub's log of it, and the cache after an interrupted download."""
+    """The output of the loading process, the Hub's log of it, and the cache after an interrupted download."""
 
     said: dict
     logits: dict[str, np.ndarray]
@@ -210,7 +211,7 @@ def loaded(hub, pushed, tmp_path_factory) -> Loaded:
     wait_for(hang, process)
     process.kill()
     process.communicate()
-    while hub.requests[-1].status != 0:  # until the Hub has noticed
+    while hub.requests[-1].status != 0:  # This waits until the Hub has noticed.
         time.sleep(0.01)
     cache = [path for path in (folder / "home" / "hub").rglob("*") if path.is_file() and "trees" not in path.parts]
 
@@ -229,7 +230,7 @@ def metadata(hub: HubServer, name: str) -> dict:
 # Pushing
 
 
-def test_model_and_tokenizer_arrive_with_code_and_card(hub, pushed, model_folder):
+def test_push_to_hub_uploads_model_tokenizer_code_and_card(hub, pushed, model_folder):
     code = {path.name for path in model_folder.glob("*.py")}
     assert {"modeling_engram.py", "saving_engram.py", "tokenization_engram.py"} <= code
     assert not {"card_engram.py", "table_check_engram.py", "table_writer_engram.py"} & code
@@ -237,14 +238,14 @@ def test_model_and_tokenizer_arrive_with_code_and_card(hub, pushed, model_folder
     assert hub.files("me/model", pushed.said["second"]) == saved | {"README.md"}
 
 
-def test_weights_on_the_hub_are_those_of_the_folder(hub, pushed, model_folder):
+def test_uploaded_weights_equal_those_of_the_folder(hub, pushed, model_folder):
     weights = [path.name for path in model_folder.glob("model*.safetensors")]
     assert weights
     for name in weights:
         assert hub.read("me/interrupted", name) == (model_folder / name).read_bytes()
 
 
-def test_a_card_is_generated_with_base_model_and_its_licence(hub, pushed):
+def test_generated_card_names_the_base_model_and_its_licence(hub, pushed):
     assert metadata(hub, "me/model") == {
         "base_model": "org/backbone",
         "library_name": "transformers",
@@ -259,39 +260,39 @@ def test_a_card_is_generated_with_base_model_and_its_licence(hub, pushed):
     assert 'from_pretrained("me/model", trust_remote_code=True' in text
 
 
-def test_the_placeholder_that_a_tokenizer_leaves_is_replaced_and_tags_are_kept(hub, pushed):
+def test_placeholder_card_of_a_tokenizer_is_replaced_and_tags_are_kept(hub, pushed):
     card = metadata(hub, "me/tokenizer-first")
     assert card["tags"] == ["engram", "mixtral", "mine"]
     assert card["base_model"] == "org/backbone"
 
 
-def test_save_pretrained_with_push_to_hub_writes_the_card_too(hub, pushed):
+def test_save_pretrained_with_push_to_hub_writes_the_card(hub, pushed):
     assert metadata(hub, "me/saved")["base_model"] == "org/backbone"
 
 
-def test_a_card_written_by_hand_is_left_alone(hub, pushed):
+def test_card_written_by_hand_is_kept_on_the_hub(hub, pushed):
     assert hub.read("me/handwritten", "README.md").decode() == HANDWRITTEN
     assert "config.json" in hub.files("me/handwritten")
 
 
-def test_a_killed_upload_leaves_no_half_commit(pushed):
+def test_killed_upload_leaves_no_partial_commit(pushed):
     assert pushed.said["killed_by"] == signal.SIGKILL
     assert pushed.files_when_killed == set()
     assert pushed.history_when_killed == [("main", "initial commit")]
     assert pushed.objects_when_killed == []
 
 
-def test_a_second_push_after_a_killed_one_succeeds(hub, pushed, model_folder):
+def test_push_after_a_killed_push_succeeds(hub, pushed, model_folder):
     assert [summary for _, summary in hub.repository("me/interrupted").history] == ["initial commit", UPLOAD]
     assert "model.safetensors" in hub.files("me/interrupted")
 
 
-def test_a_failed_and_a_dropped_upload_are_repeated_within_one_push(hub, pushed):
+def test_one_push_recovers_from_a_failed_and_a_dropped_upload(hub, pushed):
     uploads = [request.status for request in hub.requests if request.path.startswith("/lfs/me/model/")]
     assert uploads[:3] in ([500, 0, 200], [0, 500, 200])
 
 
-def test_every_push_is_one_commit(hub, pushed):
+def test_each_push_is_one_commit(hub, pushed):
     history = hub.repository("me/model").history
     assert history[:4] == [
         ("main", "initial commit"),
@@ -306,11 +307,11 @@ def test_every_push_is_one_commit(hub, pushed):
 
 
 @pytest.mark.parametrize("revision", ["first", "second", "branch"])
-def test_logits_are_those_of_the_pushed_revision(pushed, loaded, revision):
+def test_loaded_logits_equal_those_of_the_pushed_revision(pushed, loaded, revision):
     np.testing.assert_allclose(loaded.logits[revision], pushed.logits[revision], rtol=0, atol=1e-6)
 
 
-def test_mapped_tables_arrive_in_files_of_their_own_and_mean_the_same(hub, pushed, loaded):
+def test_mapped_tables_are_downloaded_as_separate_files(hub, pushed, loaded):
     tables = {f"engram-layer-0000{layer}.safetensors" for layer in (1, 2)}
     assert tables | {"engram_tables.json", "model.safetensors"} <= hub.files("me/mapped")
     assert len(hub.read("me/mapped", "model.safetensors")) < len(hub.read("me/model", "model.safetensors")) / 10
@@ -319,8 +320,8 @@ def test_mapped_tables_arrive_in_files_of_their_own_and_mean_the_same(hub, pushe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["me/model", "me/mapped"])
-def test_all_files_are_of_one_state(hub, pushed, tmp_path, name):
-    """Whatever is pushed while tables are downloaded: after the first file, none is asked for by the branch's name."""
+def test_all_downloaded_files_belong_to_one_commit(hub, pushed, tmp_path, name):
+    """Commits may be pushed while tables are downloaded: after the first file, none is requested by the branch's name."""
     code = f'from engram_hf import EngramForCausalLM; EngramForCausalLM.from_pretrained("{name}", engram_residency="mapped"); print(1)'
     before = len(hub.requests)
     assert finish(start(code, env=client_environment(hub, tmp_path / "home"), cwd=tmp_path)) == 1
@@ -348,7 +349,7 @@ print(0)
 
 
 @pytest.mark.slow
-def test_a_busy_hub_is_not_taken_for_one_without_tables(hub, pushed, tmp_path):
+def test_busy_hub_is_not_mistaken_for_one_without_tables(hub, pushed, tmp_path):
     client = start(BUSY, env=client_environment(hub, tmp_path / "home"), cwd=tmp_path)
 
     def load(what: str) -> str:
@@ -359,7 +360,7 @@ def test_a_busy_hub_is_not_taken_for_one_without_tables(hub, pushed, tmp_path):
     commit = hub.repository("me/mapped").resolve("main")
     try:
         assert load("me/model") == "loaded"
-        # What was asked for before is known, also that there is no such file.
+        # Earlier answers are cached, including that there is no such file.
         hub.busy = {"/me/model/resolve"}
         assert load("me/model") == "loaded"
         for file in ("engram_tables.json", "engram-layer-00001.safetensors"):
@@ -376,7 +377,7 @@ def test_revisions_differ(pushed):
     assert not np.allclose(pushed.logits["second"], pushed.logits["branch"], atol=1e-3)
 
 
-def test_the_package_was_not_there(loaded):
+def test_loading_process_cannot_import_the_package(loaded):
     assert loaded.said == {"compressed": make_tokenizer().compressed_vocab_size, "known": False}
 
 
@@ -386,24 +387,24 @@ def test_only_needed_files_are_downloaded(loaded):
     assert {"config.json", "modeling_engram.py", "engram_token_map.safetensors"} <= fetched
 
 
-def test_no_file_is_downloaded_twice(loaded):
+def test_each_file_is_downloaded_once(loaded):
     complete = [request.path for request in loaded.downloads if request.status in (200, 206)]
     assert complete and len(complete) == len(set(complete))
 
 
-def test_a_killed_download_leaves_nothing_under_a_final_name(loaded):
+def test_killed_download_leaves_nothing_under_a_final_name(loaded):
     blobs = [path for path in loaded.cache_after_interruption if path.parent.name == "blobs"]
     assert all(path.name.endswith(".incomplete") for path in blobs)
     assert not [path for path in loaded.cache_after_interruption if path.name.endswith(".safetensors")]
 
 
-def test_a_dropped_download_goes_on_where_it_stopped(loaded):
+def test_dropped_download_resumes(loaded):
     (cut,) = (index for index, request in enumerate(loaded.downloads) if request.status == 0)
     rest = next(request for request in loaded.downloads[cut + 1 :] if request.path == loaded.downloads[cut].path)
     assert rest.status == 206 and re.fullmatch(r"bytes=[1-9]\d*-\d*", rest.range)
 
 
-def test_here_and_there_the_model_is_the_same(model_folder, pushed):
+def test_pushed_and_loaded_models_are_equal(model_folder, pushed):
     model, tokenizer = EngramForCausalLM.from_pretrained(model_folder), EngramTokenizer.from_pretrained(model_folder)
     with torch.no_grad():
         logits = model(**tokenizer(TEXT, return_tensors="pt")).logits.numpy()

@@ -1,4 +1,4 @@
-"""What `Trainer` pushes by itself: a model with mapped tables, trained, is whole on the Hub and loads by name without the package."""
+"""`Trainer` pushes a trained model with mapped tables completely; it loads from the Hub by name without the package."""
 
 import pytest
 from child_processes import WITHOUT_PACKAGE, finish, start
@@ -40,7 +40,7 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-def test_a_trained_model_with_mapped_tables(tmp_path):
+def test_trainer_pushes_a_model_with_mapped_tables(tmp_path):
     build("qwen3", "v4.1", engram_table_dtype="float8_e4m3fn", engram_head_dim=32).save_pretrained(tmp_path / "start")
     with HubServer(tmp_path / "hub") as hub:
         env = client_environment(hub, tmp_path / "home", HF_TOKEN=TOKEN)
@@ -49,7 +49,7 @@ def test_a_trained_model_with_mapped_tables(tmp_path):
         loaded = finish(start(LOAD, env=client_environment(hub, tmp_path / "other-home"), cwd=tmp_path))
         before = finish(start(LOAD.replace("me/trained", str(tmp_path / "start")), env=env, cwd=tmp_path))
     assert loaded == pytest.approx(trained, abs=1e-5)
-    assert before != pytest.approx(trained, abs=1e-2)  # it did learn something
+    assert before != pytest.approx(trained, abs=1e-2)  # Training changed the weights.
     tables = {name for name in files if name.startswith("engram-layer-")}
     assert {"README.md", "config.json", "engram_tables.json", "model.safetensors", "modeling_engram.py"} <= files
     assert len(tables) == 2

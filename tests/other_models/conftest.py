@@ -1,4 +1,4 @@
-"""Folders of tiny models of other projects, saved once."""
+"""Provide folders of tiny models of other projects, saved once."""
 
 import other_tiny_models as tiny
 import pytest
@@ -16,7 +16,7 @@ MODELS = {
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """The folder of a model by its name in `MODELS`; made when it is first asked for."""
+    """Return a function that gives a model's folder by its name in `MODELS`; it is made when first requested."""
     made = {}
 
     def folder(name: str):
@@ -29,11 +29,11 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[name for name in MODELS if "int2" not in name])
 def folder(request, folders):
-    """Of each of the models."""
+    """Return the folder of each of the models."""
     return folders(request.param)
 
 
 @pytest.fixture(scope="module")
 def stock(folder):
-    """What transformers makes of it."""
+    """Load the model with transformers alone."""
     return AutoModelForCausalLM.from_pretrained(folder)

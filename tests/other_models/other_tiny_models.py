@@ -1,4 +1,4 @@
-"""Tiny models of other projects that keep tables, as transformers itself builds and saves them."""
+"""Tiny models of other projects with tables, built and saved by transformers itself."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ IDS = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 def qwen4_exp(**changes) -> PreTrainedModel:
-    """Two tables of 16 hashed heads, saved as four shards each."""
+    """Return a config with two tables of 16 hashed heads, saved as four shards each."""
     from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
 
     config = Qwen4ExpTextConfig(
@@ -32,14 +32,14 @@ def qwen4_exp(**changes) -> PreTrainedModel:
 
 
 def gemma3n(**changes) -> PreTrainedModel:
-    """The text model alone."""
+    """Return the config of the text model alone."""
     from transformers import Gemma3nTextConfig
 
     return awake(Gemma3nTextConfig(**{**_gemma(), "altup_num_inputs": 2, "laurel_rank": 4, **changes}))
 
 
 def gemma4(**changes) -> PreTrainedModel:
-    """The text model alone."""
+    """Return the config of the text model alone."""
     from transformers import Gemma4TextConfig
 
     return awake(Gemma4TextConfig(**{**_gemma(), **changes}))
@@ -55,7 +55,7 @@ def _gemma() -> dict:
 
 
 def awake(config) -> PreTrainedModel:
-    """A model of `config` in bfloat16 whose output depends on all of its parameters."""
+    """Return a model of `config` in bfloat16 whose output depends on all of its parameters."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -65,12 +65,12 @@ def awake(config) -> PreTrainedModel:
 
 
 def save(model: PreTrainedModel, folder: Path, **options) -> Path:
-    """Save a model as transformers does; returns the folder."""
+    """Save a model as transformers does; return the folder."""
     model.save_pretrained(folder, **options)
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        # Older versions save the one scale of a table as that of its first shard, which they do not find again.
+        # Older versions save the single scale of a table as that of its first shard, and do not find it again.
         whole = {name.replace("shard_0.weight_scale", "weight_scale"): tensor for name, tensor in tensors.items()}
         if whole.keys() != tensors.keys():
             save_file(whole, path, {"format": "pt"})
@@ -79,12 +79,12 @@ def save(model: PreTrainedModel, folder: Path, **options) -> Path:
 
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
-    """Of a model on `IDS`."""
+    """Return the logits of a model on `IDS`."""
     return model(IDS).logits
 
 
 def qwen4_exp_float8() -> PreTrainedModel:
-    """The tables in float8 with one scale each, as the release has them; all else in bfloat16."""
+    """Store the tables in float8 with one scale each, as in the release; everything else is bfloat16."""
     from transformers import FineGrainedFP8Config
     from transformers.integrations.finegrained_fp8 import replace_with_fp8_embedding
 
@@ -101,7 +101,7 @@ def qwen4_exp_float8() -> PreTrainedModel:
 
 
 def gemma4_quantized(bits: int = 4) -> PreTrainedModel:
-    """Google's rows of `bits` bits with a float32 scale each."""
+    """Store rows of `bits` bits with a float32 scale each, as Google does."""
     from transformers import GemmaQuantizationConfig
     from transformers.integrations.gemma_quant import replace_with_quant_layers
 

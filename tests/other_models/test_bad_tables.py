@@ -1,4 +1,4 @@
-"""What cannot be left in its files, or does not belong together, is refused in one sentence."""
+"""Tables that cannot stay in their files, or do not belong together, are refused in one sentence."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def load(folder, **options):
 
 @pytest.fixture
 def changed(folders, tmp_path):
-    """A copy of a model with other tensors: `change` takes and gives a dictionary."""
+    """Copy a model with other tensors: `change` takes and returns a dictionary."""
 
     def copy(name: str, change):
         folder = tmp_path / "changed"
@@ -47,18 +47,18 @@ def changed(folders, tmp_path):
     ],
     ids=str,
 )
-def test_arguments(folders, options, said):
+def test_load_with_tables_refuses_bad_arguments(folders, options, said):
     with pytest.raises(EngramError, match=said):
         load(folders("gemma4"), **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_pinned_memory_needs_a_gpu(folders):
+def test_load_with_tables_pinned_needs_a_gpu(folders):
     with pytest.raises(EngramError, match="there is none; use 'mapped'"):
         load(folders("gemma4"), residency="pinned")
 
 
-def test_a_model_without_a_known_table(tmp_path):
+def test_model_without_a_known_table_is_refused(tmp_path):
     LlamaForCausalLM(
         LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     ).save_pretrained(tmp_path)
@@ -91,18 +91,18 @@ def without(*ends: str):
         (without("layers.1.ple.ple_embedding.ngram_embedding." + "shard_0.weight"), "but not shard_0"),
     ],
 )
-def test_checkpoints_whose_shards_do_not_add_up(changed, change, said):
+def test_incomplete_shards_are_refused(changed, change, said):
     with pytest.raises(EngramError, match=said):
         load(changed("qwen4_exp", change))
 
 
-def test_a_table_of_another_layer_is_not_taken_for_a_missing_one(changed):
+def test_table_of_another_layer_does_not_replace_a_missing_one(changed):
     ends = tuple(f"layers.1.ple.ple_embedding.ngram_embedding.shard_{shard}.weight" for shard in range(4))
     with pytest.raises(EngramError, match=r"has no tensors of the table model\.layers\.1"):
         load(changed("qwen4_exp", without(*ends)))
 
 
-def test_rows_without_their_scales_or_in_another_form(changed):
+def test_rows_without_scales_or_in_another_form_are_refused(changed):
     name = f"{GEMMA}.embedding_quantized"
     for change, said in (
         (without("embedding_scale"), "has no tensor .*embedding_scale"),
@@ -113,7 +113,7 @@ def test_rows_without_their_scales_or_in_another_form(changed):
             load(changed("gemma4 int4", change))
 
 
-def test_a_table_without_its_one_scale(changed, folders):
+def test_table_without_its_scale_is_refused(changed, folders):
     with pytest.raises(EngramError, match=r"has no tensor .*ngram_embedding\.weight_scale, without which"):
         load(changed("qwen4_exp float8", without("weight_scale")))
     other = changed("qwen4_exp float8", lambda t: {name: t[name] * 2 if "_scale" in name else t[name] for name in t})
@@ -121,7 +121,7 @@ def test_a_table_without_its_one_scale(changed, folders):
         load(folders("qwen4_exp float8"), tables_from=str(other))
 
 
-def test_a_name_that_fits_two_tables(changed):
+def test_pattern_that_fits_two_tables_is_refused(changed):
     def change(tensors):
         table = tensors.pop(f"{GEMMA}.weight")
         return tensors | {f"{part}.embed_tokens_per_layer.weight": table.clone() for part in ("draft", "text")}
@@ -132,7 +132,7 @@ def test_a_name_that_fits_two_tables(changed):
         load(changed("gemma4", change))
 
 
-def test_a_file_that_the_index_names_is_missing(folders, tmp_path):
+def test_missing_file_of_the_index_is_named(folders, tmp_path):
     tiny.qwen4_exp().save_pretrained(tmp_path, max_shard_size=20_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     (tmp_path / index["weight_map"][f"{QWEN}.shard_2.weight"]).unlink()
@@ -140,8 +140,8 @@ def test_a_file_that_the_index_names_is_missing(folders, tmp_path):
         load(tmp_path)
 
 
-def test_a_file_that_is_cut_off_under_the_model(folders, tmp_path):
-    load(folders("gemma4")).save_pretrained(tmp_path)  # with a file of its own for the table
+def test_file_truncated_while_in_use_is_reported(folders, tmp_path):
+    load(folders("gemma4")).save_pretrained(tmp_path)  # The table has a separate file.
     model = load(tmp_path)
     with open(next(tmp_path.glob("model-tables-*")), "r+b") as file:
         file.truncate(5000)

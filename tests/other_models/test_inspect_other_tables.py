@@ -1,4 +1,4 @@
-"""`engram inspect` of models of other projects: which tables, how large, what each residency costs."""
+"""`engram inspect` on models of other projects: tables, sizes, and the cost of each residency."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ QWEN = {
 }
 
 
-def test_hashed_tables_in_shards(folders, inspect):
+def test_inspect_hashed_tables_in_shards(folders, inspect):
     found = json.loads(inspect(folders("qwen4_exp float8"), "--json"))
     assert {key: found[key] for key in QWEN} == QWEN
     first, second = found["tables"]
@@ -42,12 +42,12 @@ def test_hashed_tables_in_shards(folders, inspect):
     assert first["rows_per_token"] == 16 and first["bytes"] + second["bytes"] == found["table_bytes"]
 
 
-def test_rows_with_scales(folders, inspect):
+def test_inspect_rows_with_scales(folders, inspect):
     (table,) = json.loads(inspect(folders("gemma4 int4"), "--json"))["tables"]
     assert (table["dtype"], table["width"], table["bytes_per_token"], table["bytes"]) == ("U8", 12, 16, 3200)
 
 
-def test_for_people(folders, inspect):
+def test_inspect_prints_text(folders, inspect):
     lines = inspect(folders("gemma3n")).splitlines()
     assert (
         "residency       mapped: 0 B memory, 48 B read per token; pinned: 9.6 kB locked host; resident: 9.6 kB memory, 9.6 kB peak"
@@ -55,7 +55,7 @@ def test_for_people(folders, inspect):
     )
 
 
-def test_a_hub_id_costs_headers_alone(folders, inspect, tmp_path, monkeypatch):
+def test_inspect_of_a_hub_id_reads_headers_only(folders, inspect, tmp_path, monkeypatch):
     with HubServer(tmp_path) as hub:
         files = {path.name: hub.store(path.read_bytes()) for path in folders("qwen4_exp float8").iterdir()}
         hub.create("org/qwen").commit("main", "release", files)

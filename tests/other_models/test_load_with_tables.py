@@ -1,4 +1,4 @@
-"""Models of other projects whose tables stay in their files: the stock models' numbers, bit for bit."""
+"""Models of other projects whose tables stay in their files give the stock models' numbers, bit for bit."""
 
 import copy
 import gc
@@ -35,10 +35,10 @@ def mapped(folder):
     return load(folder)
 
 
-# --- the same numbers
+# --- equal numbers
 
 
-def test_logits_and_generation_are_the_stock_models(stock, mapped):
+def test_logits_and_generation_equal_the_stock_model(stock, mapped):
     assert type(mapped).__name__ == type(stock).__name__ and isinstance(mapped, type(stock))
     assert tables_of(mapped) and not any(
         key.startswith(tuple(tables_of(mapped))) for key, _ in mapped.named_parameters() if "scale" not in key
@@ -48,8 +48,8 @@ def test_logits_and_generation_are_the_stock_models(stock, mapped):
         assert torch.equal(*(m.generate(IDS, max_new_tokens=5, do_sample=False, **options) for m in (stock, mapped)))
 
 
-def test_tables_decide_what_comes_out(stock):
-    """Without this, all that is equal here could be so because nothing is read."""
+def test_tables_change_the_logits(stock):
+    """Otherwise the equalities here could hold because no table is read."""
     other = copy.deepcopy(stock)
     table = next(module for name, module in other.named_modules() if name in (GEMMA, QWEN))
     stored = next(iter(table.parameters()))
@@ -58,9 +58,9 @@ def test_tables_decide_what_comes_out(stock):
     assert not torch.equal(logits(other), logits(stock))
 
 
-def test_gradients_of_all_else_are_the_stock_models(stock, mapped):
+def test_gradients_of_other_parameters_equal_the_stock_model(stock, mapped):
     for name in tables_of(mapped):
-        stock.get_submodule(name).requires_grad_(False)  # torch has no gradient of float8 rows
+        stock.get_submodule(name).requires_grad_(False)  # Torch has no gradient of float8 rows.
     for model in (stock, mapped):
         model.zero_grad()
         model(IDS, labels=IDS).loss.backward()
@@ -73,7 +73,7 @@ def test_gradients_of_all_else_are_the_stock_models(stock, mapped):
 
 
 @pytest.mark.parametrize("way", ["dtype", "moved", pytest.param("twice", marks=pytest.mark.slow)])
-def test_other_dtypes_give_the_stock_models_rows(folders, way):
+def test_other_dtypes_give_the_rows_of_the_stock_model(folders, way):
     for name in ("qwen4_exp float8",) if way == "twice" else ("gemma3n", "gemma4 int4"):
         folder = str(folders(name))
         options = {"dtype": torch.float32} if way == "dtype" else {}
@@ -100,7 +100,7 @@ def test_copies_and_other_processes_read_the_same_files(folders):
 # --- residency
 
 
-def test_pinned_rows_are_the_same(folders, monkeypatch):
+def test_pinned_rows_are_equal(folders, monkeypatch):
     driver = Driver()
     for name in ("gemma3n", "gemma4", "gemma4 int2", "qwen4_exp float8"):
         folder = folders(name)
@@ -118,7 +118,7 @@ def test_pinned_rows_are_the_same(folders, monkeypatch):
             assert not driver.locked
 
 
-def test_a_resident_table_is_the_stock_models(folders):
+def test_resident_table_equals_the_stock_model(folders):
     for name in ("gemma3n", "gemma4", "qwen4_exp"):
         model = load(folders(name), residency="resident")
         assert not tables_of(model)
@@ -126,8 +126,8 @@ def test_a_resident_table_is_the_stock_models(folders):
         assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(folders(name))))
 
 
-def test_a_mapped_table_takes_no_anonymous_memory(tmp_path):
-    """A table of 25 MB beside a model of less than one."""
+def test_mapped_table_takes_no_anonymous_memory(tmp_path):
+    """The table has 25 MB, the rest of the model less than one."""
     folder = tiny.save(tiny.gemma4(vocab_size_per_layer_input=1 << 19), tmp_path)
     gc.collect()
     before = anonymous_memory()
@@ -150,7 +150,7 @@ def lookaheads(model) -> list[Lookahead]:
     return [hook for hook in hooks if isinstance(hook, Lookahead)]
 
 
-def test_hashed_rows_are_fetched_before_the_layer_that_reads_them(folders, monkeypatch):
+def test_hashed_rows_are_prefetched_before_their_layer(folders, monkeypatch):
     folder = folders("qwen4_exp")
     stock, model = AutoModelForCausalLM.from_pretrained(folder), load(folder)
     (hook,) = lookaheads(model)
@@ -163,16 +163,16 @@ def test_hashed_rows_are_fetched_before_the_layer_that_reads_them(folders, monke
 
     monkeypatch.setattr(hook.prefetcher, "start", start)
     mask = torch.ones_like(IDS)
-    mask[0, :3] = 0  # the model hashes other ids where there is padding
+    mask[0, :3] = 0  # The model hashes other ids at padding.
     for options in ({}, {"attention_mask": mask}):
         texts = [m.generate(IDS, max_new_tokens=4, do_sample=False, **options) for m in (stock, model)]
         assert torch.equal(*texts)
     assert len(taken) == 8 and all(len(rows) == 2 for rows in taken)
-    # Each was taken by the table that it was meant for.
+    # Each prefetch was used by its own table.
     assert not any(reader._ahead for table in tables_of(model).values() for reader in table.readers.values())
 
 
-def test_rows_fetched_for_other_ids_are_not_used(folders):
+def test_rows_prefetched_for_other_ids_are_not_used(folders):
     reader = load(folders("qwen4_exp")).get_submodule(QWEN).readers["weight"]
     ids = torch.tensor([5, 9, 7])
     expected = reader.read(ids)
@@ -181,18 +181,18 @@ def test_rows_fetched_for_other_ids_are_not_used(folders):
     assert torch.equal(reader.read(ids), expected) and not reader._ahead
 
 
-# --- what is built around a model
+# --- other tools
 
 
 @pytest.mark.parametrize("options", [{"device_map": "auto"}, {"device_map": {"": "cpu"}}, {"dtype": "auto"}], ids=str)
-def test_loading_options(folders, options):
+def test_load_with_tables_with_loading_options(folders, options):
     for name in ("qwen4_exp",) if "dtype" in options else ("gemma3n", "gemma4 int4"):
         expected = logits(AutoModelForCausalLM.from_pretrained(folders(name)))
         model, info = load(folders(name), output_loading_info=True, **options)
         assert torch.equal(logits(model), expected) and not any(info.values())
 
 
-def test_a_pipeline(folders):
+def test_pipeline(folders):
     models = [AutoModelForCausalLM.from_pretrained(folders("gemma3n")), load(folders("gemma3n"))]
     tokenizer = make_tokenizer()
     texts = [
@@ -202,8 +202,8 @@ def test_a_pipeline(folders):
     assert texts[0] == texts[1]
 
 
-def test_lora_on_the_rest_and_a_trainer(folders, tmp_path):
-    """The trained numbers of an adapter are those on the stock model; checkpoints of the Trainer are complete."""
+def test_lora_of_other_parameters_in_trainer(folders, tmp_path):
+    """The trained adapter equals one on the stock model; checkpoints of the Trainer are complete."""
     trained = []
     for number, model in enumerate(
         (AutoModelForCausalLM.from_pretrained(folders("gemma3n")), load(folders("gemma3n")))
@@ -218,7 +218,7 @@ def test_lora_on_the_rest_and_a_trainer(folders, tmp_path):
     assert all(torch.equal(trained[0][key], trained[1][key]) for key in trained[0])
 
 
-def test_a_trainer_with_the_table_frozen_saves_all_of_the_model(folders, tmp_path):
+def test_trainer_with_a_frozen_table_saves_the_whole_model(folders, tmp_path):
     model = load(folders("gemma4"))
     train(model, tmp_path, save_strategy="steps", save_steps=2)
     saved, info = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2", output_loading_info=True)
@@ -243,7 +243,7 @@ def train(model, folder, **options) -> None:
     model.eval()
 
 
-def test_asking_for_a_gradient_of_the_table_is_refused(folders):
+def test_gradient_of_a_table_in_files_is_refused(folders):
     model = load(folders("gemma3n"))
     table = model.get_submodule(GEMMA)
     for ask in (
@@ -257,12 +257,12 @@ def test_asking_for_a_gradient_of_the_table_is_refused(folders):
             ask()
     with pytest.raises(EngramError, match="has no gradient"):
         get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens_per_layer"]))
-    model.requires_grad_(True)  # of all else
+    model.requires_grad_(True)  # All other parameters have gradients.
     table.requires_grad_(False)
 
 
-def test_a_table_that_is_read_otherwise_than_by_ids_is_refused(folders):
-    """Whoever multiplies with all of a table, copies or resizes it, is told at once."""
+def test_table_access_other_than_by_ids_is_refused(folders):
+    """Multiplying with the whole table, copying or resizing it raises an error at once."""
     table = load(folders("gemma3n")).get_submodule(GEMMA)
     assert (
         isinstance(table.weight, RowsById) and table.weight.shape == (200, 24) and table.weight.dtype == torch.bfloat16
@@ -294,7 +294,7 @@ class Embedders(nn.Module):
 
 
 class LongCatNames(LlamaForCausalLM):
-    """A stand-in: a model with tables under the names of LongCat-Flash-Lite."""
+    """A model with tables under the names of LongCat-Flash-Lite."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -318,13 +318,13 @@ def longcat(tmp_path_factory):
     return folder
 
 
-def test_names_of_longcat_and_a_model_class(longcat):
+def test_table_names_of_longcat_and_a_model_class(longcat):
     stock, model = LongCatNames.from_pretrained(longcat), load_with_tables(LongCatNames, longcat)
     assert len(tables_of(model)) == 3 and len(list(longcat.glob("*.safetensors"))) > 2
     assert torch.equal(logits(model), logits(stock))
 
 
-def test_tables_that_are_named(longcat):
+def test_tables_given_by_name(longcat):
     name = "model.ngram_embeddings.embedders.1"
     model = load_with_tables(LongCatNames, longcat, tables=[name, "model.embed_tokens"])
     assert set(tables_of(model)) == {name, "model.embed_tokens"}

@@ -1,4 +1,6 @@
-"""`save_pretrained` of a model whose tables are in files: a checkpoint that the stock `from_pretrained` loads, or a refusal."""
+"""`save_pretrained` of a model whose tables are in files gives a checkpoint for the stock `from_pretrained`, or
+raises.
+"""
 
 import json
 import os
@@ -29,7 +31,7 @@ def qwen(folders):
 
 
 @pytest.mark.parametrize("variant", [None, pytest.param("half", marks=pytest.mark.slow)])
-def test_a_saved_model_is_complete(qwen, tmp_path, variant):
+def test_saved_model_is_complete(qwen, tmp_path, variant):
     qwen.save_pretrained(tmp_path, variant=variant)
     for once_more in (False, True):
         saved, info = AutoModelForCausalLM.from_pretrained(tmp_path, variant=variant, output_loading_info=True)
@@ -37,14 +39,14 @@ def test_a_saved_model_is_complete(qwen, tmp_path, variant):
         mapped = load(tmp_path, variant=variant)
         assert torch.equal(logits(mapped), logits(qwen))
         if not once_more:
-            mapped.save_pretrained(tmp_path, variant=variant)  # to where its tables are read from
+            mapped.save_pretrained(tmp_path, variant=variant)  # The target is the folder its tables are read from.
     index = json.loads((tmp_path / f"model.safetensors.index.{f'{variant}.' if variant else ''}json").read_text())
     assert set(index["weight_map"].values()) == files_of(tmp_path)
     assert sum(".shard_" in key for key in index["weight_map"]) == 8
 
 
-def test_files_that_hold_nothing_else_are_linked(qwen, tmp_path):
-    """The second save of a model finds its tables in files of their own."""
+def test_files_with_only_tables_are_linked(qwen, tmp_path):
+    """The second save of a model finds its tables in separate files."""
     qwen.save_pretrained(tmp_path / "first")
     load(tmp_path / "first").save_pretrained(tmp_path / "second")
     (table,) = (tmp_path / "first").glob("model-tables-*")
@@ -56,8 +58,8 @@ def test_files_that_hold_nothing_else_are_linked(qwen, tmp_path):
         assert all(".shard_" in key for key in list(file.keys()))
 
 
-def test_shards_in_many_files(folders, qwen, tmp_path):
-    """As in the release, each with other tensors beside."""
+def test_shards_in_many_files_are_saved(folders, qwen, tmp_path):
+    """As in the release, each file contains other tensors, too."""
     (tmp_path / "a").mkdir()
     shutil.copy(folders("qwen4_exp") / "config.json", tmp_path / "a")
     with safe_open(folders("qwen4_exp") / "model.safetensors", "pt") as file:
@@ -79,7 +81,9 @@ def test_shards_in_many_files(folders, qwen, tmp_path):
 
 
 def test_save_pretrained_refuses_models_that_transformers_cannot_save(folders, tmp_path):
-    """A model dequantized at loading forgets how its tables are stored; Google's quantizer does not save on some versions."""
+    """A model dequantized at loading forgets how its tables are stored; Google's quantizer does not save on some
+    versions.
+    """
     with pytest.raises(
         EngramError, match=r"was dequantized while it was loaded.*copy the folder that it was loaded from"
     ):
@@ -91,22 +95,22 @@ def test_save_pretrained_refuses_models_that_transformers_cannot_save(folders, t
         assert not list(tmp_path.iterdir())
 
 
-def test_an_upload_while_saving_is_refused(qwen, tmp_path):
+def test_push_while_saving_is_refused(qwen, tmp_path):
     with pytest.raises(EngramError, match=r"use model\.push_to_hub"):
         qwen.save_pretrained(tmp_path, push_to_hub=True)
 
 
-def test_an_adapter_of_transformers_is_saved_alone(folders, tmp_path):
+def test_peft_adapter_of_transformers_is_saved_alone(folders, tmp_path):
     model = load(folders("gemma3n"))
     try:
         model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
-    except ValueError as error:  # transformers may ask for a later PEFT than there is
+    except ValueError as error:  # transformers may require a later PEFT than the installed one.
         pytest.skip(str(error))
     model.save_pretrained(tmp_path)
     assert files_of(tmp_path) == {"adapter_model.safetensors"}
 
 
-def test_tables_under_other_names_than_the_models_are_refused(folders, qwen, tmp_path):
+def test_tables_under_unknown_names_are_refused(folders, qwen, tmp_path):
     apart = tables_apart(folders("qwen4_exp"), tmp_path / "apart", lambda name: name.removeprefix("model.layers."))
     model = load(folders("qwen4_exp"), tables_from=str(apart))
     assert torch.equal(logits(model), logits(qwen))
@@ -114,7 +118,7 @@ def test_tables_under_other_names_than_the_models_are_refused(folders, qwen, tmp
         model.save_pretrained(tmp_path / "saved")
 
 
-def test_an_interrupted_save_leaves_what_was_there(qwen, tmp_path, monkeypatch):
+def test_interrupted_save_leaves_the_old_files(qwen, tmp_path, monkeypatch):
     qwen.save_pretrained(tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     monkeypatch.setattr("engram_hf.other_models.saving.write_json", interrupted)
@@ -127,11 +131,11 @@ def interrupted(*args) -> None:
     raise KeyboardInterrupt
 
 
-# --- tables from elsewhere
+# --- tables from another folder
 
 
 def tables_apart(folder, target, rename=lambda name: name, change=lambda name, tensor: tensor, config=True):
-    """A folder with the tables of a model alone."""
+    """Write a folder with only the tables of a model."""
     target.mkdir()
     with safe_open(folder / "model.safetensors", "pt") as file:
         tensors = {
@@ -147,7 +151,7 @@ def tables_apart(folder, target, rename=lambda name: name, change=lambda name, t
 
 @pytest.fixture
 def without_tables(folders, tmp_path):
-    """A model whose checkpoint lacks them."""
+    """Write a model whose checkpoint lacks its tables."""
     folder = folders("qwen4_exp")
     with safe_open(folder / "model.safetensors", "pt") as file:
         rest = {name: file.get_tensor(name) for name in list(file.keys()) if "ngram_embedding" not in name}
@@ -184,7 +188,7 @@ def test_tables_of_another_shape_dtype_or_vocabulary_are_refused(folders, withou
     apart = tables_apart(folder, tmp_path / "dtype", change=lambda name, tensor: tensor.to(torch.float32))
     with pytest.raises(EngramError, match=r"is stored as F32, but the checkpoint has it as BF16"):
         load(folder, tables_from=str(apart))
-    load(without_tables, tables_from=str(apart))  # nothing says that another float dtype is wrong
+    load(without_tables, tables_from=str(apart))  # Nothing says that another float dtype is wrong.
     for field, value in (("vocab_size", 300), ("seed", 7)):
         config = json.loads((apart / "config.json").read_text())
         (apart / "config.json").write_text(json.dumps(config | {field: value}))
@@ -199,8 +203,8 @@ def test_tables_of_another_shape_dtype_or_vocabulary_are_refused(folders, withou
         load(without_tables, tables_from=str(tmp_path / "empty"))
 
 
-def test_tables_that_are_not_those_of_the_save_are_refused(qwen, folders, tmp_path):
-    """The index of a saved model knows its table files by a digest."""
+def test_tables_of_another_save_are_refused(qwen, folders, tmp_path):
+    """The index of a saved model identifies its table files by a digest."""
     qwen.save_pretrained(tmp_path / "saved")
     (table,) = (tmp_path / "saved").glob("model-tables-*")
     data = bytearray(table.read_bytes())

@@ -1,4 +1,4 @@
-"""Requests that are batched continuously get the tokens that `generate` gives each of them alone."""
+"""Continuously batched requests get the tokens that `generate` gives each of them alone."""
 
 import gc
 
@@ -17,7 +17,7 @@ GREEDY = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
 
 
 def prompts_of(count: int, longest: int, seed: int = 0, shared: int = 0) -> list[list[int]]:
-    """Random prompts of 1 to `longest` tokens; every third one begins with the same `shared` tokens."""
+    """Return random prompts of 1 to `longest` tokens; every third one begins with the same `shared` tokens."""
     draw = torch.Generator().manual_seed(seed)
     prefix = random_ids(1, shared, seed=99)[0].tolist() if shared else []
     lengths = torch.randint(1, longest + 1, (count,), generator=draw).tolist()
@@ -30,7 +30,7 @@ def prompts_of(count: int, longest: int, seed: int = 0, shared: int = 0) -> list
 def batched(model, prompts: list[list[int]], new: int, sequences: int = 1, **config) -> list[list[int]]:
     settings = ContinuousBatchingConfig(**{"page_size": 8, "num_blocks": 64, "max_batch_tokens": 32, **config})
     generation = GenerationConfig(**GREEDY, max_new_tokens=new)
-    generation.num_return_sequences = sequences  # which a config for `generate` would refuse beside greedy decoding
+    generation.num_return_sequences = sequences  # A config for `generate` would refuse these beside greedy decoding.
     outputs = model.generate_batch(prompts, generation_config=generation, continuous_batching_config=settings)
     assert not [output.error for output in outputs.values() if output.error]
     return [output.generated_tokens for output in outputs.values()]
@@ -45,7 +45,7 @@ def alone(model, prompts: list[list[int]], new: int) -> list[list[int]]:
     ]
 
 
-# The others take a while, and say little that is new.
+# The other backbones take long and cover little more.
 QUICK = [("mixtral", "paper"), ("llama", "v4.1"), ("gpt_oss", "paper")]
 CASES = [
     pytest.param(name, variant, marks=[] if (name, variant) in QUICK else pytest.mark.slow)
@@ -56,7 +56,9 @@ CASES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_objects_to_collect():
-    """Each manager collects garbage twice when it stops, which takes a second beside all that the other tests have left."""
+    """Freeze live objects: each manager collects garbage twice when it stops, which takes a second beside other tests'
+    objects.
+    """
     gc.collect()
     gc.freeze()
     yield
@@ -65,7 +67,7 @@ def _few_objects_to_collect():
 
 @pytest.fixture
 def preempted(monkeypatch) -> list[int]:
-    """How many requests were active each time that some had to give up their blocks."""
+    """Record how many requests were active each time that some had to give up their blocks."""
     counts, offload = [], OffloadingManager.offload_requests
 
     def counted(self, *args, **kwargs):
@@ -78,7 +80,7 @@ def preempted(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def look_backs(monkeypatch) -> list[list[int]]:
-    """The tokens before each sequence of each call, as the model is told."""
+    """Record the tokens before each sequence of each call, as the model receives them."""
     seen, read = [], EngramModel.read_lookback
 
     def noted(self, inputs):
@@ -90,22 +92,22 @@ def look_backs(monkeypatch) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
-def test_equals_generate(name, variant):
-    """Chunked prefill (prompts are longer than a batch), prefill and decoding in one batch, shared prefixes."""
+def test_batched_tokens_equal_generate(name, variant):
+    """Prompts are longer than a batch, prefill and decoding share batches, and requests share prefixes."""
     model, prompts = built(name, variant), prompts_of(7, 24, shared=17)
     assert batched(model, prompts, 5, max_batch_tokens=16) == alone(model, prompts, 5)
 
 
 @pytest.mark.parametrize("variant", ["paper", pytest.param("v4.1", marks=pytest.mark.slow)])
-def test_requests_that_are_preempted_go_on_right(variant, preempted):
-    """The cache holds about two of the requests in full length, so that some give up their blocks and begin again."""
+def test_preempted_requests_give_the_same_tokens(variant, preempted):
+    """The cache holds about two complete requests, so that some give up their blocks and start again."""
     model, prompts = built("llama", variant), prompts_of(3, 12, seed=2)
     assert batched(model, prompts, 16, num_blocks=4, safety_margin=0.0) == alone(model, prompts, 16)
     assert preempted
 
 
-def test_forks_have_the_look_back_of_their_parent():
-    """A fork copies the block that is not full, and goes on by itself; greedily, to the same tokens."""
+def test_forked_requests_have_the_look_back_of_their_parent():
+    """A fork copies the incomplete block and continues alone; greedy decoding gives the same tokens."""
     model, prompts = built("llama"), prompts_of(3, 14, seed=3)
     answers = batched(model, prompts, 6, sequences=3)
     assert answers == [answer for answer in alone(model, prompts, 6) for _ in range(3)]
@@ -126,8 +128,8 @@ def test_sampled_tokens_have_the_probabilities_of_a_plain_forward():
         torch.testing.assert_close(torch.tensor(output.logprobs), chosen[:, 0], atol=1e-4, rtol=1e-4)
 
 
-def test_eager_attention_bfloat16_and_what_the_model_is_afterwards(look_backs):
-    """In bfloat16 tokens may differ from those of `generate`, which adds in another order; look-backs may not."""
+def test_eager_attention_in_bfloat16_and_the_model_after_batching(look_backs):
+    """In bfloat16, tokens may differ from those of `generate`, which adds in another order; look-backs may not."""
     model = build("mixtral").bfloat16()
     model.set_attn_implementation("eager")
     settings = ContinuousBatchingConfig(page_size=8, num_blocks=32, max_batch_tokens=16)
@@ -152,7 +154,7 @@ def test_mapped_tables_are_prefetched(tmp_path):
         batched(model, prompts, 4, use_cuda_graph=True)
 
 
-def test_a_manager_that_is_kept_serves_later_requests():
+def test_persistent_manager_serves_later_requests():
     model, prompts = build("llama"), prompts_of(4, 14, seed=7)
     settings = {"page_size": 8, "num_blocks": 32, "max_batch_tokens": 16}
     generation = GenerationConfig(**GREEDY, max_new_tokens=4)
@@ -171,12 +173,12 @@ def test_a_manager_that_is_kept_serves_later_requests():
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v4"])
-def test_a_backbone_that_cannot_be_batched_is_refused_by_name(name):
+def test_backbone_that_cannot_be_batched_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"A {name} cannot be batched continuously .*; call generate instead"):
         built(name).generate_batch([[3, 4, 5]])
 
 
-def test_a_window_that_is_shorter_than_the_look_back_is_refused():
+def test_window_shorter_than_the_look_back_is_refused():
     backbone = MistralConfig(**BACKBONES["llama"]().to_diff_dict() | {"sliding_window": 4})
     config = EngramConfig.for_backbone(
         backbone, layer_ids=[1], engram_n_heads=2, engram_head_dim=8, engram_vocab_size=97
@@ -185,7 +187,7 @@ def test_a_window_that_is_shorter_than_the_look_back_is_refused():
         EngramForCausalLM(config).eval().init_continuous_batching()
 
 
-def test_block_tables_of_flash_kernels_are_left_out(library_log):
+def test_block_tables_of_flash_kernels_are_not_used(library_log):
     asked = ContinuousBatchingConfig(max_blocks_per_request=4, num_blocks=4, max_batch_tokens=8)
     manager = built("llama").init_continuous_batching(GenerationConfig(**GREEDY), asked)
     assert manager.continuous_batching_config.max_blocks_per_request == 0 and asked.max_blocks_per_request == 4
@@ -195,8 +197,8 @@ def test_block_tables_of_flash_kernels_are_left_out(library_log):
 @pytest.mark.parametrize(
     "prompt", [random_ids(1, 100)[0].tolist(), [3, VOCAB + 5, 4]], ids=["too long", "unknown token"]
 )
-def test_a_request_that_cannot_be_run_ends_with_an_error(prompt):
-    """One that the cache cannot hold, or with a token id beyond the vocabulary; as with the bare model. Later ones are run."""
+def test_impossible_request_ends_with_an_error(prompt):
+    """The cache cannot hold it, or a token id exceeds the vocabulary, as on the bare model. Later requests run."""
     model, settings = built("llama"), ContinuousBatchingConfig(page_size=8, num_blocks=4, max_batch_tokens=16)
     outputs = model.generate_batch(
         [prompt], generation_config=GenerationConfig(**GREEDY, max_new_tokens=4), continuous_batching_config=settings
@@ -207,7 +209,7 @@ def test_a_request_that_cannot_be_run_ends_with_an_error(prompt):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("conv_dtype", [torch.float32, torch.bfloat16])
-def test_records_keep_every_bit(dtype, conv_dtype):
+def test_block_records_keep_every_bit(dtype, conv_dtype):
     layout = BlockLayout(2, 5, dtype, 3, "full_attention", (1, 2), (2, 7), conv_dtype)
     bits = torch.randint(0, 256, (4, 2, 7 * conv_dtype.itemsize), dtype=torch.uint8)
     ids, inputs = torch.tensor([0, 70000, 2**31 - 2, 5]), {1: bits.view(conv_dtype), 2: -bits.view(conv_dtype)}

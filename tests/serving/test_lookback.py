@@ -1,4 +1,4 @@
-"""Engines that keep a cache of their own: with look-back keywords they run a model exactly, and without they are refused."""
+"""Engines with their own cache: a model runs exactly with look-back keywords, and is refused without them."""
 
 import pytest
 import torch
@@ -42,8 +42,8 @@ def test_chunked_prefill_and_decoding_mixed_in_one_row_equal_generate(engine):
         assert len(answer) >= 8 and answer == expected(engine, prompt, len(answer))
 
 
-def test_prefix_hits(engine):
-    """Requests that begin with another one's states; positions of the second go on from those of the first."""
+def test_prefix_sharing_equals_generate(engine):
+    """Some requests begin with the states of another one; positions of the second continue from those of the first."""
     prompt = random_ids(1, 15, seed=4)[0].tolist()
     first = Request()
     engine.step([(first, prompt)])
@@ -55,7 +55,7 @@ def test_prefix_hits(engine):
     torch.testing.assert_close(logits[1], engine.step([(Request(), prompt)])[0], atol=2e-5, rtol=1e-4)
 
 
-def test_the_look_back_is_what_makes_it_right(paper):
+def test_look_back_changes_the_logits(paper):
     """Other tokens, or other convolution inputs, before a sequence change its logits."""
     request = Request()
     paper.step([(request, PROMPTS[3])])
@@ -67,8 +67,8 @@ def test_the_look_back_is_what_makes_it_right(paper):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
-def test_a_batch_of_rows_that_go_on(dtype):
-    """One row for each sequence, left padding among them: the look-back stands before the first token of its text."""
+def test_batch_of_continued_rows(dtype):
+    """Each sequence has one row, some with left padding: the look-back precedes the first token of its text."""
     model, ids = built("mixtral", "v4.1"), random_ids(2, 12)
     whole = model.model.prepare_memory(ids).row_ids[:, :, 7:]
     width = model.config.engram_max_ngram_size - 1
@@ -84,7 +84,7 @@ def test_a_batch_of_rows_that_go_on(dtype):
     assert torch.equal(rest.row_ids[:, :, 2:], whole)
 
 
-def test_sequences_are_told_from_positions_if_there_are_no_bounds():
+def test_sequences_are_recognized_by_positions_without_bounds():
     model, ids = built("mixtral", "v4.1"), random_ids(1, 9)
     width = model.config.engram_max_ngram_size - 1
     positions = torch.tensor([[4, 5, 6, 0, 1, 2, 11, 12, 13]])
@@ -130,14 +130,14 @@ def test_bad_look_back_is_refused(case):
         model(random_ids(1, 4), **told)
 
 
-def test_a_packed_row_with_look_back_has_no_padding():
+def test_packed_row_with_look_back_may_not_have_padding():
     model = built("mixtral", "v4.1")
     told = {"lookback_token_ids": torch.full((2, 3), -1), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
     with pytest.raises(ValueError, match="leave attention_mask out"):
         model(random_ids(1, 4), position_ids=torch.tensor([[3, 4, 0, 1]]), use_cache=False, **told)
 
 
-def test_tokens_that_the_hash_does_not_know_are_looked_back_to_as_nothing():
+def test_unknown_tokens_in_the_look_back_count_as_none():
     model = built("mixtral", "v4.1")
     rows = [
         model.model.prepare_memory(
@@ -157,13 +157,13 @@ POSITIONS = {
 
 
 @pytest.mark.parametrize("case", POSITIONS)
-def test_positions_that_say_something_is_missing_are_refused_without_a_cache(case):
+def test_positions_with_missing_tokens_are_refused_without_a_cache(case):
     positions = torch.tensor(POSITIONS[case])
     with pytest.raises(ValueError, match="This call has no cache, but its position_ids begin or restart"):
         built("llama")(random_ids(len(positions), 4), position_ids=positions, use_cache=False)
 
 
-def test_a_jump_of_positions_is_told_once(library_log):
+def test_gap_in_positions_is_warned_of_once(library_log):
     for _ in range(2):
         built("llama")(random_ids(1, 4), position_ids=torch.tensor([[0, 1, 7, 8]]), use_cache=False)
     assert len([line for line in library_log if "go on by more than one" in line]) == 1
@@ -179,13 +179,13 @@ def test_a_jump_of_positions_is_told_once(library_log):
     ],
     ids=["packed", "padded by index", "padded on the left", "padded on the right"],
 )
-def test_positions_that_packing_and_padding_explain_are_not_refused(call, library_log):
+def test_positions_of_packing_and_padding_are_accepted(call, library_log):
     assert built("llama")(random_ids(1, 6), use_cache=False, **call).logits.isfinite().all()
     assert not [line for line in library_log if "position_ids" in line]
 
 
-def test_a_transformers_that_keeps_blocks_in_another_way_is_refused(monkeypatch):
-    """As releases before 5.20 do."""
+def test_unsupported_block_storage_of_transformers_is_refused(monkeypatch):
+    """Releases before 5.20 store blocks differently."""
     monkeypatch.setattr(
         PagedAttentionCache, "update", lambda self, key_states, value_states, layer_idx, read_index: None
     )

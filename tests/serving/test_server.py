@@ -1,4 +1,4 @@
-"""`engram serve`: transformers' own server answers with what `generate` says."""
+"""`engram serve`: transformers' own server gives the answers of `generate`."""
 
 import concurrent.futures
 import contextlib
@@ -38,7 +38,7 @@ TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model that never ends an answer by itself, and its tokenizer; not to be changed."""
+    """Save a model that never ends an answer by itself, and its tokenizer; tests must not change it."""
     folder = tmp_path_factory.mktemp("served") / "model"
     sizes = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": 499}
     config = EngramConfig.for_backbone(BACKBONES["mixtral"](), make_tokenizer(), layer_ids=[1, 2], **sizes)
@@ -53,7 +53,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bare_folder(tmp_path_factory) -> Path:
-    """A backbone without memory, and its tokenizer; not to be changed."""
+    """Save a backbone without memory, and its tokenizer; tests must not change it."""
     folder = tmp_path_factory.mktemp("served") / "bare"
     torch.manual_seed(1)
     model, tokenizer = MixtralForCausalLM(BACKBONES["mixtral"]()), make_tokenizer()
@@ -65,7 +65,7 @@ def bare_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_stays_known():
-    """Loaders go out of the namespace of transformers, which is shared with other tests."""
+    """Remove our loaders from the namespace of transformers, which other tests share."""
     yield
     for name in [name for name, value in vars(transformers).items() if isinstance(value, Loader)]:
         delattr(transformers, name)
@@ -73,7 +73,7 @@ def nothing_stays_known():
 
 @contextlib.contextmanager
 def serving(name: Path, residency: str = "auto", continuous_batching: bool = False, **options) -> Iterator:
-    """An `openai` client of a server in this process, and the model that it serves."""
+    """Return an `openai` client of a server in this process, and the served model."""
     from openai import OpenAI
     from transformers.cli.serve import Serve
 
@@ -124,7 +124,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def answer(folder) -> Callable[..., str]:
-    """What `generate` of a model of its own says, the tables resident."""
+    """Return the answer of `generate` on a separate model with resident tables."""
     return generator(AutoModelForCausalLM.from_pretrained(folder, engram_residency="resident"), folder)
 
 
@@ -149,32 +149,32 @@ def chat(client, prompt: str = PROMPT, count: int = 8, **options):
     return client.chat.completions.create(model=None, messages=messages, max_tokens=count, temperature=0, **options)
 
 
-# --- what it answers
+# --- answers
 
 
 @needs_server
-def test_the_served_model_reads_its_tables_where_it_was_told(server):
+def test_served_model_has_the_requested_residency(server):
     _, model = server
     assert isinstance(model, EngramForCausalLM) and isinstance(model, MixtralForCausalLM)
     assert not [name for name, _ in model.named_parameters() if "table" in name]
 
 
 @needs_server
-def test_every_route_answers_as_generate(client, folder, answer):
+def test_every_route_answers_like_generate(client, folder, answer):
     expected = answer(PROMPT, 8)
     assert complete(client).choices[0].text == expected
     assert chat(client).choices[0].message.content == expected
     asked = {"input": PROMPT, "max_output_tokens": 8, "temperature": 0}
-    response = client.responses.create(model=str(folder), stream=False, **asked)  # else this server streams
+    response = client.responses.create(model=str(folder), stream=False, **asked)  # Otherwise this server streams.
     assert response.output_text == expected
     warm = client.completions.create(model=str(folder), prompt=PROMPT, max_tokens=8, temperature=9)
-    assert warm.choices[0].text == expected and warm.usage.completion_tokens == 8  # its config does not sample
-    if transformers.__version__ >= "5.20":  # before, only what is in the cache of the Hub was listed
+    assert warm.choices[0].text == expected and warm.usage.completion_tokens == 8  # Its config does not sample.
+    if transformers.__version__ >= "5.20":  # Before, only models in the Hub's cache were listed.
         assert [model.id for model in client.models.list()] == [str(folder)]
 
 
 @needs_server
-def test_streams_say_the_same(client, answer):
+def test_streamed_answers_are_equal(client, answer):
     expected = answer(PROMPT, 8)
     pieces = [chunk.choices[0].text for chunk in complete(client, stream=True)]
     assert "".join(pieces) == expected and len(pieces) > 4
@@ -188,32 +188,32 @@ PROMPTS = [" ".join(f"w{(7 * index + step) % 118}" for step in range(1 + index %
 
 
 def ask_many(client) -> list[str]:
-    """What is said to prompts of several lengths, 32 at once."""
+    """Return the answers to prompts of several lengths, 32 at once."""
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         return list(pool.map(lambda prompt: complete(client, prompt, 4).choices[0].text, PROMPTS * 2))
 
 
 @needs_server
-def test_many_requests_at_once_are_not_mixed_up(client, answer):
+def test_concurrent_requests_get_their_own_answers(client, answer):
     expected = [answer(prompt, 4) for prompt in PROMPTS]
     assert ask_many(client) == expected * 2 and len(set(expected)) > 8
 
 
 @needs_server
-def test_a_client_that_goes_away_does_not_keep_the_others_waiting(client, answer):
+def test_disconnected_client_does_not_block_the_others(client, answer):
     began = time.monotonic()
     stream = complete(client, count=4000, stream=True)
     next(iter(stream))
     stream.close()
     assert complete(client).choices[0].text == answer(PROMPT, 8)
-    assert time.monotonic() - began < 15  # 4,000 tokens take longer
+    assert time.monotonic() - began < 15  # Generating 4,000 tokens takes longer.
 
 
 @needs_server
 def test_bad_requests_are_refused_and_the_next_one_is_answered(client, answer):
     from openai import APIStatusError
 
-    client = client.with_options(max_retries=2)  # the server ends the connection after an error of its own
+    client = client.with_options(max_retries=2)  # The server ends the connection after an internal error.
     bad = {
         "pinned": (400, {"model": "another"}),
         "must be a string": (400, {"prompt": [1, 2]}),
@@ -228,8 +228,8 @@ def test_bad_requests_are_refused_and_the_next_one_is_answered(client, answer):
 
 
 @needs_server
-def test_a_prompt_longer_than_the_model_was_made_for_is_answered_as_generate_does(client, answer):
-    """transformers goes on past `max_position_embeddings` (256 here), and so does its server."""
+def test_prompt_beyond_the_context_length_is_answered_like_generate(client, answer):
+    """transformers continues beyond `max_position_embeddings` (256 here), and so does its server."""
     prompt = " ".join(f"w{index % 100}" for index in range(300))
     assert complete(client, prompt, 4).choices[0].text == answer(prompt, 4)
 
@@ -239,18 +239,21 @@ def test_a_prompt_longer_than_the_model_was_made_for_is_answered_as_generate_doe
 
 @needs_server
 @pytest.mark.slow
-def test_a_backbone_is_batched_and_a_request_longer_than_its_cache_ends_the_batching(bare_folder):
-    """What the page says of the server: every later request is refused and health tells it, so a supervisor can restart it."""
+def test_request_longer_than_the_cache_ends_batching(bare_folder):
+    """As the serving page says, every later request is refused and health reports it, so a supervisor can restart the
+    server.
+    """
     from openai import APIStatusError
 
     answer = generator(MixtralForCausalLM.from_pretrained(bare_folder), bare_folder)
-    expected = [answer(prompt, 4) for prompt in PROMPTS]  # now: the batching's thread leaves others little time
+    # The request comes now: the batching's thread leaves others little time.
+    expected = [answer(prompt, 4) for prompt in PROMPTS]
     with serving(bare_folder, continuous_batching=True, cb_num_blocks=4, cb_max_batch_tokens=64) as (client, _):
         assert ask_many(client) == expected * 2 and len(set(expected)) > 8
         sampling = {"generation_config": json.dumps({"do_sample": True, "temperature": 1e5})}
         sampled = client.completions.create(model=None, prompt=PROMPTS[0], max_tokens=4, extra_body=sampling)
-        assert sampled.choices[0].text == expected[0]  # settings are those of the first request
-        client = client.with_options(max_retries=2)  # the server ends the connection after an error of its own
+        assert sampled.choices[0].text == expected[0]  # The settings are those of the first request.
+        client = client.with_options(max_retries=2)  # The server ends the connection after an internal error.
         for prompt, status in ((" ".join(["w1"] * 1100), (500, 503)), (PROMPT, (503,))):
             with pytest.raises(APIStatusError) as refused:
                 complete(client, prompt)
@@ -262,28 +265,28 @@ def test_a_backbone_is_batched_and_a_request_longer_than_its_cache_ends_the_batc
 
 @needs_server
 @needs_continuous_batching
-def test_a_model_with_memory_is_batched(folder, answer):
+def test_model_with_memory_is_batched(folder, answer):
     expected = [answer(prompt, 4) for prompt in PROMPTS]
     with serving(folder, continuous_batching=True, cb_num_blocks=64, cb_max_batch_tokens=64) as (client, _):
         assert ask_many(client) == expected * 2
 
 
-# --- the release's own chat
+# --- the chat format of the release
 
 
 @pytest.fixture(scope="module")
 def release(golden, tmp_path_factory) -> Path:
-    """The miniature of the release, converted; not to be changed."""
+    """Convert the miniature of the release; tests must not change it."""
     folder = tmp_path_factory.mktemp("release") / "v41"
     assert convert_deepseek_v41.main([str(golden / "deepseek_v41_tiny_vl"), str(folder), "--dtype", "float32"]) == 0
     return folder
 
 
 @needs_server
-@needs_auto_image_processor  # before, the server asks for the code of its processor
+@needs_auto_image_processor  # Without it, the server asks for the code of its processor.
 @pytest.mark.slow
-def test_the_release_thinks_in_a_field_of_its_own(release):
-    """The server tells reasoning from the answer by the tokenizer's response template, which converting writes."""
+def test_release_answers_with_reasoning_in_its_own_field(release):
+    """The server separates reasoning and answer by the tokenizer's response template, which the conversion writes."""
     tokenizer = AutoTokenizer.from_pretrained(release)
     with serving(release) as (client, model):
         for thinks in (False, True):
@@ -293,7 +296,7 @@ def test_the_release_thinks_in_a_field_of_its_own(release):
             tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
             extra = {"extra_body": {"chat_template_kwargs": {"enable_thinking": thinks}}}
             message = chat(client, "1+1?", 6, **extra).choices[0].message
-            said = tokenizer.decode(tokens).strip()  # a response template takes the space around a text away
+            said = tokenizer.decode(tokens).strip()  # A response template strips the space around a text.
             texts = (message.reasoning_content, message.content) if thinks else (message.content, "")
             assert texts == (said, "") and said
 
@@ -303,8 +306,8 @@ def test_the_release_thinks_in_a_field_of_its_own(release):
 
 @needs_server
 @pytest.mark.slow
-def test_the_page_shows_what_is_printed(tmp_path, monkeypatch):
-    """`docs/serving.md`: its requests by curl, and its Python, with the demo model behind another port."""
+def test_serving_page_shows_the_printed_output(tmp_path, monkeypatch):
+    """The requests by curl and the Python of `docs/serving.md` run with the demo model behind another port."""
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "examples" / "engram-demo", "engram-demo")
@@ -319,7 +322,7 @@ def test_the_page_shows_what_is_printed(tmp_path, monkeypatch):
         assert printed.getvalue() == output.rstrip("\n")
 
 
-# --- what is refused before a server starts
+# --- refusals before a server starts
 
 
 @pytest.fixture
@@ -333,7 +336,7 @@ def complaint(capfd):
 
 
 @needs_server
-def test_a_port_in_use_is_named(folder, complaint):
+def test_port_in_use_is_named(folder, complaint):
     with socket.socket() as other:
         other.bind(("localhost", 0))
         other.listen()
@@ -344,7 +347,7 @@ def test_a_port_in_use_is_named(folder, complaint):
 
 
 @needs_server
-def test_a_folder_without_a_tokenizer_is_named(folder, tmp_path, complaint):
+def test_folder_without_a_tokenizer_is_named(folder, tmp_path, complaint):
     for path in folder.iterdir():
         if "token" not in path.name:
             shutil.copy(path, tmp_path)
@@ -352,7 +355,7 @@ def test_a_folder_without_a_tokenizer_is_named(folder, tmp_path, complaint):
 
 
 @needs_server
-def test_residency_needs_a_memory(tmp_path, complaint):
+def test_residency_of_a_model_without_memory_is_refused(tmp_path, complaint):
     MixtralForCausalLM(BACKBONES["mixtral"]()).save_pretrained(tmp_path)
     assert "has no memory whose residency could be mapped" in complaint(
         tmp_path, "--residency", "mapped", "--port", free_port()
@@ -360,7 +363,7 @@ def test_residency_needs_a_memory(tmp_path, complaint):
 
 
 @needs_server
-def test_more_token_ids_than_the_model_embeds_are_named(folder, tmp_path, complaint):
+def test_tokenizer_larger_than_the_embeddings_is_refused(folder, tmp_path, complaint):
     shutil.copytree(folder, tmp_path / "grown")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["one_more"])
@@ -369,7 +372,7 @@ def test_more_token_ids_than_the_model_embeds_are_named(folder, tmp_path, compla
 
 
 @needs_server
-def test_a_model_that_cannot_be_batched_is_named_before_the_server_starts(tmp_path, complaint):
+def test_batching_an_unsupported_backbone_is_refused_at_start(tmp_path, complaint):
     """On DeepSeek-V3 the first request would fail: keys and values have different widths."""
     sizes = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": 499}
     config = EngramConfig.for_backbone(BACKBONES["deepseek_v3"](), make_tokenizer(), layer_ids=[1], **sizes)
@@ -381,7 +384,7 @@ def test_a_model_that_cannot_be_batched_is_named_before_the_server_starts(tmp_pa
 
 @needs_server
 @pytest.mark.slow
-def test_images_are_not_batched(release, tmp_path):
+def test_batching_with_images_is_refused(release, tmp_path):
     shutil.copytree(release, tmp_path / "reads-images")
     config = json.loads((release / "config.json").read_text()) | {"architectures": ["EngramForConditionalGeneration"]}
     (tmp_path / "reads-images" / "config.json").write_text(json.dumps(config))
@@ -390,7 +393,7 @@ def test_images_are_not_batched(release, tmp_path):
 
 
 @needs_server
-def test_a_model_is_served_as_it_was_last_asked_for(folder):
+def test_last_residency_of_a_served_model_applies(folder):
     for residency in ("resident", "mapped"):
         prepare(str(folder), residency, False)
     model = transformers.EngramForCausalLM.from_pretrained(str(folder))
@@ -398,24 +401,24 @@ def test_a_model_is_served_as_it_was_last_asked_for(folder):
 
 
 @needs_server
-def test_an_unknown_option_is_for_transformers_to_refuse(folder, capfd):
+def test_unknown_option_is_passed_to_transformers(folder, capfd):
     with pytest.raises(SystemExit) as stopped:
         main(["serve", str(folder), "--port", str(free_port()), "--no-such-option"])
     assert stopped.value.code == 2 and "--no-such-option" in capfd.readouterr().err
 
 
-def test_without_the_extra_it_says_what_to_install(folder, monkeypatch, complaint):
+def test_missing_extra_is_named(folder, monkeypatch, complaint):
     monkeypatch.setattr("engram_hf.serving.server.is_serve_available", lambda: False)
     assert "pip install 'engram-hf[serving]'" in complaint(folder)
 
 
-def test_other_commands_still_refuse_what_they_do_not_know(folder, capfd):
+def test_other_commands_refuse_unknown_options(folder, capfd):
     with pytest.raises(SystemExit) as stopped:
         main(["inspect", str(folder), "--no-such-option"])
     assert stopped.value.code == 2 and "unrecognized arguments: --no-such-option" in capfd.readouterr().err
 
 
-# --- models that bring their own code
+# --- models with remote code
 
 OTHERS_CONFIG = """
 from transformers import LlamaConfig
@@ -433,7 +436,7 @@ class OtherForCausalLM(LlamaForCausalLM):
 
 
 @needs_server
-def test_code_from_a_folder_is_served_when_it_is_trusted(tmp_path):
+def test_trusted_remote_code_is_served(tmp_path):
     (tmp_path / "configuration_other.py").write_text(OTHERS_CONFIG)
     (tmp_path / "modeling_other.py").write_text(OTHERS_MODEL)
     backbone = AutoModelForCausalLM.from_config(BACKBONES["llama"]())
@@ -454,12 +457,12 @@ def test_code_from_a_folder_is_served_when_it_is_trusted(tmp_path):
     assert type(model).__name__ == "OtherForCausalLM" and type(model).__module__.startswith("transformers_modules")
 
 
-# --- the command itself
+# --- the command
 
 
 @needs_server
 @pytest.mark.slow
-def test_shut_down_in_the_middle_of_a_request_the_answer_is_finished(folder, answer):
+def test_shutdown_finishes_the_running_answer(folder, answer):
     from openai import OpenAI
 
     port = free_port()

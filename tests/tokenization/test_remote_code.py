@@ -1,4 +1,4 @@
-"""A saved folder is all that is needed: nothing here lets the child processes import `engram_hf`."""
+"""A saved folder is self-contained: none of the child processes here can import `engram_hf`."""
 
 import pytest
 import torch
@@ -32,11 +32,11 @@ def describe(tok):
 
 @pytest.fixture
 def run(tmp_path):
-    """Run code after PRELUDE in a fresh process; returns what it prints."""
+    """Run code after PRELUDE in a fresh process and return its output."""
     return lambda code: run_elsewhere(PRELUDE + code, tmp_path)
 
 
-def test_load_use_grow_save_and_load_again_without_the_package(plain, tmp_path, run):
+def test_tokenizer_loads_extends_and_saves_without_the_package(plain, tmp_path, run):
     here = EngramTokenizer.from_tokenizer(plain)
     here.save_pretrained(tmp_path / "first")
     there = run(f"""
@@ -61,7 +61,7 @@ print(json.dumps([first, describe(tok), describe(again), type(tok).from_tokenize
     assert back.token_map.tolist() == grown["map"]
 
 
-def test_a_wrong_map_is_an_error_there_too(plain, tmp_path, run):
+def test_wrong_map_is_refused_without_the_package(plain, tmp_path, run):
     EngramTokenizer.from_tokenizer(plain).save_pretrained(tmp_path / "saved")
     plain.add_tokens(["<not mapped>"])
     plain.backend_tokenizer.save(str(tmp_path / "saved" / "tokenizer.json"))
@@ -74,9 +74,9 @@ except ValueError as error:
     assert "token ids but the tokenizer beside it has" in message
 
 
-def test_the_class_of_a_saved_folder_is_recognised_by_the_installed_one(plain, tmp_path):
+def test_installed_class_recognizes_the_class_of_a_saved_folder(plain, tmp_path):
     EngramTokenizer.from_tokenizer(plain).save_pretrained(tmp_path)
-    # The Auto class would take the installed one, which is registered with it.
+    # The Auto class would take the installed class, which is registered with it.
     remote_class = get_class_from_dynamic_module("tokenization_engram.EngramTokenizer", str(tmp_path))
     assert remote_class is not EngramTokenizer
     remote = remote_class.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""`EngramTokenizer`: the wrapped tokenizer unchanged, the compressed ids on top, and both after saving and loading."""
+"""`EngramTokenizer` leaves the wrapped tokenizer unchanged, adds the compressed ids, and keeps both in saved folders."""
 
 import copy
 import doctest
@@ -48,7 +48,7 @@ SETTINGS = [
 
 
 def assert_same_behaviour(one, other, texts):
-    """Equal settings, vocabulary, and equal results of everything a model user calls."""
+    """Require equal settings, vocabulary, and results of all methods that users call."""
     for name in SETTINGS:
         assert getattr(one, name) == getattr(other, name), name
     assert len(one) == len(other)
@@ -82,7 +82,7 @@ def byte_vocabulary(backend: Tokenizer) -> dict:
 
 
 def piece_vocabulary() -> dict:
-    """A SentencePiece-like BPE with byte fallback, as Llama and Gemma have it."""
+    """Return a SentencePiece-like BPE with byte fallback, as Llama and Gemma have it."""
     special = ["<pad>", "<unk>", "<s>", "</s>", "<eos>", "<bos>", "<mask>"]
     pieces = [*special, *[f"<0x{byte:02X}>" for byte in range(256)], *"▁THEhtecafé", "th", "the", "▁the", "TH"]
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("T", "H")]
@@ -122,10 +122,11 @@ def engram(plain) -> EngramTokenizer:
     return EngramTokenizer.from_tokenizer(plain)
 
 
-# --- what stays as it was ---------------------------------------------------------------------------------------------
+# --- the wrapped tokenizer
+# --------------------------------------------------------------------------------------------
 
 
-def test_a_wrapped_tokenizer_does_what_it_did_and_still_does_after_reloading(plain, engram, texts, tmp_path):
+def test_from_tokenizer_keeps_the_behaviour_after_reloading(plain, engram, texts, tmp_path):
     assert_same_behaviour(engram, plain, texts)
     engram.save_pretrained(tmp_path)
     loaded = EngramTokenizer.from_pretrained(tmp_path)
@@ -135,10 +136,10 @@ def test_a_wrapped_tokenizer_does_what_it_did_and_still_does_after_reloading(pla
 
 
 @pytest.mark.parametrize("build", CLASSES, ids=lambda build: build.__name__)
-def test_tokenizer_classes_with_their_own_construction(build, stdlib_backend, texts, tmp_path):
+def test_from_tokenizer_of_classes_with_their_own_construction(build, stdlib_backend, texts, tmp_path):
     plain = build(stdlib_backend)
     engram = EngramTokenizer.from_tokenizer(plain)
-    engram.save_pretrained(tmp_path)  # before any call: padding once leaves its side behind in the Rust tokenizer
+    engram.save_pretrained(tmp_path)  # This runs before any call: padding once changes the side in the Rust tokenizer.
     assert type(engram) is EngramTokenizer and engram.is_fast
     assert_same_behaviour(engram, plain, texts)
     assert (engram.add_bos_token, engram.add_eos_token) == (plain.add_bos_token, plain.add_eos_token)
@@ -157,7 +158,7 @@ def test_switching_bos_off_later_works_as_in_the_wrapped_class(stdlib_backend):
     assert engram("the")["input_ids"][0] != engram.bos_token_id
 
 
-def test_wrapping_leaves_the_original_alone_and_is_idempotent(plain, engram):
+def test_from_tokenizer_copies_and_is_idempotent(plain, engram):
     assert EngramTokenizer.from_tokenizer(engram) is engram
     size = len(plain)
     engram.add_tokens(["<only here>"])
@@ -166,7 +167,7 @@ def test_wrapping_leaves_the_original_alone_and_is_idempotent(plain, engram):
     assert len(engram) == size + 1
 
 
-def test_settings_changed_after_construction_are_taken_over(plain, tmp_path):
+def test_settings_changed_after_construction_are_kept(plain, tmp_path):
     plain.padding_side, plain.model_max_length, plain.pad_token = "right", 33, "<eos>"
     engram = EngramTokenizer.from_tokenizer(plain)
     engram.truncation_side = "right"
@@ -176,7 +177,7 @@ def test_settings_changed_after_construction_are_taken_over(plain, tmp_path):
         assert (tokenizer.model_max_length, tokenizer.pad_token) == (33, "<eos>")
 
 
-def test_a_new_vocabulary_trained_from_it_has_its_own_map(engram):
+def test_train_new_from_iterator_makes_a_new_map(engram):
     retrained = engram.train_new_from_iterator([["other words and other words again"] * 20], vocab_size=300)
     assert type(retrained) is EngramTokenizer
     assert len(retrained.token_map) == len(retrained) != len(engram)
@@ -185,7 +186,7 @@ def test_a_new_vocabulary_trained_from_it_has_its_own_map(engram):
 # --- the compressed ids -----------------------------------------------------------------------------------------------
 
 
-def test_the_real_tokenizer_loads_plain_and_compresses_to_the_known_size(deepseek_file):
+def test_real_tokenizer_loads_plain_and_compresses_to_the_known_size(deepseek_file):
     engram = EngramTokenizer.from_pretrained(deepseek_file.parent)
     assert (len(engram), engram.compressed_vocab_size) == (129_280, 99_092)
     assert str(engram.compression_summary()).startswith("129,280 token ids -> 99,092 compressed ids (23.35% fewer)")
@@ -231,12 +232,12 @@ def test_compress_keeps_kind_shape_dtype(engram):
         (["a"], "integer token ids"),
     ],
 )
-def test_compress_refuses_what_is_no_token_id(engram, ids, message):
+def test_compress_refuses_values_that_are_not_token_ids(engram, ids, message):
     with pytest.raises(ValueError, match=message):
         engram.compress(ids)
 
 
-def test_compressed_tokens_are_exactly_the_group(engram):
+def test_compressed_tokens_returns_exactly_the_group(engram):
     vocabulary = engram.get_vocab()
     the = engram.compress(vocabulary["the"])
     tokens = engram.compressed_tokens(the)
@@ -259,7 +260,7 @@ def test_summary_counts_and_shows_the_largest_groups(engram):
     assert len(str(summary).splitlines()) == 4
 
 
-def test_added_tokens_extend_the_map_and_nothing_is_renumbered(engram, tmp_path):
+def test_added_tokens_extend_the_map_without_renumbering(engram, tmp_path):
     before = engram.token_map
     return_id = engram.get_vocab()["return"]
     assert engram.add_tokens(["ReTuRN", AddedToken("<tool>", normalized=False)]) == 2
@@ -279,7 +280,7 @@ def test_added_tokens_extend_the_map_and_nothing_is_renumbered(engram, tmp_path)
 # --- saving and loading -----------------------------------------------------------------------------------------------
 
 
-def test_saving_writes_map_and_code_flat_and_names_the_map(engram, tmp_path):
+def test_save_pretrained_writes_map_and_code_and_names_the_map(engram, tmp_path):
     files = engram.save_pretrained(tmp_path)
     names = {Path(file).name for file in files}
     assert TOKEN_MAP_FILE in names and all(Path(file).is_file() for file in files)
@@ -290,8 +291,8 @@ def test_saving_writes_map_and_code_flat_and_names_the_map(engram, tmp_path):
     assert config["auto_map"] == {"AutoTokenizer": ["tokenization_engram.EngramTokenizer", None]}
 
 
-def test_push_to_hub_sees_a_new_map(engram, tmp_path):
-    """It uploads what changed since `save_pretrained` began, so the inherited method has to be the one that writes."""
+def test_push_to_hub_uploads_a_new_map(engram, tmp_path):
+    """It uploads what changed since `save_pretrained` began, so the inherited method must be the one that writes."""
     assert EngramTokenizer.save_pretrained is PreTrainedTokenizerFast.save_pretrained
     engram.save_pretrained(tmp_path)
     before = engram._get_files_timestamps(tmp_path)
@@ -300,7 +301,7 @@ def test_push_to_hub_sees_a_new_map(engram, tmp_path):
     assert (tmp_path / TOKEN_MAP_FILE).stat().st_mtime > before[TOKEN_MAP_FILE]
 
 
-def test_a_plain_folder_is_wrapped(plain, texts, tmp_path):
+def test_from_pretrained_wraps_a_plain_folder(plain, texts, tmp_path):
     plain.save_pretrained(tmp_path)
     engram = EngramTokenizer.from_pretrained(tmp_path)
     assert type(engram) is EngramTokenizer
@@ -308,12 +309,12 @@ def test_a_plain_folder_is_wrapped(plain, texts, tmp_path):
     assert torch.equal(engram.token_map, EngramTokenizer.from_tokenizer(plain).token_map)
 
 
-def test_a_saved_folder_still_loads_as_a_plain_tokenizer(plain, engram, texts, tmp_path):
+def test_saved_folder_loads_as_a_plain_tokenizer(plain, engram, texts, tmp_path):
     engram.save_pretrained(tmp_path)
     assert_same_behaviour(PreTrainedTokenizerFast.from_pretrained(tmp_path), plain, texts)
 
 
-def test_tokens_named_while_loading_extend_the_map(engram, tmp_path):
+def test_tokens_added_while_loading_extend_the_map(engram, tmp_path):
     engram.save_pretrained(tmp_path)
     loaded = EngramTokenizer.from_pretrained(tmp_path, sep_token="<sep>", extra_special_tokens=["<PAD>"])
     assert len(loaded) == len(engram) + 2
@@ -321,7 +322,7 @@ def test_tokens_named_while_loading_extend_the_map(engram, tmp_path):
     assert loaded.compress(loaded.get_vocab()["<PAD>"]) == engram.compress(engram.pad_token_id)
 
 
-def test_the_map_of_another_tokenizer_is_never_used_nor_rebuilt(engram, stdlib_backend, tmp_path):
+def test_map_of_another_tokenizer_is_refused(engram, stdlib_backend, tmp_path):
     engram.save_pretrained(tmp_path)
     tokenizer_json = json.loads((tmp_path / "tokenizer.json").read_text())
     vocabulary = tokenizer_json["model"]["vocab"]
@@ -341,8 +342,8 @@ def test_the_map_of_another_tokenizer_is_never_used_nor_rebuilt(engram, stdlib_b
         EngramTokenizer.from_pretrained(tmp_path)
 
 
-def test_an_added_token_of_the_vocabulary_keeps_its_old_number(engram, tmp_path):
-    """As an added token it decodes differently (its raw spelling), but the table was trained with the old number."""
+def test_added_token_of_the_vocabulary_keeps_its_old_id(engram, tmp_path):
+    """As an added token it decodes differently (its raw spelling), but the table was trained with the old id."""
     before = engram.token_map
     size = len(engram)
     engram.add_tokens(["Ġthe"])
@@ -374,7 +375,7 @@ def test_slow_tokenizers_and_other_objects_are_refused():
         EngramTokenizer.from_tokenizer(Tokenizer(models.BPE()))
 
 
-def test_python_overrides_are_refused_not_lost(plain, tmp_path):
+def test_tokenizers_with_python_overrides_are_refused(plain, tmp_path):
     class Shouting(PreTrainedTokenizerFast):
         def _decode(self, *args, **kwargs):
             return super()._decode(*args, **kwargs).upper()
@@ -389,12 +390,13 @@ def test_python_overrides_are_refused_not_lost(plain, tmp_path):
     assert without("the")["input_ids"] == code_llama("the")["input_ids"]
 
 
-# --- beside the rest of the ecosystem ---------------------------------------------------------------------------------
+# --- other libraries
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_copies_and_loader_workers(engram, texts):
-    """A spawned worker gets the tokenizer as a collator would take it there."""
+def test_copies_and_data_loader_workers(engram, texts):
+    """A spawned worker receives the tokenizer as part of a collator."""
     copied = copy.deepcopy(engram)
     copied.add_tokens(["<copy only>"])
     assert len(copied.token_map) == len(engram.token_map) + 1
@@ -424,6 +426,6 @@ def test_language_modeling_collator(engram, texts):
     assert (masked["input_ids"] == engram.mask_token_id).any()
 
 
-def test_docstring_examples_are_true():
+def test_docstring_examples_run():
     result = doctest.testmod(module)
     assert result.attempted >= 8 and result.failed == 0

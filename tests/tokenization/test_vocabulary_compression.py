@@ -1,4 +1,4 @@
-"""The algorithm: known answers, the fast path against its definition, growth, holes."""
+"""Vocabulary compression: known answers, the fast path against its definition, growth, missing ids."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from engram_hf.tokenization import EngramTokenizer
 from engram_hf.tokenization import vocabulary_compression as vc
 
 
-def test_the_real_tokenizer_has_the_known_map(deepseek, golden):
+def test_real_tokenizer_has_the_known_map(deepseek, golden):
     known = json.loads((golden / "known_answers/hashing.json").read_text())
     token_map = vc.build_token_map(deepseek)
     assert len(token_map) == known["tokenizer_vocab_size"] == 129_280
@@ -26,7 +26,7 @@ def test_the_real_tokenizer_has_the_known_map(deepseek, golden):
     assert vc.map_digest(token_map) == known["token_map_sha256_int32_le"]
 
 
-def test_the_miniature_tokenizer_has_the_golden_map(golden):
+def test_miniature_tokenizer_has_the_golden_map(golden):
     folder = golden / "deepseek_v41_tiny"
     token_map = vc.build_token_map(Tokenizer.from_file(str(folder / "tokenizer.json")))
     expected = load_file(folder / "golden.safetensors")["engram.token_map"]
@@ -42,7 +42,7 @@ def test_fast_keys_equal_the_definition_for_every_id(name, request):
 
 
 def test_joined_normalization_equals_one_call_per_text():
-    """Every character of the basic plane alone and between others, then random strings of the awkward ones."""
+    """Every character of the basic plane is tried alone and between others, then random strings of difficult ones."""
     plane = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
     awkward = list(vc.WHITESPACE) + list("aÅΣσς\u0301\u0327\u1100\u1161\u11a8ﬁ½İǅ\x1c\x1f\0\u200b\ue000\ue001\ufffd")
     draw = random.Random(0)
@@ -68,15 +68,15 @@ def test_texts_with_a_reserved_character_are_normalized_alike(reserved):
         ("ﬁ", "fi"),
         (" ", " "),
         ("\t\r\n ", " "),
-        ("\u3000", " "),  # NFKC makes it a plain space first
-        ("\u2028", ""),  # stripped, but not one of the characters that become a space
+        ("\u3000", " "),  # NFKC makes it a plain space first.
+        ("\u2028", ""),  # It is stripped, but is not one of the characters that become a space.
         ("a\t\n b", "a b"),
         ("a\vb", "a\vb"),
         ("\u0301", ""),
-        ("\x1c", "\x1c"),  # Python would strip it, Rust does not
+        ("\x1c", "\x1c"),  # Python would strip it, Rust does not.
     ],
 )
-def test_normalization_by_hand(text, normalized):
+def test_normalization_of_known_texts(text, normalized):
     assert vc.NORMALIZER.normalize_str(text) == normalized
     assert vc.normalize_all([text]) == [normalized]
 
@@ -85,7 +85,7 @@ def word_level(vocabulary: dict[str, int]) -> Tokenizer:
     return Tokenizer(models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
 
 
-def test_an_empty_result_falls_back_to_the_text_and_partial_bytes_to_the_token():
+def test_empty_result_falls_back_to_the_text_and_partial_bytes_to_the_token():
     tokenizer = word_level({"\u0301": 0, "\u0327": 1, "\u0301\u0301": 2})
     assert vc.build_token_map(tokenizer).tolist() == [0, 1, 2], "accents alone are different tokens"
     tokenizer = Tokenizer(models.BPE({"Ã": 0, "©": 1, "Ã©": 2, "Ġ": 3, "é": 4}, [("Ã", "©")]))
@@ -94,7 +94,7 @@ def test_an_empty_result_falls_back_to_the_text_and_partial_bytes_to_the_token()
     assert vc.build_token_map(tokenizer).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_growing_in_steps_gives_the_map_of_the_whole():
+def test_extending_in_steps_gives_the_map_of_the_whole():
     tokenizer = word_level({"the": 0, "cat": 1})
     token_map = vc.build_token_map(tokenizer)
     for added in (["THE", "dog"], ["Dog", "<new>"], ["CAT", "<NEW>", "bird"]):
@@ -106,17 +106,17 @@ def test_growing_in_steps_gives_the_map_of_the_whole():
     assert token_map.tolist() == vc.build_token_map(tokenizer).tolist()
 
 
-def test_a_smaller_tokenizer_than_the_map_is_refused():
+def test_tokenizer_smaller_than_the_map_is_refused():
     with pytest.raises(ValueError, match="covers 3 ids but the tokenizer now has 2"):
         vc.build_token_map(word_level({"a": 0, "b": 1}), np.arange(3))
 
 
-def test_ids_with_holes_reach_the_largest_id():
+def test_vocabulary_with_missing_ids_reaches_the_largest_id():
     token_map = vc.build_token_map(word_level({"a": 0, "A": 3, "b": 5}))
     assert token_map.tolist() == [0, 1, 1, 0, 1, 2]
 
 
-def test_map_file_is_int32_and_leaves_nothing_unfinished(tmp_path, stdlib_backend):
+def test_map_file_is_int32_and_leaves_no_temporary_file(tmp_path, stdlib_backend):
     token_map = vc.build_token_map(stdlib_backend)
     path = tmp_path / vc.TOKEN_MAP_FILE
     vc.write_token_map(path, token_map, stdlib_backend)
@@ -129,7 +129,7 @@ def test_map_file_is_int32_and_leaves_nothing_unfinished(tmp_path, stdlib_backen
 
 @pytest.mark.slow
 def test_every_save_gives_the_same_bytes(tmp_path, stdlib_backend):
-    """In other processes too, whose hashes of strings are seeded otherwise."""
+    """Other processes seed the hashes of strings differently."""
     plain = PreTrainedTokenizerFast(tokenizer_object=stdlib_backend)
     EngramTokenizer.from_tokenizer(plain).save_pretrained(tmp_path / "saved")
     code = """
@@ -151,7 +151,7 @@ for number in range(4):
     assert len(again) == 8 and set(again) == {(tmp_path / "saved" / vc.TOKEN_MAP_FILE).read_bytes()}
 
 
-def test_a_map_file_by_another_writer_is_read(tmp_path, stdlib_backend):
+def test_map_file_by_another_writer_is_read(tmp_path, stdlib_backend):
     """Earlier files were written by safetensors, with the members of the metadata in any order."""
     path, token_map = tmp_path / vc.TOKEN_MAP_FILE, vc.build_token_map(stdlib_backend)
     metadata = {
@@ -163,7 +163,7 @@ def test_a_map_file_by_another_writer_is_read(tmp_path, stdlib_backend):
     assert vc.read_token_map(path, stdlib_backend).tolist() == token_map.tolist()
 
 
-def test_every_bit_of_the_map_file_is_guarded(tmp_path, stdlib_backend):
+def test_every_changed_bit_of_the_map_file_is_refused(tmp_path, stdlib_backend):
     path = tmp_path / vc.TOKEN_MAP_FILE
     vc.write_token_map(path, vc.build_token_map(stdlib_backend), stdlib_backend)
     good = path.read_bytes()
@@ -178,7 +178,7 @@ def test_every_bit_of_the_map_file_is_guarded(tmp_path, stdlib_backend):
         vc.read_token_map(path, stdlib_backend)
 
 
-def test_a_map_of_another_vocabulary_is_refused(tmp_path):
+def test_map_of_another_vocabulary_is_refused(tmp_path):
     path = tmp_path / vc.TOKEN_MAP_FILE
     made_for = word_level({"a": 0, "b": 1, "c": 2})
     vc.write_token_map(path, vc.build_token_map(made_for), made_for)

@@ -1,8 +1,8 @@
 """Run the common tests of transformers on models with memory: `python tests/upstream` (or `make test-upstream`).
 
 The tests are those of the installed version of transformers, from its source distribution. Each of them runs on a bare
-backbone and on the same backbone with memory. A test that passes on the first and fails on the second has to stand in
-`excused.toml`, with the reason; an entry there whose test passes is out of date. Both end with exit code 1.
+backbone and on the same backbone with memory. A test that passes on the first and fails on the second must be listed
+in `excused.toml`, with the reason; an entry there whose test passes is out of date. Both end with exit code 1.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_tests(folder: Path, arguments: argparse.Namespace) -> dict[str, dict]:
-    """Outcome and message of every test, by the name that pytest gives it."""
+    """Return the outcome and message of every test, by pytest's name of it."""
     outcomes = folder / "outcomes.json"
     outcomes.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--no-header", "-p", "no:warnings"]
@@ -43,14 +43,14 @@ def run_tests(folder: Path, arguments: argparse.Namespace) -> dict[str, dict]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(folder), str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
-        # The common tests that fetch something fail on the bare backbone too, and soon.
+        # The common tests that download something fail on the bare backbone too, and quickly.
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     with (folder / "pytest.log").open("w") as log:
         code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    # 0: all passed, 1: some failed. Anything else means that tests did not run.
+    # Exit code 0: all passed, 1: some failed. Any other code means that tests did not run.
     if code not in (0, 1) or not outcomes.is_file():
         raise SystemExit(f"pytest ended with exit code {code}; see {folder / 'pytest.log'}")
     return json.loads(outcomes.read_text())

@@ -1,4 +1,4 @@
-"""Bare configs and configs with memory for transformers' tests, and initial weights with which the memory has a say."""
+"""Bare configs and configs with memory for transformers' tests, and initial weights with which the memory matters."""
 
 import torch
 from tiny_backbones import BACKBONES, engram_config
@@ -16,38 +16,38 @@ INITIALIZER_RANGE = 0.1
 
 
 def bare_config(name: str):
-    """The backbone's own config."""
+    """Return the backbone's own config."""
     config = BACKBONES[name]()
     config.initializer_range = INITIALIZER_RANGE
     return config
 
 
 def memory_config(name: str):
-    """The same backbone with memory, with a convolution."""
+    """Return the config of the same backbone with memory, with a convolution."""
     config = engram_config(name, "paper")
     config.text_config.initializer_range = INITIALIZER_RANGE
     return config
 
 
 def bare_classes(name: str) -> tuple[type, type]:
-    """The backbone's classes without and with a head."""
+    """Return the backbone's classes without and with a head."""
     config_class = type(bare_config(name))
     return AutoModel._model_mapping[config_class], AutoModelForCausalLM._model_mapping[config_class]
 
 
 def memory_classes(name: str) -> tuple[type, type]:
-    """The classes that models of ours are of, without and with a head: what is asked of a class depends on the backbone."""
+    """Return the classes of our models, without and with a head: the requirements of a class depend on the backbone."""
     return type(EngramModel(memory_config(name))), type(EngramForCausalLM(memory_config(name)))
 
 
 def named_classes(classes: tuple[type, type]) -> tuple[type, type]:
-    """The classes that a module has by name, of which models become instances of `classes`."""
+    """Return the classes that a module has by name, of which models become instances of `classes`."""
     return (EngramModel, EngramForCausalLM) if issubclass(classes[0], EngramModel) else classes
 
 
 def wake() -> None:
-    """Have new memories start with random convolutions and large rows, where a convolution starts as zero otherwise."""
-    # The common tests ask for no loss of classes that are named here: of models without a head.
+    """Initialize new memories with random convolutions and large rows, where a convolution starts as zero otherwise."""
+    # The common tests compute no loss of classes that are named here: of models without a head.
     MODEL_MAPPING_NAMES.setdefault(EngramConfig.model_type, EngramModel.__name__)
     for owner in {_owner_of_initialization(kind) for kind in (EngramModel, EngramForCausalLM)}:
         owner._init_weights = _waking(owner._init_weights)

@@ -12,20 +12,20 @@ FIELDS = {"test", "backbones", "transformers", "reason"}
 
 @dataclass(frozen=True)
 class Excuse:
-    """One entry: a pattern of test names, the backbones it holds for (empty: all), and why."""
+    """One entry: a pattern of test names, its backbones (empty: all), and the reason."""
 
     test: str
     reason: str
     backbones: tuple[str, ...] = ()
 
     def covers(self, backbone: str, test: str) -> bool:
-        """Whether the entry speaks of this test on this backbone."""
+        """Return whether the entry covers this test on this backbone."""
         return fnmatchcase(test, self.test) and (not self.backbones or backbone in self.backbones)
 
 
 @dataclass
 class Excuses:
-    """The entries that hold for one version of transformers, and those of which a test has made use."""
+    """The entries that hold for one version of transformers, and those that a test has used."""
 
     entries: list[Excuse]
     used: set[tuple[Excuse, str]] = field(default_factory=set)
@@ -35,7 +35,7 @@ class Excuses:
         """Read the entries for `version`.
 
         Raises:
-            ValueError: an entry has no reason, or a field that is not known.
+            ValueError: an entry has no reason, or an unknown field.
         """
         entries = []
         for entry in tomllib.loads(path.read_text(encoding="utf-8")).get("excused", []):
@@ -48,13 +48,13 @@ class Excuses:
         return cls(entries)
 
     def excuses(self, backbone: str, test: str) -> bool:
-        """Whether some entry covers the test; the entry then counts as used for this backbone."""
+        """Return whether some entry covers the test; the entry then counts as used for this backbone."""
         found = [entry for entry in self.entries if entry.covers(backbone, test)]
         self.used.update((entry, backbone) for entry in found)
         return bool(found)
 
     def unused(self, backbones: list[str]) -> list[str]:
-        """Entries that no failing test needed, as sentences."""
+        """Return the entries that no failing test needed, as sentences."""
         lines = []
         for entry in self.entries:
             idle = [name for name in entry.backbones or backbones if (entry, name) not in self.used]

@@ -1,4 +1,4 @@
-"""A pytest plugin: write the outcome of every test to a JSON file."""
+"""A pytest plugin that writes the outcome of every test to a JSON file."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if not hasattr(config, "workerinput"):  # not in the processes of xdist, whose reports arrive here
+    if not hasattr(config, "workerinput"):  # It does not run in the processes of xdist, whose reports arrive here.
         config.pluginmanager.register(Outcomes(config.getoption("outcomes")))
 
 
 class Outcomes:
-    """The worst outcome of each test: of its setup, call, teardown and subtests."""
+    """Records the worst outcome of each test: of its setup, call, teardown and subtests."""
 
     def __init__(self, path: Path):
         self.path = path

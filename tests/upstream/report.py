@@ -1,4 +1,4 @@
-"""What became of each test on the bare backbone and with memory, as a table and an exit code."""
+"""Compare the outcome of each test on the bare backbone and with memory; print a table and return an exit code."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from excuses import Excuses
 
 @dataclass
 class Row:
-    """One backbone."""
+    """The outcomes of one backbone."""
 
     passed_bare: int = 0
     passed_with_memory: int = 0
@@ -16,11 +16,11 @@ class Row:
 
 
 def compare(outcomes: dict[str, dict], excuses: Excuses) -> tuple[dict[str, Row], Excuses]:
-    """Set the two outcomes of each test beside each other.
+    """Compare the two outcomes of each test.
 
     Args:
         outcomes: by pytest's name of the test, whose class is called `Bare_<backbone>` or `Memory_<backbone>`.
-        excuses: the list of failures that are known.
+        excuses: the list of known failures.
     """
     by_test: dict[tuple[str, str], dict[str, dict]] = {}
     for name, outcome in outcomes.items():
@@ -44,7 +44,7 @@ def compare(outcomes: dict[str, dict], excuses: Excuses) -> tuple[dict[str, Row]
 
 
 def print_report(compared: tuple[dict[str, Row], Excuses], version: str, complete: bool) -> int:
-    """Print the table; 1 if a failure is not in the list or, after a complete run, an entry of the list is not needed."""
+    """Print the table; return 1 if a failure is not listed or, after a complete run, an entry is not needed."""
     rows, excuses = compared
     print(f"transformers {version}")
     print(f"{'backbone':<24}{'passed bare':>12}{'with memory':>13}{'excused':>9}{'failed':>8}")

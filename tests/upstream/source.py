@@ -1,4 +1,4 @@
-"""The test files of the installed transformers, out of its source distribution."""
+"""Download the test files of the installed transformers from its source distribution."""
 
 import importlib.metadata
 import shutil
@@ -8,16 +8,16 @@ import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
-# `transformers.testing_utils` looks for a folder whose name ends in "tests" above the file that asks.
+# `transformers.testing_utils` looks for a folder whose name ends in "tests" above the calling file.
 PACKAGE = "transformers_tests"
 
 
 def unpack_tests(cache: Path, stand_ins: Path) -> tuple[str, Path]:
-    """The version of transformers, and a folder that holds its tests as the package `transformers_tests`.
+    """Return the version of transformers, and a folder with its tests as the package `transformers_tests`.
 
     Args:
         cache: where the tests of each version are kept.
-        stand_ins: files in place of those that the tests import but the distribution lacks.
+        stand_ins: files that replace those that the tests import but the distribution lacks.
     """
     version = importlib.metadata.version("transformers")
     folder = cache / version
@@ -57,7 +57,7 @@ def _unpack(archive: Path, target: Path) -> None:
 
 
 def _fill_in(package: Path, stand_ins: Path) -> None:
-    """Copy the stand-ins into the package."""
+    """Copy the replacement files into the package."""
     (package / "__init__.py").touch()
     for path in sorted(stand_ins.rglob("*")):
         target = package / path.relative_to(stand_ins)

@@ -1,11 +1,11 @@
-"""transformers' common tests of configs, on those of bare backbones and on those that add memory."""
+"""Run transformers' common tests of configs on those of bare backbones and on those that add memory."""
 
 import unittest
 
 import awake
 from transformers_tests.test_configuration_common import ConfigTester
 
-# Not arguments of a config but what saving adds, and numbers as keys, which JSON makes strings of.
+# These are fields that saving adds, and dictionaries with numbers as keys, which JSON converts to strings.
 LEFT_OUT = ("model_type", "transformers_version", "_name_or_path", "id2label")
 
 
@@ -16,7 +16,7 @@ def _common_tests() -> list[str]:
 def _test(method: str, make_config):
     def run(self):
         config = make_config(self.backbone)
-        self.model_tester = self  # one of the tests asks for `model_tester.get_config()`
+        self.model_tester = self  # One of the tests calls `model_tester.get_config()`.
         self.get_config = lambda: make_config(self.backbone)
         fields = {key: value for key, value in config.to_dict().items() if key not in LEFT_OUT and value is not None}
         getattr(ConfigTester(self, config_class=type(config), **fields), method)()

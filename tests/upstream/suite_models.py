@@ -1,4 +1,6 @@
-"""transformers' common, training and tensor-parallel tests of models, on bare backbones and on the same with memory."""
+"""Run transformers' common, training and tensor-parallel tests of models on bare backbones and on the same with
+memory.
+"""
 
 import copy
 import unittest
@@ -17,7 +19,7 @@ awake.wake()
 
 
 class ModelTester:
-    """What the mix-ins ask about a model."""
+    """Answers the questions of the mix-ins about a model."""
 
     batch_size = 3
     seq_length = 8
@@ -35,33 +37,33 @@ class ModelTester:
         self.num_attention_heads = text_config.num_attention_heads
 
     def get_config(self):
-        """A new copy of the config."""
+        """Return a new copy of the config."""
         return copy.deepcopy(self.config)
 
     def prepare_config_and_inputs_for_common(self):
-        """A config, and ids without special tokens, all of them read."""
+        """Return a config, and ids without special tokens and padding."""
         ids = torch.randint(3, self.vocab_size, (self.batch_size, self.seq_length), device=torch_device)
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def prepare_config_and_inputs_for_model_class(self, _model_class):
-        """The same for every class."""
+        """Return the same for every class."""
         return self.prepare_config_and_inputs_for_common()
 
 
 class CommonTests(ModelTesterMixin, TrainingTesterMixin, TensorParallelTesterMixin):
-    """Every test for one backbone; subclasses say which models they are about."""
+    """Runs every test for one backbone; subclasses name their models."""
 
     backbone: str
     make_config = None
-    # Not every expert is chosen by every batch.
+    # Not every batch chooses every expert.
     test_all_params_have_gradient = False
-    # Run the test of initialization whatever year the file of the config names.
+    # The test of initialization runs whatever year the file of the config names.
     test_can_init_all_missing_weights_before_2023 = True
     model_tester = None
 
     def setUp(self):
         """Make the tester of this test."""
-        if self._testMethodName.startswith("test_tp"):  # these send the classes to other processes, by name
+        if self._testMethodName.startswith("test_tp"):  # These tests send the classes to other processes, by name.
             self.all_model_classes = awake.named_classes(self.all_model_classes)
         self.model_tester = ModelTester(self, type(self).make_config(self.backbone), *self.all_model_classes)
 
@@ -81,18 +83,18 @@ for _name in awake.NAMES:
 
 
 class Bare_awake(unittest.TestCase):
-    """The counterpart of `Memory_awake`, of which nothing is asked."""
+    """Bare counterpart of `Memory_awake`; it requires nothing."""
 
     def test_memory_changes_the_logits(self):
-        """Holds of any model."""
+        """Pass for any model."""
 
 
 class Memory_awake(unittest.TestCase):
-    """A run whose memory does nothing would pass and prove nothing."""
+    """Checks that memory matters: a run without its effect would pass and prove nothing."""
 
     @torch.no_grad()
     def test_memory_changes_the_logits(self):
-        """With zero rows instead of random ones, every model says something else."""
+        """Zero rows instead of random ones change every model's logits."""
         for name in awake.NAMES:
             with self.subTest(name):
                 model = awake.memory_classes(name)[-1](awake.memory_config(name)).eval()

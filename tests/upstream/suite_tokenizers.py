@@ -1,4 +1,4 @@
-"""transformers' common tests of tokenizers, on a bare tokenizer and on the same one as `EngramTokenizer`."""
+"""Run transformers' common tests of tokenizers on a bare tokenizer and on the same one as `EngramTokenizer`."""
 
 import unittest
 
@@ -10,9 +10,9 @@ from engram_hf import EngramTokenizer
 
 
 class CommonTests(TokenizerTesterMixin):
-    """The mix-in saves a tokenizer from the Hub to its folder; ours is put there."""
+    """The mix-in saves a tokenizer from the Hub to its folder; ours replaces it."""
 
-    # What is asked of one kind of tokenizer only (slow, sentencepiece, another library's) is skipped by these.
+    # Tests for one kind of tokenizer only (slow, sentencepiece, another library's) are skipped by these.
     test_seq2seq = False
     test_tokenizer_from_extractor = False
 
@@ -29,12 +29,12 @@ class CommonTests(TokenizerTesterMixin):
 
 
 class Bare_tokenizer(CommonTests, unittest.TestCase):
-    """Without memory."""
+    """The tokenizer is bare."""
 
     tokenizer_class = PreTrainedTokenizerFast
 
 
 class Memory_tokenizer(CommonTests, unittest.TestCase):
-    """With it."""
+    """The tokenizer has compressed ids."""
 
     tokenizer_class = EngramTokenizer

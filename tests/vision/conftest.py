@@ -1,4 +1,4 @@
-"""The miniature with images: its golden tensors, its tensors by release name, and its models."""
+"""Provide the miniature with images: its golden tensors, its tensors by release name, and its models."""
 
 import json
 
@@ -38,7 +38,7 @@ def tower(release, config):
 
 @pytest.fixture
 def model(release, config):
-    """The miniature without memory: text model, tower, delimiters."""
+    """Return the miniature without memory: text model, tower, delimiters."""
     model = DeepseekV41ForConditionalGeneration(config).eval()
     vision = {f"model.{model_name(name)}": tensor for name, tensor in release.items() if model_name(name)}
     model.load_state_dict({**text_state_dict(release, config), **vision}, strict=True)
@@ -47,7 +47,7 @@ def model(release, config):
 
 @pytest.fixture(scope="session")
 def upstream(folder, tmp_path_factory):
-    """The release's folder."""
+    """Return the release's folder."""
     return copy_release(folder, tmp_path_factory.mktemp("upstream") / "tiny")
 
 
@@ -58,13 +58,13 @@ def converted_as(upstream, target, *options: str):
 
 @pytest.fixture(scope="session")
 def float32(upstream, tmp_path_factory):
-    """Its conversion with dequantized weights."""
+    """Convert it with dequantized weights."""
     return converted_as(upstream, tmp_path_factory.mktemp("float32") / "tiny", "--dtype", "float32")
 
 
 @pytest.fixture(scope="session")
 def kept(upstream, tmp_path_factory):
-    """Its conversion with quantized weights."""
+    """Convert it with quantized weights."""
     return converted_as(upstream, tmp_path_factory.mktemp("kept") / "tiny")
 
 

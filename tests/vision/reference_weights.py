@@ -1,4 +1,4 @@
-"""Our names for the miniature's vision tensors, written from the specification apart from the converter."""
+"""Our names for the miniature's vision tensors, written from the specification independently of the converter."""
 
 import re
 
@@ -26,18 +26,18 @@ BLOCK_NAMES = {
 
 
 def tower_name(name: str) -> str | None:
-    """Name in `DeepseekV41VisionModel` of a release tensor, or None."""
+    """Return the name in `DeepseekV41VisionModel` of a release tensor, or None."""
     match = re.fullmatch(r"vision\.blocks\.(\d+)\.(.+)", name)
     return f"layers.{match[1]}.{BLOCK_NAMES[match[2]]}" if match else TOWER_NAMES.get(name)
 
 
 def tower_state_dict(release: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict of `DeepseekV41VisionModel` in float32, of the release's tensors by their names."""
+    """Return the state dict of `DeepseekV41VisionModel` in float32 from the release's tensors by name."""
     return {tower_name(name): tensor for name, tensor in release.items() if tower_name(name)}
 
 
 def model_name(name: str) -> str | None:
-    """Name in `DeepseekV41Model` of a release tensor of the vision part, or None."""
+    """Return the name in `DeepseekV41Model` of a release tensor of the vision part, or None."""
     if name.startswith("image_"):
         return name
     return f"vision_tower.{tower_name(name)}" if tower_name(name) else None

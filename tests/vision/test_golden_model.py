@@ -1,4 +1,4 @@
-"""The miniature with memory, images and drafts, as people open it: converted or as the release, through the Auto classes."""
+"""The miniature with memory, images and drafts, opened through the Auto classes: converted, or as the release."""
 
 import json
 
@@ -36,8 +36,8 @@ def model(float32):
 
 @pytest.mark.parametrize("kind", ["upstream", "kept", "float32"])
 @torch.no_grad()
-def test_golden_logits(request, answers, kind):
-    """The release's folder itself, its conversion with quantized weights, and dequantized."""
+def test_logits_with_images_equal_the_golden_ones(request, answers, kind):
+    """The release's folder, its quantized conversion and its dequantized conversion are loaded."""
     model = load(request.getfixturevalue(kind))
     assert isinstance(model, EngramForConditionalGeneration) and type(model.config).__name__ == "EngramConfig"
     floats = {tensor.dtype for name, tensor in model.named_parameters() if ".engram.table." not in name}
@@ -48,7 +48,7 @@ def test_golden_logits(request, answers, kind):
         torch.testing.assert_close(logits[real], answers[f"{case}.logits"][real], atol=1e-4, rtol=0)
 
 
-def test_golden_loss_and_gradients(model, answers):
+def test_loss_and_gradients_with_images_equal_the_golden_ones(model, answers):
     output = model(**inputs_of(answers, "two"), labels=answers["two.input_ids"], use_cache=False)
     torch.testing.assert_close(output.loss, answers["two.loss"], atol=1e-5, rtol=0)
     output.loss.backward()
@@ -64,7 +64,7 @@ def test_golden_loss_and_gradients(model, answers):
 
 
 @torch.no_grad()
-def test_golden_generation(model, answers):
+def test_generation_with_images_equals_the_golden_one(model, answers):
     output = model.generate(
         **inputs_of(answers, "generate"),
         max_new_tokens=24,
@@ -79,13 +79,14 @@ def test_golden_generation(model, answers):
 
 @pytest.mark.parametrize("size", [1, 5, 16])
 @torch.no_grad()
-def test_a_prompt_in_pieces(float32, answers, size):
-    """Memory and backbone go on across every cut, inside an image too.
+def test_prompt_with_images_in_chunks(float32, answers, size):
+    """Memory and backbone continue across every cut, inside an image too.
 
-    In float64: the rounding of caches is a step function, and float32 noise shows on some processors as a step.
+    The model is in float64: the rounding of caches is a step function, and on some processors float32 noise shows as a
+    step.
     """
     model = load(float32).double()
-    model.set_experts_implementation("eager")  # grouped products take no float64
+    model.set_experts_implementation("eager")  # Grouped matrix products do not support float64.
     inputs = inputs_of(answers, "two")
     features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_hws"])
     vectors, cache, logits = torch.cat(features.pooler_output), None, []
@@ -102,21 +103,21 @@ def test_a_prompt_in_pieces(float32, answers, size):
 
 @pytest.mark.parametrize("residency", ["mapped", "resident"])
 @torch.no_grad()
-def test_mapped_tables(float32, answers, residency):
+def test_mapped_tables_with_images(float32, answers, residency):
     model = load(float32, engram_residency=residency)
     logits = model(**inputs_of(answers, "two")).logits
     torch.testing.assert_close(logits, answers["two.logits"], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
-def test_beams(model, answers):
+def test_beam_search_with_images(model, answers):
     inputs = inputs_of(answers, "generate")
     beams = model.generate(**inputs, max_new_tokens=5, num_beams=3, num_return_sequences=3, **GREEDY)
     assert beams.shape == (3, 36) and len({tuple(row) for row in beams.tolist()}) == 3
 
 
 @torch.no_grad()
-def test_one_folder_as_text(float32, answers):
+def test_folder_with_images_opens_as_a_text_model(float32, answers):
     model = load(float32, AutoModelForCausalLM)
     assert isinstance(model, EngramForCausalLM) and not isinstance(model, EngramForConditionalGeneration)
     assert not any("vision" in name or "draft" in name for name in model.state_dict())
@@ -126,7 +127,7 @@ def test_one_folder_as_text(float32, answers):
     torch.testing.assert_close(model(row).logits, answers["batch.logits"][2:, :19], atol=1e-4, rtol=0)
 
 
-def test_half_a_tower_beside_memory_is_refused(model, tmp_path):
+def test_incomplete_tower_beside_memory_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path, state_dict={k: v for k, v in model.state_dict().items() if "aligner" not in k})
     with pytest.raises(ValueError, match="lacks 4 tensors of the vision tower"):
         AutoModelForImageTextToText.from_pretrained(tmp_path)
@@ -137,7 +138,7 @@ def test_half_a_tower_beside_memory_is_refused(model, tmp_path):
 
 @needs_auto_image_processor
 @pytest.mark.parametrize("kind", ["upstream", "kept", "float32"])
-def test_the_processor_of_a_folder(request, answers, folder, kind):
+def test_processor_of_a_folder(request, answers, folder, kind):
     processor = AutoProcessor.from_pretrained(request.getfixturevalue(kind))
     image = Image.fromarray(answers["processing.a.image"].numpy())
     (conversation, *_) = json.loads((folder / "golden_vl.json").read_text(encoding="utf-8"))["conversations"]
@@ -168,7 +169,7 @@ def test_pipeline(float32, answers):
 
 
 @torch.no_grad()
-def test_saved_and_loaded(model, answers, tmp_path):
+def test_model_with_images_saves_and_loads(model, answers, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert config["auto_map"]["AutoModelForImageTextToText"].endswith(".EngramForConditionalGeneration")
@@ -176,7 +177,7 @@ def test_saved_and_loaded(model, answers, tmp_path):
     torch.testing.assert_close(again(**inputs_of(answers, "two")).logits, answers["two.logits"], atol=1e-4, rtol=0)
 
 
-def test_the_release_comes_back_byte_for_byte(upstream, kept, tmp_path):
+def test_release_with_images_exports_byte_for_byte(upstream, kept, tmp_path):
     assert export_deepseek_v41.main([str(kept), str(tmp_path / "back")]) == 0
     names = sorted(path.name for path in upstream.iterdir())
     assert sorted(path.name for path in (tmp_path / "back").iterdir() if path.name in names) == names
@@ -189,8 +190,8 @@ def test_the_release_comes_back_byte_for_byte(upstream, kept, tmp_path):
 
 @pytest.mark.parametrize("kind", ["upstream", "kept", "float32"])
 @torch.no_grad()
-def test_golden_drafts(request, answers, kind):
-    """Round by round the drafts, the counts and the tokens of the oracle; the layers are loaded at their first use."""
+def test_drafts_with_images_equal_the_golden_ones(request, answers, kind):
+    """Drafts, counts and tokens equal the oracle's in every round; the layers are loaded at their first use."""
     model = load(request.getfixturevalue(kind))
     assert model.draft is None
     inputs = inputs_of(answers, "generate")
@@ -204,14 +205,14 @@ def test_golden_drafts(request, answers, kind):
     for drafts, tokens, confidence in full:
         assert torch.equal(drafts.tokens[0], tokens)
         torch.testing.assert_close(drafts.confidence[0], confidence, atol=1e-4, rtol=0)
-    assert torch.equal(last[0].tokens[0], last[1][: last[0].tokens.shape[1]])  # as many as are still wanted
+    assert torch.equal(last[0].tokens[0], last[1][: last[0].tokens.shape[1]])  # The rest of the block is still wanted.
     accepted = [count for _, count in model.draft_report.rounds]
     assert accepted[:-1] == answers["speculate.accepted"][:-1].tolist()
-    assert accepted[-1] == 2  # a third would have been one token too many
+    assert accepted[-1] == 2  # A third draft would have exceeded the length.
 
 
 @torch.no_grad()
-def test_drafts_are_loaded_at_their_first_use(model, float32, answers):
+def test_draft_layers_are_loaded_at_their_first_use(model, float32, answers):
     fresh = load(float32)
     new = fresh.generate(**inputs_of(answers, "generate"), max_new_tokens=8, use_mtp=True, **GREEDY)
     assert torch.equal(new, answers["generate.sequences"][:, :39])
@@ -224,7 +225,7 @@ def test_drafts_are_loaded_at_their_first_use(model, float32, answers):
 
 @torch.no_grad()
 def test_drafts_read_the_right_features(model, float32, answers):
-    """Mean streams entering layers 6, 7, 8, of a prompt with an image."""
+    """They read the mean streams entering layers 6, 7, 8, of a prompt with an image."""
     output = model(**inputs_of(answers, "draft"), output_hidden_states=True)
     features = torch.cat([output.hidden_states[layer].mean(2) for layer in (6, 7, 8)], dim=-1)
     torch.testing.assert_close(features, answers["draft.target_hidden"], atol=1e-4, rtol=0)

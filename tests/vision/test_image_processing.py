@@ -1,4 +1,4 @@
-"""Image processing against the golden plans and pixels, and what is refused."""
+"""Image processing against the golden plans and pixels, and the images it refuses."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ def picture(width: int = 30, height: int = 40, mode: str = "RGB") -> Image.Image
 
 
 @pytest.mark.parametrize("limits", ["release", "tiny"])
-def test_every_plan(answers, config, limits):
+def test_every_resize_plan_matches_the_oracle(answers, config, limits):
     processor = DeepseekV41ImageProcessor.from_vision_config(
         config.vision_config if limits == "tiny" else DeepseekV41VisionConfig()
     )
@@ -43,7 +43,7 @@ def test_every_plan(answers, config, limits):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_every_pixel(answers, processor, name):
+def test_every_pixel_matches_the_oracle(answers, processor, name):
     array = answers[f"processing.{name}.image"].numpy()
     for image in (Image.fromarray(array), array, torch.from_numpy(array)):
         result = processor(image, return_tensors="pt")
@@ -53,7 +53,7 @@ def test_every_pixel(answers, processor, name):
         assert result["image_grid_hws"].tolist() == [answers[f"processing.{name}.grid"].tolist()]
 
 
-def test_several_images_follow_each_other(answers, processor):
+def test_several_images_are_concatenated(answers, processor):
     images = [Image.fromarray(answers[f"processing.{name}.image"].numpy()) for name in GOLDEN]
     result = processor([images[:4], images[4:]], return_tensors="pt")
     expected = torch.cat([answers[f"processing.{name}.pixel_values"] for name in GOLDEN])
@@ -61,7 +61,7 @@ def test_several_images_follow_each_other(answers, processor):
     assert result["image_grid_hws"].tolist() == [answers[f"processing.{name}.grid"].tolist() for name in GOLDEN]
 
 
-def test_numpy_has_the_same_values(answers, processor):
+def test_numpy_output_has_the_same_values(answers, processor):
     image = answers["processing.a.image"].numpy()
     for kind in ("np", None):
         values = processor(image, return_tensors=kind)["pixel_values"]
@@ -69,7 +69,7 @@ def test_numpy_has_the_same_values(answers, processor):
         assert np.array_equal(values, answers["processing.a.pixel_values"].float().numpy())
 
 
-def test_channels_first(answers, processor):
+def test_channels_first_images(answers, processor):
     image = answers["processing.a.image"]
     first, last = (processor(x, return_tensors="pt")["pixel_values"] for x in (image.permute(2, 0, 1), image))
     assert torch.equal(first, last)
@@ -78,7 +78,7 @@ def test_channels_first(answers, processor):
 # --- limits at the call
 
 
-def test_limits_can_be_set_at_the_call(processor):
+def test_limits_can_be_passed_to_the_call(processor):
     image = picture(300, 200)
     grid = processor(image, return_tensors="pt")["image_grid_hws"]
     finer = processor(image, max_image_tokens=60, return_tensors="pt")["image_grid_hws"]
@@ -91,7 +91,7 @@ def test_limits_can_be_set_at_the_call(processor):
     assert processor.max_image_tokens == 22 and processor.min_pixels == 600
 
 
-def test_too_wide_images_are_squeezed_to_the_bound(processor):
+def test_too_wide_images_are_resized_to_the_bound(processor):
     image = picture(120, 20)
     squeezed = processor(image, max_wh_ratio=2.0, return_tensors="pt")
     rows, columns = squeezed["image_grid_hws"][0].tolist()
@@ -102,7 +102,7 @@ def test_too_wide_images_are_squeezed_to_the_bound(processor):
     assert columns <= 2 * rows + 1
 
 
-def test_costs_are_told_before(processor):
+def test_number_of_tokens_is_known_before_processing(processor):
     for size in ((50, 31), (20, 45), (150, 10)):
         grid = processor(picture(*size), return_tensors="pt")["image_grid_hws"]
         assert processor.get_number_of_image_patches(size[1], size[0]) == grid.prod()
@@ -111,14 +111,14 @@ def test_costs_are_told_before(processor):
 
 
 @pytest.mark.parametrize("limit", range(4, 40))
-def test_no_shape_breaks_a_limit(limit):
+def test_no_shape_exceeds_a_limit(limit):
     for width in (1, 2, 7, 50, 333, 10000):
         for height in (1, 3, 12, 90, 701, 99999):
             plan = plan_image(width, height, 4, 3, limit, 600)
             assert 0 < plan.tokens <= limit and plan.width > 0 and plan.height > 0, (width, height)
 
 
-# --- where images come from
+# --- sources of images
 
 
 def test_files_and_data_urls(processor, tmp_path):
@@ -131,7 +131,7 @@ def test_files_and_data_urls(processor, tmp_path):
         assert torch.equal(processor(place, return_tensors="pt")["pixel_values"], expected)
 
 
-def test_the_network_is_never_asked(processor, monkeypatch):
+def test_network_is_never_used(processor, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a socket was opened")
 
@@ -141,7 +141,7 @@ def test_the_network_is_never_asked(processor, monkeypatch):
             processor(place)
 
 
-def test_exif_does_not_turn_an_image(processor, tmp_path):
+def test_exif_does_not_rotate_an_image(processor, tmp_path):
     image, exif = picture(40, 20), Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.png", exif=exif)
@@ -150,7 +150,7 @@ def test_exif_does_not_turn_an_image(processor, tmp_path):
 
 
 @needs_auto_image_processor
-def test_saved_and_loaded(processor, tmp_path):
+def test_image_processor_saves_and_loads(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = AutoImageProcessor.from_pretrained(tmp_path)
     assert type(loaded) is DeepseekV41ImageProcessor and loaded.to_dict() == processor.to_dict()
@@ -203,7 +203,7 @@ def test_bad_images_are_refused(processor, tmp_path, case):
         processor(make(tmp_path), return_tensors="pt")
 
 
-def test_a_decompression_bomb_is_refused(processor, tmp_path, monkeypatch):
+def test_decompression_bomb_is_refused(processor, tmp_path, monkeypatch):
     path = damaged(tmp_path, png(picture(100, 100)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="MAX_IMAGE_PIXELS"):
@@ -223,11 +223,11 @@ BAD_OPTIONS = {
 
 
 @pytest.mark.parametrize("name", BAD_OPTIONS)
-def test_options_that_would_be_ignored_are_refused(processor, name):
+def test_options_without_effect_are_refused(processor, name):
     with pytest.raises(ValueError, match=name):
         processor(picture(), **{name: BAD_OPTIONS[name]})
 
 
-def test_an_unknown_option_is_refused(processor):
+def test_unknown_option_is_refused(processor):
     with pytest.raises((TypeError, ValueError), match="max_tokens"):
         processor(picture(), max_tokens=5)

@@ -1,4 +1,4 @@
-"""A saved folder is all that is needed to ask about an image: the child process cannot import `engram_hf`."""
+"""A saved folder is enough to ask about an image: the child process cannot import `engram_hf`."""
 
 import json
 
@@ -46,8 +46,8 @@ print(json.dumps(answer))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["converted", "saved"])
-def test_an_image_is_asked_about_from_the_folder_alone(float32, answers, tmp_path, kind):
-    """And from what the child process saves again; with drafts, and as text."""
+def test_saved_folder_alone_answers_about_an_image(float32, answers, tmp_path, kind):
+    """The folder that the child process saves again works too, with drafts, and as a text model."""
     folder, image = float32, str(tmp_path / "a.png")
     Image.fromarray(answers["processing.a.image"].numpy()).save(image)
     scope = {}

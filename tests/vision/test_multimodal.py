@@ -1,4 +1,4 @@
-"""The text backbone with images put in: against the golden activations, in pieces, beams, training."""
+"""The text backbone with images: golden activations, prompts in chunks, beams, training."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def remember(model, answers, release) -> InjectedMemory:
 
 
 @torch.no_grad()
-def test_images_are_put_in_where_the_oracle_puts_them(model, answers):
+def test_image_features_are_inserted_where_the_oracle_inserts_them(model, answers):
     seen = {}
     model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.update(streams=args[0]))
     model(**inputs_of(answers, "two"))
@@ -55,11 +55,11 @@ def test_logits_loss_and_gradients_match_the_oracle(model, answers, release):
     assert parameters["model.embed_tokens.weight"].grad[ids[0, 0]].abs().max() > 0
 
 
-# --- the same answer in other ways
+# --- equal results in other ways
 
 
 @torch.no_grad()
-def test_features_in_place_of_pixels(model, answers):
+def test_features_replace_pixels(model, answers):
     inputs = inputs_of(answers, "two")
     expected = model(**inputs).logits
     features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_hws"])
@@ -70,7 +70,7 @@ def test_features_in_place_of_pixels(model, answers):
 
 @pytest.mark.parametrize("size", [1, 7, 16])
 @torch.no_grad()
-def test_a_prompt_may_be_cut_inside_an_image(model, answers, size):
+def test_prompt_may_be_cut_inside_an_image(model, answers, size):
     model.config.cache_rounding = False
     inputs = inputs_of(answers, "two")
     expected = model(**inputs).logits
@@ -86,8 +86,8 @@ def test_a_prompt_may_be_cut_inside_an_image(model, answers, size):
 
 @torch.no_grad()
 def test_batch_with_different_numbers_of_images(model, answers):
-    """Rows give what each gives alone, padded on either side."""
-    model.config.cache_rounding = False  # the last bits differ, and a rounding would make much of them
+    """Each row equals the row alone, padded on either side."""
+    model.config.cache_rounding = False  # The last bits differ, and a rounding would amplify the difference.
     inputs = inputs_of(answers, "batch")
     batch = model(**inputs).logits
     left = {**inputs}
@@ -107,14 +107,14 @@ def test_batch_with_different_numbers_of_images(model, answers):
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}])
 @torch.no_grad()
-def test_generate(model, answers, options):
-    """Beams and several sequences get the images of their row; what comes first agrees with a plain forward."""
+def test_generate_with_images(model, answers, options):
+    """Beams and several sequences get the images of their row; the first tokens agree with a plain forward."""
     inputs = inputs_of(answers, "batch")
     inputs = {
         name: tensor[:2] if name in ("input_ids", "attention_mask") else tensor for name, tensor in inputs.items()
     }
     inputs = {**inputs, "pixel_values": inputs["pixel_values"], "image_grid_hws": inputs["image_grid_hws"]}
-    for name in ("input_ids", "attention_mask"):  # generation wants padding on the left
+    for name in ("input_ids", "attention_mask"):  # Generation requires padding on the left.
         rows = zip(inputs[name], answers["batch.attention_mask"][:2].sum(-1).tolist(), strict=True)
         inputs[name] = torch.stack([row.roll(-length) for row, length in rows])
     new = model.generate(**inputs, max_new_tokens=6, eos_token_id=None, pad_token_id=2, **options)
@@ -126,7 +126,7 @@ def test_generate(model, answers, options):
     if options.get("num_beams"):
         assert score(model, inputs, new) >= score(model, inputs, greedy) - 1e-3
         return
-    row = inputs["attention_mask"][0].bool()  # the first row, without a cache
+    row = inputs["attention_mask"][0].bool()  # This is the first row, without a cache.
     ids, pixels = inputs["input_ids"][:1, row], {"pixel_values": inputs["pixel_values"][:60], "image_grid_hws": inputs["image_grid_hws"][:1]}  # fmt: skip
     for step in range(6):
         logits = model(ids, **pixels).logits[0, -1]
@@ -136,7 +136,7 @@ def test_generate(model, answers, options):
 
 
 def score(model, inputs, sequences) -> float:
-    """Log probability of the new tokens of all rows."""
+    """Return the log probability of the new tokens of all rows."""
     prompt = inputs["input_ids"].shape[1]
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, sequences.shape[1] - prompt), value=1)
     logits = model(**{**inputs, "input_ids": sequences, "attention_mask": mask}).logits[:, prompt - 1 : -1]
@@ -148,7 +148,7 @@ def score(model, inputs, sequences) -> float:
     not hasattr(generation_utils, "_slice_mm_encoder_output"), reason="this transformers cuts no images in generate"
 )
 @torch.no_grad()
-def test_generate_with_a_prompt_in_pieces(model, answers):
+def test_generate_with_a_prompt_in_chunks(model, answers):
     inputs = inputs_of(answers, "two")
     options = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 2}
     whole = model.generate(**inputs, **options)
@@ -156,8 +156,8 @@ def test_generate_with_a_prompt_in_pieces(model, answers):
 
 
 @torch.no_grad()
-def test_the_image_id_is_never_generated(model, answers):
-    """Even where it is the likeliest token by far."""
+def test_image_id_is_never_generated(model, answers):
+    """It is masked even where it is the likeliest token by far."""
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(1280).index_fill(0, torch.tensor([IMAGE]), 100.0))
     inputs = inputs_of(answers, "two")
     assert model(**inputs).logits[0, -1].argmax() == IMAGE
@@ -184,7 +184,7 @@ def test_one_checkpoint_opens_with_images_and_as_text(model, answers, tmp_path):
     torch.testing.assert_close(text(words).logits, model(words).logits, atol=1e-4, rtol=0)
 
 
-def test_attention_of_tower_and_text_are_chosen_apart(model, tmp_path):
+def test_attention_of_tower_and_text_are_chosen_separately(model, tmp_path):
     assert model.model.vision_tower.config._attn_implementation == "sdpa"
     model.save_pretrained(tmp_path)
     eager = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager")
@@ -216,7 +216,7 @@ def test_images_and_positions_must_match(model, answers):
         model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
 
 
-def test_an_image_mask_must_be_that_of_the_ids(model, answers):
+def test_image_mask_must_match_the_ids(model, answers):
     inputs = inputs_of(answers, "two")
     mask = model.model.get_image_mask(inputs["input_ids"])
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_an_image_mask_must_be_that_of_the_ids(model, answers):
         model(inputs_embeds=embeds, image_mask=mask[:, :-1])
 
 
-def test_images_in_a_model_of_text(model, answers, tmp_path):
+def test_images_in_a_text_model_are_refused(model, answers, tmp_path):
     model.save_pretrained(tmp_path)
     text, inputs = AutoModelForCausalLM.from_pretrained(tmp_path), inputs_of(answers, "two")
     with pytest.raises(ValueError, match="AutoModelForImageTextToText"):
@@ -238,7 +238,7 @@ def test_images_in_a_model_of_text(model, answers, tmp_path):
         text(**inputs)
 
 
-def test_a_checkpoint_without_tower_has_no_images(model, config, tmp_path):
+def test_checkpoint_without_tower_refuses_images(model, config, tmp_path):
     config.vision_config = None
     DeepseekV41TextForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no tower"):
@@ -246,8 +246,10 @@ def test_a_checkpoint_without_tower_has_no_images(model, config, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["vision_tower.layers.1.", "vision_tower.", "image_newline"])
-def test_a_checkpoint_without_all_of_its_tower_is_refused(model, tmp_path, part):
-    """transformers alone would fill it up with random numbers and say so in a table; as text it opens all the same."""
+def test_checkpoint_with_an_incomplete_tower_is_refused(model, tmp_path, part):
+    """transformers alone would fill it with random numbers and report them in a table; as a text model it loads all
+    the same.
+    """
     state = {name: tensor for name, tensor in model.state_dict().items() if part not in name}
     missing = len(model.state_dict()) - len(state)
     model.save_pretrained(tmp_path, state_dict=state)

@@ -1,4 +1,4 @@
-"""The processor: golden conversations and texts, batches, saving, remote code, and what is refused."""
+"""The processor: golden conversations and texts, batches, saving, remote code, and the input it refuses."""
 
 import base64
 import json
@@ -45,7 +45,7 @@ def texts(folder):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_golden_conversations(processor, answers, images, texts, number):
+def test_conversations_match_the_golden_ones(processor, answers, images, texts, number):
     conversation = texts["conversations"][number]
     for message in conversation["messages"]:
         for part in message["content"] if isinstance(message["content"], list) else []:
@@ -63,7 +63,7 @@ def test_golden_conversations(processor, answers, images, texts, number):
     assert torch.equal(inputs["input_ids"] == IMAGE, types >= 0)
 
 
-def test_golden_texts_in_a_batch(processor, answers, images, texts):
+def test_batch_of_texts_matches_the_golden_ones(processor, answers, images, texts):
     rows = texts["cases"]["batch"]
     inputs = processor(
         images=[[images[name] for name in row["images"]] for row in rows],
@@ -77,7 +77,7 @@ def test_golden_texts_in_a_batch(processor, answers, images, texts):
 
 
 @pytest.mark.parametrize("case", ["two", "generate"])
-def test_golden_texts(processor, answers, images, texts, case):
+def test_texts_match_the_golden_ones(processor, answers, images, texts, case):
     row = texts["cases"][case]
     row = row[0] if isinstance(row, list) else row
     inputs = processor(images=[images[name] for name in row["images"]], text=row["text"], return_tensors="pt")
@@ -85,7 +85,7 @@ def test_golden_texts(processor, answers, images, texts, case):
         assert torch.equal(inputs[name], answers[f"{case}.{name}"]), name
 
 
-def test_the_model_reads_what_the_processor_makes(processor, model, answers, images, texts):
+def test_model_takes_the_processors_output(processor, model, answers, images, texts):
     row = texts["cases"]["two"][0]
     inputs = processor(images=[images[name] for name in row["images"]], text=row["text"], return_tensors="pt")
     seen = {}
@@ -118,7 +118,7 @@ def test_images_of_a_conversation_may_be_files_and_data_urls(processor, images, 
         assert int((inputs["input_ids"] == IMAGE).sum()) == 20
 
 
-def test_a_batch_of_conversations(processor, images):
+def test_batch_of_conversations(processor, images):
     def ask(*names):
         parts = [{"type": "image", "image": images[name]} for name in names]
         return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is this?"}]}]
@@ -140,7 +140,7 @@ def test_a_batch_of_conversations(processor, images):
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.20"), reason="this transformers marks by unexpanded text"
 )
-def test_the_assistant_mask_knows_of_images(processor, images):
+def test_assistant_mask_accounts_for_images(processor, images):
     messages = [
         {"role": "user", "content": [{"type": "image", "image": images["a"]}, {"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": "two"},
@@ -153,7 +153,7 @@ def test_the_assistant_mask_knows_of_images(processor, images):
     assert processor.tokenizer.decode(written) == f"two{processor.tokenizer.eos_token}"
 
 
-def test_limits_at_the_call(processor, images):
+def test_limits_can_be_passed_to_the_call(processor, images):
     """A larger image has more positions, and patches to fill them."""
     text, big = f"{IMAGE_TOKEN}what", images["a"].resize((400, 300))
     small = processor(images=big, text=text, return_tensors="pt")
@@ -164,7 +164,7 @@ def test_limits_at_the_call(processor, images):
     assert len(large["pixel_values"]) > len(small["pixel_values"])
 
 
-def test_text_alone(processor):
+def test_text_without_images(processor):
     inputs = processor(text=["hello there", "you"], padding=True, return_tensors="pt")
     assert set(inputs) >= {"input_ids", "attention_mask"} and "pixel_values" not in inputs
     assert torch.equal(inputs["input_ids"], processor.tokenizer(["hello there", "you"], padding=True, return_tensors="pt")["input_ids"])  # fmt: skip
@@ -174,7 +174,7 @@ def test_text_alone(processor):
 
 
 @needs_auto_image_processor
-def test_saved_and_loaded(processor, images, tmp_path):
+def test_processor_saves_and_loads(processor, images, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is DeepseekV41Processor and type(loaded.image_processor) is DeepseekV41ImageProcessor
@@ -198,8 +198,8 @@ print(int((inputs["input_ids"] == 1277).sum()), inputs["image_grid_hws"].tolist(
 
 
 @needs_auto_image_processor
-def test_remote_code(processor, tmp_path, monkeypatch):
-    """The folder has all that is needed where this package is not installed."""
+def test_processor_as_remote_code(processor, tmp_path, monkeypatch):
+    """The folder is self-contained where this package is not installed."""
     processor.save_pretrained(tmp_path / "processor")
     names = {path.name for path in (tmp_path / "processor").glob("*.py")}
     assert names == {
@@ -227,26 +227,26 @@ def test_placeholders_and_images_must_match(processor, images):
         processor(images=[[a], [a]], text=[two, "none"])
 
 
-def test_a_truncated_image_is_refused(processor, images):
+def test_truncated_image_is_refused(processor, images):
     with pytest.raises(ValueError, match="max_length"):
         processor(images=images["a"], text=f"{IMAGE_TOKEN} what", truncation=True, max_length=10)
 
 
-def test_a_placeholder_in_a_users_text_is_no_image(processor, images):
-    """Neither alone, nor beside an image that it could be taken for."""
+def test_placeholder_in_a_users_text_is_no_image(processor, images):
+    """This holds for the text alone, and beside an image that it could be mistaken for."""
     evil = {"type": "text", "text": f"look: {IMAGE_TOKEN}"}
     for content in ([evil], [evil, {"type": "image", "image": images["a"]}], f"look: {IMAGE_TOKEN}"):
         with pytest.raises(jinja2.exceptions.TemplateError, match="placeholder"):
             processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
 
 
-def test_a_web_address_in_a_conversation_is_refused(processor):
+def test_web_address_in_a_conversation_is_refused(processor):
     message = {"role": "user", "content": [block("image_url", "https://example.com/cat.png")]}
     with pytest.raises(ValueError, match="web address"):
         processor.apply_chat_template([message], tokenize=True, return_dict=True)
 
 
-def test_a_tokenizer_without_placeholder_is_refused(processor, golden):
+def test_tokenizer_without_placeholder_is_refused(processor, golden):
     with pytest.raises(ValueError, match="no token"):
         DeepseekV41Processor(processor.image_processor, AutoTokenizer.from_pretrained(golden / "deepseek_v41_tiny"))
 

@@ -1,4 +1,4 @@
-"""The vision tower and the aligner against the golden activations, stage by stage."""
+"""The vision tower and the aligner equal the golden activations at every stage."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ GRIDS = {"a": (8, 13), "b": (12, 5)}
 
 
 def pixels(answers, image: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patches of one image of the case `two`, in float32, and its grid."""
+    """Return the patches of one image of the case `two`, in float32, and its grid."""
     patches = answers["two.pixel_values"].float().split([104, 60])[list(GRIDS).index(image)]
     return patches, torch.tensor([GRIDS[image]])
 
 
 def observe(tower) -> dict[str, torch.Tensor]:
-    """Record what the tower's parts compute, under the golden names."""
+    """Record the outputs of the tower's parts under the golden names."""
     seen = {}
 
     def record(module, name):
@@ -39,7 +39,7 @@ def observe(tower) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("image", GRIDS)
 @torch.no_grad()
-def test_every_stage_matches_the_oracle(tower, answers, image, implementation):
+def test_every_tower_activation_matches_the_oracle(tower, answers, image, implementation):
     tower.set_attn_implementation(implementation)
     seen = observe(tower)
     output = tower(*pixels(answers, image))
@@ -57,22 +57,24 @@ def test_every_stage_matches_the_oracle(tower, answers, image, implementation):
 
 
 @torch.no_grad()
-def test_images_do_not_see_each_other(tower, answers):
-    """Two images in one call give what each gives alone."""
+def test_images_do_not_affect_each_other(tower, answers):
+    """Two images in one call give the features of each image alone."""
     both = tower(answers["two.pixel_values"].float(), answers["two.image_grid_hws"]).pooler_output
     alone = torch.cat([tower(*pixels(answers, image)).pooler_output for image in GRIDS])
     torch.testing.assert_close(both, alone, atol=2e-6, rtol=0)
 
 
-def test_norm_has_its_own_epsilon(tower, answers):
-    """On vectors as small as 1e-4 an epsilon of 1e-20, the text model's, would show."""
+def test_norm_uses_its_own_epsilon(tower, answers):
+    """On vectors as small as 1e-4, an epsilon of 1e-20, the text model's, would show."""
     output = tower.post_layernorm(answers["probe.vision_norm.input"])
     torch.testing.assert_close(output, answers["probe.vision_norm.output"], atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
-def test_bfloat16(tower, answers):
-    """Norms stay in float32 when a model is loaded in bfloat16; what the oracle's own tower differs by is not exceeded."""
+def test_tower_in_bfloat16(tower, answers):
+    """Norms stay in float32 when a model is loaded in bfloat16; the error does not exceed that of the oracle's own
+    tower.
+    """
     patches, grid = pixels(answers, "a")
     tower = tower.to(torch.bfloat16)
     difference = (tower(patches, grid).pooler_output.float() - answers["vision.a.aligned"]).abs()
@@ -90,7 +92,7 @@ def test_norms_are_loaded_in_float32(tower, tmp_path):
 
 
 def test_every_parameter_gets_a_gradient(tower, answers, release):
-    """Checkpointing changes none of them."""
+    """Gradient checkpointing changes none of them."""
     patches, grid = pixels(answers, "a")
 
     def gradients(model):
@@ -107,7 +109,7 @@ def test_every_parameter_gets_a_gradient(tower, answers, release):
         assert gradient.abs().max() > 0, name
 
 
-def test_a_new_tower_is_initialized():
+def test_new_tower_is_initialized():
     config = DeepseekV41VisionConfig(
         hidden_size=16,
         num_hidden_layers=1,
@@ -161,6 +163,6 @@ def test_wrong_grids_are_refused(tower, answers, case):
         ({"max_wh_ratio": 0.5}, "max_wh_ratio"),
     ],
 )
-def test_a_config_that_breaks_a_rule_is_refused(fields, message):
+def test_invalid_vision_config_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         DeepseekV41VisionConfig(**fields)

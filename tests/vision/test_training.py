@@ -1,4 +1,4 @@
-"""Training on pairs of image and text: a stock `Trainer`, LoRA, and in bfloat16."""
+"""Training on pairs of image and text: a stock `Trainer`, LoRA, and bfloat16."""
 
 import pytest
 import torch
@@ -34,14 +34,14 @@ def processor(float32, config):
 
 @pytest.fixture
 def pairs(answers):
-    """Two images with what is to be said of them."""
+    """Two images with the answers to learn."""
     images = [Image.fromarray(answers[f"processing.{name}.image"].numpy()) for name in ("a", "b")]
     return list(zip(images, ("what is this? one", "what is that two"), strict=True))
 
 
 @pytest.fixture
 def collate(processor):
-    """Batches as people make them: padding and image positions are no labels."""
+    """Collate batches as users do: padding and image positions are no labels."""
 
     def make(batch):
         inputs = processor(
@@ -82,11 +82,11 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_a_trainer_on_pairs(model, train, collate, pairs, tmp_path):
+def test_trainer_on_pairs_of_image_and_text(model, train, collate, pairs, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer = train(model)
     first, *_, last = losses(trainer)
-    assert first == pytest.approx(8.1, abs=0.5)  # a mean over the labels, not over all positions
+    assert first == pytest.approx(8.1, abs=0.5)  # The loss is a mean over the labels, not over all positions.
     assert last < 0.6 * first
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     for part in (*VISION, *DELIMITERS, "lm_head.weight", "engram.kv_proj.weight"):
@@ -100,15 +100,15 @@ def test_a_trainer_on_pairs(model, train, collate, pairs, tmp_path):
         assert isinstance(AutoProcessor.from_pretrained(tmp_path / "trained"), DeepseekV41Processor)
 
 
-def test_checkpointing_of_activations_changes_nothing(model, train, float32):
-    newer = "activation_checkpointing"  # its name from transformers 5.24 on
+def test_gradient_checkpointing_changes_no_gradient(model, train, float32):
+    newer = "activation_checkpointing"  # This is its name from transformers 5.24 on.
     field = newer if newer in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
     plain = losses(train(model, max_steps=3))
     again = AutoModelForImageTextToText.from_pretrained(float32, dtype=torch.float32)
     assert losses(train(again, max_steps=3, **{field: True})) == pytest.approx(plain, abs=1e-4)
 
 
-def test_image_positions_among_the_labels_are_told_of(model, train, collate, monkeypatch):
+def test_labels_at_image_positions_are_warned_of(model, train, collate, monkeypatch):
     """`Trainer` divides by the labels it counts, so a loss without image positions comes out too small."""
 
     def careless(batch):
@@ -123,8 +123,8 @@ def test_image_positions_among_the_labels_are_told_of(model, train, collate, mon
     assert told and "-100" in told[0]
 
 
-def test_lora(model, float32, collate, pairs, tmp_path):
-    """On the text model, the tower and the aligner; saved, loaded again, merged."""
+def test_lora_on_text_model_tower_and_aligner(model, float32, collate, pairs, tmp_path):
+    """An adapter on the text model, the tower and the aligner is saved, loaded again, and merged."""
     torch.manual_seed(0)
     targets = ["q_a_proj", "kv_proj", "qkv_proj", "linear_1"]
     adapted, inputs = get_peft_model(model, LoraConfig(target_modules=targets)), collate(pairs)
@@ -135,7 +135,7 @@ def test_lora(model, float32, collate, pairs, tmp_path):
         loss = adapted(**inputs).loss
         loss.backward()
         seen.append(loss.item())
-        if len(seen) == 2:  # at first one of the two matrices is zero
+        if len(seen) == 2:  # At first, one of the two matrices is zero.
             assert all(parameter.grad.abs().max() > 0 for parameter in trained.values())
         optimizer.step()
         optimizer.zero_grad()
@@ -151,14 +151,16 @@ def test_lora(model, float32, collate, pairs, tmp_path):
         torch.testing.assert_close(loaded.merge_and_unload()(**inputs).logits, expected, atol=1e-2, rtol=0)
 
 
-def test_bfloat16(float32, collate, pairs, answers):
-    """Loads, learns and generates in bfloat16; norms of the tower stay in float32, and its vectors are close."""
+def test_load_train_and_generate_in_bfloat16(float32, collate, pairs, answers):
+    """The model loads, learns and generates in bfloat16; norms of the tower stay in float32, and its features are
+    close.
+    """
     model = AutoModelForImageTextToText.from_pretrained(float32, dtype=torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert dtypes["model.vision_tower.layers.0.layer_norm1.weight"] == torch.float32
     assert dtypes["model.vision_tower.aligner.linear_1.weight"] == dtypes["model.image_end"] == torch.bfloat16
     features = model.get_image_features(answers["processing.a.pixel_values"], torch.tensor([[8, 13]])).pooler_output[0]
-    vectors = features[1:-1].view(3, 6, 64)[:, :5].flatten(0, 1)  # without start, row ends and end
+    vectors = features[1:-1].view(3, 6, 64)[:, :5].flatten(0, 1)  # This excludes start, row ends and end.
     assert features.dtype == torch.bfloat16
     assert (vectors - answers["vision.a.aligned"]).abs().mean() < 0.01
     model(**collate(pairs)).loss.backward()

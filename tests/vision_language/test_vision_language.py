@@ -1,4 +1,4 @@
-"""What must hold on every backbone that reads images: all ways to feed a prompt with images give the same logits."""
+"""Requirements on every backbone that reads images: all ways to feed a prompt with images give the same logits."""
 
 import copy
 import inspect
@@ -19,7 +19,7 @@ on_every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def zeroed(model):
-    """The same model whose memory adds nothing."""
+    """Return the same model with a zero value projection."""
     model = copy.deepcopy(model)
     for memory in model.memory_model.memories().values():
         memory.zero_value_projection()
@@ -32,7 +32,7 @@ def logits_of(model, inputs, **kwargs) -> torch.Tensor:
 
 
 def left_padded(inputs: dict[str, torch.Tensor], count: int = 3) -> dict[str, torch.Tensor]:
-    """The same batch behind `count` positions of padding."""
+    """Return the same batch behind `count` positions of padding."""
     padded = dict(inputs)
     for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
         if name in inputs:
@@ -41,7 +41,7 @@ def left_padded(inputs: dict[str, torch.Tensor], count: int = 3) -> dict[str, to
 
 
 @on_every_kind
-def test_a_new_memory_changes_no_logit(kind):
+def test_new_memory_changes_no_logit(kind):
     bare, inputs = bare_vl(kind), prompt(kind)
     before, names = logits_of(bare, inputs), set(bare.state_dict())
     model = EngramForConditionalGeneration.from_backbone(bare, layer_ids=LAYER_IDS, engram_vocab_size=97)
@@ -51,13 +51,13 @@ def test_a_new_memory_changes_no_logit(kind):
 
 
 @on_every_kind
-def test_positions_of_images_have_no_memory(kind):
+def test_image_positions_have_no_memory(kind):
     model, inputs = built_vl(kind), prompt(kind)
     images = inputs["input_ids"] == IMAGE
     rest = {name: value for name, value in inputs.items() if name != "input_ids"}
     for gates in model.engram_gates(inputs["input_ids"], **rest).values():
         assert (gates[images] == 0).all() and (gates[~images] > 0).all()
-    # Nor does a look-back cross them: the text after an image reads the rows that it reads by itself.
+    # A look-back does not cross them either: the text after an image reads the rows of the text alone.
     told = {"image_mask": images}
     behind = inputs["input_ids"][:, 8:]
     rows = model.memory_model.prepare_memory(inputs["input_ids"], **told).row_ids[:, :, 8:]
@@ -67,8 +67,8 @@ def test_positions_of_images_have_no_memory(kind):
 
 
 @on_every_kind
-def test_the_text_of_a_prompt_is_heard(kind):
-    """The rows of the noted ids are read, not those of another call."""
+def test_text_of_a_prompt_reads_its_rows(kind):
+    """The rows of the recorded ids are read, not those of another call."""
     model, inputs = built_vl(kind, "v4.1"), prompt(kind)
     other = {**inputs, "input_ids": inputs["input_ids"].clone()}
     other["input_ids"][:, 0] += 1
@@ -81,7 +81,7 @@ def test_the_text_of_a_prompt_is_heard(kind):
 
 
 @on_every_kind
-def test_a_cache_and_left_padding_change_nothing(kind):
+def test_cache_and_left_padding_change_no_logit(kind):
     model, inputs = built_vl(kind), prompt(kind)
     padded, options = left_padded(inputs), {"return_dict_in_generate": True, "output_logits": True}
     cached = model.generate(**padded, **GREEDY, **options)
@@ -92,22 +92,22 @@ def test_a_cache_and_left_padding_change_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl"])
-def test_a_static_cache_changes_nothing(kind):
-    """It turns the mask of the prompt into masks of another shape, which do not tell what is padding."""
+def test_static_cache_changes_no_logit(kind):
+    """It converts the prompt's mask into masks of another shape, which do not show padding."""
     model, inputs = built_vl(kind), left_padded(prompt(kind))
     static = model.generate(**inputs, **GREEDY, cache_implementation="static", disable_compile=True)
     assert torch.equal(static, model.generate(**inputs, **GREEDY))
 
 
 @on_every_kind
-def test_beams_are_the_same_with_a_cache_and_without(kind):
+def test_beam_search_with_and_without_a_cache(kind):
     model, inputs = built_vl(kind), left_padded(prompt(kind))
     beams = {**GREEDY, "max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2}
     assert torch.equal(model.generate(**inputs, **beams), model.generate(**inputs, **beams, use_cache=False))
 
 
-def test_a_prompt_in_two_pieces_is_the_whole():
-    """The second piece goes on with the history that the first one left in the cache, through an image."""
+def test_prompt_in_two_chunks_equals_one_call():
+    """The second chunk continues with the history in the cache, through an image."""
     model, inputs = built_vl("llava"), prompt("llava", rows=1)
     cache = DynamicCache(config=model.config)
     name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
@@ -117,7 +117,7 @@ def test_a_prompt_in_two_pieces_is_the_whole():
     torch.testing.assert_close(torch.cat(pieces, 1), logits_of(model, inputs, use_cache=False), **EXACT)
 
 
-def test_threads_do_not_hear_each_other():
+def test_threads_do_not_affect_each_other():
     model, inputs = built_vl("llava", "v4.1"), [prompt("llava", seed=seed) for seed in range(3)]
     expected, found = [logits_of(model, one) for one in inputs], {}
 

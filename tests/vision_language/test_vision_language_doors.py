@@ -1,4 +1,4 @@
-"""Models that read images, through the doors that users have: folders, remote code, pipelines, adapters, `Trainer`."""
+"""Models that read images, through the public entry points: folders, remote code, pipelines, adapters, `Trainer`."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def logits_of(model, inputs) -> torch.Tensor:
 
 
 def labelled(kind: str, **options) -> dict[str, torch.Tensor]:
-    """A batch with labels, of which those of images do not count."""
+    """Return a batch with labels, without labels at image positions."""
     inputs = prompt(kind, **options)
     return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)}
 
@@ -51,7 +51,7 @@ def table_gradient(model, inputs) -> torch.Tensor:
 
 
 @on_every_kind
-def test_a_saved_model_is_the_same(kind, tmp_path):
+def test_saved_model_has_the_same_logits(kind, tmp_path):
     model, inputs = built_vl(kind), prompt(kind)
     expected = logits_of(model, inputs)
     model.save_pretrained(tmp_path / "saved")
@@ -62,7 +62,7 @@ def test_a_saved_model_is_the_same(kind, tmp_path):
     assert torch.equal(logits_of(loaded, inputs), expected)
 
 
-def test_every_part_opens_by_itself(tmp_path):
+def test_every_auto_class_opens_the_folder(tmp_path):
     model, inputs = built_vl("qwen2_5_vl"), prompt("qwen2_5_vl")
     model.save_pretrained(tmp_path / "mapped")
     mapped = AutoModelForImageTextToText.from_pretrained(tmp_path / "mapped", engram_residency="mapped")
@@ -73,7 +73,7 @@ def test_every_part_opens_by_itself(tmp_path):
         assert torch.equal(base(**inputs)[0], model.model(**inputs)[0])
     with pytest.raises(EngramError, match="a qwen2_5_vl, which reads more than text; use EngramForConditionalGen"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
-    # The language model is a model of text like any other.
+    # The language model is a text model like any other.
     model.memory_model.save_pretrained(tmp_path / "text")
     text, ids = AutoModel.from_pretrained(tmp_path / "text"), torch.tensor([[4, 5, 6, 7]])
     with torch.no_grad():
@@ -82,14 +82,14 @@ def test_every_part_opens_by_itself(tmp_path):
     assert files == {path.name for path in (tmp_path / "whole").glob("*.py")} - {"multimodal_engram.py"}
 
 
-def test_from_the_folder_of_a_backbone(tmp_path):
+def test_from_backbone_of_a_folder(tmp_path):
     backbone, inputs = bare_vl("llava"), prompt("llava")
     backbone.save_pretrained(tmp_path)
     sizes = {"memory_fraction": 0.75, "engram_head_dim": 8, "engram_n_heads": 2}
     model = EngramForConditionalGeneration.from_backbone(tmp_path, layer_ids=LAYER_IDS, **sizes).eval()
     assert torch.equal(logits_of(model, inputs), logits_of(backbone, inputs))
     memory = sum(part.numel() for name, part in model.named_parameters() if ".engram." in name)
-    # Of all parts, the vision tower included.
+    # This counts all parts, the vision tower included.
     assert memory / model.num_parameters() == pytest.approx(0.75, abs=0.01)
 
 
@@ -97,7 +97,7 @@ def test_from_the_folder_of_a_backbone(tmp_path):
 
 
 def processor() -> LlavaProcessor:
-    """Of tiny words and images, with an `EngramTokenizer`; `<image>` is an image."""
+    """Return a processor of tiny words and images, with an `EngramTokenizer`; `<image>` is an image."""
     pil = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     plain = tiny_tokenizer()
     words = [*plain.convert_ids_to_tokens(range(IMAGE)), "<image>"]
@@ -129,7 +129,7 @@ def picture(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def with_processor(tmp_path_factory):
-    """The folder of a model with a compressed vocabulary, and of its processor."""
+    """Save a model with a compressed vocabulary, and its processor."""
     reader, folder = processor(), tmp_path_factory.mktemp("with_processor")
     model = EngramForConditionalGeneration.from_backbone(
         bare_vl("llava"), reader, layer_ids=LAYER_IDS, engram_vocab_size=97
@@ -152,7 +152,7 @@ def ask(folder, messages, **options):
 """
 
 
-def test_the_pipeline_and_remote_code_say_the_same(with_processor, picture, tmp_path):
+def test_pipeline_and_remote_code_give_the_same_text(with_processor, picture, tmp_path):
     scope = {}
     exec(ASK, scope)
     content = [{"type": "image", "url": str(picture)}, {"type": "text", "text": "word1 Word2"}]
@@ -187,7 +187,7 @@ def test_from_backbone_takes_the_tokenizer_of_a_processor():
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl"])
-def test_checkpointed_gradients_are_the_same(kind):
+def test_gradient_checkpointing_changes_no_gradient(kind):
     model, inputs = copy.deepcopy(built_vl(kind)).train(), labelled(kind)
     expected = table_gradient(model, inputs)
     assert expected.abs().max() > 0
@@ -197,7 +197,7 @@ def test_checkpointed_gradients_are_the_same(kind):
 
 
 class Prompts(Dataset):
-    """One prompt with an image, again and again."""
+    """A data set that repeats one prompt with an image."""
 
     def __init__(self, kind: str):
         inputs = labelled(kind, rows=1)
@@ -212,12 +212,12 @@ class Prompts(Dataset):
 
 
 def collate(items):
-    """Rows side by side; what is of images, one behind the other."""
+    """Stack rows; concatenate the tensors of images."""
     flat = ("pixel_values", "image_grid_thw")
     return {name: (torch.cat if name in flat else torch.stack)([item[name] for item in items]) for name in items[0]}
 
 
-def test_a_lora_and_the_rows_learn_in_trainer(tmp_path, kind="qwen3_vl"):
+def test_lora_and_rows_are_trained_by_trainer(tmp_path, kind="qwen3_vl"):
     model, inputs = build_vl(kind), labelled(kind)
     before = model(**inputs).loss.item()
     tables = [name for name, _ in model.named_modules() if name.endswith(".engram.table")]
@@ -235,7 +235,7 @@ def test_a_lora_and_the_rows_learn_in_trainer(tmp_path, kind="qwen3_vl"):
 
 @torch.no_grad()
 @on_every_kind
-def test_smoothed_labels_are_what_they_are_of_the_bare_model(kind, tmp_path):
+def test_label_smoothing_equals_the_backbones(kind, tmp_path):
     """`Trainer` shifts them for classes that it knows as causal language models, of which Gemma 3's is one."""
     host, inputs = bare_vl(kind), labelled(kind)
     arguments = TrainingArguments(tmp_path, use_cpu=True, report_to=[], label_smoothing_factor=0.2)
@@ -250,7 +250,7 @@ def test_smoothed_labels_are_what_they_are_of_the_bare_model(kind, tmp_path):
 # --- configs
 
 
-def test_a_config_is_read_and_set_as_the_backbones():
+def test_config_is_read_and_set_like_the_backbones():
     config = memory_config("gemma3")
     backbone = config.backbone
     assert config.mm_tokens_per_image == 4 and config.vision_config is backbone.vision_config
@@ -267,7 +267,7 @@ def test_a_config_is_read_and_set_as_the_backbones():
     assert again.text_config.text_config is again.backbone.text_config
 
 
-def test_the_language_models_config_is_that_of_the_whole():
+def test_language_models_config_is_shared_with_the_whole():
     model = copy.deepcopy(built_vl("llava"))
     assert model.config.text_config is model.memory_model.config
     model.resize_token_embeddings(140)
@@ -280,7 +280,7 @@ def test_the_language_models_config_is_that_of_the_whole():
 
 
 def _with_deep_tower() -> torch.nn.Module:
-    """A model whose vision tower has more layers than its language model."""
+    """Return a model whose vision tower has more layers than its language model."""
     config = KINDS["llava"]()
     config.vision_config.num_hidden_layers = 5
     model = AutoModelForImageTextToText.from_config(config)

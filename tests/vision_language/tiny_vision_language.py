@@ -106,31 +106,31 @@ KINDS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def memory_config(kind: str, variant: str = "paper", **fields) -> EngramConfig:
-    """A small memory on the backbone `kind`: two layers, a few hundred rows."""
+    """Return the config of a small memory on the backbone `kind`: two layers, a few hundred rows."""
     size = {"engram_n_heads": 2, "engram_head_dim": 8, "engram_vocab_size": 97, **fields}
     return EngramConfig.for_backbone(KINDS[kind](), layer_ids=LAYER_IDS, variant=variant, **size)
 
 
 def build_vl(kind: str, variant: str = "paper", **fields) -> EngramForConditionalGeneration:
-    """A float32 Engram model in eval mode whose memory changes its logits."""
+    """Build a float32 Engram model in eval mode whose memory changes its logits."""
     torch.manual_seed(0)
     return randomize(EngramForConditionalGeneration(memory_config(kind, variant, **fields))).eval()
 
 
 @functools.cache
 def built_vl(kind: str, variant: str = "paper") -> EngramForConditionalGeneration:
-    """As `build_vl`, once a run: for tests that leave the model as it is."""
+    """Return the model of `build_vl`, cached for the run: for tests that do not change it."""
     return build_vl(kind, variant)
 
 
 def bare_vl(kind: str) -> torch.nn.Module:
-    """The backbone itself, with random weights that matter."""
+    """Return the backbone itself, with random weights that matter."""
     torch.manual_seed(0)
     return randomize(AutoModelForImageTextToText.from_config(KINDS[kind]())).eval()
 
 
 def pixels(kind: str, count: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """What the processor of `kind` makes of `count` images."""
+    """Return the output of the image processor of `kind` for `count` images."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -144,13 +144,13 @@ def pixels(kind: str, count: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def token_types(kind: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the processor of `kind` says of the positions of `ids`."""
+    """Return the token types of `ids` that the processor of `kind` gives."""
     names = {"gemma3": "token_type_ids", "qwen2_5_vl": "mm_token_type_ids", "qwen3_vl": "mm_token_type_ids"}
     return {names[kind]: (ids == IMAGE).long()} if kind in names else {}
 
 
 def prompt(kind: str, rows: int = 2, seed: int = 0, before: int = 4, after: int = 6) -> dict[str, torch.Tensor]:
-    """A batch in which every row is text, an image between the tokens that announce and end it, and text."""
+    """Return a batch in which every row is text, an image between its start and end tokens, and text."""
     generator = torch.Generator().manual_seed(seed)
     texts = torch.randint(3, 100, (rows, before + after), generator=generator)
     texts[:, before - 1], texts[:, before] = START, END

@@ -1,4 +1,4 @@
-"""Stands in for a file that transformers' source distribution lacks: a function, run by several processes."""
+"""Replaces a file that transformers' source distribution lacks: it runs a function in several processes."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ def _run(rank, function, world_size, port, arguments):
 
 
 def run_distributed(world_size):
-    """A decorator: call the function as `function(rank, *arguments)` in each of `world_size` processes."""
+    """Decorate a function so that `world_size` processes call it as `function(rank, *arguments)`."""
 
     def decorate(function):
         def call(*arguments):

@@ -1,5 +1,5 @@
-"""Stands in for a mix-in that transformers' source distribution lacks."""
+"""Replaces a mix-in that transformers' source distribution lacks."""
 
 
 class ExportTesterMixin:
-    """No tests."""
+    """It has no tests."""

@@ -1,5 +1,7 @@
-"""Stands in for a mix-in that transformers' source distribution lacks; see `tests/test_generation_strategies.py`."""
+"""Replaces a mix-in that transformers' source distribution lacks; `tests/test_generation_strategies.py` covers its
+tests.
+"""
 
 
 class GenerationTesterMixin:
-    """No tests."""
+    """It has no tests."""

@@ -1,4 +1,4 @@
-"""Stands in for a file that transformers' source distribution lacks: fields that every config takes, none a default."""
+"""Replaces a file that transformers' source distribution lacks: fields that every config takes, none at its default."""
 
 config_common_kwargs = {
     "return_dict": False,
