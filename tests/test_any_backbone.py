@@ -177,7 +177,7 @@ def test_replicas_in_threads_read_their_own_rows(kind, monkeypatch):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_compiled_model_reads_its_rows():
+def test_compiled_model_reads_its_rows():
     """The graph breaks at each layer, once a forward has found that it must."""
     sizes = {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 120}
     config = EngramConfig.for_backbone(transformers.BloomConfig(**sizes), **{**MEMORY, "layer_ids": [0]})

@@ -95,7 +95,7 @@ def test_crop_without_a_convolution_needs_no_recording():
     torch.testing.assert_close(read(model, ids[:, 5:], cache), read_alone(model, ids, 15), **EXACT)
 
 
-def test_a_positive_crop_is_refused(mixtral):
+def test_positive_crop_is_refused(mixtral):
     cache = filled_cache(mixtral, random_ids(1, 5))
     with pytest.raises(ValueError, match="minus the number of positions"):
         cache.crop(3)
@@ -163,7 +163,7 @@ def test_static_cache_in_chunks_equals_one_forward(model, size):
     assert isinstance(cache.engram_history, StaticEngramHistory)
 
 
-def test_a_static_cache_keeps_its_tensors(mixtral):
+def test_static_cache_keeps_its_tensors(mixtral):
     """Compiled code refers to their addresses."""
     cache = StaticCache(config=mixtral.config, max_cache_len=32)
     read(mixtral, random_ids(1, 5), cache)
@@ -223,7 +223,7 @@ def test_iterating_over_cache_layers_yields_the_backbones(model):
     assert cache.is_initialized and not cache.is_compileable
 
 
-def test_a_cache_with_history_can_be_pickled(mixtral):
+def test_cache_with_history_can_be_pickled(mixtral):
     ids, more = random_ids(1, 8), random_ids(1, 4, seed=2)
     cache = DynamicCache(config=mixtral.config)
     read(mixtral, ids, cache)
@@ -244,7 +244,7 @@ def test_refused_call_leaves_the_cache_unchanged(mixtral, make):
     torch.testing.assert_close(read(mixtral, more, cache), expected, **EXACT)
 
 
-def test_the_cache_of_the_bare_backbone_is_refused(mixtral):
+def test_cache_of_the_bare_backbone_is_refused(mixtral):
     ids, bare = random_ids(1, 6), AutoModelForCausalLM.from_config(BACKBONES["mixtral"]()).eval()
     cache = bare(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"holds 6 positions, of which this model's memory saw 0.*bare backbone"):
@@ -263,20 +263,20 @@ def test_cache_extended_without_the_memory_is_refused(mixtral):
         read(mixtral, random_ids(1, 1), cache)
 
 
-def test_the_cache_of_another_engram_model_is_refused(mixtral):
+def test_cache_of_another_engram_model_is_refused(mixtral):
     other = build("mixtral", engram_max_ngram_size=4)
     cache = filled_cache(other, random_ids(1, 6))
     with pytest.raises(ValueError, match="belongs to another Engram model"):
         mixtral(random_ids(1, 1), past_key_values=cache)
 
 
-def test_the_cache_of_another_batch_is_refused(mixtral):
+def test_cache_of_another_batch_is_refused(mixtral):
     cache = filled_cache(mixtral, random_ids(2, 6))
     with pytest.raises(ValueError, match="holds 2 sequences, but this call brings 3"):
         mixtral(random_ids(3, 1), past_key_values=cache)
 
 
-def test_a_cache_without_layers_is_refused(mixtral):
+def test_cache_without_layers_is_refused(mixtral):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     with pytest.raises(ValueError, match="The cache is a EncoderDecoderCache"):
         mixtral(random_ids(1, 4), past_key_values=cache)

@@ -115,7 +115,7 @@ def test_config_accepts_values_at_the_bounds(fields):
     small(**fields)
 
 
-def test_a_wrong_type_names_the_field():
+def test_wrong_type_names_the_field():
     with pytest.raises(Exception, match="engram_n_heads"):
         small(engram_n_heads="8")
 
@@ -165,7 +165,7 @@ def test_for_backbone_gives_the_numbers_of_the_papers_demo():
     assert (config.engram_bias, config.engram_conv_kernel_size, config.engram_norm_eps) == (True, 4, None)
 
 
-def test_an_upstream_config_gives_the_same_layout(golden):
+def test_upstream_config_gives_the_same_layout(golden):
     """The fields keep the names of the release's config.json, so they can be passed unchanged."""
     upstream = json.loads((golden / "deepseek_v41_tiny" / "config.json").read_text())["text_config"]
     fields = {key: value for key, value in upstream.items() if key.startswith("engram_")}
@@ -335,7 +335,7 @@ def test_forwarded_attributes_are_saved_once():
     assert EngramConfig(**saved).tie_word_embeddings is True
 
 
-def test_the_attention_implementation_of_the_backbone_is_kept():
+def test_attention_implementation_of_the_backbone_is_kept():
     text_config = BACKBONES["mixtral"]()
     text_config._attn_implementation = "eager"
     assert small(text_config=text_config).text_config._attn_implementation == "eager"

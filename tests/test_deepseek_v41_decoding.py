@@ -22,7 +22,7 @@ def test_random_tokens_in_chunks(size, seed):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("size", [None, *CHUNKS])
 @torch.no_grad()
-def test_a_padded_row_equals_the_row_alone(side, size):
+def test_padded_row_equals_the_row_alone(side, size):
     model, lengths = tiny_model(), [37, 20, 7, 4, 1]
     ids = tokens(model, len(lengths), max(lengths))
     batch, mask = padded(ids, lengths, side)

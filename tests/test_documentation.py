@@ -133,7 +133,7 @@ def test_messages_are_read_from_every_kind_of_source(tmp_path, monkeypatch):
         messages.messages_of(source)
 
 
-def test_the_reference_has_every_public_name():
+def test_reference_has_every_public_name():
     """`make docs` looks for each name in the finished site, too."""
     pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
     entries = re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)

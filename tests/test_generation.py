@@ -113,7 +113,7 @@ def test_prompt_lookup_rolls_back_rejected_tokens(model):
 
 
 @pytest.mark.parametrize("name", ROLLED_BACK)
-def test_an_assistant_changes_no_token(model):
+def test_assistant_changes_no_token(model):
     """The assistant is the model with a little noise, so most of its tokens are accepted and some are not."""
     assistant, ids = copy.deepcopy(model), random_ids(1, 9)
     torch.manual_seed(0)
@@ -232,7 +232,7 @@ def test_image_positions_have_no_memory_in_generate(mixtral, arguments):
     assert not torch.equal(mixtral.generate(ids, **GREEDY, **arguments), expected)
 
 
-def test_a_pipeline_completes_text():
+def test_pipeline_completes_text():
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = engram_config("llama", engram_compressed_vocab_size=tokenizer.compressed_vocab_size)

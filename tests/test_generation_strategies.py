@@ -74,7 +74,7 @@ def agrees(model, options: dict, **inputs) -> bool:
 @on_every_backbone
 @in_both_variants
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_cache_changes_no_token(name, variant, strategy):
+def test_cache_changes_no_token(name, variant, strategy):
     options = STRATEGIES[strategy]
     with as_able_as(lambda: decode(host(name), options)):
         assert agrees(built(name, variant), options) or not agrees(host(name), options)

@@ -263,7 +263,7 @@ def test_packed_documents_hash_as_if_alone(model, lengths):
     assert not torch.equal(model.prepare_memory(ids).row_ids, alone)
 
 
-def test_a_document_may_begin_at_any_position(model):
+def test_document_may_begin_at_any_position(model):
     """Two documents that both begin at position 7 by the packed row's numbering differ if a document mask separates
     them.
     """
@@ -535,7 +535,7 @@ class SlowTokenizer(PreTrainedTokenizer):
         return self.alphabet[index]
 
 
-def test_a_slow_tokenizer_is_refused():
+def test_slow_tokenizer_is_refused():
     with pytest.raises(ValueError, match="SlowTokenizer is a slow"):
         as_token_map(SlowTokenizer())
 

@@ -330,7 +330,7 @@ def test_fuse_in_chunks_equals_one_call(variant, size):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("block", [1, 14, 2 * LENGTH - 1])
-def test_a_long_prompt_is_fused_in_blocks(monkeypatch, variant, block):
+def test_long_prompt_is_fused_in_blocks(monkeypatch, variant, block):
     """Without gradients, a few tokens are fused at a time, which a hook on the gate cannot observe."""
     memory, (hidden, rows) = make_memory(variant), random_states()
     inputs = make_inputs(valid=two_invalid())
@@ -459,7 +459,7 @@ def test_layer_with_a_replaced_forward_is_refused(config):
         add_memory_to_layer(layer, config, index=0)
 
 
-def test_a_second_memory_is_refused(decoder_layer, config):
+def test_second_memory_is_refused(decoder_layer, config):
     with pytest.raises(ValueError, match="already has Engram memory; start from the backbone"):
         add_memory_to_layer(decoder_layer, config, index=0)
 

@@ -179,7 +179,7 @@ def test_config_is_looked_up_once(saved_tables, monkeypatch):
     assert asked.count("config.json") == asked.count("engram_tables.json") == 1
 
 
-def test_a_state_dict_without_tables_is_refused(saved_tables):
+def test_state_dict_without_tables_is_refused(saved_tables):
     model, folder = saved_tables[0], saved_tables[2]
     state = {key: value for key, value in model.state_dict().items() if ".table." not in key}
     with pytest.raises(ValueError, match=r"lacks \d tensors of the memory, such as .*table"):

@@ -540,7 +540,7 @@ def test_mask_of_another_shape_needs_a_padding_mask(mixtral):
     torch.testing.assert_close(told, logits_of(mixtral, ids[:, 3:]), rtol=0, atol=1e-5)
 
 
-POSITIONS = torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5, 6]])  # The mask separates two documents.
+POSITIONS = torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5, 6]])  # Two documents begin at the zeros.
 
 
 def test_sequence_index_separates_documents_like_restarting_positions(mixtral):
@@ -800,7 +800,7 @@ def test_replicas_do_not_share_modules(mixtral):
     assert differ(logits_of(replica, ids), before) and torch.equal(logits_of(mixtral, ids), before)
 
 
-def test_model_with_other_parts_is_unchanged(tmp_path):
+def test_from_backbone_keeps_other_modules(tmp_path):
     host = AutoModelForCausalLM.from_config(LlamaConfig(**BACKBONES["llama"]().to_diff_dict()))
     host.value_head = torch.nn.Linear(32, 1)
     model = EngramForCausalLM.from_backbone(host, **SMALL)

@@ -119,7 +119,7 @@ def test_prefetch_requests_the_pages_of_all_rows(tmp_path, monkeypatch):
     assert len({length for _, _, length in requests}) > 1
 
 
-def test_a_float_table_may_begin_anywhere(tmp_path):
+def test_float_table_may_begin_anywhere(tmp_path):
     values = torch.randn(50, 8).to(torch.bfloat16)
     entry = {"dtype": "BF16", "shape": [50, 8], "data_offsets": [0, 800]}
     header = json.dumps({"layers.0.engram.table.weight": entry}).encode()

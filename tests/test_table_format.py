@@ -1057,7 +1057,7 @@ def test_ten_thousand_mutated_headers(tmp_path, hasher):
     assert refused > 5_000
 
 
-def test_a_thousand_mutated_manifests(tmp_path, hasher):
+def test_thousand_mutated_manifests(tmp_path, hasher):
     content = write_folder(tmp_path, hasher, "BF16", parts=2)
     path, generator = tmp_path / "engram_tables.json", random.Random(1)
     data, refused = path.read_bytes(), 0
