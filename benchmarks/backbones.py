@@ -289,23 +289,24 @@ def _cell(text: str) -> str:
 
 
 _INTRODUCTION = """\
-`EngramForCausalLM` runs on **{count} kinds of causal language models** of transformers {newest}. This page says which, and why others are
-refused. It is written from `benchmarks/backbones.json`, which `make backbones` fills: it builds a small random model of every
-kind that `AutoModelForCausalLM` knows, adds memory to it, and asks that
+`EngramForCausalLM` runs on **{count} kinds of causal language models** of transformers {newest}. This page lists them, and the
+reasons why others are refused. It is generated from `benchmarks/backbones.json`, which `make backbones` fills: it builds a small
+random model of every kind that `AutoModelForCausalLM` knows, adds memory to it, and checks that
 
-- logits are exactly those of the bare model until the memory is trained, and a memory with weights changes them;
-- decoding with a cache, left padding, greedy generation and beams agree with the plain forward (where they do for the bare model);
-- gates can be read, every table gets a gradient, the same one under gradient checkpointing, and a step of training has effect;
-- a saved model is the same model, with and without its head.
+- the logits are exactly those of the bare model until the memory is trained, and a memory with weights changes them;
+- decoding with a cache, left padding, greedy search and beam search agree with the plain forward (if they do for the bare model);
+- gates can be read, every table gets a gradient, gradient checkpointing gives the same one, and a training step has an effect;
+- a saved model has the same logits, with and without its head.
 
-`full` means that all of this holds; `refused` that `from_backbone` and the constructor say in one sentence why not; `missing` that this
-version of transformers does not have the kind; `not-built` that no small model of it runs even without memory, so that nothing is known.
-Of kinds with several parts (a vision tower, say) the language model is meant, and BERT and its like run with `is_decoder=True`.
-What decides is how a model is made, not its name: other models that are made alike (remote code too) take memory as well.
+`full` means that all of this holds. `refused` means that `from_backbone` and the constructor raise an error with the reason,
+`missing` that this version of transformers does not have the kind, and `not-built` that no small model of it runs even without
+memory, so that nothing is known. For kinds with several parts (such as a vision tower), the language model is checked; BERT and
+similar models run with `is_decoder=True`. Support depends on the structure of a model, not on its name: other models with the same
+structure (remote code too) can have memory as well.
 
-Decoder layers are found as the one list of layers that the model has. In a model that walks some of its layers more than once (`dory`,
-looped and recurrent-depth models), a listed layer reads its rows in every pass: memory acts once a listed layer and pass, with one table,
-and what the convolution saw is kept for each pass by itself. Layers that hold two sublayers (`longcat_flash`) count once."""
+The decoder layers are found as the only list of layers in the model. In a model that runs some of its layers more than once (`dory`,
+looped and recurrent-depth models), a listed layer reads its rows in every pass, from one table, and the history of the convolution
+is stored for each pass separately. Layers with two sublayers (`longcat_flash`) count once."""
 
 
 def count_full(noted: dict[str, dict[str, tuple[str, str]]]) -> int:
