@@ -1,10 +1,11 @@
-"""What memory added to a trained backbone learns of a new domain, and forgets of the old one, against LoRA of equal size.
+"""Learning of a new domain, and forgetting of the old one, by memory added to a trained backbone and by LoRA.
 
     python benchmarks/add_memory.py [--preset short] [--steps 200 500 1000] [--seed 0]
 
-The backbone is a small Qwen3-MoE, trained here on the sources of Python's standard library. The new domain is English about Python: its
-docstrings and the topics of `help()`. The backbone is frozen; a LoRA has as many trainable parameters as a memory. Losses are those
-of held-out texts, in nats a token. Printed are the changes of both after each number of steps, and whether the logits moved at step 0.
+The backbone is a small Qwen3-MoE, trained here on the sources of Python's standard library. The new domain is English
+about Python: its docstrings and the topics of `help()`. The backbone is frozen; the LoRA has as many trainable
+parameters as the memory. Losses are in nats per token on held-out texts. The script prints the change of both losses
+after each number of steps, and whether the logits moved at step 0.
 """
 
 import argparse
@@ -78,7 +79,7 @@ class Bench:
         self.before = self.losses(self.backbone)
 
     def ways(self) -> dict[str, Callable]:
-        """By title, what gives a model and its optimizer."""
+        """Return, by title, functions that give a model and its optimizer."""
         memory = {f"memory, rows at {scale}x": (scale, 0.0, 0) for scale in (1, 5, 20)}
         memory |= {"memory, 5x, value projection 0.02": (5, 0.02, 0), "memory, 5x, rate warmed up": (5, 0.0, 50)}
         ways: dict[str, Callable] = {
@@ -147,7 +148,7 @@ class Bench:
 
     @torch.no_grad()
     def losses(self, model) -> dict[str, float]:
-        """Of held-out texts of both domains."""
+        """Return the losses on held-out texts of both domains."""
         model.eval()
         found = {}
         for domain in ("new", "old"):

@@ -1,7 +1,8 @@
-"""A small config of every kind of causal language model that transformers has, found by shrinking its defaults.
+"""A small config of every kind of causal language model in transformers, found by shrinking its defaults.
 
-Most kinds name their sizes alike, so that one table of names fits them; where a kind wants its heads otherwise, the next
-guess is tried. `OWN` has the fields of kinds that no guess fits, and `UNFIT` says why a kind is left out.
+Most kinds use the same names for their sizes, so that one table of names fits them; where a kind needs other heads,
+the next guess is tried. `OWN` has the fields of kinds that no guess fits, and `UNFIT` the reasons why kinds are left
+out.
 """
 
 from collections.abc import Iterator
@@ -13,14 +14,14 @@ from transformers.models.auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB = 120
-LAYERS = 4  # and heads, and experts
+LAYERS = 4  # This is also the number of heads and of experts.
 # More parameters would take too long; no kind needs them.
 MOST_PARAMETERS = 20_000_000
 IDS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# Kinds that engram_hf itself registers; other tests cover them.
+# engram_hf itself registers these kinds; other tests cover them.
 OURS = {"engram", "deepseek_v41_text"}
 
-# Sizes by the names that configs have for them.
+# These are the names that configs have for each size.
 _WIDTH = 64
 _SIZES: dict[int, tuple[str, ...]] = {
     _WIDTH: (
@@ -154,7 +155,7 @@ _LATENT = {
     "num_key_value_heads": 4,
 }
 _EXPERTS = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
-# Fields of kinds that no guess fits, or whose guess gives another kind of model than its checkpoints are.
+# These are the fields of kinds that no guess fits, or whose guess gives another model than their checkpoints have.
 OWN: dict[str, dict[str, Any]] = {
     "gptj": _GPT,
     "codegen": _GPT,
@@ -360,7 +361,7 @@ OWN |= dict.fromkeys(
     ],
     _BERT,
 )
-# Kinds that are not built, and the reason.
+# These kinds are not built, for the given reason.
 UNFIT = {
     "blt": "is a model of bytes made of four models, which cannot be shrunk together",
     "emu3": "is listed with the config of text and images, and its class takes that of text alone, which is not listed",
@@ -375,21 +376,21 @@ UNFIT = {
 
 
 def config_of(kind: str) -> PreTrainedConfig:
-    """The first guess at a small config of a kind."""
+    """Return the first guess at a small config of a kind."""
     config_class, fields = next(_guesses(kind))
     return config_class(**fields)
 
 
 def kinds() -> list[str]:
-    """Every kind of model that `AutoModelForCausalLM` knows, ours left out."""
+    """Return every kind of model that `AutoModelForCausalLM` knows, except ours."""
     return [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in CONFIG_MAPPING and kind not in OURS]
 
 
 def build(kind: str, ids: torch.Tensor) -> tuple[PreTrainedModel, torch.Tensor]:
-    """The smallest model of a kind that runs, with random weights, and its logits for `ids`.
+    """Return the smallest model of a kind that runs, with random weights, and its logits for `ids`.
 
     Raises:
-        LookupError: no guess fits; says what each came to.
+        LookupError: no guess fits; the message says why each failed.
     """
     if kind in UNFIT:
         raise LookupError(UNFIT[kind])
@@ -401,7 +402,7 @@ def build(kind: str, ids: torch.Tensor) -> tuple[PreTrainedModel, torch.Tensor]:
             return _run(config_class(**fields), ids)
         except StopIteration:
             raise LookupError(" | ".join(errors)) from None
-        except Exception as error:  # whatever a config that does not fit leads to
+        except Exception as error:  # A config that does not fit may raise anything.
             errors[f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"] = None
 
 
@@ -433,12 +434,12 @@ def _shrunk(text: PreTrainedConfig) -> Iterator[dict[str, Any]]:
 def _is_number(config: PreTrainedConfig, name: str) -> bool:
     try:
         return isinstance(getattr(config, name, None), (int, float))
-    except Exception:  # one that differs from layer to layer
+    except Exception:  # This value differs between layers.
         return False
 
 
 def _layer_types(text: PreTrainedConfig) -> dict[str, list[str]]:
-    """Kinds of layers, each of which a model of few layers is to have too."""
+    """Return the types of layers, each of which a model of few layers should contain."""
     found = {}
     for name in ("layer_types", "mlp_layer_types"):
         kinds = getattr(text, name, None)
@@ -465,7 +466,7 @@ def _run(config: PreTrainedConfig, ids: torch.Tensor) -> tuple[PreTrainedModel, 
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module) -> None:
-    """Give every parameter a value that matters: fresh weights leave whole parts of a model without effect."""
+    """Randomize every parameter: fresh weights leave whole parts of a model without effect."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

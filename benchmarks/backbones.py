@@ -1,17 +1,18 @@
-"""Memory on every causal language model that transformers has: small random models, on the CPU, each in a process of its own.
+"""Memory on every causal language model of transformers: small random models on the CPU, each in a separate process.
 
     python benchmarks/backbones.py                     # all kinds (minutes); prints a line for each, and counts
     python benchmarks/backbones.py gpt2 mixtral        # these
-    python benchmarks/backbones.py --write             # all, and write docs/backbones.md from what came out
-    python benchmarks/backbones.py --page              # write that page again, from what was noted before
+    python benchmarks/backbones.py --write             # all, and write docs/backbones.md from the results
+    python benchmarks/backbones.py --page              # write that page again from the stored results
 
-Asked of each kind: logits are exactly the bare model's at first; a memory with weights changes them; cached decoding, left
-padding and generation (greedy, and with beams) agree with the plain forward, where they do for the bare model; its gates
-can be read; every table gets a gradient, the same one under gradient checkpointing, and a step changes the logits; a saved
-model is the same model, with and without its head.
+Each kind is checked as follows: the logits are exactly the bare model's at first; a memory with weights changes them;
+cached decoding, left padding and generation (greedy, and with beams) agree with the plain forward, if they do for the
+bare model; gates can be read; every table gets a gradient, gradient checkpointing gives the same one, and a step
+changes the logits; a saved model has the same logits, with and without its head.
 
-A kind is `full` if all of that holds, `refused` if adding memory raises an error of ours, `refused-late` if only a forward
-does, `broken` otherwise, and `not-built` if no small config of it runs without memory. Exits with 1 if any is broken or refused late.
+A kind is `full` if all of this holds, `refused` if adding memory raises an error of ours, `refused-late` if only a
+forward does, `broken` otherwise, and `not-built` if no small config of it runs without memory. The script exits with 1
+if any kind is broken or refused late.
 """
 
 import argparse
@@ -41,26 +42,26 @@ NOTED = ROOT / "benchmarks" / "backbones.json"
 PAGE = ROOT / "docs" / "backbones.md"
 LAYER_IDS = [1, 2]
 MEMORY = {"engram_n_heads": 2, "engram_head_dim": 8, "engram_vocab_size": 97}
-EXACT = 1e-4  # relative; what floats leave of equality
-SECONDS = 300  # for one kind
+EXACT = 1e-4  # The tolerance is relative, for rounding errors of floats.
+SECONDS = 300  # This is the limit for one kind.
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
+    """Return the largest difference, as a share of the largest value."""
     return float((found - expected).abs().max() / expected.abs().max())
 
 
 def tolerance(allowed: float) -> float:
-    """What a model with memory may be off by, whose bare model is off by `allowed` itself.
+    """Return the error allowed for a model with memory, whose bare model has the error `allowed` itself.
 
-    Some are in any precision: BERT counts pads as positions, and RoFormer of transformers 5.17 differs with a cache.
-    The states that gates read are off by as much, and gates take a square root near zero.
+    Some bare models have errors in any precision: BERT counts pads as positions, and RoFormer of transformers 5.17
+    differs with a cache. The states that gates read have the same error, and gates take a square root near zero.
     """
     return EXACT if allowed < 1e-6 else max(EXACT, 4 * allowed**0.5)
 
 
 def error_of(measure: Callable[..., float | None], *arguments) -> float | None:
-    """What `measure` says of a bare model; infinite if it cannot do that at all."""
+    """Return the result of `measure` on a bare model; infinity if the model cannot do it at all."""
     with contextlib.suppress(Exception):
         return measure(*arguments)
     return float("inf")
@@ -68,7 +69,9 @@ def error_of(measure: Callable[..., float | None], *arguments) -> float | None:
 
 @torch.no_grad()
 def cached_error(model: PreTrainedModel, ids: torch.Tensor) -> float | None:
-    """Of seven tokens at once and then one after another, against all at once; None if the model keeps no cache."""
+    """Return the error of seven tokens at once and then one by one, against all at once; None if the model has no
+    cache.
+    """
     output = model(input_ids=ids[:, :7], use_cache=True)
     parts = [output.logits]
     for token in ids[:, 7:].split(1, dim=1):
@@ -82,7 +85,7 @@ def cached_error(model: PreTrainedModel, ids: torch.Tensor) -> float | None:
 
 @torch.no_grad()
 def padded_error(model: PreTrainedModel, ids: torch.Tensor) -> float | None:
-    """Of three pads on the left, against none."""
+    """Return the error of three pads on the left, against none."""
     padded = torch.nn.functional.pad(ids, (3, 0))
     mask = torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
     logits = model(input_ids=padded, attention_mask=mask, use_cache=False).logits[:, 3:]
@@ -91,13 +94,13 @@ def padded_error(model: PreTrainedModel, ids: torch.Tensor) -> float | None:
 
 @torch.no_grad()
 def generation_differs(model: PreTrainedModel, ids: torch.Tensor, beams: int) -> bool:
-    """Whether generating with a cache gives other tokens than without."""
+    """Return whether generating with a cache gives other tokens than without."""
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
     return not torch.equal(*(model.generate(ids, use_cache=cached, **options) for cached in (True, False)))
 
 
 def table_gradients(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Gradients of all tables, in one row."""
+    """Return the gradients of all tables, concatenated."""
     torch.manual_seed(0)
     model.train().zero_grad()
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -109,7 +112,7 @@ def table_gradients(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def checkpoint_layers(model: PreTrainedModel, use_reentrant: bool) -> None:
-    """Turn on gradient checkpointing, under the name that this version of transformers has for it."""
+    """Turn on gradient checkpointing, under the name of this version of transformers."""
     options = {"use_reentrant": use_reentrant}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(options)
@@ -119,7 +122,7 @@ def checkpoint_layers(model: PreTrainedModel, use_reentrant: bool) -> None:
 
 @torch.no_grad()
 def wake(model: PreTrainedModel) -> None:
-    """Give the memory weights that change what the model says."""
+    """Give the memory weights that change the logits."""
     generator = torch.Generator().manual_seed(0)
     for memory in model.base_model.memories().values():
         for name, parameter in memory.named_parameters():
@@ -131,7 +134,7 @@ def wake(model: PreTrainedModel) -> None:
 def faults(
     model: PreTrainedModel, ids: torch.Tensor, before: torch.Tensor, bare: dict[str, float | bool | None]
 ) -> Iterator[str]:
-    """What does not hold of a model with memory whose bare one gave the logits `before` and has the errors `bare`."""
+    """Yield what fails on a model with memory, given the logits `before` and the errors `bare` of its bare model."""
     with torch.no_grad():
         if not torch.equal(model(input_ids=ids, use_cache=False).logits, before):
             yield "logits change as memory is added"
@@ -194,7 +197,7 @@ def _faults_of_saving(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[str
 
 
 def check(kind: str, quick: bool = False) -> tuple[str, str]:
-    """What is true of a kind, and why; `quick` leaves beams out."""
+    """Return the state of a kind, and the reason; `quick` leaves beams out."""
     ids = torch.randint(4, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
     try:
         host, before = build(kind, ids)
@@ -230,7 +233,7 @@ def _answer(kind: str, pipe) -> None:
 
 
 def run(names: list[str], jobs: int) -> dict[str, tuple[str, str]]:
-    """Check kinds, `jobs` at a time and each in a process of its own, and print a line for each."""
+    """Check kinds, `jobs` at a time and each in a separate process, and print a line for each."""
     context, results = multiprocessing.get_context("fork"), {}
     waiting, running = list(reversed(names)), {}
     while waiting or running:
@@ -254,7 +257,7 @@ def run(names: list[str], jobs: int) -> dict[str, tuple[str, str]]:
 
 
 def page(noted: dict[str, dict[str, tuple[str, str]]]) -> str:
-    """docs/backbones.md: what was noted for each version of transformers, oldest first."""
+    """Return the text of docs/backbones.md from the results of each version of transformers, oldest first."""
     versions = sorted(noted, key=lambda version: [int(part) for part in version.split(".")])
     newest = noted[versions[-1]]
     lines = [
@@ -310,13 +313,13 @@ is stored for each pass separately. Layers with two sublayers (`longcat_flash`) 
 
 
 def count_full(noted: dict[str, dict[str, tuple[str, str]]]) -> int:
-    """How many kinds are full on the newest version."""
+    """Return how many kinds are full on the newest version."""
     newest = max(noted, key=lambda version: [int(part) for part in version.split(".")])
     return sum(state == "full" for state, _ in noted[newest].values())
 
 
 def read_noted() -> dict[str, dict[str, tuple[str, str]]]:
-    """Results by version of transformers and kind."""
+    """Return results by version of transformers and kind."""
     return json.loads(NOTED.read_text(encoding="utf-8")) if NOTED.is_file() else {}
 
 

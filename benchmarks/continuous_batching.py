@@ -1,4 +1,4 @@
-"""Random requests by continuous batching, in a cache that holds a few of them, each answer compared with that of `generate`.
+"""Random requests by continuous batching, in a cache that holds a few of them, each compared with `generate`.
 
 python benchmarks/continuous_batching.py [--requests 200] [--backbones mixtral llama gpt_oss glm4_moe]
 """
@@ -21,7 +21,9 @@ GREEDY = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
 
 
 def draw_requests(count: int, seed: int) -> list[tuple[list[int], int]]:
-    """Prompts of 1 to 90 tokens, every third with one of two long prefixes, and how many tokens each of them gets."""
+    """Return prompts of 1 to 90 tokens, every third with one of two long prefixes, and the number of tokens to
+    generate for each.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def tokens(length: int) -> list[int]:
@@ -41,7 +43,7 @@ def draw_requests(count: int, seed: int) -> list[tuple[list[int], int]]:
 
 
 def run(model, requests: list[tuple[list[int], int]], seed: int) -> tuple[list[list[int]], float, int]:
-    """Answers, seconds, and how often requests gave up their blocks."""
+    """Return the answers, the seconds, and how often requests gave up their blocks."""
     preemptions, offload = [], OffloadingManager.offload_requests
 
     def counted(self, *args, **kwargs):
@@ -69,7 +71,7 @@ def run(model, requests: list[tuple[list[int], int]], seed: int) -> tuple[list[l
 
 @torch.no_grad()
 def count_differences(model, requests: list[tuple[list[int], int]], answers: list[list[int]]) -> int:
-    """How many answers are not those of `generate` for the request alone."""
+    """Return how many answers differ from those of `generate` for the request alone."""
     wrong = 0
     for (prompt, count), answer in zip(tqdm(requests, leave=False), answers, strict=True):
         alone = model.generate(torch.tensor([prompt]), **GREEDY, max_new_tokens=count)[0, len(prompt) :].tolist()
@@ -78,7 +80,9 @@ def count_differences(model, requests: list[tuple[list[int], int]], answers: lis
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print one row for each backbone and variant; 1 if an answer with memory differs where the bare backbone's does not."""
+    """Print one row for each backbone and variant; return 1 if an answer with memory differs where the bare backbone's
+    does not.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--backbones", nargs="+", default=["mixtral", "llama", "gpt_oss", "glm4_moe"])

@@ -2,8 +2,9 @@
 
     python benchmarks/conversion.py --folder /path/on/the/disk --gigabytes 4
 
-Makes the checkpoint (random weights, the miniature's tokenizer), then prints, for `cp` and for each command, seconds, bytes per
-second and peak resident memory, whether the export equals the source, and how long linked tables of two sizes take.
+The script makes the checkpoint (random weights, the miniature's tokenizer). Then it prints, for `cp` and for each
+command, seconds, bytes per second and peak resident memory, whether the export equals the source, and how long linked
+tables of two sizes take.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 MINIATURE = Path(__file__).parents[1] / "tests" / "golden" / "deepseek_v41_tiny"
-TABLE_SHARE = 0.4  # of the bytes, as in the release
+TABLE_SHARE = 0.4  # This is their share of the bytes, as in the release.
 ROW_BYTES = 256 + 8
 EXPERT_BYTES = 3 * 2048 * (1024 + 64)
 POOL_BYTES = 16 << 20
@@ -30,7 +31,7 @@ ITEM_BYTES = {"BF16": 2, "F32": 4}
 
 
 def synthetic_config(gigabytes: float, table_share: float = TABLE_SHARE) -> dict:
-    """The miniature's config with wide experts and tables, `gigabytes` in all."""
+    """Return the miniature's config with wide experts and tables, of `gigabytes` in total."""
     from engram_hf.table_format_engram import draw_primes
 
     config = json.loads((MINIATURE / "config.json").read_text(encoding="utf-8"))
@@ -46,7 +47,7 @@ def synthetic_config(gigabytes: float, table_share: float = TABLE_SHARE) -> dict
 
 
 def make_checkpoint(folder: Path, *size: float) -> None:
-    """Make a synthetic checkpoint in a process of its own: the memory of this one would count as its children's peak."""
+    """Make a synthetic checkpoint in a separate process: the memory of this one would count as its children's peak."""
     process = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(folder, *size))
     process.start()
     process.join()
@@ -55,7 +56,7 @@ def make_checkpoint(folder: Path, *size: float) -> None:
 
 
 def write_checkpoint(folder: Path, *size: float) -> None:
-    """Write a checkpoint with `synthetic_config(*size)`: one shard a layer, the tables in shards of their own."""
+    """Write a checkpoint with `synthetic_config(*size)`: one shard per layer, the tables in separate shards."""
     from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
     from engram_hf.convert_scripts.safetensors_files import INDEX_NAME
     from engram_hf.convert_scripts.streaming import (
@@ -88,12 +89,12 @@ def write_checkpoint(folder: Path, *size: float) -> None:
 
 
 def random_bytes(dtype: str, size: int) -> Iterator[memoryview]:
-    """`size` bytes of finite numbers of moderate size."""
+    """Yield `size` bytes of finite numbers of moderate size."""
     pool = np.random.default_rng(0).integers(0, 256, POOL_BYTES, dtype=np.uint8)
     if dtype == "F8_E8M0":
         pool = pool % 8 + 116
     elif dtype in ("BF16", "F32"):
-        pool[ITEM_BYTES[dtype] - 1 :: ITEM_BYTES[dtype]] = 0x3C  # the byte with the exponent
+        pool[ITEM_BYTES[dtype] - 1 :: ITEM_BYTES[dtype]] = 0x3C  # This is the byte with the exponent.
     elif dtype == "F8_E4M3":
         pool &= 0xBF
     done = 0
@@ -106,7 +107,7 @@ def random_bytes(dtype: str, size: int) -> Iterator[memoryview]:
 
 
 def timed(label: str, command: list[str], count: int) -> float:
-    """Run a command and sync the disk, print its figures; the wall seconds of both."""
+    """Run a command and sync the disk, print its figures, and return the wall seconds of both."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     said = process.stdout.read().strip().partition(": ")[2]
@@ -125,14 +126,14 @@ def timed(label: str, command: list[str], count: int) -> float:
 
 
 def start_up() -> float:
-    """Seconds until a command has imported what it needs: the same for 4 and for 500 GB."""
+    """Return the seconds until a command has imported its modules: they are the same for 4 and for 500 GB."""
     modules = "convert_deepseek_v41", "import_plan", "deepseek_v41_config"
     code = "".join(f"import engram_hf.convert_scripts.{name}\n" for name in modules)
     return min(timed(f"imports alone, turn {turn}", [sys.executable, "-c", code], 0) for turn in range(3))
 
 
 def command(module: str, *arguments: object) -> list[str]:
-    """One of the conversion commands."""
+    """Return one of the conversion commands."""
     return [sys.executable, "-m", f"engram_hf.convert_scripts.{module}", *map(str, arguments)]
 
 
@@ -158,7 +159,7 @@ def main() -> None:
 
 
 def compare_with_cp(source: Path, work: Path, size: int) -> None:
-    """`cp` and the conversion by turns, so that both see the same state of the disk; then the way back."""
+    """Alternate `cp` and the conversion, so that both see the same state of the disk; then export."""
     ours, back = work / "ours", work / "back"
     imports, cp, own = start_up(), [], []
     for turn in range(3):
@@ -181,7 +182,7 @@ def compare_with_cp(source: Path, work: Path, size: int) -> None:
 
 
 def time_links(work: Path, gigabytes: float) -> None:
-    """Linked tables: small and large ones beside the same few experts."""
+    """Time linked tables: small and large ones beside the same few experts."""
     for table in (gigabytes / 16, gigabytes):
         source, target = work / "tables", work / "linked"
         make_checkpoint(source, table, 0.98)

@@ -1,14 +1,14 @@
-"""What the DeepSeek-V4.1 backbone's attention costs as the context grows.
+"""The cost of the DeepSeek-V4.1 backbone's attention as the context grows.
 
     python benchmarks/deepseek_v41_attention.py
 
-Prefills a small model whose window, selection and candidate sizes are a quarter of the release's, at 1k to 8k tokens,
-and prints the seconds of its attention modules without and with the index scores, and the peak of resident memory
-during the prefill; then the milliseconds of one decoding step behind such a context. The last column compares with
-the shortest context: 1.00 per token is linear growth. A model that keeps a `[heads, tokens, tokens]` matrix would have
-the bytes printed beside the peak.
+The script prefills a small model whose window, selection and candidate sizes are a quarter of the release's, at 1k to
+8k tokens. It prints the seconds of the attention modules without and with the index scores, and the peak of resident
+memory during the prefill; then the milliseconds of one decoding step behind such a context. The last column compares
+with the shortest context: 1.00 per token is linear growth. The bytes printed beside the peak are those of a `[heads,
+tokens, tokens]` matrix.
 
-Scoring is quadratic by design (a KV source's queries are scored against all compressed positions, in narrow heads),
+Scoring is quadratic by design (a KV source's queries are scored against all compressed positions, in narrow heads);
 from the candidate source on it is linear.
 """
 
@@ -29,7 +29,9 @@ LENGTHS = (1024, 2048, 4096, 8192)
 
 
 def small_config() -> DeepseekV41TextConfig:
-    """Every kind of layer once: window alone, both ratios, a reused selection, a candidate source and its successor."""
+    """Return a config with every kind of layer: window only, both ratios, a reused selection, a candidate source and
+    its successor.
+    """
     return DeepseekV41TextConfig(
         vocab_size=1024, hidden_size=256, moe_intermediate_size=128, num_hidden_layers=6, num_attention_heads=8,
         head_dim=64, qk_rope_head_dim=32, q_lora_rank=128, o_lora_rank=64, o_groups=2, sliding_window=32,
@@ -40,12 +42,12 @@ def small_config() -> DeepseekV41TextConfig:
 
 
 def resident(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (peak) of this process in bytes."""
+    """Return `VmRSS` (now) or `VmHWM` (peak) of this process in bytes."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def reset_peak() -> int:
-    """Give free memory back, start a new peak, and return the resident bytes."""
+    """Free memory, reset the peak, and return the resident bytes."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
@@ -65,7 +67,7 @@ def timed(modules, seconds: list[float]):
 
 
 def prefill(model: DeepseekV41TextModel, length: int) -> dict[str, float]:
-    """Seconds of attention and of index scoring, and peak bytes, of one forward over `length` tokens."""
+    """Return the seconds of attention and of index scoring, and the peak bytes, of one forward over `length` tokens."""
     ids = torch.randint(0, model.config.vocab_size, (1, length))
     attention, scoring = [], []
     before = reset_peak()
@@ -80,7 +82,7 @@ def prefill(model: DeepseekV41TextModel, length: int) -> dict[str, float]:
 
 
 def decode(model: DeepseekV41TextModel, length: int, steps: int) -> float:
-    """Median seconds of one decoding step behind `length` tokens."""
+    """Return the median seconds of one decoding step behind `length` tokens."""
     cache = DynamicCache(config=model.config)
     model(torch.randint(0, model.config.vocab_size, (1, length)), past_key_values=cache)
     seconds = []
@@ -100,7 +102,7 @@ def main():
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     model = DeepseekV41TextModel(small_config()).eval()
-    prefill(model, LENGTHS[0])  # warm up
+    prefill(model, LENGTHS[0])  # This warms up.
     print("prefill: seconds and peak memory; growth per token against the shortest context")
     first = None
     for length in LENGTHS:

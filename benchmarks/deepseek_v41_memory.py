@@ -1,9 +1,9 @@
-"""What DeepSeek-V4.1-Flash takes in memory, part by part: computed from the conversion's table of tensors, nothing is run.
+"""The memory of DeepSeek-V4.1-Flash, part by part, computed from the conversion's table of tensors without running it.
 
     python benchmarks/deepseek_v41_memory.py
 
-`released` is FP8 and FP4 with scales, `bfloat16` what the same tensors take dequantized (what the release keeps in float32
-stays so). With `engram_residency="mapped"` the tables take only the rows that were read lately.
+`released` means FP8 and FP4 with scales; `bfloat16` means the same tensors dequantized (float32 tensors of the release
+stay float32). With `engram_residency="mapped"` the tables only need memory for recently read rows.
 """
 
 import argparse
@@ -21,7 +21,7 @@ PARTS = ("tables", "routed experts", "rest of the text model", "tower and aligne
 
 
 def release_config() -> dict:
-    """The release's config.json; what is not named here is a default of our config classes."""
+    """Return the release's config.json; fields that are not named here have the defaults of our config classes."""
     text = DeepseekV41TextConfig(
         vision_config={},
         image_token_id=129264,
@@ -40,7 +40,7 @@ def release_config() -> dict:
 
 
 def part_of(mapping: TensorMapping) -> str:
-    """The row of the table that a tensor counts in."""
+    """Return the row of the table that counts a tensor."""
     if mapping.rule.file == "table":
         return "tables"
     if mapping.rule.where in ("drafts", "vision"):
@@ -49,22 +49,22 @@ def part_of(mapping: TensorMapping) -> str:
 
 
 def parameters(mapping: TensorMapping) -> int:
-    """Numbers of a tensor of ours."""
+    """Return the number of elements of one of our tensors."""
     return math.prod(mapping.shape)
 
 
 def released_bytes(mapping: TensorMapping) -> int:
-    """Bytes of the release's tensors that make it, with scales."""
+    """Return the bytes of the release's tensors that it is made from, with scales."""
     return sum(math.prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, 1) for tensor in mapping.upstream)
 
 
 def bfloat16_bytes(mapping: TensorMapping) -> int:
-    """Bytes of it, dequantized."""
+    """Return its bytes when dequantized."""
     return parameters(mapping) * (4 if mapping.rule.storage.dtype == "F32" else 2)
 
 
 def lines() -> list[str]:
-    """The table, in Markdown."""
+    """Return the table in Markdown."""
     mappings = map_tensors(DEEPSEEK_V41, release_config())
     rows = [(part, [mapping for mapping in mappings if part_of(mapping) == part]) for part in PARTS]
     rows.append(("all", mappings))
@@ -77,7 +77,7 @@ def lines() -> list[str]:
 
 
 def main() -> None:
-    """Entry point."""
+    """Print the table."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     print("\n".join(lines()))
 

@@ -1,11 +1,11 @@
-"""What DeepSeek-V4.1's vision tower and its image processing cost, against what they cannot do without.
+"""The cost of DeepSeek-V4.1's vision tower and its image processing, against their unavoidable operations alone.
 
     python benchmarks/deepseek_v41_vision.py
 
-The tower and the aligner, at the release's widths with a few layers, on one image of the largest size: beside torch's
-`scaled_dot_product_attention` and the matrix products of the same shapes alone. The image processor on a photograph of
-12 megapixels: beside Pillow's bicubic resize to the same size alone. Medians of several runs of one
-thread, in processor time, which other work on the machine changes least.
+The tower and the aligner, at the release's widths with a few layers, run on one image of the largest size, against
+torch's `scaled_dot_product_attention` and the matrix products of the same shapes. The image processor runs on a
+photograph of 12 megapixels, against Pillow's bicubic resize to the same size. The figures are medians of several runs
+of one thread, in processor time, which other work on the machine affects least.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from engram_hf.vision_deepseek_v41 import DeepseekV41VisionModel
 
 
 def seconds(*actions, runs: int) -> list[float]:
-    """The median processor time of each action, run in turns."""
+    """Return the median processor time of each action, run alternately."""
     times = [[] for _ in actions]
     for _ in range(runs):
         for action, taken in zip(actions, times, strict=True):
@@ -34,7 +34,7 @@ def seconds(*actions, runs: int) -> list[float]:
 
 
 def bare_tower(config: DeepseekV41VisionConfig, patches: int, positions: int, dtype: torch.dtype):
-    """The matrix products and attentions of the tower and the aligner, on random numbers."""
+    """Return a function for the matrix products and attentions of the tower and the aligner, on random numbers."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     window = hidden * config.downsample_ratio**2
     layer = [
@@ -91,7 +91,7 @@ def measure_processing(runs: int) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Print both measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)

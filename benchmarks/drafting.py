@@ -1,12 +1,13 @@
-"""What drafts bring: rounds, accepted tokens and time on the miniature, and the arithmetic of a round of the release.
+"""Rounds, accepted tokens and time with drafts on the miniature, and the computed cost of a round of the release.
 
     python benchmarks/drafting.py
 
-The miniature's weights are random, so nothing predicts it. As in the golden data, its Markov head is taught transitions of
-its own greedy continuation, here a part of them at a time; decoding with drafts is timed against plain decoding of the same
-tokens, alternating. Then, computed and not run: the bytes that a step of DeepSeek-V4.1-Flash reads at batch size 1, without drafts
-and with them, and how many tokens a round must bring for drafts to pay. (A step reads each weight it uses once; the
-experts of a block's tokens are taken to be chosen independently of each other, which is the worst case.)
+The miniature's weights are random, so no draft layer can predict it. As in the golden data, its Markov head is trained
+on a part of the transitions of its own greedy continuation. Decoding with drafts alternates with plain decoding of the
+same tokens. Then the script computes, without running the release, the bytes that a step of DeepSeek-V4.1-Flash reads
+at batch size 1, without drafts and with them, and how many tokens a round must give for drafts to save time. (A step
+reads each weight it uses once; the experts of a block's tokens are assumed to be chosen independently of each other,
+which is the worst case.)
 """
 
 import argparse
@@ -32,7 +33,7 @@ PLAIN = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
 
 
 def load_miniature(folder: Path):
-    """The miniature with memory and drafts, in float32."""
+    """Load the miniature with memory and drafts, in float32."""
     release, target = folder / "release", folder / "float32"
     shutil.copytree(MINIATURE, release, ignore=shutil.ignore_patterns("golden*", "README.md"))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -54,7 +55,7 @@ def teach(model, sequence: torch.Tensor, share: float) -> None:
 
 
 def measure(model, tokens: int, runs: int) -> None:
-    """Print what drafts bring for several shares of taught transitions."""
+    """Print the effect of drafts for several shares of learned transitions."""
     prompt = torch.tensor([[0, 300, 411, 52, 633, 74, 85, 96, 107, 318, 129, 130, 241]])
     expected = model.generate(prompt, max_new_tokens=tokens, **PLAIN)
     for share in (0.0, 0.5, 0.8, 1.0):
@@ -73,22 +74,22 @@ def measure(model, tokens: int, runs: int) -> None:
 
 
 def expected_experts(tokens: int, chosen: int, experts: int) -> float:
-    """How many different experts `tokens` tokens read, each choosing `chosen` of `experts`."""
+    """Return the expected number of different experts for `tokens` tokens, each choosing `chosen` of `experts`."""
     return experts * (1 - (1 - chosen / experts) ** tokens)
 
 
 def read_bytes(size) -> dict[str, float]:
-    """Bytes read by a plain step, by a step that verifies d drafts (`"verify d"`), and by a drafting pass.
+    """Return the bytes read by a plain step, by a step that verifies d drafts (`"verify d"`), and by a drafting pass.
 
     Args:
-        size: bytes of a mapping.
+        size: returns the bytes of a mapping.
     """
     config = release_config()
     text, total = config["text_config"], {}
     for mapping in map_tensors(DEEPSEEK_V41, config):
         part = part_of(mapping)
         if mapping.ours in ("model.embed_tokens.weight", "draft.markov_embed.weight"):
-            continue  # a row for each token
+            continue  # Each token reads a row.
         if part == "drafts" and mapping.rule.is_stacked:
             part = "draft experts"
         total[part] = total.get(part, 0) + size(mapping)
@@ -107,7 +108,7 @@ def read_bytes(size) -> dict[str, float]:
 
 
 def print_arithmetic() -> None:
-    """Print what a round of the release reads, and must accept to pay."""
+    """Print the bytes that a round of the release reads, and the drafts it must accept to save time."""
     for name, size in (("released (FP8, FP4)", released_bytes), ("bfloat16", bfloat16_bytes)):
         found = read_bytes(size)
         plain, draft = found["verify 0"], found["draft"]
@@ -119,7 +120,7 @@ def print_arithmetic() -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Print both parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=96, help="new tokens of each run")
     parser.add_argument("--runs", type=int, default=3)

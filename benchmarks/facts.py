@@ -1,11 +1,11 @@
-"""Invented facts, learned by rows of memory, by LoRA, and by the whole memory; and those of several users, stacked.
+"""Invented facts, learned by rows of memory, by LoRA, and by the whole memory; and stacked facts of several users.
 
     python benchmarks/facts.py [MODEL] [--facts 100] [--users 10] [--steps 200]
 
-MODEL is a saved model with its tokenizer that was really trained, such as `out/quickstart/model`; `examples/engram-demo` if none is named.
-All ways get the same number of steps on the same facts; rows stop earlier when all are recalled with certainty. Held-out texts are
-files of the Python standard library. kB are those of the whole folder of an adapter, and seconds those of the processor, which other work
-on the machine does not change.
+MODEL is a saved, trained model with its tokenizer, such as `out/quickstart/model`; the default is
+`examples/engram-demo`. All methods train the same number of steps on the same facts; rows stop earlier when all facts
+are recalled with certainty. Held-out texts are files of the Python standard library. Sizes in kB are those of an
+adapter's whole folder, and times are processor seconds, which other work on the machine does not change.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def invent(count: int) -> list[dict[str, str]]:
-    """Facts about places that are nowhere, no two of which have the same prompt."""
+    """Invent facts about places that do not exist, with distinct prompts."""
     draw, facts = random.Random(0), {}
     while len(facts) < count:
         place, name = ("".join(draw.choices(SYLLABLES, k=3)).capitalize() for _ in range(2))
@@ -111,7 +111,7 @@ def invent(count: int) -> list[dict[str, str]]:
 
 
 class Bench:
-    """What all ways have in common."""
+    """The model and texts that all methods share."""
 
     def __init__(self, options: argparse.Namespace, tokenizer, facts: list[dict[str, str]], texts: list[list[int]]):
         self.options, self.tokenizer, self.texts = options, tokenizer, [torch.tensor([ids]) for ids in texts]
@@ -126,7 +126,9 @@ class Bench:
 
     @torch.no_grad()
     def row(self, model, size: int | None, seconds: float) -> str:
-        """Recall, recall of paraphrases, held-out loss, share of texts whose logits have every bit as before, size, time."""
+        """Return recall, recall of paraphrases, held-out loss, share of texts with bit-identical logits, size, and
+        time.
+        """
         recall, asked = (sum(r.rank == 1 for r in measure_facts(model, f)) / len(f) for f in (self.parsed, self.asked))
         after = [model(input_ids=ids, use_cache=False).logits for ids in self.texts]
         losses = [F.cross_entropy(a[0, :-1], ids[0, 1:]) for a, ids in zip(after, self.texts, strict=True)]
@@ -141,7 +143,7 @@ class Bench:
         return model, saved_size(model)
 
     def protected_rows(self, facts) -> tuple[torch.nn.Module, int]:
-        """With other texts of the same kind as those that are measured."""
+        """Write rows while protecting other texts of the same kind as the measured ones."""
         protect = [text[:1000] for text in read_sources()[0][:200]]
         model, _ = write_facts(self.load(), self.tokenizer, facts, steps=self.options.steps, protect=protect)
         return model, saved_size(model)
@@ -170,7 +172,7 @@ class Bench:
         return model, saved_size(model)
 
     def stacked_loras(self, users) -> tuple[torch.nn.Module, int]:
-        """Each trained alone, since users do not know of each other."""
+        """Stack adapters that were trained alone, since users do not know of each other."""
         model = None
         for index, facts in enumerate(users):
             model, _ = self.lora(facts, model, f"user{index}")
@@ -195,7 +197,7 @@ def loss_of(fact: Fact, logits: torch.Tensor) -> torch.Tensor:
 
 
 def saved_size(model) -> int:
-    """Bytes of all that `save_pretrained` writes."""
+    """Return the bytes that `save_pretrained` writes."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())

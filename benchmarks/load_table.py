@@ -1,10 +1,10 @@
-"""Loading a model with a table of 40M x 64 bfloat16 rows (5.1 GB), against reading the same bytes with safetensors.
+"""Loading a model with a table of 40M x 64 bfloat16 rows (5.1 GB), against reading its bytes with safetensors.
 
     python benchmarks/load_table.py
 
-Each is timed in a process of its own, the two alternating, until every page is in memory, the file being in the page cache if memory
-allows. A loader that initialized the table before it is overwritten would take many times as long, and twice the memory
-(three times, if in float32).
+Each run has a separate process, and the two alternate. A run lasts until every page is in memory; the file is in the
+page cache if memory allows. A loader that initialized the table before overwriting it would take many times as long,
+and twice the memory (three times in float32).
 """
 
 import argparse
@@ -41,12 +41,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         table_bytes = write_model(Path(folder), arguments.rows, arguments.head_dim)
         print(f"table of {arguments.rows / 1e6:.0f}M x {arguments.head_dim} bfloat16, {table_bytes / 1e9:.2f} GB")
-        runs = {read_tensors: [], load_model: []}
+        runs = {title: [] for title in WAYS}
         for _ in range(arguments.repeats):
-            for work, results in runs.items():
-                results.append(in_a_process(work, folder))
-    for work, results in runs.items():
-        print(f"{work.__doc__:34}" + "".join(f"{seconds:7.2f} s {peak / 1e9:6.2f} GB" for seconds, peak in results))
+            for title, results in runs.items():
+                results.append(in_a_process(WAYS[title], folder))
+    for title, results in runs.items():
+        print(f"{title:34}" + "".join(f"{seconds:7.2f} s {peak / 1e9:6.2f} GB" for seconds, peak in results))
     (read_time, read_peak), (load_time, load_peak) = (
         map(statistics.median, zip(*r, strict=True)) for r in runs.values()
     )
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def write_model(folder: Path, rows: int, head_dim: int) -> int:
-    """Write a tiny Llama with one big table, the table in blocks; returns the table's bytes."""
+    """Write a tiny Llama with one large table, the table in blocks; return the table's bytes."""
     backbone = LlamaConfig(
         vocab_size=1000,
         hidden_size=64,
@@ -96,7 +96,7 @@ def write_table(path: Path, shape: torch.Size) -> None:
 
 
 def read_tensors(folder: str) -> dict[str, torch.Tensor]:
-    """reading with safetensors"""
+    """Read every tensor of a folder."""
     tensors = {}
     for path in Path(folder).glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -105,12 +105,15 @@ def read_tensors(folder: str) -> dict[str, torch.Tensor]:
 
 
 def load_model(folder: str) -> EngramForCausalLM:
-    """EngramForCausalLM.from_pretrained"""
+    """Load the model of a folder."""
     return EngramForCausalLM.from_pretrained(folder)
 
 
+WAYS = {"reading with safetensors": read_tensors, "EngramForCausalLM.from_pretrained": load_model}
+
+
 def in_a_process(work, folder: str) -> tuple[float, int]:
-    """Seconds of `work`, and by how many bytes it raised the peak of a new process's memory."""
+    """Return the seconds of `work`, and the growth of peak memory in bytes, in a new process."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(measure, (work, folder))
@@ -123,14 +126,14 @@ def measure(work, folder: str) -> tuple[float, int]:
 
 
 def touch_every_page(result) -> None:
-    """On the CPU both ways map the file and read it when it is used; here, all of it is."""
+    """Read every page: on the CPU, both ways map the file and read it lazily."""
     tensors = result.values() if isinstance(result, dict) else result.state_dict().values()
     for tensor in tensors:
         tensor.flatten()[:: 4096 // tensor.element_size()].sum()
 
 
 def peak_memory() -> int:
-    """Bytes this process had in memory at most, mapped files included (Linux)."""
+    """Return the peak memory of this process in bytes, including mapped files (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 

@@ -1,9 +1,9 @@
-"""What two layers of memory cost a small Mixtral: prefill and decoding, against its bare backbone.
+"""The cost of two layers of memory in a small Mixtral: prefill and decoding, against its bare backbone.
 
     python benchmarks/memory_cost.py
 
-Both models run alternately, in one process, on the same weights outside the memory. Printed are the medians, and the ratio
-of the two in each pair of runs (its median), which is steadier than the times are.
+Both models run alternately in one process, with the same weights outside the memory. The script prints the medians,
+and the median ratio of the pairs of runs, which varies less than the times.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def build_models(arguments: argparse.Namespace) -> tuple[torch.nn.Module, torch.
 
 
 def now() -> float:
-    """The time, once what the GPU was given is done."""
+    """Return the time after all work of the GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -91,7 +91,7 @@ def prefill(model: torch.nn.Module, prompt: torch.Tensor) -> None:
 
 
 def decode(model: torch.nn.Module, tokens: torch.Tensor) -> float:
-    """Feeds `tokens` `[1, 64 + N]` one by one after the first 64; seconds of the N steps."""
+    """Feed `tokens` `[1, 64 + N]` one by one after the first 64; return the seconds of the N steps."""
     cache = DynamicCache(config=model.config)
     model(tokens[:, :64], past_key_values=cache, logits_to_keep=1)
     start = now()
@@ -107,7 +107,7 @@ def compare(name: str, work: str, run: Callable, bare, engram, inputs: torch.Ten
             start = now()
             inner = run(model, inputs)
             taken.append(now() - start if inner is None else inner)
-    pairs = list(zip(*seconds.values(), strict=True))[1:]  # the first pair warms up
+    pairs = list(zip(*seconds.values(), strict=True))[1:]  # The first pair warms up.
     ratio = statistics.median(with_memory / without for without, with_memory in pairs)
     without, with_memory = (statistics.median(times) for times in zip(*pairs, strict=True))
     print(

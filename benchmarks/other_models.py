@@ -1,7 +1,10 @@
-"""A tiny Qwen4-Exp with a table of a gigabyte, stock and with the table left in its files: `python benchmarks/other_models.py`.
+"""A tiny Qwen4-Exp with a table of a gigabyte, stock and with the table in its files.
 
-Prints the time of a load, its anonymous memory and that of the same model with a table of a few rows, and the time of decoding, as
-ratios of runs that take turns. The files are in the page cache; every load is in a forked process of its own.
+    python benchmarks/other_models.py
+
+The script prints the time of a load, its anonymous memory and that of the same model with a table of a few rows, and
+the time of decoding, as ratios of alternating runs. The files are in the page cache; every load has a separate forked
+process.
 """
 
 import argparse
@@ -22,7 +25,7 @@ IDS = torch.randint(3, 1000, (1, 48), generator=torch.Generator().manual_seed(1)
 
 
 def make_folder(folder: Path, rows_per_head: int) -> None:
-    """Save a model of two million parameters beside a table of 16 heads with `rows_per_head` rows of 160 channels each."""
+    """Save a model of two million parameters with a table of 16 heads with `rows_per_head` rows of 160 channels each."""
     from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
 
     torch.manual_seed(0)
@@ -71,7 +74,9 @@ def anonymous_megabytes() -> float:
 
 
 def measure_load(kind: str, folder: Path, results) -> None:
-    """In a process of its own: seconds, and megabytes of anonymous memory above the imports, at the end and at most."""
+    """Return the seconds of a load in a separate process, and its final and peak anonymous memory above the imports in
+    MB.
+    """
     start_memory, done, peak = anonymous_megabytes(), threading.Event(), [0.0]
 
     def watch() -> None:
@@ -95,7 +100,7 @@ def measure_load(kind: str, folder: Path, results) -> None:
 def loading(folder: Path, small: Path, repeats: int) -> None:
     cases = {"stock": ("stock", folder), "mapped": ("mapped", folder), "without": ("stock", small)}
     found: dict[str, list[dict]] = {case: [] for case in cases}
-    torch.set_num_threads(1)  # a forked process does not have the threads of the other
+    torch.set_num_threads(1)  # A forked process does not have the threads of its parent.
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     for turn in range(repeats + 1):
@@ -104,7 +109,7 @@ def loading(folder: Path, small: Path, repeats: int) -> None:
             process.start()
             measured = results.get()
             process.join()
-            if turn:  # the first one warms the page cache up
+            if turn:  # The first run fills the page cache.
                 found[case].append(measured)
     assert {some["sum"] for some in found["stock"]} == {some["sum"] for some in found["mapped"]}
     middle = {

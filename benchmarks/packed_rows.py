@@ -1,9 +1,10 @@
-"""Rows of four and two bits: bytes on disk, gathering them, and making them.
+"""Rows of four and two bits: their bytes on disk, and the time to gather and to quantize them.
 
     python benchmarks/packed_rows.py [FOLDER] [--gigabytes 1] [--repeats 5]
 
-Bytes of every table against what its bits promise; gathering and decoding warm rows against float8 ones; and quantizing a
-bfloat16 and a float8 table against `cp` of its file, as either ends and with `fsync` after it. FOLDER is on the disk to measure.
+The script compares the bytes of every table with the bits of its format; the time of gathering and decoding warm rows
+with that of float8 rows; and the time of quantizing a bfloat16 and a float8 table with `cp` of its file, each without
+and with `fsync`. FOLDER is on the disk to measure.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from engram_hf.table_writer_engram import TableWriter, quantize_table
 
 
 def write_floats(folder: Path, gigabytes: float) -> None:
-    """A table of normal noise in bfloat16."""
+    """Write a table of normal noise in bfloat16."""
     hasher = make_hasher(int(gigabytes * 1e9 / (2 * WIDTH)))
     description, name = describe_table(hasher, 0, width=WIDTH, dtype="BF16"), table_file_name(LAYER)
     with TableWriter(folder / name, description) as writer:
@@ -45,7 +46,7 @@ def sync(path: Path) -> None:
 
 
 def making(table: StoredTable, dtypes: list[str], home: Path, of: str, rounds: int) -> None:
-    """Quantize a table to files in `home/DTYPE`, and print medians of `rounds` in which all, and `cp`, take turns."""
+    """Quantize a table to files in `home/DTYPE`; print medians of `rounds` in which all formats and `cp` alternate."""
     description, file, copied = (
         replace(table.description, tensors=table.parts[0].names),
         table.parts[0].file.path,
@@ -87,7 +88,7 @@ def making(table: StoredTable, dtypes: list[str], home: Path, of: str, rounds: i
 
 
 def processor_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """Return the processor seconds of this process and of its finished children."""
     times = os.times()
     return sum(times[:4])
 

@@ -1,9 +1,9 @@
-"""What training a table costs: all of it, as an ordinary parameter, against only the rows that a corpus reads.
+"""The cost of training a table: the whole table as a parameter, against only the rows that a corpus reads.
 
     python benchmarks/row_adapters.py
 
-Both train the memory of the same small Mixtral with AdamW on the same batches (the backbone is frozen), in one run, and
-the losses of the first step are compared: they must be equal, since the two compute the same function.
+Both train the memory of the same small Mixtral with AdamW on the same batches in one run, with a frozen backbone. The
+losses of the first step must be equal, since both compute the same function.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from transformers import MixtralConfig
 from engram_hf import EngramConfig, EngramForCausalLM
 from engram_hf.training import EngramRowsConfig, engram_parameter_groups, scan_rows
 
-VOCAB = 256  # bytes
+VOCAB = 256  # These are bytes.
 BATCH, LENGTH = 4, 256
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     memory = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tables = {id(part.table.weight) for part in model.model.memories().values()}
     adapted = get_peft_model(model, EngramRowsConfig(rows=rows))
-    for parameter in memory:  # the rest of the memory is trained beside the rows, as with whole tables
+    for parameter in memory:  # The rest of the memory is trained beside the rows, as with whole tables.
         parameter.requires_grad_(id(parameter) not in tables)
     sparse = measure(adapted, batches[: arguments.steps])
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def corpus(count: int) -> list[dict[str, torch.Tensor]]:
-    """The first bytes of the Python standard library's sources."""
+    """Return the first bytes of the Python standard library's sources."""
     size, text = count * BATCH * LENGTH, b""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text += path.read_bytes()
@@ -87,7 +87,7 @@ def build(rows: int) -> EngramForCausalLM:
 
 
 def measure(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Sizes in bytes, and the median time of a step (the first, which allocates, is left out)."""
+    """Return sizes in bytes, and the median time of a step (without the first, which allocates)."""
     optimizer = torch.optim.AdamW(engram_parameter_groups(model, lr=1e-3))
     seconds, losses = [], []
     for batch in batches:

@@ -2,9 +2,10 @@
 
     python benchmarks/row_adapters_mapped.py [--gigabytes 4] [--batches 2] [--folder DISK] [--steps 4]
 
-Each trains in a process of its own on the same few batches of 4 x 256 random tokens: row adapters for all rows that these read (24 a token,
-nearly all of them different), or LoRA of rank 16 on the attention of the backbone alone. The table takes its size on no disk (its file has holes), but its pages count as those of
-any mapped file do. Peaks are of all resident memory, pages of files too; the start of a process, with all imports, is shown beside it.
+Each trains in a separate process on the same few batches of 4 x 256 random tokens: row adapters for all rows that
+these read (24 per token, nearly all of them different), or LoRA of rank 16 on the attention of the backbone alone. The
+table's file is sparse and uses no disk, but its pages count like those of any mapped file. Peaks include all resident
+memory, with pages of files; the script also prints the memory of a process after its imports.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def measure(kind: str, folder: Path, count: int, steps: int) -> dict[str, float]
 
 
 def peak_memory() -> int:
-    """Bytes of this process, at most so far."""
+    """Return the peak memory of this process in bytes."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

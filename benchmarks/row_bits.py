@@ -1,10 +1,12 @@
 """How many bits the rows of a memory need: the loss of trained models by the bits of their tables.
 
-    python benchmarks/row_bits.py [--home out/row_bits] [--models NAME ...] [--seeds 0 1 2] [--picture docs/row-bits.svg]
+    python benchmarks/row_bits.py [--home out/row_bits] [--models NAME ...] [--seeds 0 1 2] [--picture
+    docs/row-bits.svg]
 
-Trains small models on the sources of Python's standard library, and the demo model on its documentation (minutes each), stores
-their tables in one format after another, and measures the loss on files that none has seen. A change is given in shares of what memory is worth: of how much the loss
-rises when memory is off. HOME/results.jsonl has one line for each model, seed and format; what is there is not done again.
+The script trains small models on the sources of Python's standard library, and the demo model on its documentation
+(minutes each), converts their tables to each format, and measures the loss on held-out files. A change is given as a
+share of the memory's worth: the rise of the loss when memory is off. HOME/results.jsonl has one line for each model,
+seed and format; existing lines are not measured again.
 """
 
 import argparse
@@ -40,7 +42,7 @@ MODELS = {
     "dense": Size(experts=0, hidden_size=256, expert_width=512, layers=6, memory_width=64, rows=60_000, steps=150),
 }
 HELD_OUT_TOKENS = 16_384
-# How often the three tokens that a position reads memory by were in the text that the model was trained on.
+# These classes count how often the three tokens that address a position's rows occurred in the training text.
 FREQUENCIES = {"never": (0, 0), "1 to 3 times": (1, 3), "4 to 15 times": (4, 15), "16 times and more": (16, 1 << 40)}
 ROWS_AT_ONCE = 8192
 
@@ -49,9 +51,9 @@ class Format(NamedTuple):
     """A way to store rows.
 
     Args:
-        family: what is drawn as one line.
-        bits: of a channel, scales included, for rows of a width.
-        code: rows `[n, W]` to what is read back.
+        family: formats of one family share a line in the picture.
+        bits: bits per channel, scales included, for rows of a width.
+        code: rounds rows `[n, W]` to the stored values.
     """
 
     family: str
@@ -60,7 +62,7 @@ class Format(NamedTuple):
 
 
 def of_package(table_dtype: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What `engram quantize` writes."""
+    """Return the formats that `engram quantize` writes."""
 
     def code(rows: torch.Tensor) -> torch.Tensor:
         global_scale = torch.tensor([448 * 6]) / rows.abs().max() if table_dtype == "nvfp4" else None
@@ -71,7 +73,7 @@ def of_package(table_dtype: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def mxfp4(rows: torch.Tensor) -> torch.Tensor:
-    """4-bit floats with a power of two per 32 channels, as the experts of DeepSeek-V4.1 have them."""
+    """Round to 4-bit floats with a power of two per 32 channels, as in the experts of DeepSeek-V4.1."""
     return decode(*encode(rows, FP4_ROWS), FP4_ROWS)
 
 
@@ -81,7 +83,7 @@ def float8_by_row(rows: torch.Tensor) -> torch.Tensor:
 
 
 def by_largest(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Whole numbers, the largest of a row at the end of the scale."""
+    """Round to integers, with a scale that maps the largest magnitude of a row to the largest integer."""
     most = 2 ** (bits - 1) - 1
 
     def code(rows: torch.Tensor) -> torch.Tensor:
@@ -92,7 +94,7 @@ def by_largest(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def by_least_squares(bits: int, group: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Levels half a step beside the whole numbers, and the step of a row (or group) that leaves the least squares."""
+    """Round to levels halfway between integers, with the scale of a row (or group) that minimizes the squared error."""
     half = 2 ** (bits - 1)
 
     def code(rows: torch.Tensor) -> torch.Tensor:
@@ -138,7 +140,7 @@ FORMATS = {
 
 
 class Corpus(NamedTuple):
-    """What models are trained and measured on.
+    """The texts that models are trained and measured on.
 
     Args:
         train, unseen: texts.
@@ -156,7 +158,7 @@ class Corpus(NamedTuple):
 
 @cache
 def read_corpus(read: Callable[[], tuple[list[str], list[str]]], vocab_size: int, block: int) -> Corpus:
-    """What `read` reads, in tokens."""
+    """Return the texts that `read` returns, in tokens."""
     train, unseen = read()
     tokenizer = train_tokenizer(train, vocab_size)
     blocks = token_blocks(tokenizer, unseen, block, 0)[: HELD_OUT_TOKENS // block]
@@ -165,7 +167,7 @@ def read_corpus(read: Callable[[], tuple[list[str], list[str]]], vocab_size: int
 
 
 def trained(name: str, seed: int, home: Path, corpus: Corpus, steps: int | None) -> Path:
-    """The folder of a trained model, which is trained if it is not there."""
+    """Return the folder of a trained model; train it if it is missing."""
     folder, size = home / f"{name.replace(' ', '-')}-{seed}", MODELS[name]
     if not (folder / "done.json").exists():
         size = replace(size, steps=steps or size.steps)
@@ -180,7 +182,7 @@ def trained(name: str, seed: int, home: Path, corpus: Corpus, steps: int | None)
 
 
 def seen_before(tokens: list[list[int]], held_out: torch.Tensor) -> torch.Tensor:
-    """How often the three tokens up to each position of `held_out` `[n, S]` were in `tokens`."""
+    """Return how often the three tokens up to each position of `held_out` `[n, S]` occur in `tokens`."""
     counts = Counter(three for text in tokens for three in zip(text, text[1:], text[2:], strict=False))
     seen = torch.zeros_like(held_out)
     for row, block in enumerate(held_out.tolist()):
@@ -191,7 +193,7 @@ def seen_before(tokens: list[list[int]], held_out: torch.Tensor) -> torch.Tensor
 
 @torch.no_grad()
 def losses(model: EngramForCausalLM, held_out: torch.Tensor, **options) -> torch.Tensor:
-    """Of each token but the first, `[n, S - 1]`, in nats."""
+    """Return the loss of each token but the first, `[n, S - 1]`, in nats."""
     found = []
     for some in held_out.split(16):
         logits = model(input_ids=some, use_cache=False, **options).logits[:, :-1].float()
@@ -200,7 +202,7 @@ def losses(model: EngramForCausalLM, held_out: torch.Tensor, **options) -> torch
 
 
 def measurements(model: EngramForCausalLM, held_out: torch.Tensor, known: set[str]) -> Iterator[tuple[str, dict]]:
-    """Per-token losses by format, `"float"` and `"memory off"` first, for formats that are not `known`."""
+    """Yield per-token losses by format, `"float"` and `"memory off"` first, for formats that are not `known`."""
     todo = [name for name in FORMATS if name not in known]
     if not todo:
         return
@@ -222,7 +224,7 @@ def measurements(model: EngramForCausalLM, held_out: torch.Tensor, known: set[st
 
 
 def measure(name: str, seed: int, folder: Path, held_out: torch.Tensor, seen: torch.Tensor, results: Path) -> None:
-    """Append what is not yet in `results`."""
+    """Append missing measurements to `results`."""
     known = {line["format"] for line in read_results(results) if (line["model"], line["seed"]) == (name, seed)}
     model = EngramForCausalLM.from_pretrained(folder).eval()
     width, found = model.config.engram_head_dim, {}
@@ -248,7 +250,7 @@ def measure(name: str, seed: int, folder: Path, held_out: torch.Tensor, seen: to
             "loss": found["float"].mean().item(),
             "worth": worth.mean().item(),
             "lost": lost.mean().item(),
-            # This is the standard deviation of the differences of tokens over the square root of their number.
+            # This is the standard deviation of the tokens' differences over the square root of their number.
             "uncertainty": (lost.std() / lost.numel() ** 0.5).item(),
             "error": result["error"],
             "by_frequency": bins,
@@ -262,7 +264,7 @@ def read_results(path: Path) -> list[dict]:
 
 
 def report(lines: list[dict]) -> str:
-    """A table in Markdown: shares lost by format and model, and by how often the n-gram was seen."""
+    """Return a table in Markdown: lost shares by format and model, and by how often the n-gram was seen."""
     models = list(dict.fromkeys(line["model"] for line in lines))
     out = ["| format | bits | " + " | ".join(models) + " |", "| --- | --- |" + " --- |" * len(models)]
     for form in FORMATS:
@@ -288,7 +290,7 @@ def report(lines: list[dict]) -> str:
 
 
 def draw(lines: list[dict], path: Path) -> None:
-    """Shares lost by bits, one line a family, a point a model and seed."""
+    """Draw lost shares by bits, with a line per family and a point per model and seed."""
     import matplotlib
 
     matplotlib.use("svg")

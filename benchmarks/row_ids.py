@@ -1,10 +1,11 @@
-"""How fast token ids become row ids: against a NumPy rendition of the same algorithm, and beside a model's forward.
+"""The speed of computing row ids: against a NumPy implementation of the same algorithm, and beside a model's forward.
 
     python benchmarks/row_ids.py
 
-Hashes 4 x 2048 compressed ids for two layers (orders 2 and 3, 8 heads each) both ways alternately, checks that the row ids
-are equal, and prints the best time of each and their ratio; NumPy runs on one thread, torch on one and on all. Then runs a
-model of the quickstart's size on the same batch, and prints which share of its forward the row ids take.
+The script hashes 4 x 2048 compressed ids for two layers (orders 2 and 3, 8 heads each) both ways alternately, checks
+that the row ids are equal, and prints the best time of each and their ratio; NumPy uses one thread, torch one and all.
+Then it runs a model of the quickstart's size on the same batch, and prints the share of row ids in the time of its
+forward.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def main() -> None:
 
 
 def quickstart_sized_model() -> EngramForCausalLM:
-    """Four layers of width 192 with 8 experts of which two are used, and memory in front of layers 1 and 2."""
+    """Build four layers of width 192 with 8 experts, two of them active, and memory in layers 1 and 2."""
     backbone = Qwen3MoeConfig(
         vocab_size=VOCAB,
         hidden_size=192,
@@ -74,7 +75,7 @@ def compare_with_numpy(model: EngramForCausalLM, input_ids: torch.Tensor, repeat
 
 
 def numpy_row_ids(ids: np.ndarray, multipliers: np.ndarray, primes: list[list[list[int]]]) -> np.ndarray:
-    """The definition, vectorized over positions: layer by layer, order by order, head by head."""
+    """Compute the definition, vectorized over positions: layer by layer, order by order, head by head."""
     tokens, cut = [], np.zeros(ids.shape, dtype=bool)
     for back in range(multipliers.shape[1]):
         earlier = np.pad(ids, ((0, 0), (back, 0)), constant_values=NO_ID)[:, : ids.shape[1]]
@@ -101,7 +102,7 @@ def compare_with_forward(model: EngramForCausalLM, input_ids: torch.Tensor, repe
 
 
 def best_times(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The shortest of `repeats` runs of each, alternating."""
+    """Return the shortest of `repeats` alternating runs of each."""
     seconds = dict.fromkeys(contestants, float("inf"))
     for _ in range(repeats):
         for name, run in contestants.items():

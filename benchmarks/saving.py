@@ -1,11 +1,12 @@
-"""What a save costs, and what it costs at load that tables know their weights; beside an older version of the package.
+"""The cost of a save, and the cost at loading of checking that tables belong to their weights.
 
     python benchmarks/saving.py [--against FOLDER] [--megabytes 360] [--rounds 5]
 
-Prints milliseconds of processor time, of all threads and of the kernel, so that other work on the machine does not count: the
-least of all rounds. With `--against`, a folder with another state of this repository (`git worktree add FOLDER COMMIT`), the two
-versions take turns, in processes of their own, and their ratio is printed. Everything is in the page cache; on a disk, reading
-takes longer. What the digest takes is compared with reading the weights.
+The script prints the minimum of all rounds in milliseconds of processor time, of all threads and of the kernel, so
+that other work on the machine does not count. With `--against`, a folder with another state of this repository (`git
+worktree add FOLDER COMMIT`), the two versions alternate in separate processes, and their ratio is printed. Everything
+is in the page cache; from a disk, reading takes longer. The time of the digest is compared with that of reading the
+weights.
 """
 
 import argparse
@@ -28,7 +29,7 @@ STEPS = 16
 
 
 def least(action: Callable[[], object], prepare: Callable[[], object] = lambda: None, repeats: int = 3) -> float:
-    """Milliseconds of processor time that an action takes, each time after `prepare`; the least of all."""
+    """Return the minimum of the milliseconds of processor time that an action takes, each time after `prepare`."""
     found = []
     for _ in range(repeats):
         prepare()
@@ -39,11 +40,12 @@ def least(action: Callable[[], object], prepare: Callable[[], object] = lambda: 
 
 
 def build(megabytes: int):
-    """A model with about `megabytes` of weights beside its tables."""
+    """Build a model with about `megabytes` of weights beside its tables."""
     from engram_hf import EngramConfig, EngramForCausalLM
 
     layers = max(1, (megabytes - 34) // 103)
-    size = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16}  # a model of 1 to 2 billion
+    # This is the vocabulary of a model of 1 to 2 billion parameters.
+    size = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16}
     backbone = LlamaConfig(vocab_size=4096, num_hidden_layers=layers, **size)
     memory = {"engram_n_heads": 2, "engram_head_dim": 32, "engram_vocab_size": 100_000}
     torch.manual_seed(0)
@@ -51,14 +53,14 @@ def build(megabytes: int):
 
 
 def read(path: Path) -> None:
-    """All bytes of a file."""
+    """Return all bytes of a file."""
     with path.open("rb", buffering=0) as file:
         while file.read(1 << 24):
             pass
 
 
 def measure(home: Path, megabytes: int) -> dict[str, float]:
-    """Milliseconds by what was done, with the version of the package that Python finds."""
+    """Return milliseconds by action, with the version of the package that Python finds."""
     from engram_hf import EngramForCausalLM
 
     def load():
@@ -91,13 +93,13 @@ def measure(home: Path, megabytes: int) -> dict[str, float]:
     }
     try:
         from engram_hf.loading_engram import weights_digest
-    except ImportError:  # of an older version
+    except ImportError:  # An older version does not have it.
         return figures
     return figures | {"their digest": least(lambda: weights_digest([weights]), repeats=9)}
 
 
 def measure_apart(checkout: Path, megabytes: int) -> dict[str, float]:
-    """As `measure`, in a process of its own, with the package in a checkout of the repository."""
+    """Do as `measure` in a separate process, with the package in a checkout of the repository."""
     with tempfile.TemporaryDirectory() as home:
         (Path(home) / "engram_hf").symlink_to(checkout.resolve())
         paths = os.pathsep.join([home, os.environ.get("PYTHONPATH", "")])
@@ -109,7 +111,7 @@ def measure_apart(checkout: Path, megabytes: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Entry point."""
+    """Print all figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="an older state of the repository")
     parser.add_argument("--megabytes", type=int, default=360)

@@ -1,11 +1,12 @@
-"""Load on transformers' server: a model with memory beside its bare backbone, one request after another and batched continuously.
+"""Load on transformers' server: memory against its bare backbone, one request after another and batched.
 
     pip install -e '.[serving]' && python benchmarks/serving.py
 
-An open-loop client sends a bounded number of streamed completions, at fixed times that no answer delays: at load N, N come in
-the time that the bare backbone takes for one alone. Every answer is compared with that of `generate`. The script prints tokens
-per second, the median and the 95th percentile of the time to the first token and of the time between tokens (ms), the median time
-between tokens against the bare backbone's at the same load, and how many answers were wrong or lost.
+An open-loop client sends a bounded number of streamed completions, at fixed times that no answer delays: at load N, N
+requests arrive in the time that the bare backbone takes for one alone. Every answer is compared with that of
+`generate`. The script prints tokens per second, the median and the 95th percentile of the time to the first token and
+of the time between tokens (ms), the median time between tokens against the bare backbone's at the same load, and how
+many answers were wrong or lost.
 """
 
 import argparse
@@ -35,18 +36,18 @@ PROMPTS = 16
 
 @dataclasses.dataclass
 class Server:
-    """A server in a process of its own, and what it is compared with."""
+    """A server in a separate process, and the expected answers."""
 
     name: str
     folder: Path
     answers: list[str]
     url: str
-    bare: str | None  # the setting whose times are the measure
+    bare: str | None  # The times of this setting are the reference.
 
 
 @dataclasses.dataclass
 class Answer:
-    """One streamed answer: its text, when its tokens came, in seconds after it was asked for."""
+    """One streamed answer: its text, and the arrival times of its tokens in seconds after the request."""
 
     text: str
     times: list[float]
@@ -84,7 +85,7 @@ def main() -> None:
 
 
 def make_folders(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Path]:
-    """The same backbone without memory and with it, each with a tokenizer."""
+    """Save the same backbone without memory and with it, each with a tokenizer."""
     words = ["<pad>", "<unk>", *(f"w{index}" for index in range(WORDS - 2))]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -113,7 +114,7 @@ def make_folders(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     with torch.no_grad():
         for name, parameter in memory.named_parameters():
             if ".engram." in name and not parameter.any():
-                parameter.normal_(std=0.05)  # a new memory changes no token
+                parameter.normal_(std=0.05)  # A new memory changes no token.
     memory.save_pretrained(folder / "memory")
     tokenizer.save_pretrained(folder / "memory")
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
@@ -134,7 +135,7 @@ def make_prompts(length: int) -> list[str]:
 
 
 def generated(folder: Path, prompts: list[str], count: int) -> list[str]:
-    """What `generate` says, for each prompt alone."""
+    """Return the output of `generate` for each prompt alone."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     texts = []
@@ -148,7 +149,7 @@ def generated(folder: Path, prompts: list[str], count: int) -> list[str]:
 def start_servers(
     running: contextlib.ExitStack, bare: Path, memory: Path, prompts: list[str], arguments: argparse.Namespace
 ) -> list[Server]:
-    """All settings; one that the server refuses is printed with the reason and left out."""
+    """Start all settings; one that the server refuses is printed with the reason and left out."""
     settings = []
     for batching in ([], ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "512"]):
         how = ", batched" if batching else ", one by one"
@@ -171,10 +172,10 @@ def start_servers(
 
 @contextlib.contextmanager
 def server_process(folder: Path, options: list[str], threads: int) -> Iterator[str]:
-    """`engram serve` on a free port; its address.
+    """Start `engram serve` on a free port; return its address.
 
     Raises:
-        RuntimeError: it ended, and what it said last.
+        RuntimeError: it ended; the message has its last output.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -217,19 +218,19 @@ async def ask(client: AsyncOpenAI, prompt: str, count: int, delay: float = 0.0) 
 
 
 def connect(server: Server) -> AsyncOpenAI:
-    """A client for one event loop, to be closed in it."""
+    """Return a client for one event loop, to be closed in it."""
     return AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=600)
 
 
 async def ask_alone(server: Server, prompts: list[str], count: int) -> list[float]:
-    """Seconds of requests one at a time; the first ones warm up."""
+    """Return the seconds of requests one at a time; the first ones warm up."""
     async with connect(server) as client:
         return [(await ask(client, prompt, count)).times[-1] for prompt in prompts[:6]][2:]
 
 
 async def ask_all(server: Server, prompts: list[str], spacing: float, arguments: argparse.Namespace) -> tuple:
     async with connect(server) as client:
-        await ask(client, prompts[0], 2)  # what is made for the first request
+        await ask(client, prompts[0], 2)  # The first request initializes the server.
         start = time.perf_counter()
         requests = [
             ask(client, prompts[index % PROMPTS], arguments.new_tokens, index * spacing)
@@ -242,7 +243,9 @@ async def ask_all(server: Server, prompts: list[str], spacing: float, arguments:
 def report(
     load: int, servers: list[Server], prompts: list[str], spacing: float, arguments: argparse.Namespace
 ) -> None:
-    """Ask all servers one after the other, in several rounds, so that other work on the machine meets each alike; print a line for each."""
+    """Load all servers one after the other, in several rounds, so that other work on the machine affects each equally;
+    print a line for each.
+    """
     rounds: dict[str, list[tuple]] = {server.name: [] for server in servers}
     for _ in range(arguments.rounds):
         for server in servers:

@@ -1,11 +1,12 @@
-"""What a process holds and sends when tables are spread over several: `shard_tables` under DDP, on gloo processes of this machine.
+"""The memory and traffic of a process when tables are sharded: `shard_tables` under DDP, on local gloo processes.
 
     python benchmarks/sharded_training.py [--processes 1 2 4] [--rows 4000000] [--steps 4]
 
-Trains the memory of the small Qwen3 of `sparse_training.py`, whose backbone is frozen, on 4 x 256 random tokens in each process. Tables
-have the printed number of rows of 64 float32 channels in two layers. Peak memory is that of the first process beyond the same with small
-tables, in units of all tables; bytes are those that its calls of all-to-all sent to others. The last line computes these bytes from the
-number of distinct rows that a process reads.
+The script trains the memory of the small Qwen3 of `sparse_training.py`, whose backbone is frozen, on 4 x 256 random
+tokens in each process. Tables have the printed number of rows of 64 float32 channels in two layers. Peak memory is
+that of the first process beyond the same with small tables, in units of all tables; bytes are those that its
+all-to-all calls sent to other processes. The last line computes these bytes from the number of distinct rows that a
+process reads.
 """
 
 import argparse
@@ -43,7 +44,8 @@ def main() -> None:
         small, large = (together(processes, rows, options.steps) for rows in (SMALL, options.rows))
         tables = large["rows"] * WIDTH * 4
         peak = (large["peak"] - small["peak"]) / tables
-        # Of each distinct row, ids go out, and rows and gradients go to and fro; so much of it is with others.
+        # For each distinct row, the id is sent once, the row and its gradient once; this share goes to other
+        # processes.
         computed = large["distinct"] * (8 + 2 * WIDTH * 4) * (processes - 1) / processes
         print(
             f"{processes:>9}{tables / 1e9:>11.2f}{large['own'] / 1e9:>13.2f}{large['moments'] / 1e6:>12.1f}{peak:>14.2f}"
@@ -53,7 +55,7 @@ def main() -> None:
 
 
 def together(processes: int, rows: int, steps: int) -> dict[str, float]:
-    """What the first of several processes measures."""
+    """Return the measurements of the first of several processes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     started = []
@@ -112,7 +114,7 @@ def measure(rows: int, steps: int) -> None:
 
 
 def count_sent_bytes() -> list[int]:
-    """A running sum of the bytes that all-to-all sends to other processes."""
+    """Count the bytes that all-to-all sends to other processes."""
     sent, exchange = [0], dist.all_to_all_single
 
     def counted(output, data, received, splits, group=None):
@@ -125,7 +127,7 @@ def count_sent_bytes() -> list[int]:
 
 
 def peak_memory() -> int:
-    """Bytes of this process, at most so far."""
+    """Return the peak memory of this process in bytes."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

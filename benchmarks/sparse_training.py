@@ -1,11 +1,12 @@
-"""What a training step costs by the size of the tables: sparse gradients with `SparseAdamW`, against dense AdamW.
+"""The cost of a training step by the size of the tables: sparse gradients with `SparseAdamW`, against dense AdamW.
 
     python benchmarks/sparse_training.py [--rows 600000 10000000 40000000] [--dense 600000] [--step-rows 10000000]
 
-1. A step (forward, backward, clipping, optimizer) of the memory of a small Qwen3, whose backbone is frozen, with the given number of rows
-   of 64 float32 channels in two layers. Each size has a process of its own, in which steps of that model alternate with
-   steps of one with small tables; times are in units of the latter, so that what else the machine does cancels out. Memory
-   is the peak of the process without the tables themselves.
+1. A step (forward, backward, clipping, optimizer) of the memory of a small Qwen3, whose backbone is frozen, with the
+given number of rows of 64 float32 channels in two layers. Each size has a separate process, in which steps of that
+model alternate with steps of one with small tables; times are in units of the latter, so that other work on the
+machine cancels out. Memory is the peak of the process without the tables themselves.
+
 2. `step()` alone, with 8,192 rows of one table read, against `torch.optim.AdamW(fused=True)`.
 """
 
@@ -77,7 +78,7 @@ def build(rows: int) -> EngramForCausalLM:
         num_key_value_heads=2,
         head_dim=64,
     )
-    per_order = rows // 4  # two layers, two orders of n-grams
+    per_order = rows // 4  # There are two layers and two orders of n-grams.
     config = EngramConfig.for_backbone(
         backbone,
         layer_ids=[1, 2],
@@ -88,7 +89,7 @@ def build(rows: int) -> EngramForCausalLM:
     model = EngramForCausalLM(config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".engram." in name)
-    with torch.no_grad():  # a value projection of zero gives rows no gradient
+    with torch.no_grad():  # A value projection of zero gives rows no gradient.
         for memory in model.model.memories().values():
             torch.nn.init.normal_(memory.kv_proj.weight, std=0.02)
     return model.train()
@@ -98,7 +99,7 @@ def measure(kind: str, rows: int, steps: int) -> dict[str, float]:
     torch.manual_seed(0)
     run, reference = (Run(build(size), kind == "sparse") for size in (rows, SMALL))
     ratios = []
-    for step in range(steps + 2):  # the first two allocate
+    for step in range(steps + 2):  # The first two steps allocate.
         ids = torch.randint(1, VOCAB, (BATCH, LENGTH))
         times = [one.step(ids) for one in (run, reference)]
         if step >= 2:
@@ -118,7 +119,7 @@ class Run:
         self.optimizer = (SparseAdamW if is_sparse else torch.optim.AdamW)(engram_parameter_groups(model, lr=1e-3))
 
     def step(self, ids: torch.Tensor) -> float:
-        """Seconds of a training step."""
+        """Return the seconds of a training step."""
         started = time.perf_counter()
         self.model(ids, labels=ids, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -128,7 +129,7 @@ class Run:
 
 
 def compare_steps(rows: int, repeats: int = 7) -> None:
-    """Time and state of `step()`; the dense table first, and then it is given up."""
+    """Compare time and state of `step()`; the dense table runs first, and is freed then."""
     found = {}
     ids = torch.randint(0, rows, (TOUCHED,))
     for kind in ("dense", "sparse"):

@@ -1,4 +1,4 @@
-"""Model folders with memory tables of any size, for the benchmarks beside this file."""
+"""Model folders with memory tables of any size, for the other benchmarks of this folder."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ WIDTH, HEADS, LAYER, VOCAB = 256, 8, 1, 1000
 
 
 def make_model_folder(folder: Path, gigabytes: float, *, filled: bool, layers: int = 2, hidden: int = 128) -> None:
-    """Save a small Qwen3 with one float8 memory table of a given size: normal noise, or (not `filled`) zeros."""
+    """Save a small Qwen3 with one float8 memory table of a given size: normal noise, or (if not `filled`) zeros."""
     config = EngramConfig.for_backbone(
         Qwen3Config(
             vocab_size=VOCAB,
@@ -48,10 +48,10 @@ def make_model_folder(folder: Path, gigabytes: float, *, filled: bool, layers: i
 
 
 def make_hasher(buckets: int | list[int], pad: int = 0) -> NgramHasher:
-    """The hash of one layer's table.
+    """Return the hash of one layer's table.
 
     Args:
-        buckets: as a model's config has them, or rows of the table, about.
+        buckets: the buckets of a model's config, or the approximate number of rows of the table.
     """
     hasher = NgramHasher(
         layer_ids=[LAYER],
@@ -68,6 +68,6 @@ def make_hasher(buckets: int | list[int], pad: int = 0) -> NgramHasher:
 
 
 def drop_from_page_cache(path: Path) -> None:
-    """Forget the cached pages of a file that nothing maps."""
+    """Drop the cached pages of a file that no process maps."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,8 +1,8 @@
 """Reading rows, warm and cold: `python benchmarks/tables_gather.py [FOLDER]`.
 
-Warm: fetching and decoding float8 rows against `torch.nn.functional.embedding` of a bfloat16 table of the same rows.
-Cold: 100,000 random rows of a file that is not in the page cache, read by a lookup alone, with prefetching, and by
-plain parallel reads (what `fio` would do). Needs a disk with room for the table.
+The warm part compares fetching and decoding float8 rows with `torch.nn.functional.embedding` of a bfloat16 table of
+the same rows. The cold part reads 100,000 random rows of a file that is not in the page cache, by a lookup alone, with
+prefetching, and by plain parallel reads (like `fio`). FOLDER needs disk space for the table.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from engram_hf.table_format_engram import StoredTable, read_tables
 
 
 def best(actions: dict, repeats: int) -> dict[str, float]:
-    """Shortest time of each action; they take turns, so that what else the machine does meets all of them."""
+    """Return the shortest time of each action; they alternate, so that other work on the machine affects all of them."""
     times = {name: [] for name in actions}
     for _ in range(repeats):
         for name, action in actions.items():
@@ -90,7 +90,7 @@ def mounted(table: StoredTable) -> EngramTable:
 
 
 def reader(table: StoredTable, ids: torch.Tensor, when: str) -> Callable[[], torch.Tensor]:
-    """Reads the rows of one layer as a model does, with or without prefetching."""
+    """Read the rows of one layer like a model, with or without prefetching."""
     module = mounted(table)
     prefetcher = Prefetcher([module], when)
 
@@ -108,7 +108,7 @@ def timed(read: Callable[[], object]) -> float:
 
 
 def parallel(table: StoredTable, ids: torch.Tensor, threads: int = 64) -> float:
-    """Distinct rows and scales, sorted, by `pread` on threads."""
+    """Read distinct rows and scales, sorted, by `pread` on threads."""
     part, rows = table.parts[0], torch.unique(ids).tolist()
     file = os.open(part.file.path, os.O_RDONLY)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)

@@ -1,6 +1,7 @@
-"""A model with a mapped table, generating and being saved: `python benchmarks/tables_model.py [FOLDER] [--device cuda]`.
+"""Generating with a mapped table, and saving it: `python benchmarks/tables_model.py [FOLDER] [--device cuda]`.
 
-On a GPU, a pinned table generates, too. The time of a save is set against that of a hard link of the table and of a copy by `cp`.
+On a GPU, a pinned table generates, too. The time of a save is compared with that of a hard link of the table and of a
+copy by `cp`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from engram_hf.saving_engram import table_file_name
 
 
 def generating(folder: Path, device: str, tokens: int, repeats: int) -> None:
-    """Tokens per second of greedy decoding, warm, the residencies taking turns."""
+    """Return tokens per second of greedy decoding, warm, with alternating residencies."""
     residencies = ["resident", "mapped"] if device == "cpu" else ["resident", "mapped", "pinned"]
     models = {
         residency: EngramForCausalLM.from_pretrained(
@@ -37,8 +38,8 @@ def generating(folder: Path, device: str, tokens: int, repeats: int) -> None:
         for residency, model in sorted(models.items(), reverse=turn % 2 == 0):
             start = time.perf_counter()
             text = model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-            texts[residency] = text.cpu()  # waits for a GPU
-            if turn:  # the first one warms up
+            texts[residency] = text.cpu()  # This waits for a GPU.
+            if turn:  # The first run warms up.
                 times[residency].append(time.perf_counter() - start)
     speeds = {residency: tokens / min(some) for residency, some in times.items()}
     for residency, speed in speeds.items():
@@ -49,7 +50,9 @@ def generating(folder: Path, device: str, tokens: int, repeats: int) -> None:
 
 
 class PeakMemory:
-    """Largest anonymous memory of this process while the block runs, in megabytes above that at its beginning."""
+    """Measures the peak anonymous memory of this process while the block runs, in megabytes above that at its
+    beginning.
+    """
 
     def __enter__(self):
         self._done, self.peak, self._start = threading.Event(), 0.0, anonymous_megabytes()

@@ -1,6 +1,6 @@
 """Time and memory to open a mapped table and read from it, by size: `python benchmarks/tables_open.py [FOLDER]`.
 
-Every figure is of a process of its own. The memory is what the load adds to the process.
+Every figure comes from a separate process. The memory is what the load adds to the process.
 """
 
 import argparse
@@ -29,7 +29,7 @@ print(json.dumps({"open": opened, "lookup": time.perf_counter() - start - opened
 
 
 def measure(folder: Path, residency: str, warm_up: Path, repeats: int = 5) -> dict[str, float]:
-    """Medians of `repeats` processes."""
+    """Return the medians of `repeats` processes."""
     command = [sys.executable, "-c", SCRIPT, str(folder), residency, str(warm_up)]
     runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(repeats)]
     return {name: sorted(run[name] for run in runs)[repeats // 2] for name in runs[0]}

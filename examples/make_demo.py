@@ -1,10 +1,10 @@
-"""Make the model in examples/engram-demo: trained on the English that Python's standard library comes with.
+"""Make the model in examples/engram-demo: it is trained on the English in Python's standard library.
 
     python examples/make_demo.py [--output examples/engram-demo] [--trained out/demo] [--seed N] [--steps N]
 
-Trains a small Llama with memory (20 minutes of one core) and saves it in float32 to `--trained`, which is used again if it is there.
-Then writes its weights and tables in bfloat16, its tokenizer and its card to `--output`. The remote code there is links to the
-repository's own files.
+The script trains a small Llama with memory (20 minutes of one core) and saves it in float32 to `--trained`; an
+existing model there is used again. Then it writes the weights and tables in bfloat16, the tokenizer and the card to
+`--output`. The remote code there consists of links to the repository's own files.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def trained(size: Size, seed: int, folder: Path) -> None:
 
 
 def pack(trained: Path, output: Path) -> None:
-    """Write the trained model to `output` in bfloat16, its tables in files of their own."""
+    """Write the trained model to `output` in bfloat16, its tables in separate files."""
     model = EngramForCausalLM.from_pretrained(trained, dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         entries = {}
@@ -78,7 +78,7 @@ def pack(trained: Path, output: Path) -> None:
 
 
 def link_code(output: Path) -> None:
-    """Replace the copies of remote code by links to the repository's files, so that there is one of each."""
+    """Replace the copies of remote code by links to the repository's files, so that each exists once."""
     for copy in output.glob("*.py"):
         (own,) = (path for path in (ROOT / copy.name, ROOT / "tokenization" / copy.name) if path.exists())
         copy.unlink()

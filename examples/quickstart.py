@@ -1,7 +1,7 @@
 """Engram in a few minutes, from the Python standard library's sources to a model that loads anywhere.
 
-Trains a tokenizer, a small mixture-of-experts model with memory and its twin without, compares their loss on files
-that neither has seen, reloads the model in a fresh process, and shows which tokens opened the memory's gate.
+The script trains a tokenizer, a small mixture-of-experts model with memory and its twin without. It compares their
+loss on held-out files, reloads the model in a fresh process, and shows which tokens opened the memory's gate.
 
     python examples/quickstart.py [--output out/quickstart] [--steps N] [--seed N] [--quick]
 """
@@ -14,8 +14,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-# Must be set before torch starts its threads: those that wait for others then sleep. On a machine that has other work
-# too, they otherwise burn the very cores that the awaited threads need, and a step takes several times as long.
+# This must be set before torch starts its threads: waiting threads then sleep. On a machine with other work, they
+# would otherwise use the cores that the awaited threads need, and a step would take several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 EXAMPLES = Path(__file__).parent
@@ -27,7 +27,7 @@ DEMO_PROMPT = "Return True if"
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="default: %(default)s")
     parser.add_argument("--steps", type=int, help="training steps of each model")
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def run(output: Path, seed: int, steps: int | None, quick: bool) -> None:
-    """The whole tour; everything it writes lies under `output`."""
+    """Run all parts; everything is written below `output`."""
     started = time.perf_counter()
     # These imports come after parsing, so that `--help` does not wait for torch.
     import torch
@@ -51,7 +51,7 @@ def run(output: Path, seed: int, steps: int | None, quick: bool) -> None:
     from transformers.utils import logging
     from twin_models import QUICK, Size, build_twin, build_with_memory, count_parameters, train
 
-    logging.disable_progress_bar()  # the bars of loading and saving; the Trainer has its own
+    logging.disable_progress_bar()  # Loading and saving show bars; the Trainer has its own.
     torch.set_num_threads(THREADS)
     size = QUICK if quick else Size()
     size = replace(size, steps=steps or size.steps)
@@ -103,7 +103,7 @@ def run(output: Path, seed: int, steps: int | None, quick: bool) -> None:
 
 
 def comparison(without, with_memory):
-    """The table of the two runs."""
+    """Return the table of the two runs."""
     from rich.table import Table
 
     table = Table("", without.title, with_memory.title, "difference")
@@ -126,7 +126,7 @@ def comparison(without, with_memory):
 
 
 def continued(folder: Path, prompt: str) -> str:
-    """A continuation of `prompt` by the model in `folder`, made by a fresh Python."""
+    """Return a continuation of `prompt` by the model in `folder`, made by a fresh Python."""
     command = [sys.executable, "-X", "utf8", str(EXAMPLES / "continue_text.py"), str(folder), prompt]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout.rstrip()
 
@@ -141,7 +141,7 @@ def show_gates(console, model, tokenizer, picture: Path) -> None:
 
 
 def gate_bars(reading):
-    """For every layer the tokens, and under each a bar as high as its gate is open."""
+    """Return, for every layer, the tokens and below each a bar whose height shows its gate."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))

@@ -15,7 +15,7 @@ from engram_hf import EngramTokenizer
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
-# Other packages, tests and generated tables are left out: the near-copies in `encodings` would make a memory look better than it is.
+# Packages, tests and generated tables are left out: the near-copies in `encodings` would make a memory look too good.
 SKIPPED = {
     "__pycache__",
     "dist-packages",
@@ -28,11 +28,11 @@ SKIPPED = {
     "tests",
 }
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-HELD_OUT_SHARE = 20  # one file in this many, by a checksum of its path
+HELD_OUT_SHARE = 20  # One file in this many is held out, by a checksum of its path.
 
 
 def read_sources() -> tuple[list[str], list[str]]:
-    """Sources to train on and sources held out, the same split on every machine with this Python.
+    """Return sources to train on and held-out sources, with the same split on every machine with this Python.
 
     Raises:
         ValueError: this Python came without its sources.
@@ -41,10 +41,12 @@ def read_sources() -> tuple[list[str], list[str]]:
 
 
 def read_documentation() -> tuple[list[str], list[str]]:
-    """English about Python, likewise split: the docstrings of each file, and the topics that `help()` knows."""
+    """Return English about Python, split in the same way: the docstrings of each file, and the topics that `help()`
+    knows.
+    """
     texts = []
     for name, path in source_files():
-        with warnings.catch_warnings(action="ignore"):  # some old sources have escapes that Python no longer likes
+        with warnings.catch_warnings(action="ignore"):  # Some old sources have escapes that Python now warns of.
             tree = ast.parse(path.read_bytes())
         nodes = [node for node in ast.walk(tree) if isinstance(node, DOCUMENTED)]
         nodes.sort(key=lambda node: getattr(node, "lineno", 0))
@@ -56,7 +58,7 @@ def read_documentation() -> tuple[list[str], list[str]]:
 
 
 def source_files() -> list[tuple[str, Path]]:
-    """Names and paths of the standard library's files."""
+    """Return names and paths of the standard library's files."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [(path.relative_to(root), path) for path in sorted(root.rglob("*.py"))]
     found = [
@@ -70,7 +72,7 @@ def source_files() -> list[tuple[str, Path]]:
 
 
 def split(texts: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """Named texts to train on and named texts held out, by a checksum of their names."""
+    """Return named texts to train on and held-out ones, split by a checksum of their names."""
     train: list[str] = []
     held_out: list[str] = []
     for name, text in texts:
@@ -79,7 +81,7 @@ def split(texts: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> EngramTokenizer:
-    """A byte-level BPE tokenizer trained on `texts`, with the compressed vocabulary that memory is addressed by."""
+    """Train a byte-level BPE tokenizer on `texts`, with the compressed vocabulary of the memory."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -97,7 +99,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> EngramTokenizer:
 def token_blocks(
     tokenizer: EngramTokenizer, texts: list[str], length: int, seed: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Examples of `length` tokens each, in an order drawn from `seed`; an end-of-text token closes every file."""
+    """Return examples of `length` tokens each, in an order drawn from `seed`; an end-of-text token ends every file."""
     encoded = tokenizer([text + END_OF_TEXT for text in texts])["input_ids"]
     tokens = torch.cat([torch.tensor(ids) for ids in encoded])
     blocks = tokens[: len(tokens) // length * length].view(-1, length)

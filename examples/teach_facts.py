@@ -1,7 +1,7 @@
-"""Ten facts written into a model's memory, saved in kilobytes, and one of them forgotten again.
+"""Write ten facts into a model's memory, save them in kilobytes, and forget one of them.
 
-Trains a small model on the sources of the Python standard library (or takes one that `quickstart.py` saved), teaches it
-ten invented facts, saves them as an adapter, loads that onto the model again, and takes one fact out.
+The script trains a small model on the sources of the Python standard library (or takes one that `quickstart.py`
+saved), teaches it ten invented facts, saves them as an adapter, loads that onto the model again, and removes one fact.
 
     python examples/teach_facts.py [--model out/quickstart/model] [--output out/facts] [--steps N]
 """
@@ -11,7 +11,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-# As in quickstart.py, threads that wait for others sleep.
+# As in quickstart.py, waiting threads sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 CAPITALS = {
@@ -30,7 +30,7 @@ FACTS = [{"subject": land, "relation": "The capital of {} is", "target": city} f
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a saved model with its tokenizer; trained here if not given")
     parser.add_argument("--output", type=Path, default=Path("out/facts"), help="default: %(default)s")
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def run(folder: Path | None, output: Path, steps: int) -> None:
-    """The whole tour; everything it writes lies under `output`."""
+    """Run all parts; everything is written below `output`."""
     import torch
     from peft import PeftModel
     from stdlib_text import read_sources
@@ -55,7 +55,7 @@ def run(folder: Path | None, output: Path, steps: int) -> None:
     if folder is None:
         folder = train_model(output / "model", steps)
     model, tokenizer = EngramForCausalLM.from_pretrained(folder), EngramTokenizer.from_pretrained(folder)
-    protect = [text[:500] for text in read_sources()[1]]  # files that the model was not trained on
+    protect = [text[:500] for text in read_sources()[1]]  # The model was not trained on these files.
 
     print(f"\n{len(FACTS)} facts, and {len(protect)} texts that are to stay as they are")
     model, report = write_facts(model, tokenizer, FACTS, protect=protect)
@@ -100,7 +100,8 @@ def ask(model, tokenizer, title: str) -> None:
     print(f"\n{title}:")
     for land in list(CAPITALS)[:3]:
         prompt = tokenizer(f"The capital of {land} is", return_tensors="pt")
-        # The model continues for as many tokens as the answer has, because a model this small does not know where to stop.
+        # The model continues for as many tokens as the answer has, because a model this small does not know where to
+        # stop.
         count = len(tokenizer(f" {CAPITALS[land]}")["input_ids"])
         tokens = model.generate(**prompt, max_new_tokens=count, do_sample=False)
         print(" ", repr(tokenizer.decode(tokens[0])))

@@ -24,23 +24,24 @@ from engram_hf.training import engram_parameter_groups
 
 @dataclass(frozen=True)
 class Size:
-    """What decides how long everything takes."""
+    """The sizes that determine the duration."""
 
-    files: int | None = None  # of the training text; None for all
+    files: int | None = None  # This is the length of the training text; None stands for all of it.
     vocab_size: int = 4096
     hidden_size: int = 192
     layers: int = 4
-    experts: int = 8  # none makes a dense Llama, whose feed-forward layers are `expert_width` wide
+    # Without experts, the backbone is a dense Llama whose feed-forward layers are `expert_width` wide.
+    experts: int = 8
     expert_width: int = 192
     memory_heads: int = 4
     memory_width: int = 32
-    rows: int = 80_000  # of each layer's table, about
+    rows: int = 80_000  # This is the approximate size of each layer's table.
     block: int = 128
     batch: int = 4
     steps: int = 280
     held_out_blocks: int = 512
-    bf16: bool = False  # multiply in bfloat16, which some processors do much faster
-    learning_rate: float = 1.5e-3  # 6e-4 and 3e-3 did worse for either model in shorter runs
+    bf16: bool = False  # Matrix products use bfloat16, which some processors do much faster.
+    learning_rate: float = 1.5e-3  # In shorter runs, 6e-4 and 3e-3 were worse for either model.
 
 
 QUICK = Size(
@@ -60,7 +61,7 @@ QUICK = Size(
 
 
 def backbone_config(size: Size, tokenizer: EngramTokenizer, expert_width: int) -> PreTrainedConfig:
-    """A Qwen3-MoE of a few million parameters, whose tokens use two experts a layer; a Llama if there are no experts."""
+    """Return a Qwen3-MoE of a few million parameters, whose tokens use two experts per layer; a Llama without experts."""
     common = dict(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden_size,
@@ -80,14 +81,15 @@ def backbone_config(size: Size, tokenizer: EngramTokenizer, expert_width: int) -
         num_experts=size.experts,
         num_experts_per_tok=2,
         moe_intermediate_size=expert_width,
-        # The grouped kernel wants widths in multiples of 16 bytes; the twin's experts get whatever width makes it equal.
+        # The grouped kernel needs widths in multiples of 16 bytes; the twin's experts get the width that makes it
+        # equal.
         experts_implementation="eager",
         **common,
     )
 
 
 def build_with_memory(size: Size, tokenizer: EngramTokenizer, seed: int) -> EngramForCausalLM:
-    """The backbone with the paper's memory on two layers."""
+    """Build the backbone with the paper's memory on two layers."""
     set_seed(seed)
     config = EngramConfig.for_backbone(
         backbone_config(size, tokenizer, size.expert_width),
@@ -104,7 +106,7 @@ def build_with_memory(size: Size, tokenizer: EngramTokenizer, seed: int) -> Engr
 
 
 def build_twin(size: Size, tokenizer: EngramTokenizer, seed: int, active: int) -> Qwen3MoeForCausalLM:
-    """The backbone alone, its experts widened until a token uses `active` parameters, as it does with memory."""
+    """Build the backbone alone, with experts widened until a token uses `active` parameters, as it does with memory."""
     narrow, wider = (
         count_parameters(_backbone(size, tokenizer, seed, width))[0]
         for width in (size.expert_width, size.expert_width + 1)
@@ -119,10 +121,10 @@ def _backbone(size: Size, tokenizer: EngramTokenizer, seed: int, expert_width: i
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Parameters that one token uses, and all of them.
+    """Return the number of parameters that one token uses, and of all of them.
 
-    Idle are the experts that the router did not choose and the table rows that no hash head reads. The embedding is
-    the output head too, so it is in use as a whole.
+    Experts that the router did not choose and table rows that no hash head reads are unused. The embedding is also the
+    output head, so it counts as a whole.
     """
     config, total, active = model.config.get_text_config(), 0, 0
     for name, parameter in model.named_parameters():
@@ -136,7 +138,7 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
 
 
 class LossOnBar(ProgressCallback):
-    """The Trainer's own progress bar, with the loss beside it instead of a line of log for every entry."""
+    """Shows the loss on the Trainer's own progress bar, instead of a line of log for every entry."""
 
     def __init__(self, title: str):
         super().__init__()
@@ -154,19 +156,19 @@ class LossOnBar(ProgressCallback):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training run came to."""
+    """The result of a training run."""
 
     title: str
     active: int
     total: int
     tokens: int
     seconds: float
-    processor_seconds: float  # does not grow with what else the machine does
-    loss: float  # nats a token, on the held-out files
+    processor_seconds: float  # It does not grow with other work on the machine.
+    loss: float  # It is in nats per token, on the held-out files.
 
     @property
     def perplexity(self) -> float:
-        """e to the loss."""
+        """Return e to the power of the loss."""
         return math.exp(self.loss)
 
 

@@ -1,9 +1,9 @@
-"""One position of one text, from its token to the gate: what an Engram memory does, step by step, on the real classes.
+"""One position of one text, from its token to the gate: an Engram memory step by step, on the real classes.
 
     python examples/walkthrough.py
 
-Everything that is printed is computed twice: by the model, and here by hand. The model is small and untrained, so what its
-gate says means nothing yet; `engram show` prints the same of a trained one.
+Everything that is printed is computed twice: by the model, and here by hand. The model is small and untrained, so its
+gate has no meaning yet; `engram show` prints the same for a trained one.
 """
 
 import math
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def build(tokenizer) -> EngramForCausalLM:
-    """Four decoder layers, memory in the second: 2-grams and 3-grams, four heads each, rows of 32 numbers."""
+    """Build four decoder layers with memory in the second: 2-grams and 3-grams, four heads each, rows of 32 numbers."""
     backbone = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -52,7 +52,7 @@ def build(tokenizer) -> EngramForCausalLM:
 
 
 def show_compression(tokenizer, ids: list[int]) -> list[int]:
-    """Token ids become compressed ids: tokens that differ in case, accents or the space in front share one."""
+    """Show how token ids become compressed ids: tokens that differ in case, accents or a leading space share one."""
     print(f"1. Compression: {len(tokenizer):,} token ids become {tokenizer.compressed_vocab_size:,}\n")
     compressed = [int(tokenizer.token_map[token]) for token in ids]
     print("   token        id  compressed")
@@ -62,11 +62,11 @@ def show_compression(tokenizer, ids: list[int]) -> list[int]:
 
 
 def show_hash(model: EngramForCausalLM, compressed: list[int]) -> list[int]:
-    """The last position's 2-gram and 3-gram choose a row for each head."""
+    """Show how the last position's 2-gram and 3-gram choose a row for each head."""
     hashing = model.model.hashing
     multipliers, primes = hashing.multipliers[0].tolist(), hashing.primes[0].tolist()
     offsets = row_offsets(hashing.primes)[0].tolist()
-    last = compressed[::-1][:3]  # the current one first
+    last = compressed[::-1][:3]  # The current one comes first.
     print(
         "\n2. Hash of the last position: mix = c0*m0 ^ c1*m1 (^ c2*m2), row = mix mod prime + first row of the head\n"
     )
@@ -86,12 +86,12 @@ def show_hash(model: EngramForCausalLM, compressed: list[int]) -> list[int]:
 
 
 def wrap(number: int) -> int:
-    """As 64-bit integers overflow."""
+    """Wrap an integer like 64-bit arithmetic."""
     return (number + 2**63) % 2**64 - 2**63
 
 
 def show_lookup(model: EngramForCausalLM, row_ids: list[int]) -> torch.Tensor:
-    """Eight rows of 32 numbers, side by side."""
+    """Show the eight rows of 32 numbers."""
     memory = model.model.memories()[1]
     rows = memory.table(torch.tensor([[row_ids]]))[0, 0]
     by_hand = torch.cat([memory.table.weight[row] for row in row_ids])
@@ -108,7 +108,7 @@ def show_lookup(model: EngramForCausalLM, row_ids: list[int]) -> torch.Tensor:
 
 @torch.no_grad()
 def show_gate(model: EngramForCausalLM, ids: list[int], rows: torch.Tensor) -> None:
-    """Rows become a key and a value; how far the key agrees with the residual stream decides how much of the value is added."""
+    """Show how rows become a key and a value, and how the agreement of key and residual stream scales the value."""
     memory, seen = model.model.memories()[1], {}
 
     def note(memory, rows, inputs):

@@ -1,4 +1,4 @@
-"""Does memory help, where, and why: the experiments of docs/evidence.md.
+"""Run the experiments of docs/evidence.md: whether memory helps, where, and why.
 
 python -m experiments run [--preset quick] [--experiment N] [--minutes M]
 python -m experiments report [--preset standard]
@@ -19,7 +19,7 @@ _HERE = Path(__file__).parent
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="do what is not done yet; goes on where it was interrupted")
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0, or 1 with one sentence on standard error, or 3 if the minutes are over before the runs."""
+    """Run a command; return 0, or 1 with one sentence on standard error, or 3 if the minutes end before the runs."""
     args = build_parser().parse_args(arguments)
     from engram_hf import EngramError
 

@@ -36,7 +36,9 @@ _FIRST_OF_CLASS = (1, 4, 16, 64)
 
 
 def installed_texts() -> Iterator[tuple[str, str]]:
-    """Names and texts: sources of the standard library, its language reference, and what packages say of themselves."""
+    """Yield names and texts: sources of the standard library, its language reference, and documentation of installed
+    packages.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -52,7 +54,7 @@ def installed_texts() -> Iterator[tuple[str, str]]:
 
 
 def texts_of_folder(folder: Path) -> Iterator[tuple[str, str]]:
-    """Names and texts of a folder's files; those that are no UTF-8 are left out."""
+    """Yield names and texts of a folder's files, without those that are not UTF-8."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             try:
@@ -62,10 +64,10 @@ def texts_of_folder(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def split(texts: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
-    """Texts of the parts train, validation and test; of equal texts the first alone.
+    """Return the texts of the parts train, validation and test, without duplicates.
 
     Raises:
-        ValueError: a part has none.
+        ValueError: a part is empty.
     """
     parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     seen: set[str] = set()
@@ -85,7 +87,7 @@ def split(texts: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def _installed_parts(path: Path) -> dict[str, list[str]]:
-    """The split of the installed texts, kept in a file: packages are updated while experiments wait."""
+    """Return the split of the installed texts; it is stored in a file, since packages may be updated between runs."""
     if not path.exists():
         parts = split(installed_texts())
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,12 +102,12 @@ class Corpus:
     """Texts and their tokens.
 
     Args:
-        preset: sizes.
-        folder: where frequencies are kept.
+        preset: the sizes.
+        folder: a folder that stores frequencies.
         tokenizer: trained on the training part.
         parts: texts by part.
-        tokens: of the training part, int64 `[N, block]`.
-        digest: of all texts and of the tokenizer.
+        tokens: those of the training part, int64 `[N, block]`.
+        digest: a digest of all texts and of the tokenizer.
     """
 
     preset: Preset
@@ -116,7 +118,7 @@ class Corpus:
     digest: str
 
     def train_blocks(self, seed: int, count: int) -> torch.Tensor:
-        """`[count, block]`, in an order drawn from the seed; every pass over the text in an order of its own."""
+        """Return blocks `[count, block]` in an order drawn from the seed; each pass over the text has another order."""
         generator = torch.Generator().manual_seed(seed)
         passes = -(-count // len(self.tokens))
         order = torch.cat([torch.randperm(len(self.tokens), generator=generator) for _ in range(passes)])
@@ -124,12 +126,12 @@ class Corpus:
 
     @cached_property
     def test(self) -> Windows:
-        """What losses are measured on."""
+        """Return the windows for measuring losses."""
         return self._windows("test", self.preset.test_windows)
 
     @cached_property
     def validation(self) -> Windows:
-        """What learning rates are chosen by."""
+        """Return the windows for choosing learning rates."""
         return self._windows("validation", self.preset.test_windows // 2)
 
     def _windows(self, part: str, count: int) -> Windows:
@@ -138,11 +140,12 @@ class Corpus:
         return Windows(windows.input_ids[chosen], windows.valid[chosen], windows.classes[chosen])
 
     def frequencies(self, model, seed: int, count: int) -> torch.Tensor:
-        """How often the n-gram before each tested token was in the blocks of a run: index in `FREQUENCIES`, `[N, S - 1]`.
+        """Return how often the n-gram before each tested token was in a run's blocks, as an index in `FREQUENCIES`
+        `[N, S - 1]`.
 
         Args:
-            model: one with memory, whose largest order and compressed ids are meant.
-            seed, count: of the run.
+            model: a model with memory, whose largest order and compressed ids are used.
+            seed, count: those of the run.
         """
         path = self.folder / f"frequencies-{seed}-{count}.safetensors"
         if not path.exists():
@@ -172,11 +175,11 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def load_corpus(preset: Preset, work: Path, texts: Path | None = None) -> Corpus:
-    """Read, split and tokenize the texts; all is kept in `work` and made once.
+    """Read, split and tokenize the texts; all results are stored in `work` and made once.
 
     Args:
-        preset: sizes.
-        work: a folder for what can be made again.
+        preset: the sizes.
+        work: a folder for files that can be made again.
         texts: a folder of text files; None for those of the installed packages, as they were when `work` was made.
 
     Raises:

@@ -1,8 +1,8 @@
 """Addresses that are learned instead of hashed: a low-rank code of the last tokens chooses rows by product keys.
 
-The code is that of Lngram (arXiv 2605.24869) in spirit, the choice that of product-key memories (arXiv 1907.05242): a sum of
-low-rank embeddings of the last tokens, one for each distance, is compared with two sets of sub-keys a head; the best pairs
-are read, weighted by their softmax, through which gradients reach the code.
+The code resembles that of Lngram (arXiv 2605.24869), the choice that of product-key memories (arXiv 1907.05242): a sum
+of low-rank embeddings of the last tokens, one for each distance, is compared with two sets of sub-keys per head; the
+best pairs are read, weighted by their softmax, through which gradients reach the code.
 
 Shape letters: B batch, S positions, H heads of an order, M sub-keys of a half, C channels of a code, K best of a half.
 """
@@ -25,16 +25,16 @@ _BEST = 2
 
 
 class LearnedAddresses(nn.Module):
-    """Chooses rows of the tables of a model by what its last tokens are; an `engram_hf.analysis.Edit`.
+    """Chooses rows of a model's tables by its last tokens; it is an `engram_hf.analysis.Edit`.
 
     Args:
-        engram: whose tables are read, with as many rows and heads as its hash has.
+        engram: the memory whose tables are read, with as many rows and heads as its hash has.
     """
 
     def __init__(self, engram: "EngramModel"):
         super().__init__()
         hashing = engram.hashing
-        vocabulary = hashing.hash_vocab_size + 1  # the last stands for no token
+        vocabulary = hashing.hash_vocab_size + 1  # The last entry stands for no token.
         self.codes = nn.ModuleList()
         self.mixes = nn.ModuleList()
         self.keys = nn.ParameterList()
@@ -50,7 +50,7 @@ class LearnedAddresses(nn.Module):
         self._ids: list[torch.Tensor] = []
 
     def read(self, input_ids: torch.Tensor) -> None:
-        """Take note of the tokens `[B, S]` of the call that follows."""
+        """Store the tokens `[B, S]` of the call that follows."""
         ids = self._compress(input_ids)
         missing = self.codes[0].num_embeddings - 1
         ids = ids.where(ids >= 0, missing)
@@ -58,12 +58,12 @@ class LearnedAddresses(nn.Module):
         self._ids = [F.pad(ids, (distance, 0), value=missing)[:, :length] for distance in range(self.orders + 1)]
 
     def forward(self, memory: "EngramMemory", rows: torch.Tensor, inputs: "EngramInputs") -> torch.Tensor:
-        """Rows `[B, S, T * W]` at the learned addresses."""
+        """Return the rows `[B, S, T * W]` at the learned addresses."""
         parts = [self._of_order(memory, order) for order in range(self.orders)]
         return torch.cat(parts, dim=-1).to(rows.dtype)
 
     def addresses(self, index: int, order: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows int64 `[B, S, H, K * K]` of a head's part of the table, and their weights."""
+        """Return rows int64 `[B, S, H, K * K]` of a head's part of the table, and their weights."""
         first = index * (self.orders * (self.orders + 3) // 2) + order * (order + 3) // 2
         code = sum(self.codes[first + distance](self._ids[distance]) for distance in range(order + 2))
         number = index * self.orders + order
@@ -76,7 +76,7 @@ class LearnedAddresses(nn.Module):
 
     @torch.no_grad()
     def rows_read(self, windows: Windows) -> int:
-        """How many rows of all tables the windows read, with any weight."""
+        """Return how many rows of all tables the windows read, with any weight."""
         found: dict[tuple[int, int], list[torch.Tensor]] = {}
         for inputs in windows.batches(32):
             self.read(inputs["input_ids"].to(self.offsets.device))

@@ -1,7 +1,7 @@
-"""Long-context tasks in RULER's style (arXiv 2404.06654), as small as the models: needles, chains of variables, common words.
+"""Long-context tasks in RULER's style (arXiv 2404.06654) for small models: needles, chains of variables, common words.
 
-Every example is a window of text, with sentences of the task put between its tokens and questions at its end. The answers are single
-tokens, so that an answer is right if it is the model's first choice.
+Every example is a window of text, with sentences of the task put between its tokens and questions at its end. The
+answers are single tokens, so that an answer is right if it is the model's first choice.
 
 Shape letters: N examples, S positions.
 """
@@ -17,7 +17,7 @@ TASKS = ("multi-query needle", "variable tracking", "common words")
 _NEEDLES, _QUERIES = 8, 4
 _CHAINS, _HOPS = 3, 4
 _COMMON, _RARE, _TIMES = 3, 12, 4
-# One example in this many is trained on as text, all of its tokens; the others on their answers alone.
+# One example in this many is trained on as text, with all of its tokens; the others on their answers alone.
 _AS_TEXT = 8
 
 
@@ -25,9 +25,9 @@ class Maker:
     """Makes examples of single-token words.
 
     Args:
-        tokenizer: the models'.
+        tokenizer: the models' tokenizer.
         haystack: blocks of text int64 `[N, S]`.
-        seed: of all that is drawn.
+        seed: the seed of all random choices.
 
     Raises:
         ValueError: the vocabulary has too few words.
@@ -48,13 +48,13 @@ class Maker:
         self._known: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
-        """Tokens of a piece of a sentence."""
+        """Return the tokens of a piece of a sentence."""
         if text not in self._known:
             self._known[text] = self.tokenizer(text)["input_ids"]
         return self._known[text]
 
     def example(self, task: str) -> tuple[list[int], list[int]]:
-        """Tokens of a window, and the positions of its answers."""
+        """Return the tokens of a window, and the positions of its answers."""
         sentences, questions = getattr(self, "_" + task.replace(" ", "_").replace("-", "_"))()
         room = self.haystack.shape[1] - sum(map(len, sentences)) - sum(len(ids) + 1 for ids, _ in questions)
         start = self.random.randrange(self.haystack.shape[1] - room + 1)
@@ -106,7 +106,7 @@ class Maker:
 
 
 def training_examples(maker: Maker, count: int) -> list[dict[str, torch.Tensor]]:
-    """`input_ids` and `labels`, the tasks one after the other."""
+    """Return `input_ids` and `labels`, the tasks one after the other."""
     found = []
     for number in range(count):
         window, answers = maker.example(TASKS[number % len(TASKS)])
@@ -121,7 +121,7 @@ def training_examples(maker: Maker, count: int) -> list[dict[str, torch.Tensor]]
 
 @torch.no_grad()
 def score(model: PreTrainedModel, maker: Maker, task: str, count: int, batch: int = 32) -> float:
-    """The share of answers that are the model's first choice, given the true answers before them."""
+    """Return the share of answers that are the model's first choice, given the true answers before them."""
     right = total = 0
     for first in range(0, count, batch):
         examples = [maker.example(task) for _ in range(min(batch, count - first))]

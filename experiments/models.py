@@ -1,4 +1,4 @@
-"""The models that are compared, by name: backbones with memory, their twins without, ablations and controls.
+"""The compared models by name: backbones with memory, their twins without, ablations and controls.
 
 Shape letters: B batch, S positions, T heads of all n-gram orders, W channels of a row.
 """
@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from twin_models import count_parameters
 
 _ACTIVE_EXPERTS = 2
-# Shares of the sparse budget that memory gets, in percent.
+# These are the shares of the sparse budget that memory gets, in percent.
 SHARES = (0, 10, 20, 30, 40, 60)
 
-# The fields in which the memory of a variant differs from the reference's.
+# In these fields, the memory of a variant differs from the reference's.
 MEMORIES: dict[str, dict[str, Any]] = {
     "memory": {},
     "gate open": {},
@@ -48,16 +48,16 @@ TWINS = ("twin", "twin of equal time", "twin of all parameters")
 
 
 class OpenGate(nn.Module):
-    """Lets everything through."""
+    """A gate that is always open."""
 
     def forward(self, dot: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-        """Ones `[B, S, G]`, zero where `valid` `[B, S]` is False."""
+        """Return ones `[B, S, G]`, and zero where `valid` `[B, S]` is False."""
         gate = torch.ones_like(dot)
         return gate if valid is None else gate * valid.unsqueeze(-1)
 
 
 def build(variant: str, preset: Preset, tokenizer: EngramTokenizer, seed: int) -> PreTrainedModel:
-    """A model by the name of its variant, with weights drawn from the seed."""
+    """Build the model of a variant, with weights drawn from the seed."""
     if variant.startswith("share "):
         return _shared(int(variant.removeprefix("share ")), preset, tokenizer, seed)
     if variant in TWINS:
@@ -88,7 +88,9 @@ def _change(model: EngramForCausalLM, variant: str, seed: int) -> None:
 
 
 def always(model: PreTrainedModel, edit: Callable) -> None:
-    """Have `edit` (see `engram_hf.analysis.Edit`) change what memory reads, in training too, where a call brings no other."""
+    """Let `edit` (see `engram_hf.analysis.Edit`) change the rows that memory reads in every call without another edit,
+    in training too.
+    """
 
     def before(_module, args, kwargs):
         if isinstance(edit, LearnedAddresses):
@@ -114,7 +116,7 @@ def _moe(preset: Preset, tokenizer: EngramTokenizer, experts: int, shared_width:
         moe_intermediate_size=preset.expert_width,
         shared_expert_intermediate_size=shared_width,
         norm_topk_prob=True,
-        output_router_logits=True,  # so that the loss in training balances the experts
+        output_router_logits=True,  # The loss in training then balances the experts.
         experts_implementation="grouped_mm",
     )
 
@@ -153,13 +155,15 @@ def _without(config, seed: int) -> PreTrainedModel:
 
 
 def _fit(count: Callable[[int], int], target: int, width: int) -> int:
-    """The width for which `count`, which is linear in it, comes next to `target`."""
+    """Return the width for which `count`, which is linear in it, comes closest to `target`."""
     here, next_to = count(width), count(width + 1)
     return max(1, width + round((target - here) / (next_to - here)))
 
 
 def _twin(of_all: bool, preset: Preset, tokenizer: EngramTokenizer, seed: int) -> PreTrainedModel:
-    """The dense backbone, its MLPs widened until it has as many active parameters (all of them) as the reference."""
+    """Return the dense backbone, with MLPs widened until it has as many active parameters (or all parameters) as the
+    reference.
+    """
     target = count_parameters(build("memory", preset, tokenizer, seed))[int(of_all)]
     width = _fit(
         lambda width: count_parameters(_without(_dense(preset, tokenizer, width), seed))[0], target, preset.mlp_width
@@ -168,9 +172,10 @@ def _twin(of_all: bool, preset: Preset, tokenizer: EngramTokenizer, seed: int) -
 
 
 def _shared(share: int, preset: Preset, tokenizer: EngramTokenizer, seed: int) -> PreTrainedModel:
-    """Routed experts, a share of whose inactive parameters went to memory; active and all parameters stay the same.
+    """Return routed experts, with a share of their inactive parameters given to memory; active and total parameters
+    stay equal.
 
-    What memory adds to the active parameters is taken from the shared experts' width.
+    The active parameters of the memory are taken from the shared experts' width.
     """
     whole = _without(_moe(preset, tokenizer, preset.experts, preset.shared_width), seed)
     if share == 0:
@@ -191,9 +196,11 @@ def _shared(share: int, preset: Preset, tokenizer: EngramTokenizer, seed: int) -
 
 
 def size_of(model: PreTrainedModel, block: int) -> dict[str, int]:
-    """Parameters that a token uses and all of them, FLOPs of a token's forward pass, and bytes that one token alone reads."""
+    """Return the parameters that a token uses and all of them, the FLOPs of a token's forward, and the bytes that one
+    token reads.
+    """
     active, total = count_parameters(model)
-    if hasattr(model, "addresses"):  # addresses made of a code read one row for each look-back
+    if hasattr(model, "addresses"):  # Addresses from a code read one row for each look-back.
         codes = [code for code in model.addresses.modules() if isinstance(code, nn.Embedding)]
         active -= sum(code.weight.numel() - code.embedding_dim for code in codes)
     ids = torch.zeros((1, block), dtype=torch.int64, device=model.device)

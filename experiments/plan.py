@@ -1,7 +1,8 @@
-"""Which runs there are, in which order, and what each needs.
+"""The runs, their order, and their dependencies.
 
-The most informative come first: rates of the dense backbone, memory against its twin, the controls, then effective depth, memory
-against experts, and the ablations; seed by seed, so that a set that is cut off has all variants of its first seeds.
+The most informative come first: rates of the dense backbone, memory against its twin, the controls, then effective
+depth, memory against experts, and the ablations; seed by seed, so that an interrupted set has all variants of its
+first seeds.
 """
 
 from collections.abc import Iterable
@@ -28,15 +29,15 @@ TUNING_SEED = 100
 
 @dataclass(frozen=True)
 class Run:
-    """What one result file is of.
+    """The run of one result file.
 
     Args:
         kind: `tuning`, `text` (training on text), `long context`, or `layers` (CKA of two trained models).
         variant: see `models.build`.
-        seed: of data order and weights.
-        experiments: whose tables need it.
-        rate: index of the learning rate, of tuning runs.
-        needs: names of the runs that have to be done before.
+        seed: the seed of data order and weights.
+        experiments: the experiments whose tables need it.
+        rate: the index of the learning rate in tuning runs.
+        needs: the names of the runs that must be done before.
     """
 
     kind: str
@@ -48,20 +49,20 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the run's file."""
+        """Return the name of the run's file."""
         parts = [self.kind, self.variant, f"rate-{self.rate}" if self.rate is not None else f"seed-{self.seed}"]
         return "_".join(part.replace(" ", "-") for part in parts)
 
 
 def side_of(variant: str) -> str:
-    """The variant that the learning rate of this one was chosen with."""
+    """Return the variant with which the learning rate of this one was chosen."""
     if variant.startswith("share "):
         return "share 0" if variant == "share 0" else "share 20"
     return "twin" if variant.startswith("twin") else "memory"
 
 
 def make_plan(preset: Preset) -> list[Run]:
-    """The runs of a preset, in the order in which they are done."""
+    """Return the runs of a preset in their order."""
     rates = range(len(preset.rates))
     dense = [_tuning(side, rate, (2, 3, 4, 5, 6)) for side in ("memory", "twin") for rate in rates]
     moe = [_tuning(side, rate, (1,)) for side in ("share 0", "share 20") for rate in rates]
@@ -109,7 +110,7 @@ def _tuning(side: str, rate: int, experiments: tuple[int, ...]) -> Run:
 
 
 def select(plan: list[Run], experiment: int | None) -> list[Run]:
-    """The runs of one experiment, with those they need; all if None.
+    """Return the runs of one experiment, with those they need; all runs if it is None.
 
     Raises:
         ValueError: there is no such experiment.
@@ -119,7 +120,7 @@ def select(plan: list[Run], experiment: int | None) -> list[Run]:
     if experiment not in EXPERIMENTS:
         raise EngramError(f"There is no experiment {experiment}; they are {', '.join(map(str, EXPERIMENTS))}.")
     wanted = {run.name for run in plan if experiment in run.experiments and run.kind != "tuning"}
-    for run in reversed(plan):  # the runs that a run needs stand before it
+    for run in reversed(plan):  # A run stands behind those that it needs.
         if run.name in wanted:
             wanted.update(run.needs)
     return [run for run in plan if run.name in wanted]

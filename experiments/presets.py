@@ -1,10 +1,11 @@
-"""How large the experiments are: sizes of models, tokens and seeds, chosen by a rule and not by what came out.
+"""The sizes of the experiments (models, tokens and seeds), chosen by a rule and not by results.
 
-The rule of `standard`, written before its first run: the whole set takes at most four hours on two cores, 28,800 seconds of one
-core. Half of that is left for evaluation, for the variants that are slower than the plain backbone, and for a busy machine. The other
-half, divided by the 80 runs of full length that the plan amounts to, is 180 s a run. A dense model of 1.5 million parameters trains on
-6,000 tokens a second (one core, float32; bfloat16 was no faster), so that a run has 2 ** 20 tokens, rounded down to a power of two. A
-learning rate is chosen by runs of half that length on files of their own (validation), with the same four rates for either side.
+The rule of `standard`, written before its first run, is that the whole set takes at most four hours on two cores, or
+28,800 seconds of one core. Half of that is left for evaluation, for the variants that are slower than the plain
+backbone, and for a busy machine. The other half, divided by the 80 runs of full length in the plan, is 180 s per run.
+A dense model of 1.5 million parameters trains on 6,000 tokens a second (one core, float32; bfloat16 was no faster), so
+that a run has 2 ** 20 tokens, rounded down to a power of two. A learning rate is chosen by runs of half that length on
+separate files (validation), with the same four rates for either side.
 """
 
 from dataclasses import dataclass
@@ -12,20 +13,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes that all runs of a set share.
+    """The sizes that all runs of a set share.
 
     Args:
-        vocab_size: of the tokenizer.
-        hidden_size, layers, mlp_width: of the dense backbone.
+        vocab_size: the size of the tokenizer.
+        hidden_size, layers, mlp_width: the sizes of the dense backbone.
         memory_layers: 0-based layers with memory.
-        memory_heads, memory_width, rows: heads an order, channels of a row, rows of a layer's table, about.
-        moe_layers, moe_memory_layers, experts, expert_width, shared_width: of the backbone with routed experts; 2 are active.
+        memory_heads, memory_width, rows: heads per order, channels of a row, and the approximate rows of a layer's
+        table.
+        moe_layers, moe_memory_layers, experts, expert_width, shared_width: the sizes of the backbone with routed
+        experts; 2 are active.
         block, batch, steps: tokens of a window, windows of a step, and steps of a run.
-        seeds: of the runs that are compared; `more_seeds` has memory and its twin alone, when all else is done.
-        rates: learning rates that either side is tuned with.
-        test_windows: windows that the loss is measured on.
-        task_items: items of a downstream task at most.
-        train_files: files of the training part; None for all.
+        seeds: the seeds of the compared runs; `more_seeds` are for memory and its twin alone, after all other runs.
+        rates: the learning rates that either side is tuned with.
+        test_windows: the number of windows for measuring the loss.
+        task_items: the maximum number of items of a downstream task.
+        train_files: the number of files of the training part; None for all.
     """
 
     vocab_size: int

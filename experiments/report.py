@@ -1,7 +1,7 @@
-"""Tables and pictures of the results that are there, put into docs/evidence.md between its markers.
+"""Write tables and pictures of the existing results into docs/evidence.md, between its markers.
 
-Every comparison is paired by seed: the difference of two variants is taken for each seed that both have, and its 95 % interval over
-seeds is Student's.
+Every comparison is paired by seed: the difference of two variants is taken for each seed that both have, and its 95 %
+interval over seeds is Student's.
 """
 
 import os
@@ -26,14 +26,14 @@ from .tasks import NEED_NONE, NEED_RECALL
 _MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _NOTHING = "No run of this is in yet.\n"
 _COLOURS = ("#2a78b8", "#d1722c", "#3a9b63")
-# The article's curve is lowest here.
+# The paper's curve is lowest here.
 _BEST_SHARE = (20, 25)
 
 Pick = Callable[[dict[str, Any]], float]
 
 
 class Found:
-    """The results of a preset that are there.
+    """The existing results of a preset.
 
     Args:
         plan: all runs.
@@ -45,27 +45,27 @@ class Found:
         self.by_name = {run.name: found for run in plan if (found := results.read(run.name)) is not None}
 
     def of(self, variant: str, kind: str = "text") -> dict[int, dict[str, Any]]:
-        """Results of a variant by seed."""
+        """Return the results of a variant by seed."""
         runs = (run for run in self.plan if (run.kind, run.variant) == (kind, variant) and run.name in self.by_name)
         return {run.seed: self.by_name[run.name] for run in runs}
 
     def mean(self, variant: str, pick: Pick, kind: str = "text") -> Estimate | None:
-        """Mean of a number over the seeds of a variant; None without any."""
+        """Return the mean of a number over the seeds of a variant; None without any."""
         values = [pick(one) for one in self.of(variant, kind).values()]
         return interval(values) if values else None
 
     def difference(self, variant: str, reference: str, pick: Pick, kind: str = "text") -> Estimate | None:
-        """The mean of `variant` minus `reference` over the seeds that both have; None without any."""
+        """Return the mean of `variant` minus `reference` over the seeds that both have; None without any."""
         first, second = self.of(variant, kind), self.of(reference, kind)
         values = [pick(first[seed]) - pick(second[seed]) for seed in sorted(first.keys() & second.keys())]
         return interval(values) if values else None
 
 
 def write_report(name: str, preset: Preset, plan: list[Run], results: Results, page: Path) -> str:
-    """Write the tables into a page that has markers for them, and pictures beside the results; returns what was done.
+    """Write the tables into a page with markers for them, and pictures beside the results; return what was done.
 
     Raises:
-        ValueError: the page is not there or has no marker.
+        ValueError: the page is missing or has no marker.
     """
     if not page.exists() or not _MARKED.search(page.read_text(encoding="utf-8")):
         raise EngramError(
@@ -110,7 +110,7 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _shown(found: Estimate | None, form: str = ".4f", sign: str = "") -> str:
-    """A number with its interval."""
+    """Return a number with its interval, as text."""
     if found is None:
         return ""
     if found.low is None:
@@ -119,7 +119,7 @@ def _shown(found: Estimate | None, form: str = ".4f", sign: str = "") -> str:
 
 
 def _verdict(found: Estimate | None, more: str, less: str) -> str:
-    """What an interval says."""
+    """Return the conclusion from an interval."""
     if found is None or found.low is None or found.high is None:
         return ""
     return more if found.low > 0 else less if found.high < 0 else "not told apart"
@@ -184,7 +184,9 @@ _SIZES = ["active parameters", "all parameters", "FLOPs a token", "bytes a token
 
 
 def _against(found: Found, variant: str, other: str, if_higher: str, if_lower: str) -> list[str]:
-    """Seeds, sizes and held-out loss of a variant, and how far that is from another one's; nothing of a variant itself."""
+    """Return seeds, sizes and held-out loss of a variant, and the difference from another one (empty for the same
+    variant).
+    """
     change = found.difference(variant, other, _loss) if variant != other else None
     seeds = str(len(found.of(variant)))
     loss = _shown(found.mean(variant, _loss))
@@ -405,7 +407,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def _reach(points: Sequence[Estimate]) -> list[list[float]]:
-    """How far intervals go below and above their means."""
+    """Return how far intervals extend below and above their means."""
     return [
         [one.value - (one.value if one.low is None else one.low) for one in points],
         [(one.value if one.high is None else one.high) - one.value for one in points],

@@ -1,4 +1,4 @@
-"""Result files, one a run: written whole, never redone; and intervals over seeds."""
+"""Result files, one per run, written atomically and never repeated; and intervals over seeds."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,7 @@ import torch
 from engram_hf import EngramError
 from engram_hf.analysis import Estimate
 
-# Quantiles of Student's t for a two-sided interval of 95 %, by degrees of freedom.
+# These are quantiles of Student's t for a two-sided interval of 95 %, by degrees of freedom.
 _STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 _ROOT = Path(__file__).parent.parent
 
@@ -29,7 +29,7 @@ class Results:
     """The result files of a preset.
 
     Args:
-        folder: where they are.
+        folder: their folder.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Results:
         """Make the folder.
 
         Raises:
-            ValueError: that, or writing a file into it, is not possible.
+            ValueError: the folder, or a file in it, cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -51,11 +51,11 @@ class Results:
             ) from error
 
     def path(self, name: str) -> Path:
-        """The path of a run's file."""
+        """Return the path of a run's file."""
         return self.folder / f"{name}.json"
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A run's result, None if it is not done.
+        """Return a run's result, or None if it is not done.
 
         Raises:
             ValueError: the file is damaged.
@@ -69,7 +69,7 @@ class Results:
             raise EngramError(f"{path} is no JSON; delete it, so that the run is done again.") from error
 
     def write(self, name: str, result: dict[str, Any]) -> None:
-        """Keep a run's result."""
+        """Store a run's result."""
         path = self.path(name)
         beside = path.with_name(f"{path.name}.{os.getpid()}.part")
         beside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -77,13 +77,13 @@ class Results:
 
 
 def now() -> str:
-    """The date, in UTC."""
+    """Return the date in UTC."""
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
 
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[bool]:
-    """Whether this process alone works at what `path` stands for, while the statements inside run."""
+    """Yield whether this process holds the lock file `path`; it is held while the block runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -95,7 +95,7 @@ def held(path: Path) -> Iterator[bool]:
 
 
 def provenance(corpus_digest: str, device: str) -> dict[str, Any]:
-    """The kind of machine and the code that made a result, without names or paths."""
+    """Return the kind of machine and the code that made a result, without names or paths."""
     return {
         "commit": _commit(),
         "machine": _machine(device),
@@ -129,7 +129,7 @@ def _machine(device: str) -> str:
 
 
 def interval(values: Sequence[float]) -> Estimate:
-    """Mean and 95 % interval of values of several seeds (Student's t)."""
+    """Return mean and 95 % interval of values of several seeds (Student's t)."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Estimate(mean, None, None)

@@ -1,4 +1,4 @@
-"""Doing runs: what is done is not done again, what was interrupted goes on.
+"""Execution of runs: finished runs are not repeated, and interrupted runs resume.
 
 Shape letters: N windows, S positions.
 """
@@ -37,15 +37,15 @@ _LONG_SEED = 1_000_000
 
 
 class Runner:
-    """Does the runs of a preset.
+    """Executes the runs of a preset.
 
     Args:
-        preset: sizes.
+        preset: the sizes.
         corpus: the texts.
-        results: where results go.
-        work: for checkpoints and trained models.
+        results: the folder for results.
+        work: a folder for checkpoints and trained models.
         device: `cpu` or `cuda`.
-        deadline: of `time.monotonic()`; None for none.
+        deadline: a time of `time.monotonic()`; None for none.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Runner:
 
     @property
     def items(self) -> dict[str, list[tasks.Item]]:
-        """The items of the downstream tasks, by task."""
+        """Return the items of the downstream tasks, by task."""
         if self._tasks is None:
             parts = self.corpus.parts
             self._tasks = tasks.make_tasks(
@@ -74,11 +74,11 @@ class Runner:
         return self._tasks
 
     def do_all(self, runs: list[Run]) -> None:
-        """Do runs in their order; those that another process works at, and those that wait for these, are left to it.
+        """Execute runs in order, without those of another process and those that wait for these.
 
         Raises:
             Interrupted: the deadline passed.
-            ValueError: what is there already was measured on other texts.
+            ValueError: existing results were measured on other texts.
         """
         self._require_same_texts(runs)
         for number, run in enumerate(runs, 1):
@@ -103,7 +103,7 @@ class Runner:
                 )
 
     def do(self, run: Run) -> None:
-        """Do one run, and keep its result."""
+        """Execute one run, and store its result."""
         does = {
             "tuning": self._tune,
             "text": self._train_on_text,
@@ -116,7 +116,7 @@ class Runner:
         shutil.rmtree(self._folder(run), ignore_errors=True)
 
     def best_rate(self, variant: str) -> float:
-        """The rate whose tuning run of this variant's side has the lowest loss on the validation files."""
+        """Return the rate whose tuning run of this variant's side has the lowest loss on the validation files."""
         side = side_of(variant)
         found = [self.results.read(Run("tuning", side, 0, (), rate).name) for rate in range(len(self.preset.rates))]
         done = [one for one in found if one is not None]
@@ -215,7 +215,7 @@ class Runner:
         return model.eval(), about
 
     def _steps_of_equal_time(self, seed: int) -> int:
-        """As many steps of the twin as take the processor time of the run with memory."""
+        """Return the number of steps of the twin that take the processor time of the run with memory."""
         spent = [self.results.read(f"text_{side}_seed-{seed}")["seconds"]["processor"] for side in ("memory", "twin")]
         return max(2, round(self.preset.steps * spent[0] / spent[1]))
 
@@ -249,7 +249,9 @@ def _some(windows: Windows, count: int) -> Windows:
 
 
 def _traffic(model: PreTrainedModel, windows: Windows) -> dict[str, Any]:
-    """The share of rows that the windows read, and by order the share of reads whose row is another n-gram's too, a head."""
+    """Return the share of rows that the windows read and, by order, the share of a head's reads that collide with
+    another n-gram.
+    """
     traffic = measure_traffic(model, windows)
     collisions: dict[str, float] = {}
     for order in sorted({head.order for head in traffic.heads}):

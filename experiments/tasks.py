@@ -1,7 +1,7 @@
 """Exact-match tasks made of held-out text: some need recall of the training text, some need none.
 
-An item is a context and the target that follows it in the text; a model is right if the target's every token is its own first
-choice, which is greedy decoding. lm-eval-harness counts the same (`acc` of a `loglikelihood` task).
+An item is a context and the target that follows it in the text; a model is right if every token of the target is its
+own first choice, as in greedy decoding. lm-eval-harness counts the same (`acc` of a `loglikelihood` task).
 
 Shape letters: B batch, S positions, V vocabulary.
 """
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from engram_hf import EngramTokenizer
 
-_CONTEXT = 320  # characters
+_CONTEXT = 320  # These are characters.
 # Names of code have an underscore or a capital inside.
 _NAME = re.compile(r"\b[A-Za-z_]+?(?:_|(?<=[a-z])[A-Z])[A-Za-z0-9_]{3,}\b")
 _CALL = re.compile(r"(?<![\w.])([a-z_]+)\.([A-Za-z_]+\()")
@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"\b([A-Za-z_]{2,})([ =(]{1,3}\d{2,5}(?:-\d{2}-\d{2})?)\b")
 _CLOSED = re.compile(r"\w([)\]}][:,)\]}]?)\n")
 _SEEN = range(2, 16)
 
-# The questions of each task.
+# These are the questions of each task.
 NEED_RECALL = {
     "rare_names": "the rest of a name that the training text has 2 to 15 times, and the context does not have",
     "api_calls": "the attribute of an imported module, a call that the training text has and the context does not",
@@ -45,7 +45,7 @@ class Item:
     """One question.
 
     Args:
-        context, target: what is read, and what has to follow.
+        context, target: the text to read, and the text that must follow.
     """
 
     context: str
@@ -53,12 +53,12 @@ class Item:
 
 
 def make_tasks(train: list[str], held_out: list[str], tokenizer: EngramTokenizer, limit: int) -> dict[str, list[Item]]:
-    """Items by task, `limit` of each at most.
+    """Return items by task, at most `limit` of each.
 
     Args:
         train: the texts that models are trained on.
         held_out: texts that items are made of.
-        tokenizer: a target begins and ends where its tokens do.
+        tokenizer: a target begins and ends at a boundary of its tokens.
     """
     known = _Known(train)
     found: dict[str, list[Item]] = {name: [] for name in (*NEED_RECALL, *NEED_NONE)}
@@ -72,7 +72,7 @@ def make_tasks(train: list[str], held_out: list[str], tokenizer: EngramTokenizer
 
 
 class _Known:
-    """What the training text has, and how often."""
+    """Counts the names, calls and numbers of the training text."""
 
     def __init__(self, train: list[str]):
         self.names = Counter(name for text in train for name in _NAME.findall(text))
@@ -81,7 +81,7 @@ class _Known:
 
 
 def _places(text: str, known: _Known) -> Iterator[tuple[str, int, int]]:
-    """Task, and where the target begins and ends."""
+    """Yield a task, and where the target begins and ends."""
     for match in _NAME.finditer(text):
         is_copy = match[0] in text[max(0, match.start() - _CONTEXT + 40) : match.start()]
         seen = known.names[match[0]]
@@ -100,7 +100,9 @@ def _places(text: str, known: _Known) -> Iterator[tuple[str, int, int]]:
 
 
 def _aligned(items: list[Item], tokenizer: EngramTokenizer, limit: int, has_first_token: bool) -> list[Item]:
-    """Items whose context and target tokenize alone as they do together, the first token of a name moved into the context."""
+    """Return items whose context and target give the same tokens alone as together; the first token of a name moves
+    into the context.
+    """
     chosen: list[Item] = []
     for item in dict.fromkeys(items):
         if has_first_token:
@@ -117,7 +119,7 @@ def _aligned(items: list[Item], tokenizer: EngramTokenizer, limit: int, has_firs
 
 @torch.no_grad()
 def exact_match(model: PreTrainedModel, tokenizer: EngramTokenizer, items: list[Item], batch: int = 32) -> float:
-    """The share of items whose target a model would write, greedily."""
+    """Return the share of items whose target a model would write with greedy decoding."""
     right = 0
     pairs = [tuple(tokenizer(text)["input_ids"] for text in (one.context, one.context + one.target)) for one in items]
     pairs.sort(key=lambda pair: len(pair[1]))
@@ -156,7 +158,7 @@ metadata:
 
 
 def write_lm_eval_tasks(tasks: dict[str, list[Item]], folder: Path) -> list[str]:
-    """Write a YAML file and its items for each task, for lm-eval-harness's `--include_path`; returns the tasks' names there."""
+    """Write a YAML file and its items for each task, for lm-eval-harness's `--include_path`; return the tasks' names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for name, items in tasks.items():

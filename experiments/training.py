@@ -1,4 +1,4 @@
-"""One training run: a stock Trainer on blocks in a fixed order, which goes on where it was interrupted.
+"""One training run: a stock Trainer on blocks in a fixed order, which resumes after an interruption.
 
 Shape letters: N blocks, S positions.
 """
@@ -16,7 +16,7 @@ _CHECKPOINTS = 4
 
 
 class Interrupted(Exception):
-    """The time is up; what was done is in a checkpoint."""
+    """The time is up; a checkpoint has the finished steps."""
 
 
 class _Clock(TrainerCallback):
@@ -37,7 +37,7 @@ class _Clock(TrainerCallback):
             state.stateful_callbacks["spent"] = self.spent()
 
     def spent(self) -> dict[str, float]:
-        """Wall-clock and processor seconds."""
+        """Return wall-clock and processor seconds."""
         now = {"wall": time.perf_counter(), "processor": time.process_time()}
         return {name: self.before[name] + now[name] - self.started[name] for name in now}
 
@@ -53,23 +53,24 @@ def train(
     device: str = "cpu",
     deadline: float | None = None,
 ) -> dict[str, float]:
-    """Train on `examples`, in their order, once; AdamW with the paper's groups, a cosine, one tenth of warm-up.
+    """Train once on `examples`, in their order, with AdamW, the paper's parameter groups, and a cosine with one tenth
+    of warm-up.
 
     Args:
-        model: changed in place.
+        model: the model, changed in place.
         examples: `input_ids` and `labels` `[S]`; as many as there are windows in all steps.
-        folder: for checkpoints; one that is there is gone on with.
+        folder: a folder for checkpoints; the run resumes from one that is there.
         batch: examples of a step.
         rate: the learning rate; tables have five times as much.
-        seed: of whatever else is drawn.
+        seed: the seed of all other random choices.
         device: `cpu` or `cuda`.
-        deadline: of `time.monotonic()`; None for none.
+        deadline: a time of `time.monotonic()`; None for none.
 
     Returns:
-        Seconds, of all parts of an interrupted run: `wall`, `processor`.
+        The seconds of all parts of an interrupted run: `wall`, `processor`.
 
     Raises:
-        Interrupted: the deadline passed; call again to go on.
+        Interrupted: the deadline passed; call again to resume.
     """
     steps = len(examples) // batch
     arguments = TrainingArguments(

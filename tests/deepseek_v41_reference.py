@@ -1,5 +1,4 @@
-"""The miniature DeepSeek-V4.1 checkpoint for tests: dequantized, renamed, and with a plain implementation of its
-memory.
+"""The miniature DeepSeek-V4.1 checkpoint for tests: dequantized, renamed, and with a plain version of its memory.
 
 It is written from `spec/deepseek_v41.md` alone, independently of the converter, so that the two can be compared.
 """

@@ -1,6 +1,4 @@
-"""Find the names that the package uses of other libraries though they are not public: private ones, and ones they do
-not export.
-"""
+"""Find the non-public names of other libraries that the package uses: private names, and names they do not export."""
 
 import ast
 import importlib

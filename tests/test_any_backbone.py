@@ -1,5 +1,4 @@
-"""Memory on decoders of many architectures: other layer names, layers without keywords, looped layers; and what is
-refused.
+"""Memory on decoders of many architectures: other layer names, no keywords, looped layers; and refused models.
 
 `make backbones` sweeps the whole of `AutoModelForCausalLM`; a sample runs here.
 """

@@ -1,5 +1,4 @@
-"""`device_map`: parts of a model on disk, with tables among the parameters or in their own files, never change the
-logits.
+"""`device_map` never changes the logits, with tables among the parameters or in their own files.
 
 The maps name whole decoder layers or more: accelerate cannot take a part of a layer from disk on any backbone.
 """

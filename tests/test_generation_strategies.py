@@ -1,5 +1,4 @@
-"""Every decoding strategy of `generate`, on every backbone and in both variants: a cache changes no token and no
-score.
+"""A cache changes no token and no score, in every decoding strategy of `generate`, backbone and variant.
 
 transformers' own generation tests are not part of its source distribution, so this file repeats their checks. Where a
 backbone by itself gives other tokens with a cache than without, or refuses a strategy, the model on it may do the

@@ -1,12 +1,11 @@
-"""Write `engine_facts.json`: what the loaders of vLLM and SGLang require of a DeepSeek-V4.1 checkpoint, from their
-sources.
+"""Write `engine_facts.json`: what the loaders of vLLM and SGLang require of a DeepSeek-V4.1 checkpoint.
 
     pip download --no-deps vllm==0.33.0 sglang==0.5.23
     python tests/convert_scripts/read_engine_wheels.py vllm-0.33.0-*.whl sglang-0.5.23-*.whl
 
-Nothing is installed. The script extracts the functions that rename tensors from each wheel and calls them with the
-names of the miniature release. Everything else in the table is backed by the snippets below, which must occur in the
-sources.
+The requirements are read from the sources in the wheels; nothing is installed. The script extracts the functions that
+rename tensors from each wheel and calls them with the names of the miniature release. Everything else in the table is
+backed by the snippets below, which must occur in the sources.
 """
 
 import argparse

@@ -1,6 +1,4 @@
-"""`save_pretrained` of a model whose tables are in files gives a checkpoint for the stock `from_pretrained`, or
-raises.
-"""
+"""`save_pretrained` of a model whose tables are in files writes a checkpoint for the stock model, or raises."""
 
 import json
 import os

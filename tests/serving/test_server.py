@@ -73,7 +73,7 @@ def nothing_stays_known():
 
 @contextlib.contextmanager
 def serving(name: Path, residency: str = "auto", continuous_batching: bool = False, **options) -> Iterator:
-    """Return an `openai` client of a server in this process, and the served model."""
+    """Yield an `openai` client of a server in this process, and the served model."""
     from openai import OpenAI
     from transformers.cli.serve import Serve
 

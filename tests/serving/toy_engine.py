@@ -1,5 +1,4 @@
-"""A small engine with its own cache, as inference servers have, that runs a model's forward without transformers'
-cache.
+"""A small engine with its own cache, as inference servers have, that runs a model without transformers' cache.
 
 Requests are packed in one row; a step brings each of them a chunk of its prompt, or one token. A request can begin
 with the states of another one that has the same prefix.

@@ -1,6 +1,4 @@
-"""Run transformers' common, training and tensor-parallel tests of models on bare backbones and on the same with
-memory.
-"""
+"""Run transformers' common, training and tensor-parallel tests of models on backbones without and with memory."""
 
 import copy
 import unittest

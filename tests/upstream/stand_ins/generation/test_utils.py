@@ -1,6 +1,4 @@
-"""Replaces a mix-in that transformers' source distribution lacks; `tests/test_generation_strategies.py` covers its
-tests.
-"""
+"""Replaces a mix-in that transformers' source distribution lacks; see `tests/test_generation_strategies.py`."""
 
 
 class GenerationTesterMixin:
