@@ -1,4 +1,4 @@
-"""What a model's memory does, measured: on any Engram model, plain data with pictures."""
+"""Measurements of what a model's memory does, for any Engram model, as plain data with pictures."""
 
 from .attention import AttentionFreed, measure_attention
 from .depth import EffectiveDepth, LayerSimilarity, compare_layers, measure_depth

@@ -1,4 +1,4 @@
-"""What attention does with memory and without: how spread it is, and how far it looks back.
+"""Attention with memory and without: its entropy, and how far it looks back.
 
 Shape letters: B batch, H heads, S positions.
 """
@@ -35,7 +35,7 @@ def measure_attention(model: PreTrainedModel, windows: Windows, *, batch: int = 
     Args:
         model: an Engram model in evaluation mode, loaded with `attn_implementation="eager"`.
         windows: see [`cut_windows`].
-        batch: windows at a time.
+        batch: windows per forward.
 
     Raises:
         ValueError: the backbone returns no attentions.
@@ -72,9 +72,9 @@ def _attentions(model: PreTrainedModel, outputs: Any) -> list[tuple[int, torch.T
 
 
 def _entropy_and_distance(weights: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Sums over real positions of entropy and distance, each the mean of the heads: float64 `[2]`."""
+    """Return sums over valid positions of entropy and distance, each the mean of the heads: float64 `[2]`."""
     length = real.shape[1]
-    weights = weights[..., :length].float()  # attention sinks may stand behind the keys
+    weights = weights[..., :length].float()  # Attention sinks may follow the keys.
     entropy = torch.special.entr(weights).sum(-1).mean(1)  # [B, S]
     place = torch.arange(length, device=weights.device)
     distance = (weights * (place[:, None] - place).abs()).sum(-1).mean(1)

@@ -1,6 +1,7 @@
-"""Effective depth: how early the layers of a model say what its last one does (arXiv 2601.07372, its figures on depth).
+"""Effective depth: how early the layers of a model predict what its last one does (arXiv 2601.07372, its figures on
+depth).
 
-Shape letters: N windows, S positions, B batch, G residual streams, D hidden size, P positions that are kept.
+Shape letters: N windows, S positions, B batch, G residual streams, D hidden size, P sampled positions.
 """
 
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from .texts import Windows
 
 @dataclass
 class EffectiveDepth(Measurement):
-    """LogitLens: how far each layer's states, read by the model's own norm and head, are from its final prediction.
+    """LogitLens: the distance of each layer's states, read by the model's own norm and head, from its final
+    prediction.
 
     Args:
-        positions: how many were read.
-        divergence: mean KL divergence, in nats, from the final distribution to that of the states behind each layer, the first
-            layer first; the last entry is 0.
+        positions: the number of positions.
+        divergence: mean KL divergence, in nats, from the final distribution to that of the states after each layer,
+            the first layer first; the last entry is 0.
     """
 
     positions: int
@@ -36,7 +38,7 @@ class LayerSimilarity(Measurement):
     """Linear CKA between the layers of two models on the same text (arXiv 1905.00414, equation 5).
 
     Args:
-        positions: how many were compared.
+        positions: the number of positions.
         similarity: `[layer of the first][layer of the second]`, between 0 and 1.
     """
 
@@ -48,18 +50,18 @@ class LayerSimilarity(Measurement):
 def measure_depth(
     model: PreTrainedModel, windows: Windows, *, batch: int = 8, edit: Edit | None = None
 ) -> EffectiveDepth:
-    """Compare what every layer would predict with what the model predicts.
+    """Compare the prediction of every layer with the model's.
 
     States of several residual streams are averaged before the norm.
 
     Args:
         model: a causal language model in evaluation mode, with memory or without.
         windows: see [`cut_windows`].
-        batch: windows at a time.
+        batch: windows per forward.
         edit: changes the memory, for example [`Off`].
 
     Raises:
-        ValueError: the model has no norm in front of its head, or does not return hidden states.
+        ValueError: the model has no norm before its head, or does not return hidden states.
     """
     norm, head = _final_norm(model), model.get_output_embeddings()
     total, positions = torch.zeros(0, dtype=torch.float64), 0
@@ -83,8 +85,8 @@ def compare_layers(
     Args:
         first, second: causal language models in evaluation mode; the first has memory.
         windows: see [`cut_windows`].
-        batch: windows at a time.
-        limit: positions that are kept in memory, states of all layers for each.
+        batch: windows per forward.
+        limit: the number of positions whose states of all layers are kept in memory.
 
     Raises:
         ValueError: their vocabularies or depths differ.
@@ -100,7 +102,7 @@ def compare_layers(
 
 @torch.no_grad()
 def _collect(model: PreTrainedModel, windows: Windows, batch: int, limit: int) -> list[torch.Tensor]:
-    """States behind each layer, float64 `[P, D]`."""
+    """Return the states after each layer, float64 `[P, D]`."""
     parts: list[list[torch.Tensor]] = []
     count = 0
     for inputs, outputs in run(model, windows, batch=batch, title="Reading layers", output_hidden_states=True):
@@ -113,7 +115,9 @@ def _collect(model: PreTrainedModel, windows: Windows, batch: int, limit: int) -
 
 
 def _layer_states(outputs: Any) -> list[torch.Tensor]:
-    """States `[B, S, D]` behind each layer; transformers returns the embeddings first, and the last ones normalized."""
+    """Return the states `[B, S, D]` after each layer; transformers returns the embeddings first, and the last ones
+    normalized.
+    """
     states = outputs.hidden_states
     if not states:
         raise EngramError("The model returns no hidden states, so its layers cannot be compared.")
@@ -124,7 +128,7 @@ def _final_norm(model: PreTrainedModel) -> nn.Module:
     try:
         base: nn.Module = find_engram(model)
     except EngramError:
-        base = model.base_model  # a twin without memory
+        base = model.base_model  # This is a twin without memory.
     width = model.config.get_text_config().hidden_size
     norms = [part for part in base.children() if getattr(getattr(part, "weight", None), "shape", None) == (width,)]
     if not norms:

@@ -1,6 +1,6 @@
-"""Running a model over windows, as it is and with its memory changed, and intervals of what differs.
+"""Forward passes over windows, with the memory unchanged and changed, and intervals of the differences.
 
-Changes are handed over with each call (`engram_edit`): other threads that use the same model see nothing of them.
+Changes are arguments of each call (`engram_edit`): they do not affect other threads that use the same model.
 
 Shape letters: N windows, S positions, B batch, T heads of all n-gram orders, W channels of a row, V vocabulary.
 """
@@ -23,7 +23,7 @@ from .texts import Windows
 if TYPE_CHECKING:
     from ..layer_engram import EngramInputs, EngramMemory
 
-# The quantile of a two-sided interval of 95 %.
+# This is the quantile of a two-sided interval of 95 %.
 _NORMAL = 1.96
 
 
@@ -31,7 +31,7 @@ class Edit(Protocol):
     """Changes what a memory reads, for one call of a model."""
 
     def __call__(self, memory: "EngramMemory", rows: torch.Tensor, inputs: "EngramInputs") -> torch.Tensor | None:
-        """Rows `[B, S, T * W]` instead of those that were read; None to run this layer without memory."""
+        """Return rows `[B, S, T * W]` to replace those that were read; None to run this layer without memory."""
 
 
 class Off:
@@ -45,22 +45,22 @@ class Off:
         self.indices = indices
 
     def __call__(self, memory: "EngramMemory", rows: torch.Tensor, inputs: "EngramInputs") -> torch.Tensor | None:
-        """See [`Edit`]."""
+        """Return None for the chosen layers, and the rows for others; see [`Edit`]."""
         return None if self.indices is None or memory.index in self.indices else rows
 
 
 @dataclass
 class Measurement:
-    """Plain data that a measurement found."""
+    """Plain data of a measurement."""
 
     def to_json(self) -> str:
-        """The result as one JSON document."""
+        """Return the result as one JSON document."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
 
 @dataclass
 class Estimate:
-    """A mean, and the interval in which it lies in 95 of 100 samples of windows.
+    """A mean, and its 95 % confidence interval over samples of windows.
 
     Args:
         value, low, high: the mean and the ends of its interval; the ends are None for a single window.
@@ -72,7 +72,7 @@ class Estimate:
 
 
 def estimate(values: torch.Tensor, valid: torch.Tensor) -> Estimate:
-    """The mean of `values` `[N, S]` where `valid`, each window taken as one observation of dependent tokens."""
+    """Return the mean of `values` `[N, S]` where `valid`, each window taken as one observation of dependent tokens."""
     counts = valid.sum(1).double()
     sums = values.double().where(valid, 0).sum(1)
     mean = float(sums.sum() / counts.sum())
@@ -95,10 +95,10 @@ def run(
     title: str = "Reading",
     **options,
 ) -> Iterator[tuple[dict[str, torch.Tensor], Any]]:
-    """Every batch of windows with the model's outputs for it; `options` go to the model's forward.
+    """Yield every batch of windows with the model's outputs for it; `options` are passed to the model's forward.
 
     Raises:
-        ValueError: the model is in training mode, or has no memory that could be changed.
+        ValueError: the model is in training mode, or has no memory to change.
     """
     if model.training:
         raise EngramError(
@@ -115,7 +115,7 @@ def run(
 
 
 def token_losses(model: PreTrainedModel, windows: Windows, **options: Any) -> torch.Tensor:
-    """Loss in nats of every token given those before it: float32 `[N, S - 1]`, on the CPU; 0 at padding."""
+    """Return the loss in nats of every token given those before it: float32 `[N, S - 1]`, on the CPU; 0 at padding."""
     losses = torch.zeros(windows.input_ids.shape[0], windows.input_ids.shape[1] - 1)
     first = 0
     for inputs, outputs in run(model, windows, **options):

@@ -1,4 +1,4 @@
-"""N-grams of a corpus, as the memory sees them: which one ends at a position, and how often it occurs.
+"""N-grams of a corpus in compressed ids: which one ends at a position, and how often it occurs.
 
 Shape letters: N windows, S positions, K order of an n-gram.
 """
@@ -12,23 +12,24 @@ from .texts import Windows
 if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
 
-# Classes of how often an n-gram occurs in a corpus; the first class has the positions with too few tokens before them.
+# These classes count how often an n-gram occurs in a corpus; the first class has positions with too few tokens before
+# them.
 FREQUENCIES = ("no n-gram", "once", "2-3", "4-15", "16-63", "64 and more")
 _FIRST_OF_CLASS = (1, 2, 4, 16, 64)
 
 
 def compressed_ids(engram: "EngramModel", windows: Windows) -> torch.Tensor:
-    """The ids that are hashed, int64 `[N, S]` on the CPU; negative where a token has none."""
+    """Return the ids that are hashed, int64 `[N, S]` on the CPU; negative for tokens without one."""
     device = cast(torch.Tensor, engram.hashing.multipliers).device
     return engram.hashing.compress(windows.input_ids.to(device)).cpu()
 
 
 def ngrams(engram: "EngramModel", windows: Windows, order: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The n-gram of compressed ids that ends at every position.
+    """Number the n-gram of compressed ids that ends at every position.
 
     Returns:
-        A number for each distinct n-gram, int64 `[N, S]`, -1 where a window has not that many tokens yet; and how often
-        each number occurs, int64 `[distinct]`.
+        A number for each distinct n-gram, int64 `[N, S]`, -1 where a window does not have that many tokens yet; and
+        how often each number occurs, int64 `[distinct]`.
     """
     ids = compressed_ids(engram, windows)
     spans = ids.unfold(1, order, 1)  # [N, S - K + 1, K]
@@ -42,7 +43,7 @@ def ngrams(engram: "EngramModel", windows: Windows, order: int) -> tuple[torch.T
 
 
 def frequency_classes(engram: "EngramModel", windows: Windows) -> torch.Tensor:
-    """For every position the index in `FREQUENCIES` of its n-gram of the largest order, int64 `[N, S]`."""
+    """Return the index in `FREQUENCIES` of each position's n-gram of the largest order, int64 `[N, S]`."""
     order = engram.hashing.max_ngram
     if windows.input_ids.shape[1] < order:
         return torch.zeros_like(windows.input_ids)

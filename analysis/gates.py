@@ -1,4 +1,4 @@
-"""How far the memory's gates open: by layer and stream, by class of token, by how frequent the n-gram is.
+"""How far the memory's gates open, by layer and stream, by token class, and by the frequency of the n-gram.
 
 Shape letters: N windows, S positions, B batch, G residual streams.
 """
@@ -22,9 +22,9 @@ class Gates(Measurement):
     """Gates between 0 and 1 over a corpus, by decoder layer.
 
     Args:
-        positions: how many were read.
+        positions: the number of positions.
         by_stream: mean gate of each residual stream.
-        by_class: mean gate by class of token; classes that do not occur are left out.
+        by_class: mean gate by token class; classes that do not occur are left out.
         by_frequency: mean gate by how often the position's longest n-gram occurs in the corpus.
         histogram: share of the gates in each twentieth from 0 to 1.
     """
@@ -37,12 +37,12 @@ class Gates(Measurement):
 
 
 def measure_gates(model: PreTrainedModel, windows: Windows, *, batch: int = 8) -> Gates:
-    """Read the gates of a corpus.
+    """Measure the gates on a corpus.
 
     Args:
         model: an Engram model in evaluation mode.
-        windows: of the corpus; see [`cut_windows`].
-        batch: windows at a time.
+        windows: the windows of the corpus; see [`cut_windows`].
+        batch: windows per forward.
     """
     engram = find_engram(model)
     found: dict[int, list[torch.Tensor]] = {layer: [] for layer in engram.memories()}

@@ -1,4 +1,4 @@
-"""HTML pages that need nothing else: no network, no script; light and dark, on a phone and on paper."""
+"""Self-contained HTML pages without network or script; they work light and dark, on a phone and on paper."""
 
 import io
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def reading_page(reading: Reading, title: str) -> str:
-    """The page of one text.
+    """Return the page of one text.
 
     Args:
         reading: see [`read_text`].
-        title: the model's name; like everything else it is escaped.
+        title: the model's name; it is escaped like all other text.
 
     Raises:
         ValueError: jinja2 is not installed.
@@ -28,13 +28,13 @@ def reading_page(reading: Reading, title: str) -> str:
 
 
 def report_page(title: str, facts: Mapping[str, Any], parts: list[dict[str, Any]]) -> str:
-    """The page of a model.
+    """Return the page of a model.
 
     Args:
         title: the model's name.
-        facts: what stands at the top, by name.
-        parts: `title`, `text`, `figure` (a matplotlib figure or None), and `table` (`titles` and `rows`, or None) of each
-            section.
+        facts: the entries at the top, by name.
+        parts: `title`, `text`, `figure` (a matplotlib figure or None), and `table` (`titles` and `rows`, or None) of
+            each section.
 
     Raises:
         ValueError: jinja2 is not installed.
@@ -57,7 +57,7 @@ def _template(name: str) -> "Template":
 
 
 def _svg(figure: "Figure") -> str:
-    """A figure as an `<svg>` element; matplotlib escapes the texts in it."""
+    """Return a figure as an `<svg>` element; matplotlib escapes the texts in it."""
     import matplotlib
     from markupsafe import Markup
 

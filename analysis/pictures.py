@@ -1,4 +1,4 @@
-"""Pictures of what was measured, drawn with matplotlib (an optional dependency)."""
+"""Pictures of measurements, drawn with matplotlib (an optional dependency)."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = ("#2a78b8", "#d1722c", "#3a9b63", "#a6508f", "#8a8a3c", "#c04848", "#5f6fc4", "#7a7a7a")
-# Tokens in one line of a picture of a text.
+# This is the number of tokens in one line of a picture of a text.
 _LINE = 24
 
 
@@ -32,10 +32,10 @@ def _new_figure(width: float, height: float, columns: int = 1, rows: int = 1) ->
 
 @functools.singledispatch
 def draw(measurement: Any) -> "Figure":
-    """A picture of a measurement, as a matplotlib figure: `draw(gates).savefig("gates.png")`.
+    """Draw a measurement as a matplotlib figure: `draw(gates).savefig("gates.png")`.
 
     Raises:
-        ValueError: matplotlib is not installed, or nothing is known of this type.
+        ValueError: matplotlib is not installed, or the type is unknown.
     """
     raise EngramError(
         f"There is no picture of a {type(measurement).__name__}; pass what a function of analysis returned."
@@ -76,10 +76,10 @@ def _(depth: EffectiveDepth) -> "Figure":
 
 
 def draw_depths(depths: Mapping[str, EffectiveDepth]) -> "Figure":
-    """Several models, or one with memory and without, in one picture.
+    """Draw several models, or one with memory and without, in one picture.
 
     Args:
-        depths: by the name that the legend shows.
+        depths: measurements by the name in the legend.
     """
     figure, ((axes,),) = _new_figure(6, 3.4)
     for colour, (name, depth) in zip(_COLOURS, depths.items(), strict=False):
@@ -160,7 +160,7 @@ def _(reading: Reading) -> "Figure":
 
 
 def plain(text: str) -> str:
-    """A token for a label: on one line, without characters that no font has."""
+    """Return a token as a label: on one line, without characters that fonts lack."""
     shown = "".join(letter if letter.isprintable() else "↵" if letter == "\n" else "·" for letter in text)
     return shown if shown.strip() else "␣" * len(shown)
 
@@ -170,7 +170,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _grouped_bars(axes: "Axes", groups: Mapping[int, Mapping[str, float]], label: str) -> None:
-    """Bars for every name, one of them for each layer."""
+    """Draw bars for every name, with one bar for each layer."""
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
     width = 0.8 / len(groups)
     for index, (layer, values) in enumerate(groups.items()):

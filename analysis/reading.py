@@ -1,4 +1,4 @@
-"""One text, token by token: what memory reads there, how far its gates open, and what it changes in the prediction.
+"""One text, token by token: the rows that memory reads, how far its gates open, and its effect on the prediction.
 
 Shape letters: S positions, T heads of all n-gram orders, H heads of an order, W channels of a row, V vocabulary.
 """
@@ -21,12 +21,12 @@ LONGEST = 2048
 
 @dataclass
 class Ngram:
-    """An n-gram that ends at a token, and what one layer reads for it.
+    """An n-gram that ends at a token, and the rows that one layer reads for it.
 
     Args:
-        order: how many tokens it has.
-        text: of them.
-        rows, norms: of each head.
+        order: the number of its tokens.
+        text: the text of its tokens.
+        rows, norms: row and norm of each head.
     """
 
     order: int
@@ -37,13 +37,14 @@ class Ngram:
 
 @dataclass
 class TokenReading:
-    """What one token reads, and what memory changes there.
+    """The rows that one token reads, and the effect of memory there.
 
     Args:
         text, token_id, compressed: the token, its id, and the compressed id that is hashed (-1: none).
         gates: by layer, one for each residual stream.
         ngrams: by layer.
-        next_probability, next_probability_off: of the token that follows, with memory and without; None for the last one.
+        next_probability, next_probability_off: the probability of the following token, with memory and without; None
+            for the last one.
         predicted, predicted_off: the most probable next token.
     """
 
@@ -64,7 +65,7 @@ class Reading(Measurement):
 
     Args:
         layers: decoder layers with memory.
-        tokens: one entry each.
+        tokens: one entry for each token.
     """
 
     layers: list[int]
@@ -77,11 +78,11 @@ def read_text(model: PreTrainedModel, tokenizer: Any, text: str) -> Reading:
 
     Args:
         model: an Engram causal language model in evaluation mode.
-        tokenizer: its own.
-        text: of at least two tokens, and at most 2,048.
+        tokenizer: the model's own tokenizer.
+        text: a text of at least two tokens, and at most 2,048.
 
     Raises:
-        ValueError: the text is shorter or longer, or has special tokens alone.
+        ValueError: the text is shorter or longer, or has only special tokens.
     """
     engram = find_engram(model)
     windows = cut_windows([text], tokenizer, length=LONGEST)
@@ -113,7 +114,7 @@ def read_text(model: PreTrainedModel, tokenizer: Any, text: str) -> Reading:
 
 
 def _ngrams(engram: Any, windows: Any, pieces: Pieces) -> list[dict[int, list[Ngram]]]:
-    """For every position, by layer, the n-grams that end there and fit into the text."""
+    """Return, for every position and by layer, the n-grams that end there and fit into the text."""
     row_ids = read_rows_of(engram, next(iter(windows.batches(1)))).row_ids[:, 0]  # [L, S, T]
     texts = [pieces.text(int(token)) for token in windows.input_ids[0]]
     heads = engram.hashing.heads

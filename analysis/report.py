@@ -21,13 +21,13 @@ from .worth import MemoryWorth, measure_worth
 
 
 class Report:
-    """What all instruments say of a model.
+    """All measurements of a model.
 
     Args:
         title: the model's name.
         model: an Engram causal language model in evaluation mode.
-        windows: of a text that the model has not seen.
-        other: a model to compare its layers with, of the same vocabulary and depth; may have no memory.
+        windows: windows of a text that the model has not seen.
+        other: a model to compare its layers with, of the same vocabulary and depth; it may have no memory.
     """
 
     def __init__(self, title: str, model: PreTrainedModel, windows: Windows, other: PreTrainedModel | None = None):
@@ -69,11 +69,11 @@ class Report:
         self._parts.append({"title": "Effective depth", "text": _DEPTH, "figure": draw_depths(depths), "table": None})
 
     def page(self) -> str:
-        """The report as one HTML document."""
+        """Return the report as one HTML document."""
         return report_page(self.title, self.facts, self._parts)
 
     def to_json(self) -> str:
-        """The numbers of the report as one JSON document."""
+        """Return the numbers of the report as one JSON document."""
         return json.dumps({"model": self.title, **self.facts, **self.data}, indent=2, ensure_ascii=False)
 
 

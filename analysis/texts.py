@@ -1,4 +1,4 @@
-"""Texts as windows of token ids, and what kind of token each one is.
+"""Texts as windows of token ids, and the class of each token.
 
 Shape letters: N windows, S positions.
 """
@@ -11,14 +11,14 @@ import torch
 
 from ..safetensors_engram import EngramError
 
-# How a tokenizer's vocabulary writes a space in front of a token: byte-level BPE, and SentencePiece.
+# These characters stand for a space before a token in vocabularies: of byte-level BPE, and of SentencePiece.
 _SPACES = ("Ġ", "▁")
 TOKEN_CLASSES = ("word start", "inside a word", "name", "digit", "punctuation", "space", "special")
 
 
 @dataclass(eq=False)
 class Windows:
-    """Texts cut into windows, a row each.
+    """Texts cut into windows, one per row.
 
     Args:
         input_ids: int64 `[N, S]`, padded on the right.
@@ -34,7 +34,9 @@ class Windows:
         return len(self.input_ids)
 
     def batches(self, size: int) -> Iterable[dict[str, torch.Tensor]]:
-        """`input_ids` and `attention_mask` of some windows at a time; padding that all of them have is cut off."""
+        """Yield `input_ids` and `attention_mask` of a few windows at a time, without the padding that all of them
+        have.
+        """
         for first in range(0, len(self), size):
             rows = slice(first, first + size)
             length = int(self.valid[rows].sum(1).max())
@@ -45,14 +47,14 @@ def cut_windows(texts: Iterable[str], tokenizer: Any, *, length: int = 256, limi
     """Cut texts into windows of at most `length` tokens; no window has tokens of two texts.
 
     Args:
-        texts: strings; what is left at the end of one is a shorter window.
-        tokenizer: the model's own.
+        texts: strings; the rest of each makes a shorter window.
+        tokenizer: the model's own tokenizer.
         length: tokens in a window, at least 2.
-        limit: windows at most; None for all.
+        limit: the maximum number of windows; None for all.
 
     Raises:
-        ValueError: `texts` is one string or holds something else, `length` is too small, or no text has two tokens that
-            are not special ones.
+        ValueError: `texts` is one string or contains something else, `length` is too small, or no text has two tokens
+            that are not special.
     """
     if isinstance(texts, (str, bytes)):
         raise EngramError(f"The texts are one {type(texts).__name__}; pass a list of strings.")
@@ -81,7 +83,7 @@ def cut_windows(texts: Iterable[str], tokenizer: Any, *, length: int = 256, limi
 
 
 class Pieces:
-    """The text of single tokens, with the space that stands in front of a word.
+    """The text of single tokens, with the space before a word.
 
     Args:
         tokenizer: any tokenizer of transformers.
@@ -93,7 +95,7 @@ class Pieces:
         self._known: dict[int, str] = {}
 
     def text(self, token_id: int) -> str:
-        """What a token stands for."""
+        """Return the text of a token."""
         if token_id not in self._known:
             text = str(self.tokenizer.decode([token_id]))
             raw = self.tokenizer.convert_ids_to_tokens(token_id) or ""
@@ -103,10 +105,10 @@ class Pieces:
         return self._known[token_id]
 
     def classes(self, ids: Sequence[int]) -> list[int]:
-        """For each token of a text the index of its class in `TOKEN_CLASSES`.
+        """Return, for each token of a text, the index of its class in `TOKEN_CLASSES`.
 
-        A word starts behind a space, or behind a token that does not end in a letter or digit; a name is a word that starts
-        with a capital letter.
+        A word starts after a space, or after a token that does not end in a letter or digit; a name is a word that
+        starts with a capital letter.
         """
         found, before = [], ""
         for token_id in ids:

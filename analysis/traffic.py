@@ -1,4 +1,4 @@
-"""Which rows of the tables a corpus reads: how many, how often, shared by how many n-grams.
+"""The rows of the tables that a corpus reads: how many, how often, and shared by how many n-grams.
 
 Shape letters: N windows, S positions, T heads of all n-gram orders, R rows of a head's part of the table.
 """
@@ -28,15 +28,16 @@ _SAMPLE = 4096
 
 @dataclass
 class HeadTraffic:
-    """What one head reads.
+    """The reads of one head.
 
     Args:
-        layer, order, head: which one.
-        rows: R, of its part of the table.
+        layer, order, head: the indices of the head.
+        rows: R, the rows of its part of the table.
         read: distinct rows that are read.
         ngrams: distinct n-grams of the corpus.
-        shared, shared_expected: share of the n-grams whose row another one reads too; counted, and expected of a uniform hash.
-        traffic, traffic_expected: the same, each n-gram weighted by how often it occurs.
+        shared, shared_expected: the share of n-grams whose row another one reads too; counted, and expected from a
+            uniform hash.
+        traffic, traffic_expected: the same, with each n-gram weighted by how often it occurs.
     """
 
     layer: int
@@ -56,11 +57,11 @@ class RowTraffic(Measurement):
     """The rows that a corpus reads.
 
     Args:
-        positions: that read memory.
+        positions: the number of positions that read memory.
         heads: one entry for each head of each layer.
         never_read: by layer, the share of the table's rows that the corpus never reads.
-        zipf: by layer, `[rank, reads]` of rows from the most read one on, at ranks that double.
-        hit_rate: by layer, `[rows, share of reads]` of a cache that holds the most read rows.
+        zipf: by layer, `[rank, reads]` of rows from the most frequent one on, at ranks that double.
+        hit_rate: by layer, `[rows, share of reads]` of a cache of the most frequent rows.
         norms: by layer, quantiles (5, 25, 50, 75, 95 %) of the norms of rows that are read, and of others.
     """
 
@@ -74,13 +75,13 @@ class RowTraffic(Measurement):
 
 @torch.no_grad()
 def measure_traffic(model: PreTrainedModel, windows: Windows, *, batch: int = 32, seed: int = 0) -> RowTraffic:
-    """Count which rows a corpus reads: from token ids alone, no layer of the backbone runs.
+    """Count the rows that a corpus reads, from token ids alone, without running the backbone.
 
     Args:
         model: an Engram model.
         windows: see [`cut_windows`].
-        batch: windows at a time.
-        seed: of the rows whose norms are looked at.
+        batch: windows per step.
+        seed: the seed for choosing the rows whose norms are measured.
 
     Raises:
         ValueError: no position of the corpus reads memory.
@@ -104,7 +105,7 @@ def measure_traffic(model: PreTrainedModel, windows: Windows, *, batch: int = 32
 
 
 def _read_all(engram: "EngramModel", windows: Windows, batch: int) -> tuple[torch.Tensor, int]:
-    """Row ids of every position that reads, int64 `[L, positions, T]`."""
+    """Return the row ids of every position that reads, int64 `[L, positions, T]`."""
     parts = []
     for inputs in logging.tqdm(list(windows.batches(batch)), desc="Reading rows", delay=1):
         read = read_rows_of(engram, inputs)
@@ -134,7 +135,12 @@ def _heads(engram: "EngramModel", windows: Windows, batch: int) -> list[HeadTraf
 def _head(
     layer: int, order: int, head: int, size: int, numbers: torch.Tensor, counts: torch.Tensor, rows: torch.Tensor
 ) -> HeadTraffic:
-    """Args: the n-gram `[reads]` and the row `[reads]` of each read, and how often each n-gram occurs `[distinct]`."""
+    """Summarize one head.
+
+    Args:
+        numbers, rows: the n-gram `[reads]` and the row `[reads]` of each read.
+        counts: how often each n-gram occurs `[distinct]`.
+    """
     row_of = torch.zeros(len(counts), dtype=torch.int64).scatter_(0, numbers, rows)
     _, place, users = torch.unique(row_of, return_inverse=True, return_counts=True)
     is_shared = users[place] > 1
@@ -150,7 +156,7 @@ def _head(
         shared=float(is_shared.double().mean()) if distinct else 0.0,
         shared_expected=expected,
         traffic=int(counts[is_shared].sum()) / total,
-        traffic_expected=expected,  # which n-grams share a row does not depend on how often they occur
+        traffic_expected=expected,  # Which n-grams share a row does not depend on how often they occur.
     )
 
 

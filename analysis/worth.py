@@ -1,4 +1,4 @@
-"""What memory is worth: the loss without it, and with controls that tell memory from added computation.
+"""The value of memory: the loss without it, and with controls that separate memory from added computation.
 
 Shape letters: N windows, S positions, B batch, T heads of all n-gram orders, W channels of a row.
 """
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Group:
-    """The loss of some of a corpus's tokens, in nats a token.
+    """The loss of some of a corpus's tokens, in nats per token.
 
     Args:
-        tokens: how many.
-        loss: with memory.
-        increase: how much larger it is without.
+        tokens: the number of tokens.
+        loss: the loss with memory.
+        increase: how much larger the loss is without memory.
     """
 
     tokens: int
@@ -38,15 +38,16 @@ class Group:
 
 @dataclass
 class MemoryWorth(Measurement):
-    """What becomes of the loss when memory is changed; in nats a token, with 95 % intervals over windows.
+    """The loss after changes to memory, in nats per token, with 95 % intervals over windows.
 
     Args:
-        tokens: that were predicted.
-        loss: with the memory as it is.
-        increase: by what was done to memory. `memory off` and `layer L off` run layers without it. `order K unknown` gives
-            the heads of this n-gram order their mean row. Of the controls, `addresses shuffled` reads the rows of other
-            positions, `mean row` gives every head the mean of what it reads in this corpus, and `one row` the first row
-            of its part of the table. A control that costs nothing tells that memory is not what helps.
+        tokens: the number of predicted tokens.
+        loss: the loss with unchanged memory.
+        increase: the increase of the loss by change. `memory off` and `layer L off` run layers without memory. `order
+            K unknown` gives the heads of this n-gram order their mean row. Three changes are controls: `addresses
+            shuffled` reads the rows of other positions, `mean row` gives every head the mean of its rows in this
+            corpus, and `one row` the first row of its part of the table. If a control costs nothing, the benefit does
+            not come from memory.
         by_class: by the class of the predicted token.
         by_frequency: by how often the longest n-gram before the predicted token occurs in this corpus.
     """
@@ -59,7 +60,7 @@ class MemoryWorth(Measurement):
 
 
 class MeanRows:
-    """Gives heads the mean row of what they read.
+    """Gives heads the mean of the rows that they read.
 
     Args:
         means: by position of the layer, `[T * W]`.
@@ -70,7 +71,7 @@ class MeanRows:
         self.means, self.heads = means, heads
 
     def __call__(self, memory: "EngramMemory", rows: torch.Tensor, inputs: "EngramInputs") -> torch.Tensor:
-        """See [`Edit`]."""
+        """Return the rows with the mean row in the chosen heads; see [`Edit`]."""
         mean = self.means[memory.index].to(rows.device, rows.dtype).expand_as(rows)
         if self.heads is None:
             return mean
@@ -80,17 +81,17 @@ class MeanRows:
 
 
 class Shuffled:
-    """Reads at every position that has memory the rows of another one of the batch.
+    """Reads the rows of another position of the batch at every position with memory.
 
     Args:
-        seed: of the permutations.
+        seed: the seed of the permutations.
     """
 
     def __init__(self, seed: int = 0):
         self.random = torch.Generator().manual_seed(seed)
 
     def __call__(self, memory: "EngramMemory", rows: torch.Tensor, inputs: "EngramInputs") -> torch.Tensor:
-        """See [`Edit`]."""
+        """Return the rows in another order of positions; see [`Edit`]."""
         everywhere = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         valid = everywhere if inputs.valid is None else inputs.valid.expand_as(everywhere)
         read, changed = rows[valid], rows.clone()
@@ -99,7 +100,7 @@ class Shuffled:
 
 
 class OneRow:
-    """Reads at every position the first row of each head's part of the table.
+    """Reads the first row of each head's part of the table at every position.
 
     Args:
         offsets: by position of the layer, the first row of each head, int64 `[T]`.
@@ -109,21 +110,21 @@ class OneRow:
         self.offsets = offsets
 
     def __call__(self, memory: "EngramMemory", rows: torch.Tensor, inputs: "EngramInputs") -> torch.Tensor:
-        """See [`Edit`]."""
+        """Return the first row of each head at every position; see [`Edit`]."""
         first = self.offsets[memory.index].to(rows.device).view(1, 1, -1)
         return memory.table(first, dtype=rows.dtype).expand_as(rows)
 
 
 def measure_worth(model: PreTrainedModel, windows: Windows, *, batch: int = 8, seed: int = 0) -> MemoryWorth:
-    """Measure the loss with memory, without, by layer and order, and with the three controls.
+    """Measure the loss with memory, without it, by layer and order, and with the three controls.
 
-    The corpus is read as often as there are conditions: 6 and one for every layer and order.
+    The corpus is read once for each condition: 6, and one for every layer and order.
 
     Args:
         model: an Engram causal language model in evaluation mode.
-        windows: of a corpus that the model has not seen; see [`cut_windows`].
-        batch: windows at a time.
-        seed: of the shuffled addresses.
+        windows: windows of a corpus that the model has not seen; see [`cut_windows`].
+        batch: windows per forward.
+        seed: the seed of the shuffled addresses.
     """
     engram = find_engram(model)
     valid = windows.valid[:, 1:]
@@ -135,7 +136,7 @@ def measure_worth(model: PreTrainedModel, windows: Windows, *, batch: int = 8, s
     off = changed["memory off"] - base
     frequencies = frequency_classes(engram, windows)[
         :, :-1
-    ]  # the frequencies of n-grams that end before the predicted token
+    ]  # These are the frequencies of n-grams that end before the predicted token.
     return MemoryWorth(
         tokens=int(valid.sum()),
         loss=estimate(base, valid).value,
@@ -160,7 +161,7 @@ def _conditions(engram: "EngramModel", means: dict[int, torch.Tensor], seed: int
 
 @torch.no_grad()
 def _mean_rows(engram: "EngramModel", windows: Windows, batch: int) -> dict[int, torch.Tensor]:
-    """The mean `[T * W]` of the rows that the heads read in a corpus, by the position of the layer."""
+    """Return the mean `[T * W]` of the rows that the heads read in a corpus, by the position of the layer."""
     sums: dict[int, torch.Tensor] = {}
     positions = 0
     for inputs in windows.batches(batch):

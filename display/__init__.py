@@ -1,4 +1,4 @@
-"""How models and tokenizers with memory show themselves."""
+"""Text and HTML views of models and tokenizers with memory."""
 
 from .summaries import TableSummary, model_html, print_memory_summary, register, summarize_tables, tokenizer_html
 

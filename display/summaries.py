@@ -1,4 +1,4 @@
-"""What a model's memory and a tokenizer's compression come to, as a print and as a notebook shows them."""
+"""Summaries of a model's memory and a tokenizer's compression, for printing and for notebooks."""
 
 from html import escape
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from ..tokenization import EngramTokenizer
 
 
 class TableSummary(NamedTuple):
-    """The size of one table: its rows of `width` numbers, and the bytes that they take where they are stored."""
+    """The size of one table: its rows of `width` numbers, and their stored bytes."""
 
     layer: int
     rows: int
@@ -21,7 +21,7 @@ class TableSummary(NamedTuple):
     trainable: bool
 
     def cells(self) -> list[str]:
-        """For a line of a table."""
+        """Return the cells of a table's line."""
         use = "trainable" if self.trainable else "frozen"
         return [str(self.layer), f"{self.rows:,}", str(self.width), self.dtype, f"{self.bytes:,}", self.residency, use]
 
@@ -30,7 +30,7 @@ TITLES = ["layer", "rows", "width", "dtype", "bytes", "residency", "gradient"]
 
 
 def summarize_tables(model: EngramPreTrainedModel) -> list[TableSummary]:
-    """The tables of a model by layer; no row is read."""
+    """Return the tables of a model by layer; no row is read."""
     memories = model.memory_model.memories()
     return [_summarize(layer, memory.table) for layer, memory in memories.items()]
 
@@ -47,9 +47,10 @@ def _summarize(layer: int, table: EngramTable) -> TableSummary:
 
 
 def print_memory_summary(model: EngramPreTrainedModel) -> None:
-    """Print rows, bytes, dtype and residency of every table, and which share of all numbers memory holds.
+    """Print rows, bytes, dtype and residency of every table, and the memory's share of all parameters.
 
-    As PEFT's `print_trainable_parameters`; no row is read, and adapters count with the layers that they belong to.
+    It resembles PEFT's `print_trainable_parameters`; no row is read, and adapters count with the layers that they
+    belong to.
     """
     rows = [TITLES, *(table.cells() for table in summarize_tables(model))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -59,7 +60,7 @@ def print_memory_summary(model: EngramPreTrainedModel) -> None:
 
 
 def _totals(model: EngramPreTrainedModel) -> str:
-    """A sentence with the counts of numbers in tables, in the rest of the memory and in the backbone."""
+    """Return a sentence with the counts of numbers in tables, in the rest of the memory and in the backbone."""
     memories = model.memory_model.memories().values()
     in_tables = sum(memory.table.num_rows * memory.table.width for memory in memories)
     tables = {id(parameter) for memory in memories for parameter in memory.table.parameters()}
@@ -75,7 +76,7 @@ def _totals(model: EngramPreTrainedModel) -> str:
 
 
 def model_html(model: EngramPreTrainedModel) -> str:
-    """The summary for a notebook, with the modules that `print(model)` lists folded below it."""
+    """Return the summary for a notebook, with the modules that `print(model)` lists folded below it."""
     head = "".join(f"<th>{title}</th>" for title in TITLES)
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in table.cells()) for table in summarize_tables(model)]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -87,7 +88,7 @@ def model_html(model: EngramPreTrainedModel) -> str:
 
 
 def tokenizer_html(tokenizer: EngramTokenizer) -> str:
-    """How far the vocabulary is compressed, for a notebook, with what `print(tokenizer)` says folded below."""
+    """Return how far the vocabulary is compressed, for a notebook, with the text of `print(tokenizer)` folded below."""
     summary = str(tokenizer.compression_summary())
     return (
         f"<p><b>{escape(type(tokenizer).__name__)}</b></p><pre>{escape(summary)}</pre>"
@@ -96,7 +97,7 @@ def tokenizer_html(tokenizer: EngramTokenizer) -> str:
 
 
 def register() -> None:
-    """Give models and tokenizers these methods."""
+    """Add these methods to models and tokenizers."""
     methods = {"print_memory_summary": print_memory_summary, "_repr_html_": model_html}
     for name, method in methods.items():
         setattr(EngramPreTrainedModel, name, method)

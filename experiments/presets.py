@@ -20,9 +20,9 @@ class Preset:
         hidden_size, layers, mlp_width: the sizes of the dense backbone.
         memory_layers: 0-based layers with memory.
         memory_heads, memory_width, rows: heads per order, channels of a row, and the approximate rows of a layer's
-        table.
+            table.
         moe_layers, moe_memory_layers, experts, expert_width, shared_width: the sizes of the backbone with routed
-        experts; 2 are active.
+            experts; 2 are active.
         block, batch, steps: tokens of a window, windows of a step, and steps of a run.
         seeds: the seeds of the compared runs; `more_seeds` are for memory and its twin alone, after all other runs.
         rates: the learning rates that either side is tuned with.

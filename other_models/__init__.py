@@ -1,4 +1,4 @@
-"""Tables of models that are not ours: rows that are addressed by ids, read where they lie."""
+"""Tables of other models, whose rows are addressed by ids and read from their files."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["load_with_tables"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what loads models when it is asked for: `engram inspect` needs the names of tables alone."""
+    """Import the loader on first use: `engram inspect` only needs the names of tables."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .loading import load_with_tables

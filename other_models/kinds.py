@@ -1,4 +1,4 @@
-"""What is known of models that keep much of themselves in a lookup table: one entry for each kind of table.
+"""Other models with a large lookup table: one entry for each kind of table.
 
 A new model is a new entry here. Everything else (shape, dtype, shards, scales) is read from the model and its files.
 """
@@ -18,11 +18,12 @@ class TableKind:
     """A kind of table whose rows are addressed by ids alone.
 
     Args:
-        name: for people.
-        module: what ends the name of its module, and of its tensors without their last part.
-        depends_on: fields of the text config that decide which row an id means. Tables from elsewhere have to agree.
-        rows_per_token: how many of its rows a token reads, by the text config.
-        is_hashed: whether row numbers are a hash that the module's parent computes, so that they are known before it runs.
+        name: the name for users.
+        module: the end of the name of its module, and of its tensors without their last part.
+        depends_on: fields of the text config that determine the row of an id. Tables from another place must agree.
+        rows_per_token: returns the number of rows that a token reads, by the text config.
+        is_hashed: whether row numbers are a hash that the module's parent computes, so that they are known before it
+            runs.
     """
 
     name: str
@@ -50,7 +51,8 @@ KINDS = (
 )
 
 
-# Tables of this package, which `EngramForCausalLM` loads; they are listed here so that the list of a checkpoint's tables is complete.
+# `EngramForCausalLM` loads the tables of this package; they are listed here to complete the list of a checkpoint's
+# tables.
 MEMORY = TableKind(
     "Engram memory",
     re.compile(r"(?:^|\.)layers\.\d+\.engram\.(?:table|embed)$"),
@@ -59,11 +61,11 @@ MEMORY = TableKind(
 
 
 def kind_of(name: str) -> TableKind | None:
-    """The kind of table that a module of this name is, or None."""
+    """Return the kind of table that a module of this name is, or None."""
     return next((kind for kind in KINDS if kind.module.search(name)), None)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a parsed config.json that describes the text model."""
+    """Return the part of a parsed config.json that describes the text model."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) else config

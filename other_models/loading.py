@@ -27,12 +27,12 @@ from .stored_tables import (
 )
 
 RESIDENCIES = ("mapped", "pinned", "resident")
-# Arguments of `from_pretrained` that say where files come from, and how the Hub is reached.
+# These arguments of `from_pretrained` say where files come from, and how the Hub is reached.
 _REACH = ("cache_dir", "force_download", "proxies", "token", "local_files_only")
 _ORIGIN = (*_REACH, "revision", "subfolder")
-# Arguments that a config's loader would accept although they have no meaning for it.
+# A config's loader would accept these arguments although they have no meaning for it.
 _NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config", "device_map")
-# Arguments with which weights come from another source, or are split between devices.
+# With these arguments, weights come from another source, or are split between devices.
 _REFUSED = {
     "state_dict": "tables are read from safetensors files",
     "gguf_file": "tables are read from safetensors files",
@@ -52,26 +52,26 @@ def load_with_tables(
     tables_from: str | None = None,
     **from_pretrained_arguments: Any,
 ) -> Any:
-    """Load a model of another project without its lookup tables, whose rows are read where they lie.
+    """Load a model of another project without its lookup tables, whose rows are read from the checkpoint.
 
-    The files of the checkpoint are used as they are, whether a table is one tensor in them or many shards. Logits,
-    generation and all gradients but the tables' are those of the stock model, bit for bit. Tables have no gradient.
+    The files of the checkpoint are used unchanged, whether a table is one tensor in them or many shards. Logits,
+    generation and all gradients except the tables' are those of the stock model, bit for bit. Tables have no gradient.
 
     Args:
         auto_class: `AutoModelForCausalLM`, another Auto class, or a model class.
-        name_or_path: folder or Hub id, as for `from_pretrained`.
+        name_or_path: a folder or Hub id, as for `from_pretrained`.
         residency: `"mapped"` reads rows from the files; `"pinned"` from a copy in page-locked host memory, which a GPU
-            reads by itself; `"resident"` is the stock model with its tables as parameters.
-        tables: names of the embedding modules to read in this way; None for those of kinds that are known.
-        tables_from: folder or Hub id that the tables are taken from instead of the checkpoint itself.
+            reads directly; `"resident"` is the stock model with its tables as parameters.
+        tables: names of the embedding modules to read in this way; None for those of known kinds.
+        tables_from: a folder or Hub id with the tables, instead of the checkpoint itself.
         from_pretrained_arguments: as for `from_pretrained`.
 
     Returns:
-        What `from_pretrained` returns: a model, which is an instance of the class that the config names.
+        The result of `from_pretrained`: a model, which is an instance of the class that the config names.
 
     Raises:
-        EngramError: there is no such table, it cannot be read by ids alone, or files and model do not belong together. Says
-            what to do.
+        EngramError: there is no such table, it cannot be read by ids alone, or files and model do not belong together.
+            The message says what to do.
     """
     if residency not in RESIDENCIES:
         raise EngramError(f"residency is {residency!r}; it must be one of {', '.join(map(repr, RESIDENCIES))}.")
@@ -97,7 +97,7 @@ def load_with_tables(
 
 
 def _class_and_arguments(auto_class: type, checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], dict[str, Any]]:
-    """The model class that an Auto class would take, and what its `from_pretrained` is to be given."""
+    """Return the model class that an Auto class would choose, and the arguments for its `from_pretrained`."""
     given = dict(checkpoint.kwargs)
     if issubclass(auto_class, PreTrainedModel):
         return auto_class, given
@@ -110,7 +110,7 @@ def _class_and_arguments(auto_class: type, checkpoint: Checkpoint) -> tuple[type
             source, return_unused_kwargs=True, code_revision=code_revision, **{**given, **origin}
         )
         given = {**given, **origin, **kept}
-    # A model without memory shows which class it is, whether of transformers or of remote code.
+    # A model without memory shows the class, of transformers or of remote code.
     options = {"code_revision": code_revision or given.get("revision")} if _has_remote_code(config, given) else {}
     with torch.device("meta"):
         sample = auto_class.from_config(config, trust_remote_code=given.get("trust_remote_code"), **options)
@@ -128,13 +128,13 @@ def _has_remote_code(config: PreTrainedConfig, given: Mapping[str, Any]) -> bool
 
 @dataclass
 class TablePlan:
-    """Which tables of a model that is being loaded are to be read from where.
+    """The tables of a model to load, and where each is read from.
 
     Args:
-        checkpoint: of the model.
+        checkpoint: the checkpoint of the model.
         residency: one of [`RESIDENCIES`].
         tables: names of modules; None for known ones.
-        tables_from: folder or Hub id of the tables; None for the checkpoint's own.
+        tables_from: a folder or Hub id with the tables; None for the checkpoint's own.
     """
 
     checkpoint: Checkpoint
@@ -143,10 +143,10 @@ class TablePlan:
     tables_from: str | None
 
     def mount(self, model: PreTrainedModel, dtype_plan: Mapping[str, torch.dtype]) -> None:
-        """Exchange the tables of a model without weights for readers of their files.
+        """Replace the tables of a model without weights by readers of their files.
 
         Args:
-            model: just built, on the meta device, and prepared by its quantizer.
+            model: a new model on the meta device, prepared by its quantizer.
             dtype_plan: parameters that are loaded in another dtype than the model's.
         """
         modules, ignored = self._find_modules(model), []
@@ -161,7 +161,7 @@ class TablePlan:
         _hook_lookahead(model, modules)
 
     def fill(self, model: PreTrainedModel) -> None:
-        """Read the tables of a loaded stock model from elsewhere, a few rows at a time."""
+        """Read the tables of a loaded stock model from another place, a few rows at a time."""
         modules = self._find_modules(model)
         if self.tables_from is None:
             return
@@ -245,14 +245,14 @@ class TablePlan:
 
 
 def _is_embedding(module: nn.Module) -> bool:
-    """Whether a module is an embedding of torch, or one of transformers that quantizes its rows."""
+    """Return whether a module is an embedding of torch, or one of transformers that quantizes its rows."""
     return isinstance(module, nn.Embedding) or (
         type(getattr(module, "num_embeddings", None)) is int and type(getattr(module, "embedding_dim", None)) is int
     )
 
 
 def _parameters_with_rows(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of an embedding that have a row for every id."""
+    """Return the parameters of an embedding that have a row for every id."""
     return {
         name: parameter
         for name, parameter in module.named_parameters(recurse=False)
@@ -275,7 +275,9 @@ def _weight(module: nn.Module) -> torch.Tensor | None:
 
 
 def _require_small(own: CheckpointNames, names: CheckpointNames, name: str, leaf: str) -> None:
-    """Refuse a checkpoint without a tensor that rows mean nothing without, or tables from elsewhere that have another."""
+    """Refuse a checkpoint that lacks a tensor needed to interpret rows, and tables from another place whose tensor
+    differs.
+    """
     loaded, beside = own.small(name, leaf), names.small(name, leaf)
     if loaded is None:
         raise EngramError(
@@ -289,7 +291,7 @@ def _require_small(own: CheckpointNames, names: CheckpointNames, name: str, leaf
 
 
 def _require_same_dtype(found: Mapping[str, StoredTensor], own: CheckpointNames, name: str, where: str) -> None:
-    """Compare tables from elsewhere with those of the checkpoint itself, if it has any."""
+    """Compare tables from another place with those of the checkpoint itself, if it has any."""
     stem = own.stem_of(name)
     stored = {} if stem is None else {key: own.tensor(key)[1].dtype for key in own.files if key.startswith(f"{stem}.")}
     for leaf, tensor in found.items():
@@ -303,7 +305,7 @@ def _require_same_dtype(found: Mapping[str, StoredTensor], own: CheckpointNames,
 
 
 def _hook_lookahead(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
-    """Have hashed rows fetched when the first decoder layer begins."""
+    """Fetch hashed rows when the first decoder layer begins."""
     by_layers: dict[str, list[str]] = {}
     for name in modules:
         kind, (stack, found, _) = kind_of(name), name.partition(".layers.")
@@ -316,7 +318,7 @@ def _hook_lookahead(model: PreTrainedModel, modules: Mapping[str, nn.Module]) ->
 
 
 class ModelWithTables(RuntimeSubclass):
-    """Goes in front of a model class of another project, for a model whose tables are not parameters."""
+    """A mix-in before a model class of another project, for a model whose tables are not parameters."""
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
@@ -336,10 +338,12 @@ class ModelWithTables(RuntimeSubclass):
         return dtype_plan
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, variant: str | None = None, **kwargs):
-        """As in transformers; the tables are linked or copied, so that the stock `from_pretrained` loads what was saved.
+        """Save the model as in transformers; the tables are linked or copied, so that the stock `from_pretrained`
+        loads the result.
 
         Raises:
-            EngramError: `push_to_hub`, which would upload before the tables are there; call `model.push_to_hub`.
+            EngramError: `push_to_hub` is passed, which would upload before the tables are there; call
+                `model.push_to_hub`.
         """
         if push_to_hub:
             raise EngramError(

@@ -1,6 +1,6 @@
-"""Fetching hashed rows ahead: the row ids follow from token ids, so they are known before the layer that reads them runs.
+"""Prefetching of hashed rows: the row ids depend on token ids, so they are known before the layer that reads them.
 
-The model's own code computes them, once more, on a copy of its module that notes the ids instead of reading rows.
+The model's own code computes them a second time, on a copy of its module that records the ids instead of reading rows.
 """
 
 import copy
@@ -15,7 +15,7 @@ from .row_embedding import TableReader
 
 
 class _NoteIds(nn.Module):
-    """Stands in for a table and keeps the ids that are looked up."""
+    """Replaces a table and records the ids that are looked up."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class _NoteIds(nn.Module):
 
 
 class _ReadOnlyCache:
-    """A cache as it is now; what is written to it is dropped."""
+    """A read-only view of a cache; writes to it are dropped."""
 
     def __init__(self, cache: Any):
         self._cache = cache
@@ -37,14 +37,14 @@ class _ReadOnlyCache:
         return getattr(self._cache, name)
 
     def update_conv_state(self, *args, **kwargs) -> None:
-        """Nothing: the forward itself will do it."""
+        """Do nothing: the forward itself will update the state."""
 
 
 class Lookahead:
     """A hook before the first decoder layer that begins to fetch the rows which later layers read.
 
     Args:
-        parents: modules that hash token ids and hold a table each.
+        parents: modules that hash token ids and have a table each.
         leaf: the name of the table in them.
         when: see [`~prefetch_engram.Prefetcher`].
     """
@@ -58,11 +58,11 @@ class Lookahead:
 
     @torch.compiler.disable
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        """As hooks of torch are called; does nothing where it does not pay, or the layer is called without token ids."""
+        """Run as a torch hook; do nothing if fetching saves no time, or the layer is called without token ids."""
         ids, cache = kwargs.get("ple_input_ids"), kwargs.get("cache", kwargs.get("past_key_values"))
         if ids is None or not self.prefetcher.pays(ids.is_cuda) or self._are_read_by_device(ids.device):
             return
-        readers = self.prefetcher.tables = self._readers()  # casts of the model make new ones
+        readers = self.prefetcher.tables = self._readers()  # Casting the model makes new modules.
         rows = self.prefetcher.start(torch.stack([self.row_ids(parent, ids, cache) for parent in self.parents]))
         for reader, some in zip(readers, rows or (), strict=False):
             reader.offer(some)
@@ -73,7 +73,9 @@ class Lookahead:
 
     @torch.no_grad()
     def row_ids(self, parent: nn.Module, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        """What `parent` will look up for token `ids` `[B, S]` after what is in `cache`, which stays as it is."""
+        """Return the ids that `parent` will look up for token `ids` `[B, S]` after the content of `cache`, which is
+        not changed.
+        """
         notes = _NoteIds()
         twin = copy.deepcopy(parent, {id(getattr(parent, self.leaf)): notes})
         twin.forward(ids, None if cache is None else _ReadOnlyCache(cache))

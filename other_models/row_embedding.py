@@ -1,6 +1,6 @@
-"""An embedding whose rows are not in the module: what is read of its table is read by ids, from files or host memory.
+"""An embedding whose rows are outside the module: they are read by ids, from files or host memory.
 
-The model's own embedding class keeps doing what it does (scales, unpacking). Only its parameters are exchanged for
+The model's own embedding class keeps its computation (scales, unpacking). Only its parameters are replaced by
 [`RowsById`], which answers lookups and refuses everything else.
 """
 
@@ -27,7 +27,7 @@ _FEW = 64
 
 
 class TableRows(MappedRows):
-    """Rows of a table in its files, of which a read touches few of hundreds of parts.
+    """Rows of a table in its files, of which a read accesses few of hundreds of parts.
 
     Args:
         stored, digests: as for [`~row_sources_engram.MappedRows`].
@@ -40,25 +40,25 @@ class TableRows(MappedRows):
         self._is_larger_than_memory: bool | None = None
 
     def request(self, row_ids: np.ndarray) -> None:
-        """As of any mapped table."""
+        """Request rows as in any mapped table."""
         (size,) = self.row_bytes
         for index, here in self._reached(row_ids):
             part = self.stored.parts[index]
             self._maps[part.file.path].request(part.weight.offset + (row_ids[here] - part.first) * size, size)
 
     def _reached(self, row_ids: np.ndarray) -> Iterator[tuple[int, slice]]:
-        """The parts that sorted `row_ids` lie in: the index of each, and which of the ids."""
+        """Return the parts that contain sorted `row_ids`: the index of each, and the selection of its ids."""
         bounds = np.searchsorted(row_ids, [*self._starts, self.num_rows])
         for index in np.flatnonzero(bounds[1:] > bounds[:-1]).tolist():
             yield index, slice(bounds[index], bounds[index + 1])
 
     def gather(self, row_ids: np.ndarray) -> torch.Tensor:
-        """Rows of `row_ids` `[n]`, which are sorted if they are many, as bytes `[n, bytes of a row]`."""
+        """Return the rows of `row_ids` `[n]`, which are sorted if they are many, as bytes `[n, bytes of a row]`."""
         self.require_unchanged()
         rows = torch.empty((len(row_ids), *self.row_bytes), dtype=torch.uint8, device="cpu")
         target = rows.numpy()
         if self._waits_for_disk(len(row_ids)):
-            self.request(np.sort(row_ids))  # so that the disk reads them all at once, in the order of the file
+            self.request(np.sort(row_ids))  # The disk then reads them together, in the order of the file.
         if len(row_ids) <= _FEW:
             parts = np.searchsorted(self._starts, row_ids, "right") - 1
             for place, (part, row) in enumerate(
@@ -71,7 +71,9 @@ class TableRows(MappedRows):
         return rows
 
     def _waits_for_disk(self, count: int) -> bool:
-        """Whether asking for pages beforehand is worth its time: for many rows, and for a few if pages do not stay in memory."""
+        """Return whether requesting pages beforehand saves time: for many rows, and for few if pages do not stay in
+        memory.
+        """
         if count <= _FEW and self._is_larger_than_memory is None:
             self._is_larger_than_memory = self.stored.size > free_host_memory()
         return count > _FEW or (count > 1 and bool(self._is_larger_than_memory))
@@ -81,8 +83,8 @@ class TableReader:
     """Reads rows of one tensor of a table by their ids.
 
     Args:
-        name: of the tensor in the model, for errors.
-        stored: where it lies.
+        name: the name of the tensor in the model, for errors.
+        stored: the stored tensor.
         source: the rows as bytes.
         casts: dtypes that a stored row is cast to, one after the other, as loading and moving the model would.
     """
@@ -96,7 +98,7 @@ class TableReader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of rows as they are read."""
+        """The dtype of rows after reading."""
         return self.casts[-1] if self.casts else self.stored.dtype
 
     @property
@@ -105,20 +107,20 @@ class TableReader:
         return (self.source.num_rows, *self.stored.row_shape)
 
     def cast(self, dtype: torch.dtype) -> "TableReader":
-        """A view of the same rows with one more cast."""
+        """Return a view of the same rows with one more cast."""
         casts = self.casts if dtype == self.dtype else (*self.casts, dtype)
         return type(self)(self.name, self.stored, self.source, casts)
 
     def offer(self, rows: FetchedRows) -> None:
-        """Rows that are being fetched for the next read of this thread, which takes them if they are the right ones."""
+        """Offer prefetched rows for the next read of this thread, which uses them if its ids match."""
         self._ahead[threading.get_ident()] = rows
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of integer `ids` of any shape, on their device: `[*ids.shape, ...]`.
+        """Read rows of integer `ids` of any shape, on their device: `[*ids.shape, ...]`.
 
         Raises:
             IndexError: there is no such row.
-            TableFormatError: a file was changed under the model.
+            TableFormatError: a file was changed while the model uses it.
         """
         flat = ids.reshape(-1).long()
         if isinstance(self.source, PinnedRows) and self.source.is_visible_from(flat.device):
@@ -131,7 +133,7 @@ class TableReader:
         return rows
 
     def _read_on_host(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of int64 `ids` `[n]` on their device, as int8 `[n, bytes of a row]`; each of them is read and moved once."""
+        """Read rows of int64 `ids` `[n]` to their device, as int8 `[n, bytes of a row]`; each is read and moved once."""
         ahead, wanted = self._ahead.pop(threading.get_ident(), None), ids.cpu().numpy()
         if ahead is None and len(wanted) <= _FEW and isinstance(self.source, TableRows):
             self._require_rows(wanted)
@@ -158,7 +160,7 @@ _ATTRIBUTES = (
     "ndim requires_grad shape"
 )
 _METHODS = "__len__ dim element_size is_complex is_contiguous is_floating_point nelement numel size stride"
-# Attributes of a table that need none of its numbers.
+# These attributes of a table need none of its numbers.
 _METADATA = {
     *(getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES.split()),
     *(getattr(torch.Tensor, name) for name in _METHODS.split()),
@@ -168,19 +170,19 @@ _GRADIENTS = {torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__}
 
 
 class RowsById(torch.Tensor):
-    """Stands in for a tensor of an embedding: has its shape and dtype, no memory, and answers lookups by ids.
+    """Replaces a tensor of an embedding: it has its shape and dtype, no memory, and answers lookups by ids.
 
-    Anything else that would need the numbers (a product with the whole table, a copy, a gradient) is refused.
+    Any other operation that needs the numbers (a product with the whole table, a copy, a gradient) is refused.
     """
 
     reader: TableReader
 
     @classmethod
     def of(cls, reader: TableReader) -> "RowsById":
-        """A stand-in that reads with `reader`."""
+        """Return a replacement that reads with `reader`."""
         made = torch.empty(reader.shape, dtype=reader.dtype, device="meta").as_subclass(cls)
         made.reader = reader
-        made._is_hf_initialized = True  # there is nothing to initialize
+        made._is_hf_initialized = True  # There is nothing to initialize.
         return made
 
     def __repr__(self, *, tensor_contents=None) -> str:
@@ -194,7 +196,7 @@ class RowsById(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Callable, types, args=(), kwargs=None) -> Any:
-        """Answers what is known of the table, and lookups."""
+        """Answer queries of the table's attributes, and lookups."""
         kwargs = kwargs or {}
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
@@ -217,7 +219,7 @@ def _frozen(name: str) -> EngramError:
 
 
 def _lookup(func: Callable, args: tuple, kwargs: dict) -> tuple[RowsById | None, Any]:
-    """The table and the ids that a call looks up in it; None for a call that is no lookup."""
+    """Return the table and the ids that a call looks up in it; None for a call that is not a lookup."""
     if func is F.embedding:
         ids, table, *rest = args
         is_plain = not any(rest[1:2]) and kwargs.get("max_norm") is None
@@ -234,7 +236,7 @@ def _lookup(func: Callable, args: tuple, kwargs: dict) -> tuple[RowsById | None,
 
 
 class EmbeddingOfRows(RuntimeSubclass):
-    """Goes in front of the class of an embedding, whose parameters with a row for every id are [`RowsById`]."""
+    """A mix-in before the class of an embedding, whose parameters with a row for every id are [`RowsById`]."""
 
     readers: Mapping[str, TableReader] = MappingProxyType({})
 
@@ -244,11 +246,11 @@ class EmbeddingOfRows(RuntimeSubclass):
 
     @torch.compiler.disable
     def forward(self, *args, **kwargs):
-        """As the embedding itself."""
+        """Run the forward of the embedding itself."""
         return super().forward(*args, **kwargs)
 
     def requires_grad_(self, requires_grad: bool = True):
-        """As in torch; asking for a gradient is refused."""
+        """Do as in torch; requesting a gradient is refused."""
         if requires_grad:
             raise _frozen(next(iter(self.readers.values())).name)
         return super().requires_grad_(requires_grad)
@@ -269,7 +271,7 @@ class EmbeddingOfRows(RuntimeSubclass):
 
 
 def mount(module: nn.Module, leaf: str, reader: TableReader) -> None:
-    """Have an embedding read the rows of one of its parameters with `reader`.
+    """Make an embedding read the rows of one of its parameters with `reader`.
 
     Args:
         module: an instance of [`EmbeddingOfRows`].

@@ -1,4 +1,4 @@
-"""A complete checkpoint of a model whose tables are not parameters: what transformers saves, and the tables beside it."""
+"""A complete checkpoint of a model whose tables are not parameters: transformers' files, and the tables beside them."""
 
 import os
 import re
@@ -40,10 +40,10 @@ def save_with_tables(
     is_main_process: bool = True,
     **kwargs: Any,
 ) -> None:
-    """Save a model and its tables, all or nothing.
+    """Save a model and its tables atomically.
 
     Args:
-        model: with [`EmbeddingOfRows`] in the place of its tables.
+        model: a model with [`EmbeddingOfRows`] instead of its tables.
         save: transformers' own `save_pretrained` of it.
         folder, args, variant, is_main_process, kwargs: as for `save_pretrained`.
 
@@ -65,7 +65,7 @@ def save_with_tables(
 
 
 def _require_saveable(model: PreTrainedModel) -> None:
-    """Refuse models that transformers itself cannot save so that they load again."""
+    """Refuse models that transformers itself cannot save and load again."""
     quantizer = getattr(model, "hf_quantizer", None)
     is_announced = getattr(model.config, "quantization_config", None) is not None
     is_quantized = any(
@@ -83,14 +83,14 @@ def _require_saveable(model: PreTrainedModel) -> None:
 
 
 def readers_of(model: PreTrainedModel) -> Iterator[TableReader]:
-    """The readers of all tables of a model."""
+    """Return the readers of all tables of a model."""
     for module in model.modules():
         if isinstance(module, EmbeddingOfRows):
             yield from module.readers.values()
 
 
 def _add_tables(model: PreTrainedModel, folder: Path, variant: str | None) -> str:
-    """Put the tables into a folder with all other weights; returns the name of the index."""
+    """Add the tables to a folder with all other weights; return the name of the index."""
     weights, index = _weights_of(folder, variant)
     readers = list(readers_of(model))
     tensors = {span.name: (header, span) for reader in readers for header, span in reader.stored.parts}
@@ -115,7 +115,7 @@ def _place(part: tuple[FileHeader, TensorSpan]) -> tuple[str, int]:
 
 
 def _weights_of(folder: Path, variant: str | None) -> tuple[dict[str, str], str]:
-    """The file of each tensor that transformers saved, and the name of the index that is to have them and the tables."""
+    """Return the file of each tensor that transformers saved, and the name of the new index with the tables."""
     single, index = find_weights(lambda name: path if (path := folder / name).exists() else None, variant)
     if index is not None:
         return read_weight_map(index), index.name
@@ -123,7 +123,7 @@ def _weights_of(folder: Path, variant: str | None) -> tuple[dict[str, str], str]
         raise EngramError(
             f"{folder} got no safetensors file, so that the tables cannot be put beside it; save without other formats."
         )
-    # An index is looked at only where there is no file of this name.
+    # The index is read only if there is no file of this name.
     ending = f"{variant}.safetensors" if variant else "safetensors"
     stem = f"model-00001-of-00001.{ending}" if not variant else f"model.{variant}-00001-of-00001.safetensors"
     renamed = single.rename(folder / stem)
@@ -132,7 +132,7 @@ def _weights_of(folder: Path, variant: str | None) -> tuple[dict[str, str], str]
 
 
 def _require_same_names(tensors: Mapping[str, Any], weights: Mapping[str, str]) -> None:
-    """Refuse tables under names that the saved model does not use, which would not be found again."""
+    """Refuse tables under names that the saved model does not use, since loading would not find them."""
     for name in tensors:
         if name in weights:
             raise EngramError(
@@ -147,7 +147,7 @@ def _require_same_names(tensors: Mapping[str, Any], weights: Mapping[str, str]) 
 
 
 def _write_file(path: Path, parts: list[tuple[FileHeader, TensorSpan]], descriptors: Mapping[Path, int]) -> None:
-    """A file with tensors out of one file: that file itself if it holds nothing else, or a copy out of it."""
+    """Write a file with tensors of another one: a link if that contains nothing else, or a copy."""
     header = parts[0][0]
     if header.tensors.keys() == {span.name for _, span in parts}:
         link_or_copy(descriptors[header.path], header.path, path)

@@ -1,4 +1,4 @@
-"""Where a table lies in a checkpoint of another project: one tensor or numbered shards, in one file or many.
+"""The place of a table in a checkpoint of another project: one tensor or numbered shards, in one file or many.
 
 Only names and headers are read, and both are checked against the module that the table belongs to.
 """
@@ -29,11 +29,11 @@ from ..safetensors_engram import (
 from ..table_format_engram import StoredTable, TablePart
 from .kinds import TableKind, text_config
 
-# The member of an index' metadata that holds, by name, the digest of samples of each file with tables.
+# This member of an index's metadata has, by name, the digest of samples of each file with tables.
 DIGESTS_MEMBER = "tables_sha256"
-# A tensor of a table, or of one of its shards: `STEM.weight` or `STEM.shard_7.weight`.
+# This matches a tensor of a table, or of one of its shards: `STEM.weight` or `STEM.shard_7.weight`.
 _NAME = re.compile(r"(?P<stem>.+?)(?:\.shard_(?P<shard>[0-9]{1,6}))?\.(?P<leaf>[^.]+)")
-# The stored dtypes that are accepted for a parameter of each dtype. Floats are cast as transformers casts them.
+# These stored dtypes are accepted for a parameter of each dtype. Floats are cast as transformers casts them.
 _FLOATS = ("BF16", "F16", "F32")
 _STORED_AS = {
     **dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), _FLOATS),
@@ -53,14 +53,14 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor with a row for every id, as it lies in files: its parts in row order."""
+    """A stored tensor with a row for every id: its parts in row order."""
 
     name: str
     parts: tuple[tuple[FileHeader, TensorSpan], ...]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which it is stored."""
+        """The stored dtype."""
         return TORCH_DTYPES[self.parts[0][1].dtype]
 
     @property
@@ -70,11 +70,11 @@ class StoredTensor:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return sum(span.size for _, span in self.parts)
 
     def as_bytes(self) -> StoredTable:
-        """The table as rows of bytes, which every row source takes, whatever the dtype."""
+        """The table as rows of bytes, which every row source accepts for any dtype."""
         stops = accumulate(span.shape[0] for _, span in self.parts)
         return StoredTable(
             _layer_of(self.name),
@@ -95,12 +95,12 @@ def _bytes_of(span: TensorSpan) -> TensorSpan:
 
 
 class CheckpointNames:
-    """The tensors of a checkpoint by name, whose files are found when they are asked for.
+    """The tensors of a checkpoint by name; their files are resolved on first use.
 
     Args:
         where: the folder or Hub id, for errors.
         files: the file of every tensor, by the tensor's name.
-        resolve: the path of a file.
+        resolve: returns the path of a file.
     """
 
     def __init__(self, where: str, files: Mapping[str, str], resolve: Callable[[str], Path | None]):
@@ -112,7 +112,7 @@ class CheckpointNames:
     def of_checkpoint(
         cls, where: str, resolve: Callable[[str], Path | None], variant: str | None
     ) -> "CheckpointNames":
-        """The names of the weights that transformers would load; none if there are no safetensors files."""
+        """Return the names of the weights that transformers would load; none if there are no safetensors files."""
         single, index = find_weights(resolve, variant)
         if index is not None:
             return cls(where, read_weight_map(index), resolve)
@@ -139,7 +139,7 @@ class CheckpointNames:
         return found
 
     def header(self, file: str) -> FileHeader:
-        """The checked header of a file.
+        """Return the checked header of a file.
 
         Raises:
             FileFormatError: it is missing or damaged.
@@ -152,10 +152,10 @@ class CheckpointNames:
         return self._headers[file]
 
     def tensor(self, name: str) -> tuple[FileHeader, TensorSpan]:
-        """A tensor and the file that it lies in.
+        """Return a tensor and its file.
 
         Raises:
-            FileFormatError: the file does not have what the index says.
+            FileFormatError: the file does not have the tensor that the index names.
         """
         header = self.header(self.files[name])
         if name not in header.tensors:
@@ -163,10 +163,10 @@ class CheckpointNames:
         return header, header.tensors[name]
 
     def stem_of(self, module: str) -> str | None:
-        """Under which name the tensors of a module of the model are stored; None if they are not.
+        """Return the stored name of a module's tensors; None if they are not stored.
 
-        Prefixes differ between a model and its text part. The name that has the longest end in common is the one, if the
-        numbers in both are the same.
+        Prefixes differ between a model and its text part. The name with the longest common end is chosen, if the
+        numbers in both are equal.
 
         Raises:
             EngramError: two names fit equally well.
@@ -189,11 +189,11 @@ class CheckpointNames:
     def table(
         self, module: str, parameters: Mapping[str, torch.Tensor], others: Iterable[str]
     ) -> "dict[str, StoredTensor]":
-        """The tensors of a table by the names of its module's parameters.
+        """Return the tensors of a table by the names of its module's parameters.
 
         Args:
             module: its name in the model.
-            parameters: those of its parameters with a row for every id; only shapes and dtypes are looked at.
+            parameters: its parameters with a row for every id; only shapes and dtypes are used.
             others: names of its other parameters and buffers, which transformers loads.
 
         Raises:
@@ -223,7 +223,7 @@ class CheckpointNames:
         }
 
     def small(self, module: str, leaf: str) -> bytes | None:
-        """The bytes of a small tensor beside a table, such as its one scale; None if there is none."""
+        """Return the bytes of a small tensor beside a table, such as its single scale; None if there is none."""
         name = f"{self.stem_of(module)}.{leaf}"
         if name not in self.files:
             return None
@@ -275,7 +275,7 @@ def _numbers(name: str) -> list[str]:
 
 
 def _common_end(first: str, second: str) -> int:
-    """How many parts of two dotted names are the same, from the end."""
+    """Return the number of equal parts of two dotted names, from the end."""
     count = 0
     for one, other in zip(reversed(first.split(".")), reversed(second.split(".")), strict=False):
         if one != other:
@@ -285,11 +285,11 @@ def _common_end(first: str, second: str) -> int:
 
 
 def unexpected_keys(stored: str, name: str) -> str:
-    """A pattern of the names under which transformers finds a table's tensors that the model does not have any more.
+    """Return a pattern of the names under which transformers finds tensors of a table that the model no longer has.
 
     Args:
         stored: the name of the tensor in the checkpoint, without a shard.
-        name: of the parameter in the model.
+        name: the name of the parameter in the model.
     """
     *stem, leaf = name.split(".")[-_common_end(stored, name) :]
     return rf"(?:^|\.){re.escape('.'.join(stem))}(?:\.shard_\d+)?\.{re.escape(leaf)}$"
@@ -298,10 +298,11 @@ def unexpected_keys(stored: str, name: str) -> str:
 def open_tables_folder(
     name_or_path: str, options: Mapping[str, Any]
 ) -> tuple[CheckpointNames, Callable[[str], Path | None]]:
-    """The tensors of a folder or Hub repository that has tables, perhaps without a model; and what finds its files.
+    """Return the tensors of a folder or Hub repository that has tables, perhaps without a model; and the resolver of
+    its files.
 
     Args:
-        options: of `from_pretrained`, as far as they say how to reach the Hub.
+        options: options of `from_pretrained` for reaching the Hub.
 
     Raises:
         FileFormatError: there is no safetensors file.
@@ -329,16 +330,16 @@ def _download_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_same_ids(kind: TableKind | None, model: Mapping[str, Any], other: Path | None, where: str) -> None:
-    """Refuse tables whose rows stand for other ids than the model's.
+    """Refuse tables whose rows belong to other ids than the model's.
 
     Args:
-        kind: of the tables; None if it is not known, and only the vocabulary can be compared.
+        kind: the kind of the tables; None if it is not known, and only the vocabulary can be compared.
         model: the model's config, as a dictionary.
         other: the config.json beside the tables; None if there is none.
         where: the place of the tables, for errors.
 
     Raises:
-        EngramError: names the field that differs.
+        EngramError: a field differs; the message names it.
     """
     if other is None:
         return
@@ -352,7 +353,7 @@ def require_same_ids(kind: TableKind | None, model: Mapping[str, Any], other: Pa
 
 
 def recorded_digests(index: Path | None) -> dict[str, str]:
-    """What the index of a checkpoint says about files with tables: digests of samples, by name."""
+    """Return the digests of samples of files with tables in a checkpoint's index, by name."""
     metadata = {} if index is None else read_json(index).get("metadata", {})
     digests = metadata.get(DIGESTS_MEMBER, {}) if isinstance(metadata, dict) else {}
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
@@ -363,7 +364,7 @@ def recorded_digests(index: Path | None) -> dict[str, str]:
 def require_same_files(recorded: Mapping[str, str], digests: Mapping[Path, bytes], where: str) -> None:
     """Compare files of tables with the digests that an index records, if it records any.
 
-    Files may have been renamed since, so a digest is looked for under any name.
+    Files may have been renamed since, so a digest is looked up under any name.
 
     Raises:
         FileFormatError: a file is not among them.
@@ -377,5 +378,5 @@ def require_same_files(recorded: Mapping[str, str], digests: Mapping[Path, bytes
 
 
 def digest_of(path: Path) -> str:
-    """The digest of samples of a file, in hex."""
+    """Return the digest of samples of a file, in hex."""
     return FileMap(read_header(path)).digest.hex()

@@ -1,1 +1,1 @@
-"""Models with memory in engines that run requests together."""
+"""Serving: models with memory in engines that batch requests."""

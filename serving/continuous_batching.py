@@ -1,10 +1,11 @@
-"""Continuous batching of transformers for models with memory: `generate_batch`, its manager, and what is built on them.
+"""Continuous batching of transformers for models with memory: `generate_batch`, its manager, and their users.
 
-transformers keeps keys and values of many requests in blocks that requests share, copy and give back. What the memory looks back to
-is kept in the same blocks, as the keys and values of a few more layers: it goes wherever they go. The model itself is told of it by
-look-back keywords; see `lookback`.
+transformers stores keys and values of many requests in blocks that requests share, copy and free. The memory's
+look-back is stored in the same blocks, as the keys and values of a few more layers, and follows them. The model itself
+receives it as look-back keywords; see `lookback`.
 
-Shape letters: n sequences of a call, R positions that a look-back reaches, G residual streams, D hidden size, T packed tokens.
+Shape letters: n sequences of a call, R positions that a look-back reaches, G residual streams, D hidden size, T packed
+tokens.
 """
 
 import copy
@@ -26,7 +27,8 @@ from ..safetensors_engram import EngramError
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-# Bytes of one token id in the blocks; it is stored plus one, so that zeros, which padding reads, mean that there is none.
+# A token id has this number of bytes in the blocks; it is stored plus one, so that zeros, which padding reads, mean
+# none.
 _ID_BYTES = 4
 
 
@@ -36,12 +38,12 @@ def init_continuous_batching(
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     **options,
 ):
-    """As `GenerationMixin.init_continuous_batching`, which `generate_batch` and transformers' server call.
+    """Do as `GenerationMixin.init_continuous_batching`, which `generate_batch` and transformers' server call.
 
     Args:
-        model: with a backbone that transformers can batch.
-        generation_config, continuous_batching_config, **options: as there. The path that hands block tables to a flash kernel is
-            not taken (`max_blocks_per_request=0`); CUDA graphs are recorded only if they are asked for.
+        model: a model with a backbone that transformers can batch.
+        generation_config, continuous_batching_config, **options: as in transformers. Flash kernels do not get block
+            tables (`max_blocks_per_request=0`); CUDA graphs are recorded only on request.
 
     Returns:
         The `ContinuousBatchingManager`.
@@ -64,14 +66,14 @@ def init_continuous_batching(
 
 @dataclasses.dataclass(frozen=True)
 class BlockLayout:
-    """How a token's record lies in blocks of keys and values.
+    """The layout of a token's record in blocks of keys and values.
 
     Args:
-        heads, head_dim, dtype: of a layer's keys, and of its values.
-        first_layer: index of the first layer that the cache has for records.
-        layer_type: of these layers.
-        conv_layers: decoder layers whose convolution inputs are kept.
-        conv_shape, conv_dtype: of one position of them.
+        heads, head_dim, dtype: those of a layer's keys, and of its values.
+        first_layer: the index of the first layer that the cache has for records.
+        layer_type: the type of these layers.
+        conv_layers: decoder layers whose convolution inputs are stored.
+        conv_shape, conv_dtype: shape and dtype of these inputs at one position.
     """
 
     heads: int
@@ -89,17 +91,19 @@ class BlockLayout:
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes of a token in one layer of the cache."""
+        """The bytes of a token in one layer of the cache."""
         return 2 * self.heads * self.head_dim * self.dtype.itemsize
 
     @property
     def layers(self) -> range:
-        """Indices of the layers that records take."""
+        """The indices of the layers for records."""
         count = math.ceil((_ID_BYTES + len(self.conv_layers) * self.conv_bytes) / self.layer_bytes)
         return range(self.first_layer, self.first_layer + count)
 
     def pack(self, input_ids: torch.Tensor, conv_inputs: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Records uint8 `[T, layers * layer_bytes]` of ids `[T]` and convolution inputs `[T, G, D]`, by decoder layer."""
+        """Return records uint8 `[T, layers * layer_bytes]` of ids `[T]` and convolution inputs `[T, G, D]`, by decoder
+        layer.
+        """
         parts = [(input_ids.int() + 1).unsqueeze(1).view(torch.uint8)]
         for layer in self.conv_layers:
             inputs = conv_inputs[layer].to(device=input_ids.device, dtype=self.conv_dtype)
@@ -108,7 +112,9 @@ class BlockLayout:
         return torch.nn.functional.pad(record, (0, len(self.layers) * self.layer_bytes - record.shape[1]))
 
     def unpack(self, record: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Ids int64 `[..., ]`, -1 for none, and convolution inputs `[..., G, D]` of records uint8 `[..., layers * layer_bytes]`."""
+        """Return ids int64 `[..., ]`, -1 for none, and convolution inputs `[..., G, D]` of records uint8 `[..., layers
+        * layer_bytes]`.
+        """
         sizes = [_ID_BYTES, *[self.conv_bytes] * len(self.conv_layers)]
         ids, *inputs = record[..., : sum(sizes)].split(sizes, dim=-1)
         conv_inputs = {
@@ -119,15 +125,15 @@ class BlockLayout:
 
 
 class BatchedModel:
-    """A model with memory as transformers' manager of continuous batching sees it: with layers for records in its blocks.
+    """A model with memory as transformers' manager of continuous batching uses it: its blocks have layers for records.
 
-    Whatever is asked of it, or set on it, is the model's own.
+    All other attributes are read and set on the model itself.
 
     Args:
-        model: it is run once, on one token, to see what its backbone caches.
+        model: a model that runs once, on one token, to show what its backbone caches.
 
     Raises:
-        ValueError: the backbone cannot be batched; names it.
+        ValueError: the backbone cannot be batched; the message names it.
     """
 
     def __init__(self, model: EngramForCausalLM):
@@ -140,7 +146,7 @@ class BatchedModel:
         setattr(self.model, name, value)
 
     def eval(self) -> "BatchedModel":
-        """The model in eval mode."""
+        """Put the model in eval mode."""
         self.model.eval()
         return self
 
@@ -150,10 +156,10 @@ class BatchedModel:
         return _ConfigWithRecords(self.model.config, self.layout)
 
     def settle(self, config: ContinuousBatchingConfig) -> None:
-        """Leave out of `config` what records cannot follow.
+        """Turn off in `config` what records do not support.
 
         Raises:
-            ValueError: CUDA graphs are asked for, but rows are read from outside of the device.
+            ValueError: CUDA graphs are requested, but rows are read from outside the device.
         """
         if config.max_blocks_per_request:
             logger.warning_once(
@@ -171,7 +177,7 @@ class BatchedModel:
             config.use_cuda_graph = False
 
     def __call__(self, **inputs: Any):
-        """The model's outputs for one packed batch, told of what stands before each of its requests."""
+        """Return the model's outputs for one packed batch, with the look-back of each of its requests."""
         cache, layout = inputs["cache"], self.layout
         group = list(cache.cache_allocators).index(layout.layer_type)
         slots = self._slots_before(inputs, group)
@@ -183,9 +189,10 @@ class BatchedModel:
         return outputs
 
     def _slots_before(self, inputs: dict[str, Any], group: int) -> torch.Tensor | None:
-        """Indices `[n, R]` into the blocks, of the positions before each sequence; None if no sequence has begun.
+        """Return indices `[n, R]` into the blocks, of the positions before each sequence; None if no sequence has
+        begun.
 
-        Where there is none it is the first block's, from which transformers lets padding read zeros.
+        Positions before the beginning point to the first block, from which transformers makes padding read zeros.
         """
         read_index = inputs["read_index"][group]
         if not read_index.numel():
@@ -212,7 +219,7 @@ class BatchedModel:
 
 
 class _ConfigWithRecords:
-    """A config of a model whose decoder is said to have a few more layers; everything else is the config's own."""
+    """A config of a model whose decoder has a few more layers; all other attributes are the config's own."""
 
     def __init__(self, config, layout: BlockLayout):
         vars(self).update(wrapped_config=config, block_layout=layout)
@@ -224,7 +231,7 @@ class _ConfigWithRecords:
         setattr(self.wrapped_config, name, value)
 
     def get_text_config(self, *args, **kwargs):
-        """The decoder's config, with layers for records."""
+        """Return the decoder's config, with layers for records."""
         text = copy.deepcopy(self.wrapped_config.get_text_config(*args, **kwargs))
         layers = self.block_layout.layers
         if getattr(text, "layer_types", None) is not None:
@@ -234,7 +241,7 @@ class _ConfigWithRecords:
 
 
 def _read(cache, layout: BlockLayout, inputs: dict[str, Any], group: int, slots: torch.Tensor) -> torch.Tensor:
-    """Records uint8 `[n, R, layers * layer_bytes]` at `slots` `[n, R]`."""
+    """Return records uint8 `[n, R, layers * layer_bytes]` at `slots` `[n, R]`."""
     empty = torch.empty(1, layout.heads, 0, layout.head_dim, dtype=layout.dtype, device=slots.device)
     nowhere = slots.new_empty(0)
     parts = [
@@ -246,7 +253,7 @@ def _read(cache, layout: BlockLayout, inputs: dict[str, Any], group: int, slots:
 
 
 def _write(cache, layout: BlockLayout, inputs: dict[str, Any], group: int, record: torch.Tensor) -> None:
-    """Store records uint8 `[T, layers * layer_bytes]` of a call's tokens where their keys and values are stored."""
+    """Store records uint8 `[T, layers * layer_bytes]` of a call's tokens in the slots of their keys and values."""
     index = inputs["write_index"][group]
     parts = record.view(layout.dtype).view(len(record), len(layout.layers), 2, layout.heads, layout.head_dim)
     for number, layer in enumerate(layout.layers):
@@ -255,7 +262,7 @@ def _write(cache, layout: BlockLayout, inputs: dict[str, Any], group: int, recor
 
 
 def _update(cache, inputs, group: int, layer: int, states, read: torch.Tensor, write: torch.Tensor):
-    """Store keys and values as an attention layer does, and read others; by the cache's own method for that."""
+    """Store keys and values like an attention layer, and read others, by the cache's own method."""
     indices = {"read_index": read, "write_index": write}
     kwargs = {
         "cu_seq_lens_k": inputs["cu_seq_lens_k"],
@@ -267,10 +274,10 @@ def _update(cache, inputs, group: int, layer: int, states, read: torch.Tensor, w
 
 @torch.no_grad()
 def _layout_of(model: EngramForCausalLM) -> BlockLayout:
-    """Where records lie beside the keys and values of a model, which runs on one token to show them.
+    """Return the layout of records beside the keys and values of a model, which runs on one token to show them.
 
     Raises:
-        ValueError: the backbone cannot be batched; names it, and why.
+        ValueError: the backbone cannot be batched; the message names it and the reason.
     """
     refuse = functools.partial(_refusal, model)
     if model.config.is_composite:
@@ -312,9 +319,11 @@ def _layout_of(model: EngramForCausalLM) -> BlockLayout:
 def _states_of_one_token(
     model: EngramForCausalLM,
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict[int, torch.Tensor]]:
-    """Keys and values `[1, heads, 1, head size]` that each layer caches, and convolution inputs by decoder layer."""
+    """Return keys and values `[1, heads, 1, head size]` that each layer caches, and convolution inputs by decoder
+    layer.
+    """
     implementation = model.config._attn_implementation
-    if implementation.startswith("paged|"):  # which runs in a batch only
+    if implementation.startswith("paged|"):  # This attention runs in a batch only.
         model.set_attn_implementation(implementation.removeprefix("paged|"))
     try:
         ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)

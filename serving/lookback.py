@@ -1,7 +1,7 @@
-"""Keyword arguments by which an engine that keeps a cache of its own tells what stands before each sequence of a call.
+"""Keyword arguments by which an engine with its own cache passes the tokens before each sequence of a call.
 
-Shape letters: B batch, S positions of a call, n sequences of a call, N the longest n-gram, K taps of the convolution, R positions
-that a look-back reaches, G residual streams, D hidden size.
+Shape letters: B batch, S positions of a call, n sequences of a call, N the longest n-gram, K taps of the convolution,
+R positions that a look-back reaches, G residual streams, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,20 @@ from ..safetensors_engram import EngramError
 
 
 def read_lookback(model: EngramModel, inputs: dict[str, Any]) -> "LookbackHistory":
-    """Take what an engine says of the sequences of a call out of `inputs`; the engine's own cache stays there.
+    """Remove the look-back keywords of an engine from `inputs` and return them; the engine's own cache remains there.
 
-    It says, in keyword arguments of `forward`, in one row for each sequence of the call, in their order:
+    The keywords of `forward` have one row for each sequence of the call, in their order:
 
-    - `lookback_token_ids`: integers `[n, N - 1]`, the tokens right before, the last one at the end; -1 where the sequence had not
-      begun. n is B, or more if rows are packed: a sequence begins with each row and wherever position ids do not go on by one, or,
-      if the call has it, as `cu_seq_lens_q` `[n + 1]` says.
-    - `lookback_conv_inputs`, if the memory has a convolution: by decoder layer, its inputs `[n, (K - 1) * N, G, D]` at the positions
-      right before, and zeros where the sequence had not begun; an empty dictionary if none had.
-    - `engram_conv_inputs`: a dictionary that is filled with those of this call `[B, S, G, D]`, by decoder layer.
+    - `lookback_token_ids`: integers `[n, N - 1]`, the tokens right before, the latest at the end; -1 before the
+    beginning of the sequence. n is B, or more if rows are packed: a sequence begins with each row and wherever
+    position ids do not increase by one, or, if the call has it, as `cu_seq_lens_q` `[n + 1]` says. -
+    `lookback_conv_inputs`, if the memory has a convolution: by decoder layer, its inputs `[n, (K - 1) * N, G, D]` at
+    the positions right before, with zeros before the beginning; an empty dictionary if no sequence has begun. -
+    `engram_conv_inputs`: a dictionary that the call fills with its inputs `[B, S, G, D]`, by decoder layer.
 
     Raises:
-        ValueError: something is missing, or of another shape, dtype or device; or there is a transformers cache, which knows all that.
+        ValueError: something is missing, or has another shape, dtype or device; or a transformers cache, which stores
+            all of this, is passed.
     """
     ids, kept, collected = (inputs.pop(name, None) for name in LOOKBACK_NAMES)
     config, device = model.config, model.hashing.multipliers.device
@@ -56,14 +57,14 @@ def read_lookback(model: EngramModel, inputs: dict[str, Any]) -> "LookbackHistor
 
 
 class LookbackHistory:
-    """The history of one call, as an engine told it.
+    """The history of one call, from an engine's keywords.
 
     Args:
-        ids: int64 `[n, R]`, compressed ids before each sequence, `NO_ID` where it had not begun.
-        conv_inputs: by decoder layer, `[n, R, G, D]`; what is left out had not begun.
+        ids: int64 `[n, R]`, compressed ids before each sequence, `NO_ID` before its beginning.
+        conv_inputs: by decoder layer, `[n, R, G, D]`; missing layers have no earlier inputs.
         collected: filled with the convolution inputs `[B, S, G, D]` of this call, by decoder layer.
         layer_ids: decoder layers with memory.
-        bounds: int `[n + 1]`, where sequences begin and end; None to tell it from positions.
+        bounds: int `[n + 1]`, the boundaries of sequences; None to derive them from positions.
     """
 
     def __init__(
@@ -85,7 +86,8 @@ class LookbackHistory:
         position_ids: torch.Tensor | None,
         sequence_ids: torch.Tensor | None,
     ) -> tuple["Compaction | Packing", torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """How to bring look-backs before the sequences of `input_ids` `[B, S]`; each position's sequence; and the look-backs.
+        """Return how to insert look-backs before the sequences of `input_ids` `[B, S]`, each position's sequence, and
+        the look-backs.
 
         Raises:
             ValueError: there are more or fewer sequences than look-backs, or a packed row is padded.
@@ -119,19 +121,20 @@ class LookbackHistory:
                 "sequence begins, and the end of the last one."
             )
         index = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
-        # Positions behind the last sequence are padding, whose outputs nobody reads.
+        # Positions after the last sequence are padding, whose outputs are not used.
         return torch.searchsorted(bounds[1:].to(index), index, right=True).clamp_max(count - 1)
 
     def _before(self, current: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and numbers of sequences `[n, R]` before those of `current`."""
+        """Return ids and numbers of sequences `[n, R]` before those of `current`."""
         numbers = torch.arange(self.ids.shape[0], device=current.device)
         return self.ids.to(current.device), numbers.unsqueeze(1).expand_as(self.ids)
 
     def stage_conv(self, layer: int, inputs: torch.Tensor, compaction: "Compaction | Packing") -> torch.Tensor:
-        """Collect convolution inputs `[B, S, G, D]` of the memory of this index; returns the `[n, R, G, D]` before them.
+        """Collect convolution inputs `[B, S, G, D]` of the memory of this index; return the `[n, R, G, D]` before
+        them.
 
         Raises:
-            ValueError: the layer runs twice in a call, or what the engine kept has another shape.
+            ValueError: the layer runs twice in a call, or the engine passed another shape.
         """
         layer = self.layer_ids[layer]
         if layer in self.collected:
@@ -153,13 +156,13 @@ class LookbackHistory:
 
 
 class Packing:
-    """Brings what stands before each of several sequences in front of it, where they follow each other in one row.
+    """Inserts the look-back of each sequence before it, where sequences follow each other in one row.
 
     It does for sequences what `Compaction` does for the rows of a batch, and has the same methods.
 
     Args:
-        sequences: int64 `[B, S]`, the number of each position's sequence, counted over all rows: it never falls.
-        count: n, how many there are.
+        sequences: int64 `[B, S]`, the number of each position's sequence, counted over all rows: it never decreases.
+        count: n, the number of sequences.
     """
 
     is_text = None
@@ -169,7 +172,9 @@ class Packing:
         self._index = torch.arange(sequences.numel(), device=sequences.device)
 
     def join(self, past: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-        """`past` `[n, P, ...]`, each before its sequence of `current` `[B, S, ...]`: `[1, n * P + B * S, ...]`."""
+        """Return `past` `[n, P, ...]`, each before its sequence of `current` `[B, S, ...]`, as `[1, n * P + B * S,
+        ...]`.
+        """
         reach, flat = past.shape[1], self._sequences.flatten()
         joined = current.new_empty((past.shape[0] * reach + flat.numel(), *current.shape[2:]))
         first = torch.searchsorted(flat, self._numbers) + self._numbers * reach
@@ -178,13 +183,13 @@ class Packing:
         return joined.unsqueeze(0)
 
     def restore(self, moved: torch.Tensor) -> torch.Tensor:
-        """Of a joined `[1, n * P + B * S, ...]` without its first P positions: those of `[B, S, ...]` in their places."""
+        """Return `[B, S, ...]` from a joined `[1, n * P + B * S, ...]` without its first P positions."""
         reach = (moved.shape[1] - self._index.numel()) // max(self._numbers.numel() - 1, 1)
         return moved[0, self._index + self._sequences.flatten() * reach].view(*self._sequences.shape, *moved.shape[2:])
 
 
 def _can_ask(states: torch.Tensor) -> bool:
-    """Whether a question to the device may be asked: not while a graph is traced or recorded."""
+    """Return whether a value may be read from the device: not while a graph is traced or recorded."""
     return not (torch.compiler.is_compiling() or (states.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
@@ -220,14 +225,14 @@ def _sequence_starts(
     position_ids: torch.Tensor | None,
     sequence_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Where in `[B, S]` a sequence begins, bool: at every row, and wherever its text's positions do not go on by one."""
+    """Return the starts of sequences in `[B, S]`, bool: at every row, and where positions do not increase by one."""
     begins = torch.zeros_like(input_ids, dtype=torch.bool)
     begins[:, 0] = True
     told = sequence_ids
     if told is None and position_ids is not None and position_ids.dim() == 2:
         text = torch.ones_like(input_ids) if is_text is None else is_text.long()
         told = text.cumsum(1) - position_ids.to(text.device)
-        if is_text is not None:  # what positions padding has says nothing
+        if is_text is not None:  # The positions of padding have no meaning.
             told = told.where(is_text, told.gather(1, is_text.byte().argmax(1, keepdim=True)))
     if told is not None:
         told = told.to(begins.device).expand_as(input_ids)

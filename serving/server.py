@@ -1,7 +1,8 @@
-"""transformers' own server, made to know the models of this package and those that come with code of their own.
+"""transformers' own server, extended by loaders for the models of this package and for models with remote code.
 
-`transformers serve` finds the class of a model by its name in the namespace of transformers, and has no option for where tables
-live. So the process that serves puts a loader under that name; routes, batching and streams remain transformers' own.
+`transformers serve` finds the class of a model by its name in the namespace of transformers, and has no option for the
+residency of tables. The serving process therefore registers a loader under that name; routes, batching and streams
+remain transformers' own.
 """
 
 import logging
@@ -41,19 +42,20 @@ def serve(
     trust_remote_code: bool = False,
     options: Sequence[str] = (),
 ) -> None:
-    """Serve one model by an OpenAI-compatible API until the process is told to stop.
+    """Serve one model by an OpenAI-compatible API until the process is stopped.
 
     Args:
-        name: folder or Hub id, `id@revision` for one that is not `main`; requests have to give the same name, or none.
-        host, port: where to listen.
-        residency: where the memory's tables live, see `EngramForCausalLM.from_pretrained`.
+        name: a folder or Hub id, with `id@revision` for another revision than `main`; requests must give the same
+            name, or none.
+        host, port: the address to listen on.
+        residency: where the memory's tables are kept, see `EngramForCausalLM.from_pretrained`.
         continuous_batching: run requests together, in paged blocks, instead of one after another.
         trust_remote_code: run code from the model's folder.
         options: further arguments of `transformers serve`, as on its command line.
 
     Raises:
-        ValueError: what the server needs is not installed; the model has no tokenizer, or one with more token ids than it
-            embeds; it has no memory, but a `residency` is given; it cannot be batched continuously.
+        ValueError: a package of the server is not installed; the model has no tokenizer, or one with more token ids
+            than embeddings; it has no memory, but a `residency` is given; it cannot be batched continuously.
         OSError: the port cannot be listened on, or there is no such model.
     """
     if not is_serve_available():
@@ -77,14 +79,14 @@ def serve(
 
 
 def prepare(name: str, residency: str, continuous_batching: bool, trust_remote_code: bool = False) -> None:
-    """Check a model before it is loaded, and let the server of this process find what loads it.
+    """Check a model before it is loaded, and register its loader for the server of this process.
 
     Args:
         name, residency, continuous_batching, trust_remote_code: as in [`serve`].
 
     Raises:
-        ValueError: the model has no tokenizer, or one with more token ids than it embeds; it has no memory, but a `residency`
-            is given; it reads images, which the server does not batch continuously.
+        ValueError: the model has no tokenizer, or one with more token ids than embeddings; it has no memory, but a
+            `residency` is given; it reads images, which the server does not batch continuously.
         OSError: there is no such model.
     """
     source = _find(name, trust_remote_code)
@@ -103,12 +105,12 @@ def prepare(name: str, residency: str, continuous_batching: bool, trust_remote_c
     auto_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
     options = {"engram_residency": residency} if isinstance(config, EngramConfig) else {}
     setattr(transformers, architecture, Loader(auto_class, continuous_batching, options))
-    if reads_images:  # the server looks here for models whose requests may have images
+    if reads_images:  # The server looks here for models whose requests may have images.
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault(config.model_type, architecture)
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Refuse a port that cannot be listened on; the server itself would find out after the model is loaded.
+    """Refuse a port that cannot be listened on; the server itself would fail only after loading the model.
 
     Raises:
         OSError: it is in use, or not allowed; or there is no such host.
@@ -124,26 +126,26 @@ def require_free_port(host: str, port: int) -> None:
 
 
 def require_batchable(model: GenerationMixin, name: str) -> None:
-    """Refuse a model that cannot be batched continuously; the server would find out with the first request.
+    """Refuse a model that cannot be batched continuously; the server would fail only at the first request.
 
-    Whether it can depends on the layers, the caches and the attention of its backbone, so one short request is tried.
+    This depends on the layers, the caches and the attention of its backbone, so one short request is tried.
 
     Raises:
-        ValueError: names the model and why the request failed.
+        ValueError: the request failed; the message names the model and the reason.
     """
     generation = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1)
     small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
     try:
         outputs = model.generate_batch([[0, 0]], generation_config=generation, continuous_batching_config=small)
         problem = next((output.error for output in outputs.values()), "it gave no answer to a trial request")
-    except Exception as error:  # of the model's own code, of any kind
+    except Exception as error:  # The model's own code may raise any error.
         problem = str(error) or type(error).__name__
     if problem is not None:
         raise EngramError(f"{name} cannot be batched continuously ({problem}); leave --continuous-batching out.")
 
 
 def _find(name: str, trust_remote_code: bool) -> dict[str, Any]:
-    """The arguments of `from_pretrained` for a name as the server reads it."""
+    """Return the arguments of `from_pretrained` for a name as the server reads it."""
     folder_or_id, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
     source = {"pretrained_model_name_or_path": folder_or_id, "trust_remote_code": trust_remote_code}
     return source | ({"revision": revision} if revision else {})
@@ -152,7 +154,7 @@ def _find(name: str, trust_remote_code: bool) -> dict[str, Any]:
 def _check_tokenizer(name: str, source: dict[str, Any], config: PreTrainedConfig) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except Exception as error:  # of many kinds, according to which file is missing or damaged
+    except Exception as error:  # The type depends on which file is missing or damaged.
         raise EngramError(
             f"{name} has no tokenizer that can be loaded ({type(error).__name__}: {error}); save one there with its "
             "save_pretrained, since requests are texts."
@@ -182,7 +184,7 @@ def _reads_images(config: PreTrainedConfig, architecture: str) -> bool:
 
 
 class Loader:
-    """Stands for a class in the namespace of transformers, where the server calls its `from_pretrained`.
+    """Replaces a class in the namespace of transformers, where the server calls its `from_pretrained`.
 
     Args:
         auto_class: the Auto class that knows the model, or finds its code.
@@ -194,10 +196,10 @@ class Loader:
         self.auto_class, self.continuous_batching, self.options = auto_class, continuous_batching, options
 
     def from_pretrained(self, name: str, **kwargs):
-        """Load the model, with arguments of `PreTrainedModel.from_pretrained`, which the server gives.
+        """Load the model, with the server's arguments of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: it is to be batched continuously, and cannot.
+            ValueError: continuous batching is requested, but the model cannot be batched.
         """
         model = self.auto_class.from_pretrained(name, **kwargs, **self.options)
         if self.continuous_batching:

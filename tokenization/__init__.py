@@ -1,4 +1,4 @@
-"""Tokenizers that know their compressed vocabulary."""
+"""Tokenizers with a compressed vocabulary."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["CompressionSummary", "EngramTokenizer"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the tokenizer, and transformers with it, when it is asked for: `engram compress` compresses without them."""
+    """Import the tokenizer, and transformers with it, on first use: `engram compress` needs neither."""
     if name != "EngramTokenizer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .tokenization_engram import EngramTokenizer

@@ -1,4 +1,4 @@
-"""`EngramTokenizer`: any fast tokenizer, plus the compressed ids that Engram's n-grams are made of."""
+"""`EngramTokenizer`: any fast tokenizer, with the compressed ids of Engram's n-grams."""
 
 import copy
 import inspect
@@ -21,7 +21,7 @@ from .vocabulary_compression import (
     write_token_map,
 )
 
-# Arguments that tell `from_pretrained` where files are; they are needed for every file that it looks for.
+# These arguments tell `from_pretrained` where files are; every lookup of a file needs them.
 LOCATION_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -32,7 +32,7 @@ LOCATION_ARGUMENTS = (
     "token",
 )
 
-# Settings that a tokenizer class may give as class attributes (Llama pads on the left). They are saved explicitly,
+# A tokenizer class may give these settings as class attributes (Llama pads on the left). They are saved explicitly,
 # because the class that reloads them is this one.
 CLASS_SETTINGS = (
     "clean_up_tokenization_spaces",
@@ -42,11 +42,11 @@ CLASS_SETTINGS = (
     "truncation_side",
 )
 
-# Methods in which a tokenizer class builds or saves its Rust tokenizer. The finished one is taken over, so that losing
-# them loses nothing; any other Python override changes what the tokenizer does and would be lost silently.
+# In these methods, a tokenizer class builds or saves its Rust tokenizer. The finished Rust tokenizer is used, so that
+# they are not needed; any other Python override changes the tokenizer and would be lost silently.
 BUILDING_METHODS = {"__init__", "__getstate__", "__setstate__", "_post_init", "save_pretrained", "save_vocabulary"}
 
-# The vocabulary and merges from which a tokenizer class built its Rust tokenizer, large and of no further use.
+# A tokenizer class builds its Rust tokenizer from vocabulary and merges, which are large and of no further use.
 BUILDING_STATE = ("_vocab", "_merges")
 
 
@@ -76,21 +76,22 @@ class EngramTokenizer(PreTrainedTokenizerFast):
     `engram_token_map.safetensors`; loading verifies it and never builds another one in its place.
     """
 
-    _token_map: np.ndarray | None = None  # int64 [ids]; None until first asked for
-    _mapped_tokens = 0  # `len(self)` when `_token_map` was made, to notice tokens added since
+    _token_map: np.ndarray | None = None  # It is int64 [ids], and None until its first use.
+    _mapped_tokens = 0  # It is `len(self)` when `_token_map` was made, to notice tokens added since.
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "EngramTokenizer":
-        """An `EngramTokenizer` that does what `tokenizer` does; `tokenizer` itself is left alone.
+        """Return an `EngramTokenizer` that behaves like `tokenizer`; `tokenizer` itself is not changed.
 
-        An `EngramTokenizer` is returned as it is. Raises `ValueError` for a tokenizer that is not fast, or whose class
-        overrides encoding or decoding in Python: only what the Rust tokenizer does can be taken over.
+        An `EngramTokenizer` is returned unchanged. Raises `ValueError` for a tokenizer that is not fast, or whose
+        class overrides encoding or decoding in Python: only the work of the Rust tokenizer can be kept.
         """
         if any(base.__name__ == EngramTokenizer.__name__ for base in type(tokenizer).__mro__):
-            return cast(EngramTokenizer, tokenizer)  # by name: the class of a saved folder is another object
+            # The names are compared: the class of a saved folder is another object.
+            return cast(EngramTokenizer, tokenizer)
         _check_can_be_wrapped(tokenizer)
         wrapped = cls.__new__(cls)
-        # Not `cls(**init_kwargs)`: that would rebuild the post-processor and forget what was changed since.
+        # `cls(**init_kwargs)` would rebuild the post-processor and forget later changes.
         state = {name: value for name, value in vars(tokenizer).items() if name not in BUILDING_STATE}
         vars(wrapped).update(copy.deepcopy(state))
         wrapped.SPECIAL_TOKENS_ATTRIBUTES = list(tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
@@ -104,8 +105,8 @@ class EngramTokenizer(PreTrainedTokenizerFast):
     ) -> "EngramTokenizer":
         """Load a saved `EngramTokenizer`, or any other fast tokenizer and wrap it.
 
-        Arguments are those of `AutoTokenizer.from_pretrained`. Raises `ValueError` if a saved token map is damaged or
-        missing or does not belong to the tokenizer beside it.
+        The arguments are those of `AutoTokenizer.from_pretrained`. Raises `ValueError` if a saved token map is damaged
+        or missing or does not belong to the tokenizer beside it.
         """
         location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
         # The function is called through its module: `datasets` hashes a tokenizer of remote code with all functions that its
@@ -114,7 +115,7 @@ class EngramTokenizer(PreTrainedTokenizerFast):
             "tokenizer_class"
         )
         is_ours = declared in (cls.__name__, EngramTokenizer.__name__)
-        # `_from_auto`: `AutoTokenizer` has already chosen this class, asking it again would not end.
+        # `_from_auto`: `AutoTokenizer` has already chosen this class, and calling it again would recurse.
         if is_ours or kwargs.get("_from_auto", False):
             tokenizer = super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
         else:
@@ -125,28 +126,31 @@ class EngramTokenizer(PreTrainedTokenizerFast):
 
     @property
     def token_map(self) -> torch.Tensor:
-        """The compressed id of every token id, int64 `[len(tokenizer)]`, a copy.
+        """The compressed id of every token id, int64 `[len(tokenizer)]`, as a copy.
 
-        A vocabulary whose ids have holes has entries up to its largest id; a hole counts as the empty text.
+        If ids are missing in the vocabulary, the map has entries up to its largest id; a missing id counts as the
+        empty text.
         """
         return torch.from_numpy(self._current_token_map().copy())
 
     @property
     def compressed_vocab_size(self) -> int:
-        """How many compressed ids there are; they are `0..compressed_vocab_size-1`."""
+        """The number of compressed ids, which are `0..compressed_vocab_size-1`."""
         return int(self._current_token_map().max(initial=-1)) + 1
 
     def compress(self, ids: Any) -> Any:
-        """The compressed ids of `ids`, in the kind and shape they come in.
+        """Return the compressed ids of `ids`, in the same type and shape.
 
-        `ids` is an integer, a list or tuple (nested as deep as wanted, also ragged), a NumPy array or a torch tensor
-        of any shape and integer dtype, which the result keeps, as it keeps the device. Raises `ValueError` for ids
-        this tokenizer does not have, and for anything but integers.
+        `ids` is an integer, a list or tuple (of any nesting, also ragged), a NumPy array or a torch tensor of any
+        shape and integer dtype; the result keeps dtype and device. Raises `ValueError` for ids that this tokenizer
+        does not have, and for values that are not integers.
         """
         return _look_up(self._current_token_map(), ids)
 
     def compressed_tokens(self, compressed_id: int) -> list[str]:
-        """The vocabulary strings of all tokens with this compressed id, by token id (see `convert_tokens_to_ids`)."""
+        """Return the vocabulary strings of all tokens with this compressed id, by token id (see
+        `convert_tokens_to_ids`).
+        """
         token_map = self._current_token_map()
         if not 0 <= compressed_id < self.compressed_vocab_size:
             raise refusal(
@@ -157,7 +161,7 @@ class EngramTokenizer(PreTrainedTokenizerFast):
         return [token for token in tokens if token is not None]
 
     def compression_summary(self, examples: int = 5) -> CompressionSummary:
-        """How far the vocabulary shrinks, and the `examples` largest groups of tokens that became one."""
+        """Return how far the vocabulary shrinks, and the `examples` largest groups of tokens with one compressed id."""
         return summarize(self.backend_tokenizer, self._current_token_map(), examples)
 
     def _current_token_map(self) -> np.ndarray:
@@ -219,7 +223,9 @@ def _check_can_be_wrapped(tokenizer: Any) -> None:
 
 
 def _python_overrides(tokenizer_class: type) -> list[str]:
-    """Methods of `PreTrainedTokenizerFast` that `tokenizer_class` replaces, other than to build or save itself."""
+    """Return methods of `PreTrainedTokenizerFast` that `tokenizer_class` overrides, other than to build or save
+    itself.
+    """
     subclasses = tokenizer_class.__mro__[: tokenizer_class.__mro__.index(PreTrainedTokenizerFast)]
     defined = {name for cls in subclasses for name, value in vars(cls).items() if inspect.isfunction(value)}
     return sorted(name for name in defined - BUILDING_METHODS if hasattr(PreTrainedTokenizerFast, name))

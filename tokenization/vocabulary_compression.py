@@ -1,9 +1,9 @@
-"""Vocabulary compression: which token ids count as the same token for Engram's n-grams, and the file that keeps it.
+"""Vocabulary compression: which token ids count as the same token in Engram's n-grams, and the file of this map.
 
-Every token id gets a *key* (its decoded text, normalized until case, accents, width and surrounding spaces no longer
-tell); ids with equal keys share one *compressed id*, and compressed ids number the keys in order of first appearance.
-Source: "tokenizer compression" in arXiv 2601.07372 and the `CompressedTokenizer` of its public demo. Every hash
-multiplier of a trained table depends on the size of the result, so it must be exact to the last id.
+Every token id gets a *key* (its decoded text, normalized by case, accents, width and surrounding spaces); ids with
+equal keys share one *compressed id*, and compressed ids number the keys in order of first appearance. The source is
+"tokenizer compression" in arXiv 2601.07372 and the `CompressedTokenizer` of its public demo. Every hash multiplier of
+a trained table depends on the size of the result, so it must be exact to the last id.
 
     token map: integers [ids], token id -> compressed id, never larger than the token id itself
 
@@ -27,10 +27,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, normalizers
 
-UNDECODABLE = "\ufffd"  # what decoding puts in place of bytes that are no complete UTF-8 character
-LONE_SPACE = "\ue000"  # stands for a text of exactly one space while spaces are stripped
-SEPARATOR = "\ue001"  # a starter that neither composes, decomposes nor has case: text cannot interact across it
-CHUNK = 512  # texts per joined call; a reserved character in one text sends only its chunk the slow way
+UNDECODABLE = "\ufffd"  # Decoding replaces bytes that are not a complete UTF-8 character by this one.
+LONE_SPACE = "\ue000"  # It replaces a text of exactly one space while spaces are stripped.
+SEPARATOR = "\ue001"  # It is a starter that neither composes, decomposes nor has case: text cannot interact across it.
+CHUNK = 512  # A call joins this many texts; a reserved character in one text makes only its chunk slow.
 
 # What Rust's `char::is_whitespace` strips. `str.strip()` alone would also strip U+001C to U+001F.
 WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -49,23 +49,24 @@ NORMALIZER = normalizers.Sequence(
 )
 
 
-# The class of refusals; the package sets its own base error, which a tokenizer that is saved alone does not have.
+# This is the class of errors; the package sets its own base class, which a tokenizer that is saved alone does not
+# have.
 _refusal_class: type[ValueError] = ValueError
 
 
 def refusal(message: str) -> ValueError:
-    """The error for wrong input."""
+    """Return the error for wrong input."""
     return _refusal_class(message)
 
 
 def set_refusal_class(refusal_class: type[ValueError]) -> None:
-    """Have [`refusal`] make errors of this class; `engram_hf` calls this when it is imported."""
+    """Make [`refusal`] return errors of this class; `engram_hf` calls this when it is imported."""
     global _refusal_class
     _refusal_class = refusal_class
 
 
 def reference_token_keys(tokenizer: Tokenizer, count: int) -> list[str | None]:
-    """The keys of ids `0..count-1`, one call per id: the definition that `token_keys` has to equal."""
+    """Return the keys of ids `0..count-1`, with one call per id: the definition that `token_keys` must equal."""
     keys: list[str | None] = []
     for token_id in range(count):
         text = tokenizer.decode([token_id], skip_special_tokens=False)
@@ -77,7 +78,7 @@ def reference_token_keys(tokenizer: Tokenizer, count: int) -> list[str | None]:
 
 
 def token_keys(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str | None]:
-    """The keys of ids `0..len(texts)-1` from their decoded `texts` (see `token_texts`), in few calls."""
+    """Return the keys of ids `0..len(texts)-1` from their decoded `texts` (see `token_texts`), in few calls."""
     normalized = normalize_all(texts)
     return [
         tokenizer.id_to_token(token_id) if UNDECODABLE in text else key or text
@@ -86,10 +87,10 @@ def token_keys(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str | None]:
 
 
 def token_texts(tokenizer: Tokenizer) -> list[str]:
-    """Every id decoded alone, special tokens included: one text per id, `len(tokenizer)` of them.
+    """Decode every id alone, special tokens included: one text per id, `len(tokenizer)` of them.
 
-    An id without a token decodes to what no ids at all decode to, the empty text. Such a hole means that some token's
-    id lies at or past the number of tokens; the list then runs to the largest id, so that every id has an entry.
+    An id without a token decodes to the empty text, as an empty list of ids does. If ids are missing, some token's id
+    is at or past the number of tokens; the list then extends to the largest id, so that every id has an entry.
     """
     count = tokenizer.get_vocab_size(with_added_tokens=True)
     texts = _decode_each(tokenizer, range(count))
@@ -105,10 +106,10 @@ def _decode_each(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
 
 
 def normalize_all(texts: Sequence[str]) -> list[str]:
-    """`NORMALIZER.normalize_str` of every text, without a call for every text.
+    """Return `NORMALIZER.normalize_str` of every text, without a call for every text.
 
-    ASCII has no other normal form, no accents, and one lower case, so Python's own `lower` is the same. The rest goes
-    through the Rust normalizer many texts at a time.
+    ASCII has no other normal form, no accents, and one lower case, so Python's own `lower` is the same. The Rust
+    normalizer handles the other texts many at a time.
     """
     ascii_texts = iter([_squeeze(text.lower()) for text in texts if text.isascii()])
     other_texts = iter(_normalize_joined([text for text in texts if not text.isascii()]))
@@ -128,7 +129,7 @@ def _normalize_joined(texts: Sequence[str]) -> list[str]:
 
 
 def _squeeze(text: str) -> str:
-    """The steps of `NORMALIZER` after folding. Stripping first leaves the costly substitution to the few that need it."""
+    """Apply the steps of `NORMALIZER` after folding. Stripping first leaves few texts for the costly substitution."""
     stripped = text.strip(WHITESPACE)
     if not stripped:
         return " " if SPACES.fullmatch(text) else ""
@@ -136,10 +137,10 @@ def _squeeze(text: str) -> str:
 
 
 def number_keys(keys: Iterable[str | None], known: np.ndarray) -> np.ndarray:
-    """Compressed ids of `keys`, int64 `[len(keys)]`; the first `len(known)` of them stay what `known` says.
+    """Number `keys` as compressed ids, int64 `[len(keys)]`; the first `len(known)` of them are those of `known`.
 
     A later key that an earlier id has joins that id's group; a new one gets the next free number. With an empty
-    `known` this numbers by first appearance, and numbering in two steps gives what one step gives.
+    `known` this numbers by first appearance, and numbering in two steps equals numbering in one.
     """
     keys = list(keys)
     result = known.tolist()
@@ -155,7 +156,7 @@ def number_keys(keys: Iterable[str | None], known: np.ndarray) -> np.ndarray:
 
 
 def build_token_map(tokenizer: Tokenizer, known: np.ndarray | None = None) -> np.ndarray:
-    """The token map of `tokenizer`, int64 `[ids]`, keeping the entries of a map made `known` for its first ids.
+    """Return the token map of `tokenizer`, int64 `[ids]`, keeping the entries of a map made `known` for its first ids.
 
     Raises `ValueError` if `known` covers more ids than the tokenizer has.
     """
@@ -171,7 +172,7 @@ def build_token_map(tokenizer: Tokenizer, known: np.ndarray | None = None) -> np
 
 @dataclass(frozen=True)
 class CompressionSummary:
-    """What vocabulary compression did to a tokenizer; print it.
+    """The effect of vocabulary compression on a tokenizer; print it.
 
     `groups` maps compressed ids to the decoded texts of their tokens, the largest groups first.
     """
@@ -196,7 +197,7 @@ class CompressionSummary:
 
 
 def summarize(tokenizer: Tokenizer, token_map: np.ndarray, examples: int) -> CompressionSummary:
-    """How far `token_map` shrinks the vocabulary of `tokenizer`, and the `examples` largest groups of tokens that became one."""
+    """Return how far `token_map` shrinks the vocabulary of `tokenizer`, and the `examples` largest groups of tokens."""
     sizes = np.bincount(token_map)
     largest = np.argsort(-sizes, kind="stable")[:examples]
     members = {int(group): np.flatnonzero(token_map == group).tolist() for group in largest}
@@ -220,9 +221,9 @@ REMEDY = (
 
 
 def write_token_map(path: str | os.PathLike, token_map: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Write `token_map` and its digests to `path`, complete or not at all (written beside its name, then renamed).
+    """Write `token_map` and its digests to `path` atomically (beside its name, then renamed).
 
-    Several processes may write at once: the last one wins. What killed ones left is removed.
+    Several processes may write at once: the last one wins. Remains of killed writers are removed.
     """
     path, data = Path(path), token_map_bytes(token_map, tokenizer)
     unfinished = Path(f"{path}.{os.getpid()}-{secrets.token_hex(8)}{UNFINISHED}")
@@ -235,7 +236,7 @@ def write_token_map(path: str | os.PathLike, token_map: np.ndarray, tokenizer: T
 
 
 def _remove_left(path: Path) -> None:
-    """Remove unfinished files of processes that are not there any more (those of another machine within a minute may be)."""
+    """Remove unfinished files of processes that have ended (files of another machine may be live for a minute)."""
     for left in path.parent.glob(f"{glob.escape(path.name)}*{UNFINISHED}"):
         process = re.fullmatch(r"\.(\d+)-[0-9a-f]+", left.name[len(path.name) : -len(UNFINISHED)])
         with contextlib.suppress(OSError):
@@ -244,7 +245,7 @@ def _remove_left(path: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
-    if os.name == "nt":  # `os.kill` would end the process there
+    if os.name == "nt":  # On Windows, `os.kill` would end the process.
         return True
     try:
         os.kill(process, 0)
@@ -256,9 +257,10 @@ def _is_alive(process: int) -> bool:
 
 
 def token_map_bytes(token_map: np.ndarray, tokenizer: Tokenizer) -> bytes:
-    """The whole file. Equal maps of equal tokenizers are equal bytes, so that pushing a tokenizer again changes nothing.
+    """Return the whole file. Equal maps of equal tokenizers give equal bytes, so that pushing a tokenizer again
+    changes nothing.
 
-    (Not by safetensors' own writer: it puts several members of the metadata in another order each time.)
+    (safetensors' own writer does not: it writes several members of the metadata in another order each time.)
     """
     values = token_map.astype("<i4")
     metadata = {
@@ -268,15 +270,15 @@ def token_map_bytes(token_map: np.ndarray, tokenizer: Tokenizer) -> bytes:
     }
     tensor = {"dtype": "I32", "shape": [len(values)], "data_offsets": [0, values.nbytes]}
     header = json.dumps({"__metadata__": metadata, TENSOR: tensor}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the numbers are aligned
+    header += b" " * (-len(header) % 8)  # The numbers are aligned.
     return len(header).to_bytes(8, "little") + header + values.tobytes()
 
 
 def read_token_map(path: str | os.PathLike, tokenizer: Tokenizer, may_be_new: Iterable[str] = ()) -> np.ndarray:
-    """The map stored at `path`, int64 `[ids]`, verified to be whole and to belong to `tokenizer`.
+    """Read the map at `path`, int64 `[ids]`, verified to be complete and to belong to `tokenizer`.
 
-    Tokens past the stored map's end are accepted, and the map extended over them, only if named in `may_be_new`.
-    Raises `ValueError` if the file is damaged, of another version, or belongs to another vocabulary.
+    Tokens past the end of the stored map are accepted, and the map is extended over them, only if named in
+    `may_be_new`. Raises `ValueError` if the file is damaged, of another version, or belongs to another vocabulary.
     """
     values, metadata = _read_file(path)
     if metadata.get("format_version") != FORMAT_VERSION:
@@ -304,11 +306,11 @@ def _read_file(path: str | os.PathLike) -> tuple[np.ndarray, dict[str, str]]:
 
 
 def map_digest(values: np.ndarray) -> str:
-    """SHA-256 of a token map as little-endian int32, in hex."""
+    """Return the SHA-256 of a token map as little-endian int32, in hex."""
     return hashlib.sha256(values.astype("<i4").tobytes()).hexdigest()
 
 
 def vocabulary_digest(tokenizer: Tokenizer, count: int) -> str:
-    """SHA-256 over the vocabulary strings of ids `0..count-1` (null for an id without a token), in hex."""
+    """Return the SHA-256 over the vocabulary strings of ids `0..count-1` (null for an id without a token), in hex."""
     tokens = [tokenizer.id_to_token(token_id) for token_id in range(count)]
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
