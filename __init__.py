@@ -41,7 +41,7 @@ direct_loading.register()
 peft_defaults.register()
 rows_peft.register()
 display.register()
-# What the code beside a model's weights does without: it comes from here while the package is installed.
+# The code beside a model's weights works without these; they come from here while the package is installed.
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
 EngramPreTrainedModel.folder_writer = ClaimedFolderWriter
 EngramConfig.for_backbone = classmethod(config_for_backbone)

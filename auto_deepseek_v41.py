@@ -1,4 +1,6 @@
-"""Where the remote code of a model on DeepSeek-V4.1's backbone begins: it brings the backbone, which transformers lacks."""
+"""Entry point of the remote code of a model on DeepSeek-V4.1's backbone: it imports the backbone, which transformers
+lacks.
+"""
 
 from . import modeling_deepseek_v41
 from .causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
@@ -11,7 +13,7 @@ from .multimodal_engram import EngramForConditionalGeneration
 from .processing_deepseek_v41 import DeepseekV41Processor
 
 register_remote_backbone(DeepseekV41TextConfig.model_type, __name__.rpartition(".")[2])
-# Version 0.1 had the class in that module, and programs import it from there.
+# In version 0.1 the class was in that module, and programs import it from there.
 setattr(modeling_deepseek_v41, DeepseekV41TextForCausalLM.__name__, DeepseekV41TextForCausalLM)
 
 __all__ = [

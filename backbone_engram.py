@@ -1,4 +1,4 @@
-"""Which models memory can be added to; every other kind is refused in one sentence that says what it is."""
+"""The models that memory can be added to; every other kind is refused in one sentence that says what it is."""
 
 import dataclasses
 import inspect
@@ -35,21 +35,21 @@ _NO_CACHE = (
 )
 _NO_TOKENS = "reads no token ids of a text but sound or other signals, and memory is looked up by token id; give a language model"
 _UNRETURNED = "does not return the cache that it takes: what it has read is somewhere else, where the memory's history cannot follow"
-# Parts of the names of classes whose heads predict no token.
+# These are parts of the names of classes whose heads predict no token.
 _CLASSIFIERS = ("Classification", "Reward", "QuestionAnswering", "MultipleChoice")
-# Arguments of `from_pretrained` that say where a config is.
+# These arguments of `from_pretrained` say where a config is.
 _LOCATION = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
 def require_backbone(backbone: object, options: Mapping[str, Any] | None = None) -> None:
-    """Refuse what is not a language model that reads token ids and predicts the next one.
+    """Refuse a model that is not a language model that reads token ids and predicts the next one.
 
     Args:
         backbone: a model, or the folder or Hub id of one.
-        options: of `from_pretrained`, if it is to be loaded.
+        options: options of `from_pretrained`, if the model must be loaded.
 
     Raises:
-        ValueError: says what it is.
+        ValueError: the message says what the model is.
     """
     if isinstance(backbone, (str, os.PathLike)):
         name, faults = os.fspath(backbone), _faults_of_stored(os.fspath(backbone), options or {})
@@ -60,10 +60,10 @@ def require_backbone(backbone: object, options: Mapping[str, Any] | None = None)
 
 
 def require_decoder(model: PreTrainedModel, config: EngramConfig) -> None:
-    """Refuse a model without head that is no decoder, or has no cache that the memory's history can live in.
+    """Refuse a model without head that is not a decoder, or has no cache that can store the memory's history.
 
     Raises:
-        ValueError: says what it is.
+        ValueError: the message says what the model is.
     """
     _refuse_first(type(model).__name__, _faults_of_decoder(model, config.text_config))
 
@@ -81,7 +81,7 @@ def _faults_of_stored(name: str, options: Mapping[str, Any]) -> Iterator[str]:
     if "config.json" not in files:
         if "adapter_config.json" in files:
             yield _ADAPTER
-        return  # transformers says what is missing
+        return  # transformers then reports what is missing.
     fields, _ = PreTrainedConfig.get_config_dict(name, **{key: options[key] for key in _LOCATION if key in options})
     model_type = fields.get("model_type")
     kind = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401 (its `get` finds nothing)
@@ -134,7 +134,7 @@ def _faults_of_decoder(model: PreTrainedModel, config: PreTrainedConfig) -> Iter
         yield "puts tokens of its own in front of a text, which have no ids, so that rows and positions would not agree"
     outputs = [kind for kind in _types_in(signature.return_annotation) if dataclasses.is_dataclass(kind)]
     names = {field.name for kind in outputs for field in dataclasses.fields(kind)}
-    # The outputs of BERT and similar models do not name all that they hold.
+    # The outputs of BERT and similar models do not name all of their fields.
     if outputs and not names & set(CACHE_NAMES) and not hasattr(config, "is_decoder"):
         yield _UNRETURNED
 
@@ -144,17 +144,17 @@ def _names_classifier(classes: typing.Iterable[str] | None) -> bool:
 
 
 def _is_encoder(config: PreTrainedConfig) -> bool:
-    """Whether a config that could be a decoder's is not; GPT-NeoX has the field too, and always is one."""
+    """Return whether a config that could be a decoder's is not; GPT-NeoX has the field too, and always is one."""
     return getattr(config, "is_decoder", True) is False and type(config) in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def _types_in(annotation: object) -> list[type]:
-    """The types of an annotation such as `A | B | None`."""
+    """Return the types of an annotation such as `A | B | None`."""
     return [kind for kind in typing.get_args(annotation) or (annotation,) if isinstance(kind, type)]
 
 
 def _counts_positions(config: PreTrainedConfig) -> bool:
-    """Whether the backbone's cache knows how many positions it holds; that of recurrent layers alone does not."""
+    """Return whether the backbone's cache counts its positions; one with recurrent layers alone does not."""
     try:
         return DynamicCache(config=config).get_seq_length() == 0
     except ValueError:

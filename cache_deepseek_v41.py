@@ -1,11 +1,12 @@
-"""What DeepSeek-V4.1's attention remembers: where a batch's tokens stand, and the cache layer that keeps their latents.
+"""The cache of DeepSeek-V4.1's attention: the layout of a batch's tokens, and the cache layer that stores their
+latents.
 
 Letters used for shapes: B rows, S tokens of this call, T cached tokens, W the sliding window, r tokens pooled into one
 compressed position, G compressed positions, D channels of a latent.
 
 Rows of a batch may have different lengths (padding on either side) and hence different phases inside a compression
-group. Both classes therefore work on *compacted* rows: real tokens first, in order, padding behind them. A token's
-position is its place among its sequence's own tokens, whatever the padding.
+group. Both classes therefore work on *compacted* rows: real tokens first, in order, then padding. A token's position
+is its place among its sequence's own tokens, whatever the padding.
 """
 
 from typing import NamedTuple
@@ -20,16 +21,16 @@ from .safetensors_engram import EngramError
 
 
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`x[b, index[b, ...]]` for `x` `[B, N, ...]` and `index` `[B, ...]`."""
+    """Return `x[b, index[b, ...]]` for `x` `[B, N, ...]` and `index` `[B, ...]`."""
     rows = torch.arange(x.shape[0], device=x.device)
     return x[rows.view(-1, *[1] * (index.dim() - 1)), index]
 
 
 class RowLayout(NamedTuple):
-    """Where the tokens of one call stand; the same for every layer.
+    """The layout of the tokens of one call; it is the same for every layer.
 
-    `positions` and `real` are in compacted order; `order` and `inverse` are None when no token is padding.
-    `packed` says that some row holds several sequences, so that its compressed positions need an offset.
+    `positions` and `real` are in compacted order; `order` and `inverse` are None when no token is padding. `packed`
+    says that some row has several sequences, so that its compressed positions need an offset.
     """
 
     positions: torch.Tensor  # [B, S] place in the token's own sequence
@@ -39,16 +40,16 @@ class RowLayout(NamedTuple):
     packed: bool
 
     def compact(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, S, ...]` from input order to compacted order."""
+        """Reorder `[B, S, ...]` from input order to compacted order."""
         return x if self.order is None else gather_rows(x, self.order)
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, S, ...]` from compacted order to input order."""
+        """Reorder `[B, S, ...]` from compacted order to input order."""
         return x if self.inverse is None else gather_rows(x, self.inverse)
 
     @property
     def lengths(self) -> torch.Tensor:
-        """Real tokens of each row, `[B]`."""
+        """The number of real tokens of each row, `[B]`."""
         return self.real.sum(-1)
 
 
@@ -58,7 +59,7 @@ def row_layout(
     position_ids: torch.Tensor | None,
     past: "DeepseekV41CacheLayer | None",
 ) -> RowLayout:
-    """Lay out the tokens of a call.
+    """Return the layout of a call's tokens.
 
     Args:
         x: `[B, S, ...]`, only for its shape and device.
@@ -76,7 +77,7 @@ def row_layout(
     places = torch.arange(length, device=x.device).expand(batch, -1)
     order = inverse = None
     real = torch.ones_like(places, dtype=torch.bool)
-    # Compiled code takes the general road; eager code looks, because a full mask is the usual case.
+    # Compiled code takes the general path; eager code tests the mask, because a full one is the usual case.
     if mask is not None and (torch.compiler.is_compiling() or not bool(mask.all())):
         order = mask.logical_not().to(torch.int8).argsort(dim=-1, stable=True)
         inverse = order.argsort(dim=-1)
@@ -107,7 +108,7 @@ def _chunk_mask(attention_mask, batch: int, length: int, past) -> torch.Tensor |
 
 
 def _read_positions(positions: torch.Tensor, counted: torch.Tensor, layout: RowLayout) -> RowLayout:
-    """Check `positions` `[B, S]` (compacted) and see whether sequences are packed."""
+    """Check `positions` `[B, S]` (compacted) and return whether sequences are packed."""
     previous = torch.cat([counted[:, :1] - 1, positions[:, :-1]], dim=1)
     restarts = (positions == 0) & (counted > 0) & layout.real
     if torch.compiler.is_compiling():
@@ -123,7 +124,7 @@ def _read_positions(positions: torch.Tensor, counted: torch.Tensor, layout: RowL
 
 
 class ClosedGroups(NamedTuple):
-    """Compression groups that complete in one call; n is the most a row can complete."""
+    """Compression groups that complete in one call; n is the maximum number in a row."""
 
     last: torch.Tensor  # [B, n] compacted place of the group's last token
     slots: torch.Tensor  # [B, n] where its compressed latent goes; G for none
@@ -131,20 +132,20 @@ class ClosedGroups(NamedTuple):
 
 
 class DeepseekV41CacheLayer(DynamicLayer):
-    """Cache of one decoder layer.
+    """The cache of one decoder layer.
 
-    Every layer keeps its window latents. A KV source also keeps its compressed latents, their index keys, and the last
-    projected tokens, from which the group they belong to is pooled when it completes. How many tokens a layer keeps
-    follows from the first update, since transformers constructs cache layers of a new type without arguments.
+    Every layer stores its window latents. A KV source also stores its compressed latents, their index keys, and the
+    last projected tokens, from which their group is pooled when it completes. The number of stored tokens follows from
+    the first update, since transformers constructs cache layers of a new type without arguments.
 
     Rolling back works as for sliding windows elsewhere in transformers: `activate_past_recording()` first, then
-    `crop(-n)`. It takes the last `n` tokens of a row to be real ones, so it is refused after right padding.
+    `crop(-n)`. It requires the last `n` tokens of a row to be real ones, so it is refused after right padding.
     """
 
     _layer_type = LAYER_TYPE
     is_sliding = True
 
-    # Everything with a batch dimension; `keys` and `values` are one tensor, so `values` follows `keys`.
+    # These have a batch dimension; `keys` and `values` are one tensor, so `values` follows `keys`.
     _states = ("keys", "tail", "latents", "index_keys", "next_position", "closed")
 
     def __init__(self, **kwargs):
@@ -202,7 +203,7 @@ class DeepseekV41CacheLayer(DynamicLayer):
         return full, full
 
     def update_tail(self, projected: torch.Tensor, layout: RowLayout) -> torch.Tensor:
-        """Append tokens to be pooled, `[B, S, C]`, after `update`; returns `[B, T + S, C]`."""
+        """Append tokens to pool, `[B, S, C]`, after `update`; return `[B, T + S, C]`."""
         full = projected if self.tail is None else torch.cat([self.tail, projected], dim=1)
         self.tail = self._newest(full, layout)
         return full
@@ -214,7 +215,7 @@ class DeepseekV41CacheLayer(DynamicLayer):
         count = closes.cumsum(-1)  # [B, S]
         most = -(-length // ratio)  # closings among S tokens, whatever the phase
         places = torch.arange(length, device=closes.device).expand_as(closes)
-        # Closing tokens in order; everything else lands in one more column, which is cut off.
+        # Closing tokens are in order; all others go to an additional column, which is cut off.
         last = places.new_zeros(len(closes), most + 1).scatter_(1, torch.where(closes, count - 1, most), places)
         rank = torch.arange(most, device=closes.device)
         self.capacity = self.cumulative_length // ratio
@@ -224,10 +225,10 @@ class DeepseekV41CacheLayer(DynamicLayer):
         return ClosedGroups(last[:, :most], slots, first)
 
     def append(self, name: str, entries: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Write `entries` `[B, n, C]` at `slots` `[B, n]` of `latents` or `index_keys`; returns `[B, G, C]`.
+        """Write `entries` `[B, n, C]` at `slots` `[B, n]` of `latents` or `index_keys`; return `[B, G, C]`.
 
-        Rows differ in how many entries they have, so G is the most that a row of this length can have. A slot of G
-        drops its entry.
+        Rows have different numbers of entries, so G is the maximum for a row of this length. A slot of G drops its
+        entry.
         """
         stored = getattr(self, name)
         # A rollback leaves entries behind that are cut off here or overwritten.
@@ -238,7 +239,7 @@ class DeepseekV41CacheLayer(DynamicLayer):
         return updated
 
     def _newest(self, full: torch.Tensor, layout: RowLayout) -> torch.Tensor:
-        """The tokens to keep of `full` `[B, T + S, C]`: each row's newest real ones, at the right edge."""
+        """Return the tokens of `full` `[B, T + S, C]` to store: each row's newest real ones, at the right edge."""
         total, added = full.shape[1], layout.positions.shape[1]
         keep = total if self.record_past else min(total, self.history)
         if layout.order is None:
@@ -248,23 +249,23 @@ class DeepseekV41CacheLayer(DynamicLayer):
         return gather_rows(full, index.clamp(min=0))
 
     def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
+        """Return the number of tokens so far, padding included."""
         return self.cumulative_length
 
     def get_max_length(self) -> int:
-        """-1: the compressed positions grow without limit."""
+        """Return -1: the number of compressed positions has no limit."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Mask length and offset: the mask covers every token seen, padding included."""
+        """Return the mask's length and offset: it covers every token so far, padding included."""
         return self.cumulative_length + query_length, 0
 
     def activate_past_recording(self):
-        """Keep every token from now on, so that `crop` can go back."""
+        """Store every token from now on, so that `crop` can roll back."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens of every row, and drop what no later call looks back on.
+        """Forget the last `-tokens_to_remove` tokens of every row, and drop tokens that no later call needs.
 
         Raises:
             ValueError: when the tokens before them are no longer there, or when the rows do not end in real tokens of
@@ -307,11 +308,11 @@ class DeepseekV41CacheLayer(DynamicLayer):
         self.values = self.keys
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row `b` becomes what row `beam_idx[b]` was."""
+        """Replace row `b` by row `beam_idx[b]`."""
         self._map_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, one behind the other."""
+        """Repeat every row `repeats` times, one after the other."""
         self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -336,15 +337,15 @@ class DeepseekV41StaticCacheLayer(StaticLayer):
 
 
 def layer_cache(cache: Cache | None, layer_idx: int) -> DeepseekV41CacheLayer | None:
-    """The layer's part of `cache`.
+    """Return the layer's part of `cache`.
 
     Raises:
-        ValueError: when `cache` was made for another model.
+        ValueError: `cache` was made for another model.
     """
     if cache is None:
         return None
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    # By name, not by class: a model loaded as remote code brings a class of its own under the same name.
+    # The name is compared, not the class: a model loaded as remote code has its own class of the same name.
     if getattr(layer, "_layer_type", None) != LAYER_TYPE:
         raise EngramError(
             f"The cache holds {type(layer).__name__} at layer {layer_idx}, not a DeepSeek-V4.1 cache layer. "

@@ -1,4 +1,4 @@
-"""The memory's history in a transformers `Cache`: what the next tokens need of the past ones.
+"""The memory's history in a transformers `Cache`: the past ids and convolution inputs that the next tokens need.
 
 Shape letters: B batch, S positions of a call, R positions that a look-back reaches, G residual streams, D hidden size.
 """
@@ -14,18 +14,18 @@ from .configuration_engram import EngramConfig
 from .hashing_engram import NO_ID, Compaction
 from .safetensors_engram import EngramError
 
-# Convolution inputs kept beyond what the next token needs: this many positions can be cropped away at any time, as a
-# DynamicCache of most backbones allows, without holding `[B, S, G, D]` for a whole text.
+# This number of convolution inputs is stored beyond the next token's needs: so many positions can be cropped at any
+# time, as a DynamicCache of most backbones allows, without storing `[B, S, G, D]` for a whole text.
 SPARE_POSITIONS = 64
-# Marks a padding position in the log of past positions; look-backs skip it.
+# This marks a padding position in the log of past positions; look-backs skip it.
 _PADDING = -2
 
 
 class EngramHistory:
-    """What the memory needs of the positions before a call, without their padding.
+    """The past positions that the memory needs before a call, without their padding.
 
-    A call stages what it adds, and commits when the backbone has run: a call that is refused leaves no trace. With a
-    convolution, more than the last 64 positions can be cropped away only if they came after
+    A call stages its additions, and commits them after the backbone's forward: a call that raises changes nothing.
+    With a convolution, more than the last 64 positions can be cropped only if they came after
     `activate_past_recording()`, as with sliding-window layers.
 
     Args:
@@ -33,10 +33,11 @@ class EngramHistory:
         reach: R, the longest look-back of hash and convolution.
 
     Attributes:
-        ids, documents: int64 `[B, R]`, compressed ids and document numbers of the last text; None before the first call.
+        ids, documents: int64 `[B, R]`, compressed ids and document numbers of the last text; None before the first
+            call.
         counts: int64 `[B, 1]`, tokens of text so far.
         conv_inputs: by Engram layer and pass, `[B, R + spare, G, D]`.
-        is_numbered: whether the documents are numbered by the caller, not told from positions.
+        is_numbered: whether the caller numbers the documents, instead of positions.
     """
 
     is_croppable = True
@@ -57,15 +58,15 @@ class EngramHistory:
         self.discard()
 
     def discard(self) -> None:
-        """Forget what was staged and not committed."""
+        """Discard staged additions."""
         self._staged: tuple | None = None
         self._staged_conv: dict[tuple[int, int], torch.Tensor] = {}
 
     def require_batch(self, batch: int) -> None:
-        """Refuse a call that brings another number of sequences than the cache holds.
+        """Refuse a call with another number of sequences than the cache has.
 
         Raises:
-            ValueError: names both numbers.
+            ValueError: the message has both numbers.
         """
         if self.ids is not None and self.ids.shape[0] != batch:
             raise EngramError(
@@ -74,23 +75,23 @@ class EngramHistory:
             )
 
     def before(self, current: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and documents `[B, R]` before `current` `[B, S]`."""
+        """Return ids and documents `[B, R]` before `current` `[B, S]`."""
         if self.ids is None:
             return nothing_before(current, self.reach)
         return self.ids.to(current.device), self.documents.to(current.device)
 
     def text_before(self, current: torch.Tensor) -> torch.Tensor | int:
-        """Tokens of text before `current` `[B, S]`, int64 `[B, 1]`."""
+        """Return the number of text tokens before `current` `[B, S]`, int64 `[B, 1]`."""
         return 0 if self.counts is None else self.counts.to(current.device)
 
     def stage(self, ids: torch.Tensor, documents: torch.Tensor, compaction: Compaction, is_numbered: bool) -> None:
-        """Note ids and documents `[B, S]` of a call."""
+        """Stage ids and documents `[B, S]` of a call."""
         self._staged = (ids, documents, compaction, self.is_numbered or is_numbered)
 
     def stage_conv(self, layer: int, inputs: torch.Tensor, compaction: Compaction) -> torch.Tensor:
-        """Note convolution inputs `[B, S, G, D]` of an Engram layer; returns the `[B, R, G, D]` before them.
+        """Stage convolution inputs `[B, S, G, D]` of an Engram layer; return the `[B, R, G, D]` before them.
 
-        A layer that runs more than once in a forward has inputs of its own for every pass.
+        A layer that runs more than once in a forward has separate inputs for every pass.
         """
         key = (layer, sum(layer == staged for staged, _ in self._staged_conv))
         kept = self.conv_inputs.get(key)
@@ -107,7 +108,7 @@ class EngramHistory:
         return kept.clone() if kept.shape[1] < states.shape[1] // 2 else kept
 
     def commit(self) -> None:
-        """Take over what was staged."""
+        """Commit staged additions."""
         ids, documents, compaction, self.is_numbered = self._staged
         before = self.before(ids)
         self.ids, self.documents = (
@@ -127,14 +128,14 @@ class EngramHistory:
         )
 
     def activate_past_recording(self) -> None:
-        """Keep all convolution inputs until the next `crop`, however far that goes back."""
+        """Store all convolution inputs until the next `crop`, however many it removes."""
         self.record_past = True
 
     def require_croppable(self, tokens_to_remove: int) -> None:
-        """Refuse a crop that cannot be done, before anything is changed.
+        """Refuse an impossible crop before anything is changed.
 
         Raises:
-            ValueError: for a positive number, or if the convolution inputs before the positions are no longer held.
+            ValueError: for a positive number, or if the convolution inputs before the positions are no longer stored.
         """
         if tokens_to_remove > 0:
             raise EngramError(f"crop takes minus the number of positions to forget, got {tokens_to_remove}.")
@@ -149,7 +150,7 @@ class EngramHistory:
             )
 
     def _text_in_last(self, count: int) -> torch.Tensor:
-        """Tokens of text among the last `count` positions, int64 `[B, 1]`."""
+        """Return the number of text tokens among the last `count` positions, int64 `[B, 1]`."""
         ids = self._log[0]
         return (ids[:, ids.shape[1] - count :] != _PADDING).sum(1, keepdim=True)
 
@@ -174,7 +175,7 @@ class EngramHistory:
         self.counts = _count(ids, compaction)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Take the rows `beam_idx` of the batch."""
+        """Replace the rows of the batch by `beam_idx`."""
         self._map(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -193,21 +194,21 @@ class EngramHistory:
         self.conv_inputs = {layer: change(state) for layer, state in self.conv_inputs.items()}
 
     def get_seq_length(self) -> int:
-        """Positions seen so far, padding included."""
+        """Return the number of positions so far, padding included."""
         return 0 if self._log is None else self._log[0].shape[1]
 
 
 class StaticEngramHistory(EngramHistory):
     """The memory's history beside static cache layers: tensors of fixed shape, written in place.
 
-    It keeps no more than the next token needs, so that a compiled forward is not recompiled as the text grows; like
+    It stores no more than the next token needs, so that a compiled forward is not recompiled as the text grows; like
     the static layers it cannot be cropped.
     """
 
     is_croppable = False
 
     def reset(self) -> None:
-        """Forget everything, in place: compiled code keeps its tensors."""
+        """Forget everything in place: compiled code refers to its tensors."""
         if getattr(self, "ids", None) is None:
             super().reset()
             return
@@ -221,7 +222,7 @@ class StaticEngramHistory(EngramHistory):
         return _last(states, self.reach)
 
     def commit(self) -> None:
-        """Take over what was staged, in place."""
+        """Commit staged additions in place."""
         ids, documents, compaction, self.is_numbered = self._staged
         if self.ids is None:
             self.ids, self.documents = map(_fixed, nothing_before(ids, self.reach))
@@ -236,7 +237,7 @@ class StaticEngramHistory(EngramHistory):
         self.discard()
 
     def require_croppable(self, tokens_to_remove: int) -> None:
-        """Not possible.
+        """Refuse every crop.
 
         Raises:
             ValueError: always, unless there is nothing to remove.
@@ -245,36 +246,36 @@ class StaticEngramHistory(EngramHistory):
             raise EngramError("A static cache cannot forget positions; use a DynamicCache for that.")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Nothing to do; see `require_croppable`."""
+        """Do nothing; see `require_croppable`."""
 
 
 def nothing_before(current: torch.Tensor, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (`NO_ID`) and documents (0), int64 `[B, reach]` each, of what stands before the beginning of `current` `[B, S]`."""
+    """Return ids (`NO_ID`) and documents (0), int64 `[B, reach]` each, before the beginning of `current` `[B, S]`."""
     start = current.new_full((current.shape[0], reach), NO_ID, dtype=torch.int64)
     return start, torch.zeros_like(start)
 
 
 def _count(ids: torch.Tensor, compaction: Compaction) -> torch.Tensor:
-    """Tokens of text in `ids` `[B, S]`, int64 `[B, 1]`."""
+    """Return the number of text tokens in `ids` `[B, S]`, int64 `[B, 1]`."""
     if compaction.is_text is None:
         return torch.full_like(ids[:, :1], ids.shape[1])
     return compaction.is_text.sum(1, keepdim=True)
 
 
 def _fixed(state: torch.Tensor) -> torch.Tensor:
-    """`state`, marked as staying where it is: CUDA graphs only write to tensors that do."""
+    """Return `state`, marked as static: CUDA graphs only write to tensors with a constant address."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(state)
     return state
 
 
 def _last(states: torch.Tensor, count: int) -> torch.Tensor:
-    """The last `count` positions of `[B, S, ...]` (all, if there are fewer)."""
+    """Return the last `count` positions of `[B, S, ...]` (all, if there are fewer)."""
     return states[:, max(states.shape[1] - count, 0) :]
 
 
 def _without_last(states: torch.Tensor, removed: torch.Tensor, least: int) -> torch.Tensor:
-    """`states` `[B, S, ...]` without the last `removed` `[B, 1]` of each row, and all rows equally long."""
+    """Return `states` `[B, S, ...]` without the last `removed` `[B, 1]` of each row, with all rows of equal length."""
     removed = removed.to(states.device)
     length = max(states.shape[1] - int(removed.max()), least)
     places = torch.arange(states.shape[1] - length, states.shape[1], device=states.device) - removed
@@ -283,22 +284,22 @@ def _without_last(states: torch.Tensor, removed: torch.Tensor, least: int) -> to
 
 
 class RuntimeSubclass:
-    """Goes in front of a class that is known at run time only, such as the decoder layer of any backbone.
+    """A mix-in before a class that is known at run time only, such as the decoder layer of any backbone.
 
-    An object that a backbone made becomes an instance of the extended class, and stays one of its own: `isinstance`,
-    output recording, plans and settings of its class keep working. Pickle rebuilds the class from the two it is made of.
+    An object that a backbone made becomes an instance of the extended class and remains one of its own: `isinstance`,
+    output recording, plans and settings of its class keep working. Pickle rebuilds the class from its two bases.
     """
 
     _extends: tuple[type, type] | None = None
 
     @classmethod
     def extending(cls, base: type) -> type:
-        """The subclass of `cls` and `base`, in this order; always the same one."""
+        """Return the subclass of `cls` and `base`, in this order; it is created once."""
         return _extended(cls, base)
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
-        """What the extended class defines itself."""
+        """Return the attributes that the extended class defines itself."""
         return {"__module__": base.__module__, "__name__": f"Engram{base.__name__}"}
 
     def __reduce_ex__(self, protocol):
@@ -318,46 +319,46 @@ def _rebuild(front: type[RuntimeSubclass], base: type) -> object:
 
 
 class CacheWithHistory(RuntimeSubclass):
-    """A transformers cache that takes the memory's history along when it is cropped, reordered or reset.
+    """A transformers cache that also crops, reorders and resets the memory's history.
 
-    The history is no layer of the cache: whoever walks over its layers finds those of the backbone.
+    The history is not a layer of the cache: iterating over its layers gives those of the backbone.
     """
 
     engram_history: EngramHistory
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can put the whole cache back as it was."""
+        """Whether `crop` can restore the whole cache."""
         return super().is_croppable and self.engram_history.is_croppable
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As in transformers; refused before anything is changed if the memory's history cannot follow."""
+        """Crop as in transformers; raise before anything is changed if the memory's history cannot follow."""
         self.engram_history.require_croppable(tokens_to_remove)
         super().crop(tokens_to_remove)
         self.engram_history.crop(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
-        """As in transformers."""
+        """Do as in transformers, for the history, too."""
         super().activate_past_recording()
         self.engram_history.activate_past_recording()
 
     def reset(self) -> None:
-        """As in transformers."""
+        """Do as in transformers, for the history, too."""
         super().reset()
         self.engram_history.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """As in transformers."""
+        """Do as in transformers, for the history, too."""
         super().reorder_cache(beam_idx)
         self.engram_history.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """As in transformers."""
+        """Do as in transformers, for the history, too."""
         super().batch_repeat_interleave(repeats)
         self.engram_history.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """As in transformers."""
+        """Do as in transformers, for the history, too."""
         super().batch_select_indices(indices)
         self.engram_history.batch_select_indices(indices)
 
@@ -366,14 +367,14 @@ _DynamicCacheWithHistory = CacheWithHistory.extending(DynamicCache)
 
 
 def begin_cache(config: EngramConfig) -> Cache:
-    """An empty `DynamicCache` with a history; unlike `attach_history`, a compiler can trace this."""
+    """Return an empty `DynamicCache` with a history; unlike `attach_history`, a compiler can trace this."""
     cache = _DynamicCacheWithHistory(config=config.text_config)
     cache.engram_history = EngramHistory(_owner(config), lookback_reach(config))
     return cache
 
 
 def attach_history(cache: Cache, config: EngramConfig) -> EngramHistory:
-    """The memory's history in `cache`, which is begun if there is none; `cache` becomes a [`CacheWithHistory`].
+    """Return the memory's history in `cache`, creating it if there is none; `cache` becomes a [`CacheWithHistory`].
 
     Raises:
         ValueError: the cache was filled without this memory, or by another model.
@@ -402,13 +403,13 @@ def _is_static(cache: Cache) -> bool:
 
 
 def lookback_reach(config: EngramConfig) -> int:
-    """R: how many earlier tokens hash and convolution look back to."""
+    """Return R: the number of earlier tokens that hash and convolution need."""
     conv_reach = max(config.engram_conv_kernel_size - 1, 0) * config.engram_max_ngram_size
     return max(config.engram_max_ngram_size - 1, conv_reach)
 
 
 def _owner(config: EngramConfig) -> tuple:
-    """What two models must share for one to go on from the other's state."""
+    """Return what two models must share for one to continue from the other's state."""
     return (
         tuple(config.engram_layer_ids),
         config.engram_max_ngram_size,

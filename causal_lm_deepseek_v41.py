@@ -1,4 +1,4 @@
-"""The DeepSeek-V4.1 text backbone with its language-model head, and with its draft layers when they are asked for."""
+"""The DeepSeek-V4.1 text backbone with its language-model head, and with its draft layers on request."""
 
 import copy
 from collections.abc import Mapping
@@ -27,10 +27,10 @@ logger = logging.get_logger(f"transformers.{__name__}")
 class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausalLM):
     """The backbone with a language-model head; DeepSeek-V4's forward, loss and auxiliary loss around our decoder."""
 
-    # Draft layers are part of a checkpoint, and of the model when `config.draft` asks for them.
+    # Draft layers are part of a checkpoint, and of the model when `config.draft` is set.
     _keys_to_ignore_on_load_unexpected = [r"^draft\."]  # noqa: RUF012
     _model_class = DeepseekV41TextModel
-    # What `from_pretrained` was told about where its files are, for the draft layers that are loaded later.
+    # These arguments of `from_pretrained` say where its files are, for the draft layers that are loaded later.
     location: Mapping[str, Any] = MappingProxyType({})
 
     @staticmethod
@@ -43,7 +43,7 @@ class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausal
         )
 
     def __init__(self, config: DeepseekV41TextConfig):
-        # Past DeepSeek-V4's constructor, which would build DeepSeek-V4's decoder.
+        # This skips DeepSeek-V4's constructor, which would build DeepSeek-V4's decoder.
         super(DeepseekV4ForCausalLM, self).__init__(config)
         self.model = self._model_class(config)
         self.vocab_size = config.vocab_size
@@ -56,7 +56,9 @@ class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausal
         self.post_init()
 
     def prepare_inputs_for_generation(self, input_ids, *args, image_mask=None, **kwargs):
-        """As usual; an `image_mask` of the prompt is cut to the tokens of this step, and generated tokens are text."""
+        """Do as in transformers; an `image_mask` of the prompt is cut to the tokens of this step, and generated tokens
+        are text.
+        """
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if image_mask is not None:
             ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -68,11 +70,11 @@ class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausal
         """Load the draft layers, which `from_pretrained` leaves out unless it is called with `draft=True`.
 
         Args:
-            folder: a folder or Hub id; where this model came from, if not given.
-            **kwargs: of `from_pretrained`.
+            folder: a folder or Hub id; by default, where this model came from.
+            **kwargs: arguments of `from_pretrained`.
 
         Raises:
-            ValueError: the model was trained without draft layers, or their weights are not all there.
+            ValueError: the model was trained without draft layers, or some of their weights are missing.
         """
         folder, config = folder or self.name_or_path, copy.copy(getattr(self.config, "text_config", self.config))
         require_readable_features(self.config)
@@ -84,7 +86,8 @@ class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausal
         if folder == self.name_or_path:
             # The draft layers come from the revision of this model, with its code if that was trusted.
             kwargs = {**self.location, "trust_remote_code": __name__.startswith("transformers_modules."), **kwargs}
-        # As it is stored; this model's own config no longer says so where its weights were dequantized.
+        # The config is read as stored; this model's own config no longer has the quantization if its weights were
+        # dequantized.
         names = ("token", "trust_remote_code", *_LOCATION)
         stored = AutoConfig.from_pretrained(folder, **{name: kwargs[name] for name in names if name in kwargs})
         if getattr(stored, "quantization_config", None) is not None:
@@ -102,11 +105,12 @@ class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausal
         self.draft, self.config.draft = draft.eval(), True
 
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
-        """As in transformers. With `use_mtp=True` the draft layers draft, and this model verifies: the output is the same,
-        or distributed the same, in fewer passes. `draft_report` tells afterwards how much was accepted.
+        """Generate as in transformers. With `use_mtp=True` the draft layers draft, and this model verifies: the output
+        is the same, or has the same distribution, in fewer passes. `draft_report` then has the number of accepted
+        drafts.
 
-        `num_assistant_tokens` cuts the drafted blocks short; `config.dspark_confidence_threshold` does where the draft
-        layers doubt.
+        `num_assistant_tokens` shortens the drafted blocks; `config.dspark_confidence_threshold` ends them where the
+        confidence of the draft layers is low.
 
         Raises:
             ValueError: `use_mtp` with beams, or for a model without draft layers.
@@ -124,7 +128,7 @@ class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausal
         return output
 
     def _get_candidate_generator(self, generation_config, *args, logits_processor=None, **kwargs):
-        """transformers' own `use_mtp` builds other draft layers than this model has."""
+        """Replace transformers' own `use_mtp`, which builds other draft layers than this model has."""
         if not generation_config.use_mtp:
             return super()._get_candidate_generator(
                 generation_config, *args, logits_processor=logits_processor, **kwargs
@@ -142,7 +146,7 @@ class DeepseekV41TextForCausalLM(DeepseekV41PreTrainedModel, DeepseekV4ForCausal
 # The key is our own config class, so nothing of a later transformers release is replaced.
 for _config in known_copies(DeepseekV41TextConfig):
     AutoModelForCausalLM.register(_config, DeepseekV41TextForCausalLM, exist_ok=True)
-# Trainer looks here for whether labels are to be shifted when it smooths them.
+# Trainer looks here whether labels must be shifted when it smooths them.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(DeepseekV41TextConfig.model_type, DeepseekV41TextForCausalLM.__name__)
 
 __all__ = ["DeepseekV41TextForCausalLM"]

@@ -1,9 +1,11 @@
-"""DeepSeek-V4.1's draft layers (DSpark): a small model that drafts a block of tokens in one pass, for the text model to verify.
+"""DeepSeek-V4.1's draft layers (DSpark): a small model that drafts a block of tokens in one pass, for verification by
+the text model.
 
-It reads the text model's residual streams at a few layers (the *features* of a position), and shares its embedding and head.
+It reads the text model's residual streams at a few layers (the *features* of a position), and shares its embedding and
+head.
 
-Letters used for shapes: B rows, K tokens of a block, P positions, C context positions within the window, N residual streams,
-L draft layers, D channels of a latent. `hidden` is the text model's width.
+Letters used for shapes: B rows, K tokens of a block, P positions, C context positions within the window, N residual
+streams, L draft layers, D channels of a latent. `hidden` is the text model's width.
 """
 
 import copy
@@ -26,7 +28,7 @@ from .modeling_deepseek_v41 import (
 )
 from .safetensors_engram import EngramError
 
-# The fields of the text model's config that describe the draft layers.
+# These fields of the text model's config describe the draft layers.
 DRAFT_FIELDS = (
     "num_nextn_predict_layers",
     "dspark_block_size",
@@ -39,7 +41,7 @@ DRAFT_FIELDS = (
 
 
 def has_drafts(config: DeepseekV41TextConfig) -> bool:
-    """Whether a text model with this config was trained with draft layers."""
+    """Return whether a text model with this config was trained with draft layers."""
     return bool(getattr(config, "num_nextn_predict_layers", 0))
 
 
@@ -47,7 +49,8 @@ def require_readable_features(config) -> None:
     """Refuse a model whose features cannot be read from the outside.
 
     Raises:
-        ValueError: memory is added to the streams of a layer that the draft layers read, behind where they can be read.
+        ValueError: memory is added to the streams of a layer that the draft layers read, after the point where they
+            can be read.
     """
     both = set(getattr(config, "dspark_target_layer_ids", None) or ()) & set(getattr(config, "engram_layer_ids", ()))
     if both:
@@ -57,7 +60,7 @@ def require_readable_features(config) -> None:
 
 
 def draft_layers_config(config: DeepseekV41TextConfig) -> DeepseekV41TextConfig:
-    """The config of the draft layers: the text model's, with the window alone, and with their own experts.
+    """Return the config of the draft layers: the text model's, with window attention only, and with their own experts.
 
     Raises:
         ValueError: the text model has no draft layers, or the fields that describe them are missing or wrong.
@@ -88,7 +91,7 @@ def draft_layers_config(config: DeepseekV41TextConfig) -> DeepseekV41TextConfig:
 
 
 class DraftContext:
-    """What the draft layers remember of a sequence: each layer's keys of the newest positions within the window."""
+    """The draft layers' cache of a sequence: each layer's keys of the newest positions within the window."""
 
     def __init__(self, layers: int, window: int):
         self.window = window
@@ -96,7 +99,7 @@ class DraftContext:
         self.keys: list[torch.Tensor | None] = [None] * layers  # [B, C, D], the newest last
 
     def append(self, layer: int, keys: torch.Tensor) -> None:
-        """Add the keys `[B, P, D]` of new positions to one layer's; `length` is to be counted up behind the last layer."""
+        """Add the keys `[B, P, D]` of new positions to one layer's; `length` must be increased after the last layer."""
         known = keys if self.keys[layer] is None else torch.cat([self.keys[layer], keys], dim=1)
         self.keys[layer] = known[:, -self.window :]
 
@@ -112,7 +115,7 @@ class DeepseekV41DraftAttention(DeepseekV41Attention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         cache: DraftContext,
     ) -> tuple[torch.Tensor, SharedAttention]:
-        """`[B, K, hidden]` to `[B, K, hidden]`; the block's own keys are not remembered."""
+        """Map `[B, K, hidden]` to `[B, K, hidden]`; the block's own keys are not stored."""
         cos, sin = position_embeddings
         _, query = self._query(hidden_states, cos, sin)
         keys, context = self.latents(hidden_states, cos, sin), cache.keys[self.layer_idx]
@@ -139,16 +142,17 @@ class Drafts(NamedTuple):
 
 
 def likeliest(tokens: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the likeliest token `[B]` of `logits` `[B, vocab]`; `tokens` `[B, k]`, drafted before, do not matter."""
+    """Choose the likeliest token `[B]` of `logits` `[B, vocab]`; `tokens` `[B, k]`, drafted before, are ignored."""
     return logits.argmax(-1), logits
 
 
 class DeepseekV41DraftModel(DeepseekV41PreTrainedModel):
-    """The draft layers with their heads. Embedding and language-model head are the text model's, and handed over at a call.
+    """The draft layers with their heads. Embedding and language-model head are the text model's, and passed to each
+    call.
 
     Args:
         config: the text model's.
-        among_others: whether it is to be loaded from the folder of a whole model, whose other tensors are not its own.
+        among_others: whether it is loaded from the folder of a whole model, which has other tensors, too.
     """
 
     base_model_prefix = "draft"
@@ -161,7 +165,8 @@ class DeepseekV41DraftModel(DeepseekV41PreTrainedModel):
         self.main_proj = nn.Linear(len(config.dspark_target_layer_ids) * hidden, hidden, bias=False)
         self.main_norm = DeepseekV4RMSNorm(hidden, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(DeepseekV41DraftLayer(layers, index) for index in range(layers.num_hidden_layers))
-        # Not `norm`: the release has a tensor `norm.weight`, the text model's, beside which this model is loaded.
+        # The name differs from `norm`: the release has a tensor `norm.weight`, the text model's, beside which this
+        # model is loaded.
         self.final_norm = DeepseekV4RMSNorm(hidden, eps=config.rms_norm_eps)
         self.markov_embed = nn.Embedding(config.vocab_size, rank)
         self.markov_head = nn.Linear(rank, config.vocab_size, bias=False)
@@ -172,15 +177,15 @@ class DeepseekV41DraftModel(DeepseekV41PreTrainedModel):
             self._keys_to_ignore_on_load_unexpected.add(r"^(?!draft\.)")
 
     def new_context(self) -> DraftContext:
-        """An empty context."""
+        """Return an empty context."""
         return DraftContext(len(self.layers), self.config.sliding_window)
 
     def extend(self, context: DraftContext, features: torch.Tensor) -> None:
-        """Let the context know the next positions of its sequence.
+        """Extend the context by the next positions of its sequence.
 
         Args:
             features: `[B, P, targets * hidden]`, the mean over the residual streams that enter each of the layers
-                `config.dspark_target_layer_ids`, one beside the other.
+                `config.dspark_target_layer_ids`, concatenated.
         """
         skipped = max(0, features.shape[1] - context.window)
         features = features[:, skipped:]
@@ -192,7 +197,7 @@ class DeepseekV41DraftModel(DeepseekV41PreTrainedModel):
         context.length = start + features.shape[1]
 
     def forward(self, inputs_embeds: torch.Tensor, context: DraftContext) -> torch.Tensor:
-        """States `[B, K, hidden]`, before the last norm, of a block that stands behind `context`.
+        """Return states `[B, K, hidden]`, before the last norm, of a block that follows `context`.
 
         Args:
             inputs_embeds: `[B, K, hidden]`, the text model's embeddings of the newest token and of noise.
@@ -212,15 +217,15 @@ class DeepseekV41DraftModel(DeepseekV41PreTrainedModel):
         count: int | None = None,
         choose: Callable = likeliest,
     ) -> Drafts:
-        """Draft what follows `token`, the newest of the sequence, which is not in `context` yet.
+        """Draft the continuation of `token`, the newest of the sequence, which is not in `context` yet.
 
         Args:
             token: `[B]`.
             embedding, head: the text model's.
-            count: how many drafts are wanted, at most `config.dspark_block_size`; the block is run whole in any case,
-                because it was trained whole.
-            choose: takes the tokens drafted before `[B, k]` and logits `[B, vocab]`, returns the next token `[B]` and the
-                logits it was chosen from.
+            count: the number of drafts, at most `config.dspark_block_size`; the whole block runs in any case, because
+                it was trained as a whole.
+            choose: takes the tokens drafted before `[B, k]` and logits `[B, vocab]`, returns the next token `[B]` and
+                the logits it was chosen from.
         """
         noise = token.new_full((len(token), self.config.dspark_block_size - 1), self.config.dspark_noise_token_id)
         block = torch.cat([token[:, None], noise], dim=1)
@@ -241,7 +246,7 @@ class DeepseekV41DraftModel(DeepseekV41PreTrainedModel):
         return F.linear(torch.cat([state, markov], dim=-1).float(), weight).squeeze(-1)
 
     def _angles(self, start: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the positions from `start` on, one for each of `states` `[B, P, hidden]`."""
+        """Return cosines and sines of the positions from `start` on, one for each of `states` `[B, P, hidden]`."""
         positions = torch.arange(start, start + states.shape[1], device=states.device)[None]
         return self.rotary_emb(states.new_empty(0, dtype=torch.float32), positions, layer_type="main")
 

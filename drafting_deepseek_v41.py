@@ -1,6 +1,7 @@
-"""Drafts in `generate`: what transformers' assisted decoding asks DeepSeek-V4.1's draft layers for, and what it is told.
+"""Drafts in `generate`: the candidates of DeepSeek-V4.1's draft layers for transformers' assisted decoding.
 
-transformers' own `use_mtp` builds another kind of draft layer out of the text model's; the loop around it is used as it is.
+transformers' own `use_mtp` builds another kind of draft layer out of the text model's; its decoding loop is used
+unchanged.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,9 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class DraftReport:
-    """How many drafts of a generation were accepted.
+    """The number of accepted drafts of a generation.
 
-    `rounds` holds for each pass of the text model how many tokens were drafted, and how many of them were accepted.
+    `rounds` has, for each pass of the text model, how many tokens were drafted, and how many of them were accepted.
     """
 
     def __init__(self):
@@ -26,7 +27,7 @@ class DraftReport:
 
     @property
     def tokens_per_round(self) -> float:
-        """New tokens for one pass of the text model: the accepted drafts, and the one the text model chose itself."""
+        """New tokens per pass of the text model: the accepted drafts, and the one that the text model chose itself."""
         return sum(accepted + 1 for _, accepted in self.rounds) / len(self.rounds) if self.rounds else 0.0
 
     @property
@@ -51,8 +52,8 @@ class DeepseekV41CandidateGenerator(CandidateGenerator):
     Args:
         draft: the draft layers.
         embedding, head: the text model's.
-        generation_config: of this generation; `num_assistant_tokens` cuts blocks short.
-        logits_processor: of this generation.
+        generation_config: the config of this generation; `num_assistant_tokens` shortens blocks.
+        logits_processor: the processors of this generation.
     """
 
     requires_model_outputs = True
@@ -88,9 +89,10 @@ class DeepseekV41CandidateGenerator(CandidateGenerator):
         n_last_matches: int,
         **kwargs,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        """The sequence `[1, S]` with drafts behind it, and the logits `[1, drafts, vocab]` they were chosen from.
+        """Return the sequence `[1, S]` with drafts appended, and the logits `[1, drafts, vocab]` they were chosen
+        from.
 
-        The first pass of the text model is over the prompt alone: before it there is nothing to draft from.
+        The first pass of the text model is over the prompt alone: before it there are no features to draft from.
         """
         self.drafted = None
         if is_first_iteration:
@@ -110,28 +112,30 @@ class DeepseekV41CandidateGenerator(CandidateGenerator):
         return torch.cat([input_ids, tokens], dim=1), drafts.logits[:, :count].to(input_ids.device)
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Note how many drafts of this round were accepted."""
+        """Record how many drafts of this round were accepted."""
         if self.drafted is not None:
             self.report.rounds.append((self.drafted, int(num_matches)))
 
     def _read(self, outputs, attention_mask: torch.Tensor | None, matches: int) -> None:
-        """Extend the context by the positions that the text model has passed since, as far as their tokens turned out right."""
+        """Extend the context by the positions that the text model has passed since, as far as their tokens were
+        accepted.
+        """
         streams = [outputs.hidden_states[layer] for layer in self.targets]
         passed = streams[0].shape[1]
         if self.context.length:
             streams = [part[:, : matches + 1] for part in streams]
         elif attention_mask is not None:
-            # Padding in front of the prompt is no position. (The mask covers the token that was chosen since, too.)
+            # Left padding is not a position. (The mask covers the token that was chosen since, too.)
             real = attention_mask[0, -passed - 1 : -1].bool()
             streams = [part[:, real.to(part.device)] for part in streams]
-        # Positions out of the window's reach count, and are not looked at.
+        # Positions out of the window's reach count, but are not read.
         skipped = max(0, streams[0].shape[1] - self.context.window)
         self.context.length += skipped
         features = [part[:, skipped:].float().mean(2).to(self.draft.device, part.dtype) for part in streams]
         self.draft.extend(self.context, torch.cat(features, dim=-1))
 
     def _confident(self, drafts: Drafts) -> int:
-        """How many drafts come before the first that is likely to be refused."""
+        """Return how many drafts come before the first one that is likely to be rejected."""
         threshold = self.draft.config.dspark_confidence_threshold
         count = drafts.tokens.shape[1]
         if threshold is None:
@@ -140,12 +144,14 @@ class DeepseekV41CandidateGenerator(CandidateGenerator):
         return int(doubtful[0]) if len(doubtful) else count
 
     def _before_the_end(self, tokens: torch.Tensor) -> int:
-        """How many of the drafts `[1, K]` there are up to the first stop token, which transformers looks for at the end."""
+        """Return how many of the drafts `[1, K]` there are up to the first stop token, which transformers looks for at
+        the end.
+        """
         stops = torch.isin(tokens[0], self.stop_ids.to(tokens.device)).nonzero()
         return int(stops[0]) + 1 if len(stops) else tokens.shape[1]
 
     def _chooser(self, input_ids: torch.LongTensor) -> Callable:
-        """How a draft is chosen: as the text model's own tokens are, so that most are accepted."""
+        """Return how to choose a draft: like the text model's own tokens, so that most are accepted."""
 
         def choose(tokens: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             logits = logits.to(input_ids.device)

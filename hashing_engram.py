@@ -23,7 +23,7 @@ from .table_format_engram import draw_multipliers, draw_primes
 # The logger is a child of transformers', so that the verbosity that is set for transformers applies here, too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
-# A position without a compressed id: padding, an image span, an unknown token, or before the start of the sequence.
+# This is a position without a compressed id: padding, an image, an unknown token, or before the start of the sequence.
 NO_ID = -1
 
 
@@ -36,18 +36,19 @@ def hash_ngrams(
     past_ids: torch.Tensor | None = None,
     past_sequence_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Row ids of every position, for all layers at once.
+    """Return the row ids of every position, for all layers together.
 
     `mix_k = c[p] * m_0 ^ c[p-1] * m_1 ^ ... ^ c[p-k] * m_k` in wrapping int64; the heads of order k + 1 read row
-    `mix_k mod prime + offset`. From the first look-back that leaves the sequence, meets a position without an id or leaves the
-    packed document, this and every longer look-back counts as `pad_id`; at a position without an id all of them do.
+    `mix_k mod prime + offset`. The first look-back that leaves the sequence, reaches a position without an id or
+    leaves the packed document counts as `pad_id`, and so do all longer ones; at a position without an id all of them
+    do.
 
     Args:
         compressed_ids: int64 `[B, S]`, `NO_ID` where there is none.
         multipliers: int64 `[L, N]`.
         primes: int64 `[L, N - 1, H]`.
-        pad_id: compressed id that stands for a look-back that is cut off.
-        sequence_ids: `[B, S]`, equal within a packed document; None for one document a row.
+        pad_id: compressed id that replaces a truncated look-back.
+        sequence_ids: `[B, S]`, equal within a packed document; None for one document per row.
         past_ids: int64 `[B, P]`, the compressed ids right before these (P may be anything); None at a start.
         past_sequence_ids: `[B, P]`, needed if both `sequence_ids` and `past_ids` are given.
 
@@ -84,13 +85,17 @@ def hash_ngrams(
 
 
 def row_offsets(primes: torch.Tensor) -> torch.Tensor:
-    """First row of every head, int64 `[L, N - 1, H]`: the running sum of the bucket sizes before it in its layer."""
+    """Return the first row of every head, int64 `[L, N - 1, H]`: the running sum of the bucket sizes before it in its
+    layer.
+    """
     flat = primes.flatten(1)
     return (flat.cumsum(1) - flat).view_as(primes)
 
 
 def _with_past(current: torch.Tensor, past: torch.Tensor | None, reach: int, fill: int) -> torch.Tensor:
-    """`current` `[B, S]` behind exactly `reach` earlier positions, `fill` where the sequence had not begun."""
+    """Return `current` `[B, S]` after exactly `reach` earlier positions, with `fill` before the beginning of the
+    sequence.
+    """
     if past is None:
         past = current.new_empty((*current.shape[:-1], 0))
     past = past[..., max(past.shape[-1] - reach, 0) :]
@@ -99,10 +104,10 @@ def _with_past(current: torch.Tensor, past: torch.Tensor | None, reach: int, fil
 
 
 class Compaction:
-    """Moves the padding of each row in front of its text, so that a look-back finds the text before it.
+    """Moves the padding of each row before its text, so that a look-back finds the preceding text.
 
-    Padding that stands between two parts of a row (a right-padded first turn before a second one) is looked through;
-    padding at either end of a row changes nothing. Without padding everything stays where it is.
+    Padding between two parts of a row (a right-padded first turn before a second one) is skipped; padding at either
+    end of a row changes nothing. Without padding, all positions keep their places.
 
     Args:
         is_text: bool `[B, S]`, False at padding; None if there is none.
@@ -117,7 +122,7 @@ class Compaction:
             self._places = (first + number - 1).clamp_min(0)  # [B, S], where each position goes
 
     def join(self, past: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-        """`past` `[B, P, ...]`, which has no padding, before `current` `[B, S, ...]`: `[B, P + S, ...]`."""
+        """Return `past` `[B, P, ...]`, which has no padding, before `current` `[B, S, ...]`: `[B, P + S, ...]`."""
         joined = torch.cat([past, current], dim=1)
         if self.is_text is None:
             return joined
@@ -128,11 +133,11 @@ class Compaction:
         return joined[self._rows, is_text.byte().argsort(dim=1, stable=True)]
 
     def restore(self, moved: torch.Tensor) -> torch.Tensor:
-        """The last S positions of a joined `[B, S, ...]`, back in their places; what is at padding means nothing."""
+        """Return the last S positions of a joined `[B, S, ...]` in their places; values at padding have no meaning."""
         return moved if self.is_text is None or self.is_text.shape[1] == 1 else moved[self._rows, self._places]
 
 
-# Makes an `EngramTokenizer` from another fast tokenizer; None in a model folder, which works without vocabulary compression.
+# It makes an `EngramTokenizer` from another fast tokenizer; None in a model folder, which works without compression.
 _compress_tokenizer: Callable[[Any], Any] | None = None
 
 
@@ -143,7 +148,7 @@ def register_compression(compress: Callable[[Any], Any]) -> None:
 
 
 def as_token_map(source) -> torch.Tensor:
-    """The token map of `source` as an int64 tensor `[V]`: entry `i` is the compressed id of token `i`.
+    """Return the token map of `source` as an int64 tensor `[V]`: entry `i` is the compressed id of token `i`.
 
     Args:
         source: an `EngramTokenizer`, another fast tokenizer (its vocabulary is compressed here, which needs
@@ -195,7 +200,7 @@ def _token_map_of_tokenizer(tokenizer) -> torch.Tensor:
 
 
 class NgramHasher(nn.Module):
-    """Token ids to row ids. Its buffers are the part of the hash that is saved with the weights.
+    """Maps token ids to row ids. Its buffers are the part of the hash that is saved with the weights.
 
     Buffers:
         token_map: int64 `[V]`, compressed id of every token id, `NO_ID` where a token has none; None without
@@ -210,8 +215,8 @@ class NgramHasher(nn.Module):
         heads: H.
         vocab_size: V, the model's vocabulary.
         compressed_vocab_size: size the multipliers are drawn for; None for no compression (then V).
-        pad_token_id: token that stands for a look-back that is cut off.
-        seed: of the multipliers.
+        pad_token_id: token that replaces a truncated look-back.
+        seed: seed of the multipliers.
     """
 
     def __init__(
@@ -236,7 +241,7 @@ class NgramHasher(nn.Module):
         self.seed = seed
         has_map = compressed_vocab_size is not None
         self.register_buffer("token_map", torch.full((vocab_size,), NO_ID) if has_map else None)
-        # Zeros until `derive_constants` or a checkpoint fills them: on the meta device there is nothing to derive into.
+        # They are zeros until `derive_constants` or a checkpoint fills them: the meta device has no values.
         self.register_buffer("multipliers", torch.zeros((len(layer_ids), max_ngram), dtype=torch.int64))
         self.register_buffer("primes", torch.zeros((len(layer_ids), max_ngram - 1, heads), dtype=torch.int64))
         self.stored_dtype: torch.dtype | None = None  # of buffers that a checkpoint has cast; see `settle`
@@ -248,7 +253,7 @@ class NgramHasher(nn.Module):
 
     @classmethod
     def from_config(cls, config) -> "NgramHasher":
-        """The hash that an `EngramConfig` describes, its buffers not filled yet."""
+        """Return the hash of an `EngramConfig`, with buffers that are not filled yet."""
         return cls(
             layer_ids=config.engram_layer_ids,
             max_ngram=config.engram_max_ngram_size,
@@ -271,11 +276,11 @@ class NgramHasher(nn.Module):
             }
 
     def derive_constants(self) -> dict[str, torch.Tensor]:
-        """The multipliers and primes that the configuration implies, on the CPU."""
+        """Return the multipliers and primes that the configuration implies, on the CPU."""
         return {name: constant.clone() for name, constant in self._derived.items()}
 
     def verify_constants(self) -> None:
-        """Compare the stored multipliers and primes with what the configuration implies.
+        """Compare the stored multipliers and primes with those that the configuration implies.
 
         Raises:
             ValueError: they differ, so that the tables would be read as noise.
@@ -290,10 +295,10 @@ class NgramHasher(nn.Module):
                 )
 
     def settle(self) -> None:
-        """Make the buffers exact integers again, check them, and remember them as they are.
+        """Restore the buffers as exact integers, check them, and store copies of them.
 
-        To be called whenever they were meant to change. A tool that casts or averages all tensors of a model changes them
-        without meaning to; that is noticed at the next forward, and undone.
+        This must be called after every intended change. A tool that casts or averages all tensors of a model changes
+        them unintentionally; the next forward notices that, and undoes it.
 
         Raises:
             ValueError: they are not those that the configuration implies, or a cast has lost the token map.
@@ -310,7 +315,7 @@ class NgramHasher(nn.Module):
         self._settled = self._stamps()
 
     def _as_integers(self, name: str, cast: torch.Tensor) -> torch.Tensor:
-        """The integers that were cast to floating point somewhere on the way into this model."""
+        """Return the integers that were cast to floating point on the way into this model."""
         if name in self._derived:
             exact = self._derived[name]
             if torch.equal(exact.to(cast.dtype), cast.cpu()):
@@ -323,11 +328,11 @@ class NgramHasher(nn.Module):
         )
 
     def _stamps(self) -> list[tuple[torch.Tensor, int]]:
-        """What tells whether a buffer was replaced or written to; a tensor of inference mode counts no writes."""
+        """Return what shows whether a buffer was replaced or written to; a tensor of inference mode counts no writes."""
         return [(buffer, 0 if buffer.is_inference() else buffer._version) for buffer in self.buffers()]
 
     def _require_settled(self) -> None:
-        """Undo what a tool did to the buffers that it took for weights."""
+        """Undo the changes of a tool that treated the buffers as weights."""
         before, now = self._settled, self._stamps()
         if before is not None and all(a is b and m == n for (a, m), (b, n) in zip(before, now, strict=True)):
             return
@@ -350,7 +355,8 @@ class NgramHasher(nn.Module):
         return self._has_token_map
 
     def compress(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Compressed ids, int64, of `input_ids` (any integer dtype and shape); `NO_ID` for an id that the hash does not know.
+        """Return compressed ids, int64, of `input_ids` (any integer dtype and shape); `NO_ID` for an id unknown to the
+        hash.
 
         Raises:
             ValueError: the model has no token map yet.
@@ -374,7 +380,7 @@ class NgramHasher(nn.Module):
         past_ids: torch.Tensor | None = None,
         past_sequence_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Row ids `[L, B, S, T]` of compressed ids `[B, S]` (`NO_ID` where there is none); see [`hash_ngrams`]."""
+        """Return row ids `[L, B, S, T]` of compressed ids `[B, S]` (`NO_ID` where there is none); see [`hash_ngrams`]."""
         device = compressed_ids.device
         pad = self.pad_token_id if self.token_map is None else self.token_map[self.pad_token_id].to(device)
         return hash_ngrams(
@@ -389,7 +395,7 @@ class NgramHasher(nn.Module):
 
 
 def _undo_casts(hasher: NgramHasher, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
-    """Before `load_state_dict`, which would truncate floats to integers without a word."""
+    """Restore integers before `load_state_dict`, which would silently truncate floats to integers."""
     for name, _ in hasher.named_buffers():
         loaded = state_dict.get(prefix + name)
         if loaded is not None and loaded.is_floating_point():

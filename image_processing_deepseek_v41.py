@@ -1,8 +1,9 @@
 """DeepSeek-V4.1's image processing: one grid of patches for an image of any shape, resized by Pillow.
 
-The release resizes with Pillow's bicubic filter on bytes, and other resamplers give other bytes, so there is this one back
-end. Pillow 13 resizes some images with rows and columns in another order than its predecessors, which changes single bytes by a few units.
-An alpha channel is dropped and gray repeated, as Pillow converts to RGB. A photograph is not turned as its EXIF tag says.
+The release resizes with Pillow's bicubic filter on bytes, and other resamplers give other bytes, so this is the only
+back end. Pillow 13 resizes some images with rows and columns in another order than its predecessors, which changes
+single bytes by a few units. An alpha channel is dropped and gray repeated, as Pillow converts to RGB. The EXIF
+rotation of a photograph is ignored.
 
 Letters used for shapes: N patches of all images, I images, P pixels on a patch's side.
 """
@@ -36,7 +37,7 @@ _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
 class ImagePlan(NamedTuple):
-    """How an image is cut: the size it is brought to, its patches, and the text positions it takes."""
+    """The plan of an image: its target size, its patches, and its text positions."""
 
     width: int
     height: int
@@ -47,7 +48,7 @@ class ImagePlan(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Positions in the text, with the start, every row's end, and the end."""
+        """The number of positions in the text, with the start, every row's end, and the end."""
         return self.rows * (self.columns + 1) + 2
 
 
@@ -60,13 +61,13 @@ def plan_image(
     min_pixels: int,
     max_wh_ratio: float | None = None,
 ) -> ImagePlan:
-    """The plan of an image of `width` x `height` pixels; see [`DeepseekV41VisionConfig`] for the limits."""
+    """Return the plan of an image of `width` x `height` pixels; see [`DeepseekV41VisionConfig`] for the limits."""
     wide, high = float(width), float(height)
     if max_wh_ratio is not None:
         wide = min(wide, high * max_wh_ratio)
     if wide * high < min_pixels:
         factor = (min_pixels / (wide * high)) ** 0.5
-        # Cut, not rounded. A side below one pixel still fills one patch.
+        # The value is truncated, not rounded. A side below one pixel still fills one patch.
         wide, high = max(1, int(wide * factor)), max(1, int(high * factor))
     plan = _plan(math.ceil(wide / patch_size), math.ceil(high / patch_size), patch_size, downsample_ratio)
     if plan.tokens > max_image_tokens:
@@ -80,7 +81,7 @@ def _plan(columns: int, rows: int, patch: int, ratio: int) -> ImagePlan:
 
 
 def _shrink(wide: float, high: float, patch: int, ratio: int, limit: int) -> tuple[int, int]:
-    """Columns and rows of patches that keep the aspect as far as `limit` text positions allow."""
+    """Return columns and rows of patches that keep the aspect as far as `limit` text positions allow."""
     aspect, cell = high / wide, patch * ratio
     across = ((limit - 2) / aspect + 0.25) ** 0.5 - 0.5  # text positions in a row, if they could be fractions
     down = across * aspect
@@ -115,8 +116,8 @@ class DeepseekV41ImageProcessor(PilBackend):
     """Cuts images into the patches that [`DeepseekV41VisionModel`] reads.
 
     Args:
-        max_image_tokens, min_pixels, max_wh_ratio: limits; they can be given at a call too.
-        patch_size, downsample_ratio: of the vision tower.
+        max_image_tokens, min_pixels, max_wh_ratio: limits; they can be passed to a call too.
+        patch_size, downsample_ratio: sizes of the vision tower.
     """
 
     valid_kwargs = DeepseekV41ImageProcessorKwargs
@@ -127,7 +128,7 @@ class DeepseekV41ImageProcessor(PilBackend):
     max_image_tokens = DeepseekV41VisionConfig.max_image_tokens
     min_pixels = DeepseekV41VisionConfig.min_pixels
     max_wh_ratio = None
-    # What the processing is made of, said as transformers says it. None of it can be switched off or changed.
+    # These are the steps of the processing, in transformers' terms. None of them can be turned off or changed.
     do_convert_rgb = True
     do_resize = True
     do_rescale = True
@@ -146,36 +147,36 @@ class DeepseekV41ImageProcessor(PilBackend):
 
     @classmethod
     def from_vision_config(cls, config: DeepseekV41VisionConfig) -> "DeepseekV41ImageProcessor":
-        """The image processor of a tower; the release ships no file of its own for it."""
+        """Return the image processor of a tower; the release has no file for it."""
         names = ("patch_size", "downsample_ratio", "max_image_tokens", "min_pixels", "max_wh_ratio")
         return cls(**{name: getattr(config, name) for name in names})
 
     def plan(self, width: int, height: int, **limits) -> ImagePlan:
-        """How an image of `width` x `height` pixels is cut; `limits` replace this processor's."""
+        """Return the plan of an image of `width` x `height` pixels; `limits` replace this processor's."""
         names = ("patch_size", "downsample_ratio", "max_image_tokens", "min_pixels", "max_wh_ratio")
         return plan_image(width, height, **{name: limits.get(name, getattr(self, name)) for name in names})
 
     def get_number_of_image_tokens(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Text positions of an image of this size."""
+        """Return the number of text positions of an image of this size."""
         return self.plan(width, height, **(images_kwargs or {})).tokens
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Patches of an image of this size."""
+        """Return the number of patches of an image of this size."""
         plan = self.plan(width, height, **(images_kwargs or {}))
         return plan.patch_rows * plan.patch_columns
 
     def fetch_images(self, image_url_or_urls):
-        """Images, file names and data URLs, in lists nested as they are given, as Pillow images.
+        """Return images, file names and data URLs, in lists nested as they are given, as Pillow images.
 
         Raises:
-            ValueError: for a web address (nothing here reaches for the network), and for what is no readable image.
+            ValueError: for a web address (no network is used), and for values that are not readable images.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
         return load_image(image_url_or_urls)
 
     def process_image(self, image, **kwargs) -> "Image.Image":
-        """The image in RGB: itself, if it is so already."""
+        """Return the image in RGB, unchanged if it is so already."""
         try:
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
@@ -222,18 +223,20 @@ class DeepseekV41ImageProcessor(PilBackend):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _patches(self, image: "Image.Image", plan: ImagePlan) -> torch.Tensor:
-        """Bytes `[patches, 3, P, P]` of an image that has the plan's size, row by row."""
+        """Return the bytes `[patches, 3, P, P]` of an image that has the plan's size, row by row."""
         size = self.patch_size
         picture = torch.from_numpy(np.array(image)).view(plan.patch_rows, size, plan.patch_columns, size, 3)
         return picture.permute(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
 
 
 def fit(image: "Image.Image", plan: ImagePlan, max_wh_ratio: float | None) -> "Image.Image":
-    """The image in the plan's size: scaled with its aspect kept and gray bars added, or squeezed where it is too wide."""
+    """Return the image in the plan's size: scaled with its aspect kept and gray bars added, or squeezed where it is
+    too wide.
+    """
     size = (plan.width, plan.height)
     if max_wh_ratio is not None and image.width >= max_wh_ratio * image.height:
         return image.resize(size, _BICUBIC)
-    # As Pillow computes the short side.
+    # This is how Pillow computes the short side.
     if min(round(image.height / image.width * plan.width), round(image.width / image.height * plan.height)) < 1:
         raise EngramError(
             f"{_name_of(image)} is too thin: scaled to the {plan.width} x {plan.height} pixels that fit the "
@@ -243,12 +246,12 @@ def fit(image: "Image.Image", plan: ImagePlan, max_wh_ratio: float | None) -> "I
 
 
 def as_bfloat16(pixels: torch.Tensor) -> torch.Tensor:
-    """Bytes as numbers from -1 to 1, computed in float32 and rounded to bfloat16."""
+    """Return bytes as numbers from -1 to 1, computed in float32 and rounded to bfloat16."""
     return pixels.float().div_(255).sub_(0.5).div_(0.5).to(torch.bfloat16)
 
 
 def flatten_images(images) -> list:
-    """The images of lists in lists, in order."""
+    """Return the images of nested lists, in order."""
     if isinstance(images, (list, tuple)):
         return [image for part in images for image in flatten_images(part)]
     return [images]
@@ -295,7 +298,7 @@ def _open_image(place: str) -> "Image.Image":
 
 
 def _decode_data_url(url: str) -> bytes:
-    """The bytes of `data:image/png;base64,...`."""
+    """Return the bytes of `data:image/png;base64,...`."""
     header, comma, content = url.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise EngramError("a data URL must read data:image/...;base64,...")
@@ -333,7 +336,8 @@ def _shortened(place: str) -> str:
     return repr(place if len(place) <= 80 else f"{place[:60]}...")
 
 
-# Where Pillow (with some releases of transformers, torchvision) is missing, there is no AutoImageProcessor to register with.
+# If Pillow (with some releases of transformers, torchvision) is missing, there is no AutoImageProcessor to register
+# with.
 with contextlib.suppress(ImportError):
     AutoImageProcessor.register(
         DeepseekV41VisionConfig, image_processor_classes={"pil": DeepseekV41ImageProcessor}, exist_ok=True
