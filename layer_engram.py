@@ -24,20 +24,20 @@ from .hashing_engram import Compaction
 from .safetensors_engram import EngramError
 from .table_engram import EngramTable, RowReader
 
-# Tokens that are compared, or get their update, at once where no gradient is needed: a long prompt would take many times the
-# memory of its residual streams.
+# Without gradients, this many tokens are compared or updated at once: a long prompt would need many times the memory
+# of its residual streams.
 _BLOCK_TOKENS = 1024
 
 
 class EngramInputs(NamedTuple):
-    """What every layer's memory needs in one forward; derived from token ids alone."""
+    """The inputs of every layer's memory in one forward; they depend on token ids alone."""
 
     row_ids: torch.Tensor  # [L, B, S, T]
-    compaction: Compaction  # moves padding out of the way of look-backs
+    compaction: Compaction  # It moves padding out of the way of look-backs.
     valid: torch.Tensor | None = None  # bool [B, S], False where there is no memory; None if it is everywhere
     documents: torch.Tensor | None = None  # [B, R + S], padding moved in front; None if there is one document
     history: EngramHistory | None = None
-    cache: Cache | None = None  # it holds the history, and the backbone has to store its keys in it
+    cache: Cache | None = None  # It has the history, and the backbone must store its keys in it.
     readers: set[int] | None = None  # layers whose memory has read these inputs; None if they are not recorded
     fetched: tuple[RowReader, ...] | None = None  # rows of every layer that are being read already
     gates: dict[int, torch.Tensor] | None = None  # receives the gates [B, S, G] of each memory if it is given
@@ -45,13 +45,13 @@ class EngramInputs(NamedTuple):
 
 
 class Carrier:
-    """Brings the inputs of one forward to layers whose backbone hands no keyword on, and notes if any needed that."""
+    """Passes the inputs of one forward to layers whose backbone drops keywords, and records whether any needed it."""
 
     def __init__(self, inputs: EngramInputs):
         self.inputs, self.was_needed = inputs, False
 
 
-# The inputs of the innermost forward that runs in this thread.
+# These are the inputs of the innermost forward that runs in this thread.
 CARRIER: ContextVar[Carrier | None] = ContextVar("what layers with memory read", default=None)
 BESIDE: ContextVar[dict[str, Any] | None] = ContextVar(
     "arguments for the base model that its head does not know", default=None
@@ -60,7 +60,7 @@ BESIDE: ContextVar[dict[str, Any] | None] = ContextVar(
 
 @contextlib.contextmanager
 def within(variable: ContextVar, value: object) -> Iterator[None]:
-    """Have `variable` be `value` for the statements inside."""
+    """Set `variable` to `value` while the block runs."""
     token = variable.set(value)
     try:
         yield
@@ -69,13 +69,13 @@ def within(variable: ContextVar, value: object) -> Iterator[None]:
 
 
 class EngramRMSNorm(nn.Module):
-    """Root-mean-square norm over D with its own weight `[G, D]` for every stream.
+    """Root-mean-square norm over D with a separate weight `[G, D]` for every stream.
 
     Args:
         streams, hidden_size: G and D.
-        eps: added to the mean square; None for float32's, which `torch.nn.RMSNorm` takes by default (also for float64
-            states here, so that both precisions compute the same function).
-        device, dtype: of the weight.
+        eps: added to the mean square; None for float32's, the default of `torch.nn.RMSNorm` (here also for float64
+            states, so that both precisions compute the same function).
+        device, dtype: those of the weight.
     """
 
     def __init__(self, streams: int, hidden_size: int, eps: float | None, device=None, dtype=None):
@@ -84,16 +84,16 @@ class EngramRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty((streams, hidden_size), device=device, dtype=dtype))
 
     def inverse_rms(self, states: torch.Tensor) -> torch.Tensor:
-        """`1 / sqrt(mean(x^2) + eps)` of `[..., G, D]`, one number for each token and stream: `[..., G]`."""
+        """Return `1 / sqrt(mean(x^2) + eps)` of `[..., G, D]`, one number for each token and stream: `[..., G]`."""
         return torch.rsqrt(states.square().mean(-1) + self.eps)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Normalized `states` `[..., G, D]`, in their dtype."""
+        """Return normalized `states` `[..., G, D]`, in their dtype."""
         return states * self.inverse_rms(states).unsqueeze(-1) * self.weight.to(states.dtype)
 
 
 class EngramGate(nn.Module):
-    """`sigmoid(sign(x) * sqrt(max(|x|, 1e-6)))` of the scaled dot products `[B, S, G]`.
+    """Computes `sigmoid(sign(x) * sqrt(max(|x|, 1e-6)))` of the scaled dot products `[B, S, G]`.
 
     The root is steep near zero.
 
@@ -106,7 +106,7 @@ class EngramGate(nn.Module):
         self.zero_sign = zero_sign
 
     def forward(self, dot: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-        """Gates `[B, S, G]`, zero where `valid` `[B, S]` is False."""
+        """Return gates `[B, S, G]`, zero where `valid` `[B, S]` is False."""
         root = dot.abs().clamp_min(1e-6).sqrt()
         sign = torch.where(dot >= 0, 1.0, -1.0).to(dot.dtype) if self.zero_sign else torch.sign(dot)
         gate = torch.sigmoid(sign * root)
@@ -114,14 +114,15 @@ class EngramGate(nn.Module):
 
 
 class EngramConv(nn.Conv1d):
-    """Depthwise causal convolution over positions that sees neither past the sequence nor past its document.
+    """Depthwise causal convolution over positions that does not cross the start of the sequence or of its document.
 
-    Computed as K shifted products: documents need a mask for each tap, and no transpose to channels-first is paid.
+    It is computed as K shifted products: documents need a mask for each tap, and no transpose to channels-first is
+    needed.
 
     Args:
-        streams, hidden_size: G and D; each of the G * D channels has taps of its own.
+        streams, hidden_size: G and D; each of the G * D channels has its own taps.
         kernel_size, dilation: K taps, and the distance between them in positions.
-        device, dtype: of the weight `[G * D, 1, K]`.
+        device, dtype: those of the weight `[G * D, 1, K]`.
     """
 
     def __init__(self, streams: int, hidden_size: int, kernel_size: int, dilation: int, device=None, dtype=None):
@@ -131,7 +132,7 @@ class EngramConv(nn.Conv1d):
         self.reach = (kernel_size - 1) * dilation
 
     def forward(self, padded: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
-        """Outputs `[B, S, G, D]` of `padded` `[B, reach + S, G, D]`, whose first positions are the past.
+        """Return outputs `[B, S, G, D]` of `padded` `[B, reach + S, G, D]`, whose first positions are the past.
 
         Args:
             documents: `[B, reach + S]`, equal within a document; None for one.
@@ -158,13 +159,14 @@ class EngramMemory(nn.Module):
         h_g   <- h_g + u_g [+ silu(conv(rms(u_g)))]
 
     The convolution (none in V4.1) is depthwise over `G * D` channels and causal, with dilation N. Gates and norms are
-    computed in float32 (float64 for float64 streams), whatever the model's dtype. At a position without memory the gate is
-    zero, so that nothing of it enters the convolution; what earlier positions send there still arrives.
+    computed in float32 (float64 for float64 streams), whatever the model's dtype. At a position without memory the
+    gate is zero, so that it contributes nothing to the convolution, but still gets the contribution of earlier
+    positions.
 
     Args:
-        config: of the whole model.
+        config: the model's config.
         index: position of this layer in `config.engram_layer_ids`.
-        device, dtype: of the parameters.
+        device, dtype: those of the parameters.
     """
 
     def __init__(self, config: EngramConfig, index: int, device=None, dtype=None):
@@ -189,9 +191,9 @@ class EngramMemory(nn.Module):
             self.conv_norm = EngramRMSNorm(self.streams, self.hidden_size, config.engram_conv_norm_eps, **factory)
 
     def forward(self, hidden_states: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
-        """The streams with memory added, in the shape and dtype of `hidden_states`.
+        """Return the streams with memory added, in the shape and dtype of `hidden_states`.
 
-        That is `[B, S, D]`, `[B, S, G, D]`, `[B, S, G * D]` or, where the config says so, `[G, B, S, D]`.
+        The shape is `[B, S, D]`, `[B, S, G, D]`, `[B, S, G * D]` or, if the config says so, `[G, B, S, D]`.
         """
         if inputs.readers is not None:
             inputs.readers.add(self.index)
@@ -205,7 +207,7 @@ class EngramMemory(nn.Module):
         return self.fuse(hidden_states, rows, inputs)
 
     def fuse(self, hidden_states: torch.Tensor, rows: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
-        """As `forward`, with the gathered rows `[B, S, T * W]` given."""
+        """Do as `forward`, with the gathered rows `[B, S, T * W]` given."""
         streams = hidden_states.reshape(*hidden_states.shape[:2], self.streams, self.hidden_size)
         # Offloaded weights would be transferred once per block.
         is_offloaded = getattr(getattr(self.kv_proj, "_hf_hook", None), "offload", False)
@@ -229,12 +231,12 @@ class EngramMemory(nn.Module):
             self.kv_proj.bias[self.streams * self.hidden_size :].zero_()
 
     def _project(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys `[B, S, G, D]` and value `[B, S, D]`: one matrix, keys of all streams first (V4.1's `wkv`)."""
+        """Return keys `[B, S, G, D]` and value `[B, S, D]`: one matrix, keys of all streams first (V4.1's `wkv`)."""
         keys, value = self.kv_proj(rows).split([self.streams * self.hidden_size, self.hidden_size], dim=-1)
         return keys.unflatten(-1, (self.streams, self.hidden_size)), value
 
     def _compare(self, streams: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled dot products `[B, S, G]` of normalized streams and keys, and the value `[B, S, D]`."""
+        """Return scaled dot products `[B, S, G]` of normalized streams and keys, and the value `[B, S, D]`."""
         keys, value = self._project(rows)
         precise = torch.promote_types(streams.dtype, torch.float32)
         product = self.q_norm(streams.to(precise)) * self.k_norm(keys.to(precise))
@@ -244,7 +246,7 @@ class EngramMemory(nn.Module):
         return (streams + _update(gate, value).to(streams.dtype),)
 
     def _convolve(self, states: torch.Tensor, inputs: EngramInputs) -> torch.Tensor:
-        """The convolution of `[B, S, G, D]`, with what earlier calls left in front; stages `states` for later ones."""
+        """Return the convolution of `[B, S, G, D]`, with inputs of earlier calls first; stage `states` for later ones."""
         if not self.conv.reach:
             return self.conv(states)
         if inputs.history is not None:
@@ -257,12 +259,14 @@ class EngramMemory(nn.Module):
 
 
 def _update(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`[B, S, G, D]`, in the gate's dtype."""
+    """Return the update `[B, S, G, D]`, in the gate's dtype."""
     return gate.unsqueeze(-1) * value.to(gate.dtype).unsqueeze(-2)
 
 
 def _in_blocks(compute: Callable[..., tuple[torch.Tensor, ...]], *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What `compute` makes of `states` `[B, S, ...]`, some positions at a time; each is computed from itself alone."""
+    """Apply `compute` to `states` `[B, S, ...]`, a block of positions at a time; positions are independent of each
+    other.
+    """
     batch, length = states[0].shape[:2]
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or batch * length <= _BLOCK_TOKENS:
         return compute(*states)
@@ -277,16 +281,16 @@ def _in_blocks(compute: Callable[..., tuple[torch.Tensor, ...]], *states: torch.
 
 
 class LayerWithMemory(RuntimeSubclass):
-    """Runs a decoder layer's submodule `engram` in front of the layer's own forward."""
+    """Runs a decoder layer's submodule `engram` before the layer's own forward."""
 
-    _states_name = "hidden_states"  # the layer's first argument
+    _states_name = "hidden_states"  # This is the layer's first argument.
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
         return {**super()._members(base), "_states_name": list(inspect.signature(base.forward).parameters)[1]}
 
     def __call__(self, *args, **kwargs):
-        """As of any module; the memory's inputs become an argument here, so that a replay in backward has them too."""
+        """Call the module; the memory's inputs become an argument here, so that a replay in backward has them too."""
         if kwargs.get("engram_inputs") is None:
             carrier = CARRIER.get()
             if carrier is None:
@@ -300,14 +304,14 @@ class LayerWithMemory(RuntimeSubclass):
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args, engram_inputs: EngramInputs, **kwargs):
-        """The layer's own arguments, plus `engram_inputs`."""
+        """Run with the layer's own arguments, plus `engram_inputs`."""
         _require_same_cache((*args, *kwargs.values()), engram_inputs)
         states, args = (args[0], args[1:]) if args else (kwargs.pop(self._states_name), args)
         return super().forward(self.engram(states, engram_inputs), *args, **kwargs)
 
 
 def _require_same_cache(arguments: tuple, inputs: EngramInputs) -> None:
-    """Refuse to run where the layer puts its keys into another cache than the one that holds the memory's history."""
+    """Refuse to run if the layer stores its keys in another cache than the one with the memory's history."""
     cache = next((argument for argument in arguments if isinstance(argument, Cache)), None)
     if inputs.cache is not None and cache is not None and cache is not inputs.cache:
         raise EngramError(
@@ -320,9 +324,9 @@ def add_memory_to_layer(layer: nn.Module, config: EngramConfig, index: int, dtyp
     """Give a decoder layer of the backbone its memory, on the layer's device.
 
     Args:
-        layer: changed in place; from now on of a class that extends its own.
-        config, index: as of [`EngramMemory`].
-        dtype: of the memory's parameters; None for torch's default.
+        layer: changed in place; it becomes an instance of a class that extends its own.
+        config, index: as in [`EngramMemory`].
+        dtype: dtype of the memory's parameters; None for torch's default.
 
     Raises:
         ValueError: see [`require_extensible`].
@@ -334,10 +338,10 @@ def add_memory_to_layer(layer: nn.Module, config: EngramConfig, index: int, dtyp
 
 
 def require_extensible(module: nn.Module) -> None:
-    """Refuse a module that has memory, or whose forward a tool replaced on the instance, so that memory would never run.
+    """Refuse a module that has memory, or whose forward a tool replaced on the instance, which would bypass memory.
 
     Raises:
-        ValueError: names the module's class.
+        ValueError: the message names the module's class.
     """
     if isinstance(module, RuntimeSubclass):
         raise EngramError("This backbone already has Engram memory; start from the backbone without it.")
@@ -349,7 +353,7 @@ def require_extensible(module: nn.Module) -> None:
 
 
 def extend(module: nn.Module, front: type[RuntimeSubclass]) -> None:
-    """Make a module an instance of `front` in front of its own class."""
+    """Make a module an instance of `front` combined with its own class."""
     module.__class__ = front.extending(type(module))
     # A hook of accelerate (`device_map`) keeps the wrapped forward on the instance, which would bypass the memory.
     if "_old_forward" in vars(module):
@@ -357,10 +361,10 @@ def extend(module: nn.Module, front: type[RuntimeSubclass]) -> None:
 
 
 def decoder_layers(model: PreTrainedModel, expected: int) -> tuple[str, nn.ModuleList]:
-    """The name, and the list, of the decoder layers that a text model walks.
+    """Return the name, and the list, of the decoder layers that a text model runs.
 
     Args:
-        expected: how many the config names; there may be more (for drafts), or fewer that hold several sublayers.
+        expected: the number in the config; there may be more (for drafts), or fewer that have several sublayers.
 
     Raises:
         ValueError: there is none, or several could be meant.
@@ -374,7 +378,7 @@ def decoder_layers(model: PreTrainedModel, expected: int) -> tuple[str, nn.Modul
     candidates = whole or {name: found for name, found in lists.items() if len(found) >= expected}
     if len(candidates) > 1:
         candidates = {name: found for name, found in candidates.items() if len(found) >= expected}
-    if len(candidates) > 1:  # a list in the model itself takes precedence over lists in its parts
+    if len(candidates) > 1:  # A list in the model itself takes precedence over lists in its parts.
         candidates = {name: found for name, found in candidates.items() if "." not in name}
     if len(candidates) != 1:
         found = f"several lists of modules ({', '.join(sorted(lists))})" if lists else "none"
@@ -386,7 +390,7 @@ def decoder_layers(model: PreTrainedModel, expected: int) -> tuple[str, nn.Modul
 
 
 def _outermost_lists(module: nn.Module, prefix: str = "") -> dict[str, nn.ModuleList]:
-    """Lists of modules that are not inside of other such lists, by name; empty ones left out."""
+    """Return lists of modules that are not inside other such lists, by name, without empty ones."""
     found: dict[str, nn.ModuleList] = {}
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
@@ -397,7 +401,7 @@ def _outermost_lists(module: nn.Module, prefix: str = "") -> dict[str, nn.Module
 
 
 def name_base_model(host: PreTrainedModel) -> None:
-    """Have `base_model` of a model with a head be its decoder, where the class names an attribute that it does not have."""
+    """Make `base_model` of a model with a head its decoder, if the class names an attribute that it does not have."""
     inner = [name for name, child in host.named_children() if isinstance(child, PreTrainedModel)]
     if host.base_model is host and len(inner) == 1:
         host.base_model_prefix = inner[0]

@@ -1,7 +1,7 @@
-"""What `from_pretrained` asks of a checkpoint: where its files come from, and where its tables are to live.
+"""Tables in `from_pretrained`: finding a checkpoint's files, and choosing the residency of its tables.
 
-A checkpoint is looked through for tables before the model is built. Tables that are not to be parameters are then mounted on
-its `EngramTable` modules, so that transformers never allocates, initializes, moves or saves them.
+The checkpoint is searched for tables before the model is built. Tables that are not parameters are then mounted on its
+`EngramTable` modules, so that transformers never allocates, initializes, moves or saves them.
 """
 
 import contextlib
@@ -56,33 +56,34 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 _IS_HASH = re.compile(r"\bhashing\.(?:token_map|multipliers|primes)$")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# The commit in the path of a file in the Hub's cache, whose layout is documented.
+# This is the commit in the path of a file in the Hub's cache, whose layout is documented.
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 _ORIGIN = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder", "local_files_only")
 RESIDENCIES = ("auto", "resident", "mapped", "pinned")
-# Members of the manifest, which other readers of the table format ignore, with digests of the weights by variant, and of
-# table files by name: they show whether tables and weights belong together.
+# These members of the manifest, which other readers of the table format ignore, have digests of the weights by
+# variant, and of table files by name: they show whether tables and weights belong together.
 WEIGHTS_MEMBER, TABLES_MEMBER = "weights_digest", "tables_sha256"
-# Values of `device_map` for which transformers makes a map of its own.
+# For these values of `device_map`, transformers makes a map itself.
 _MADE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-# Weights up to this size are read whole.
+# Weights up to this size are read completely.
 _WHOLE_BYTES = 1 << 20
-# A larger tensor gives at most this many pieces of at most this many bytes, and at most 1% of its bytes or two pieces of 64.
+# A larger tensor gives at most this many pieces of at most this many bytes, and at most 1% of its bytes or two pieces
+# of 64.
 _MOST_PIECES, _PIECE_BYTES, _LEAST_BYTES = 8, 512, 64
 
 
 class Checkpoint:
-    """Where `from_pretrained` takes a model's files from: a folder, or one state of a repository of the Hub.
+    """The source of a model's files in `from_pretrained`: a folder, or one commit of a repository of the Hub.
 
-    Tables may take hours to download. If the repository changed meanwhile, the weights would be of another state, and no
-    hash could tell; so the revision becomes a commit. The folder or repository of an adapter stands for its base model.
+    Tables may take hours to download. If the repository changed meanwhile, the weights would come from another commit,
+    and no hash could show it; so the revision becomes a commit. For an adapter, its base model is used.
 
     Args:
-        name_or_path: what `from_pretrained` was given.
-        kwargs: what else it was given.
+        name_or_path: the argument of `from_pretrained`.
+        kwargs: the other arguments of `from_pretrained`.
 
     Attributes:
-        name_or_path, kwargs: what transformers' `from_pretrained` is to be given.
+        name_or_path, kwargs: the arguments for transformers' `from_pretrained`.
 
     Raises:
         OSError: there is no config.json, without which transformers would build a backbone of its default size.
@@ -98,19 +99,19 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path | None:
-        """Where the files are, if that is a folder of this machine."""
+        """The folder of the files, if it is on this machine."""
         if not self._has_files or not os.path.isdir(self.name_or_path):
             return None
         return Path(self.name_or_path, self.kwargs.get("subfolder") or "")
 
     def _go_to_base_model(self) -> None:
-        """As transformers' `maybe_load_adapters` does, in the form in which its Auto classes pass an adapter on."""
+        """Do as transformers' `maybe_load_adapters`, in the form in which its Auto classes pass an adapter."""
         name, given = self.name_or_path, dict(self.kwargs.get("adapter_kwargs") or {})
-        # The base model gets a commit of its own, which transformers would look for in the adapter's repository too.
+        # The base model gets its own commit, which transformers would look for in the adapter's repository too.
         given.setdefault("revision", self.kwargs.get("revision") or "main")
         if importlib.util.find_spec("peft") is None:
             return
-        if "_adapter_model_path" in given:  # an Auto class has found it
+        if "_adapter_model_path" in given:  # An Auto class has found it.
             self.kwargs = {**self.kwargs, "adapter_kwargs": given}
             return
         config = resolver(name, {**self.kwargs, **given})("adapter_config.json")
@@ -141,16 +142,16 @@ class Checkpoint:
                 self._resolve = resolver(self.name_or_path, self.kwargs)
 
     def find_tables(self, residency: str = "auto") -> "FoundTables | None":
-        """Look for tables, and decide where they are to live.
+        """Look for tables, and choose their residency.
 
         Args:
-            residency: one of [`RESIDENCIES`]; `auto` is resident while that is cheap.
+            residency: one of [`RESIDENCIES`]; `auto` is resident if that needs little memory.
 
         Returns:
-            None if transformers is to load everything by itself.
+            None if transformers should load everything itself.
 
         Raises:
-            ValueError: an unknown residency, or tables that cannot be mapped because there are none.
+            ValueError: the residency is unknown, or there are no tables to map.
         """
         if residency not in RESIDENCIES:
             raise EngramError(
@@ -177,7 +178,7 @@ class Checkpoint:
         if residency == "auto":
             residency = resolve_auto(sum(table.size for table in tables.values()), *_free_memory(self.kwargs))
         names = {name.rpartition(".")[2] for table in tables.values() for name in table.parts[0].names.values()}
-        # Names of tables of this package: transformers loads them as any parameter.
+        # These are names of tables of this package: transformers loads them like any parameter.
         if manifest is None and residency == "resident" and names <= set(KINDS.values()):
             return None
         variant = self.kwargs.get("variant")
@@ -186,8 +187,8 @@ class Checkpoint:
         return FoundTables(tables, residency, lambda: find_weight_files(self._resolve, variant), digest, samples)
 
     def _read_tables(self) -> tuple[dict[int, StoredTable], Path | None, set[int]]:
-        """The tables by layer, the manifest if there is one, and the layers that it alone names."""
-        # A given config may be that of fewer layers than were saved.
+        """Return the tables by layer, the manifest if there is one, and the layers that only it names."""
+        # The config passed by the caller may have fewer layers than were saved.
         layers = getattr(self.kwargs.get("config"), "engram_layer_ids", None)
         manifest, tables = self._resolve(MANIFEST_NAME), {}
         if manifest is not None:
@@ -201,7 +202,7 @@ class Checkpoint:
         return tables, manifest, own_files
 
     def _tables_among_weights(self, layers: Collection[int] | None) -> dict[int, StoredTable]:
-        """Tables that were saved with all other weights, found by name."""
+        """Return tables that were saved with all other weights, found by name."""
         single, index = find_weights(self._resolve, self.kwargs.get("variant"))
         weight_map = {} if index is None else read_weight_map(index)
         files = sorted({file for key, file in weight_map.items() if table_keys(layers).search(key)})
@@ -212,10 +213,11 @@ class Checkpoint:
 
 
 def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callable[[str], Path | None]:
-    """File name to local path; downloads from the Hub what is not there, None for what does not exist.
+    """Return a function from file name to local path; it downloads missing files from the Hub, and gives None for
+    absent ones.
 
     Args:
-        kwargs: of `from_pretrained`.
+        kwargs: arguments of `from_pretrained`.
     """
     options = {name: kwargs[name] for name in _ORIGIN if kwargs.get(name) is not None}
 
@@ -226,15 +228,16 @@ def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callabl
             if not _means_absent(error) and not _is_known_absent(name_or_path, file, options):
                 raise
             found = None
-        return None if found is None else Path(found).absolute()  # the process may change its folder later
+        return None if found is None else Path(found).absolute()  # The process may change its working directory later.
 
     return resolve
 
 
 def _means_absent(error: OSError) -> bool:
-    """Whether `cached_file` says that there is no such file, or that there is neither a network nor a cached one.
+    """Return whether `cached_file` reports that there is no such file, or that there is neither a network nor a cached
+    one.
 
-    A Hub that refuses to answer (busy, or forbidden) says nothing of what is there.
+    An error of the Hub (busy, or forbidden) does not mean that the file is absent.
     """
     cause = error.__cause__
     if isinstance(cause, LocalEntryNotFoundError):
@@ -243,19 +246,19 @@ def _means_absent(error: OSError) -> bool:
 
 
 def _is_known_absent(name_or_path: str | os.PathLike, file: str, options: dict[str, Any]) -> bool:
-    """Whether the cache has it that the repository, as it was when last asked, has no such file."""
+    """Return whether the Hub's cache records the file as missing."""
     where = {name: options[name] for name in ("cache_dir", "revision") if name in options}
     path = os.path.join(options.get("subfolder", ""), file)
     try:
         found = try_to_load_from_cache(str(name_or_path), path, **where)
-    except HFValidationError:  # neither a folder nor a Hub id
+    except HFValidationError:  # It is neither a folder nor a Hub id.
         return False
-    return not (found is None or isinstance(found, str))  # otherwise the Hub was not asked, or the file is there
+    return not (found is None or isinstance(found, str))  # Otherwise the Hub was not asked, or the file is there.
 
 
 @dataclass
 class FoundTables:
-    """The tables of a model folder, and where they shall live.
+    """The tables of a model folder, and their residency.
 
     Args:
         tables: by layer.
@@ -274,8 +277,8 @@ class FoundTables:
     def mount(self, model) -> None:
         """Give an `EngramModel` without weights its tables.
 
-        Mapped and pinned tables replace the parameters. Resident ones are noted, to be read where transformers would
-        initialize what a checkpoint lacks: the ordinary weights may not include them.
+        Mapped and pinned tables replace the parameters. Resident ones are stored as the initial values of tables that
+        the checkpoint's ordinary weights lack.
 
         Raises:
             TableFormatError: a layer has no table, one that does not fit the config, or one of another model.
@@ -295,11 +298,11 @@ class FoundTables:
         model._keys_to_ignore_on_load_unexpected = patterns | set(model._keys_to_ignore_on_load_unexpected or ())
 
     def verify(self, model) -> None:
-        """Compare what the tables say about their hash with that of the loaded `EngramModel`.
+        """Compare the tables' descriptions with the hash of the loaded `EngramModel`.
 
         Raises:
-            TableFormatError: they were written for another hash or token map, or saved with other weights, and would be
-                read as noise.
+            TableFormatError: they were written for another hash or token map, or saved with other weights, and would
+                be read as noise.
         """
         if self.weights_digest is not None:
             self._require_same_weights()
@@ -328,7 +331,7 @@ def _changed_in_part(path: Path, holds: str, member: str) -> TableFormatError:
 
 
 def recorded_digests(manifest: Path, member: str) -> dict[str, str]:
-    """A member of a manifest: `WEIGHTS_MEMBER` or `TABLES_MEMBER`; empty if it has none."""
+    """Return a member of a manifest, `WEIGHTS_MEMBER` or `TABLES_MEMBER`; empty if it has none."""
     digests = read_json(manifest).get(member, {})
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
         raise TableFormatError(f"{manifest} says {member} is {digests!r}, expected digests; fetch it again.")
@@ -336,12 +339,12 @@ def recorded_digests(manifest: Path, member: str) -> dict[str, str]:
 
 
 def weights_digest(files: Iterable[str | os.PathLike]) -> str:
-    """SHA-256, in hex, over the names, dtypes and shapes of all tensors and pieces of each, however they are sharded.
+    """Return the SHA-256, in hex, of the names, dtypes and shapes of all tensors and pieces of each, for any sharding.
 
     Tables are left out. Two models that differ only in bytes between the pieces have one digest.
 
-    Table files are written and copied apart from the other weights. Nothing in either shows that both are of one model,
-    so the manifest of the tables records this digest of the weights that were saved with them.
+    Table files are written and copied separately from the other weights. Nothing in either shows that both belong to
+    one model, so the manifest of the tables records this digest of the weights that were saved with them.
 
     Args:
         files: the safetensors files of a checkpoint.
@@ -373,10 +376,10 @@ def _open(path: str | os.PathLike) -> io.FileIO:
 
 
 def _stored_tensors(file: io.FileIO) -> list[tuple[str, str, tuple[int, ...], io.FileIO, int, int]]:
-    """Name, dtype, shape, file, offset and bytes of each tensor in a file that safetensors wrote or has loaded.
+    """Return name, dtype, shape, file, offset and bytes of each tensor in a file that safetensors wrote or has loaded.
 
-    What that has checked is not checked again, which would take longer than to read the pieces. [`read_header`] says what
-    is wrong with a file that was damaged since.
+    The checks of safetensors are not repeated, which would take longer than reading the pieces. [`read_header`]
+    reports the fault of a file that was damaged since.
     """
     size, head = os.fstat(file.fileno()).st_size, 8 + int.from_bytes(file.read(8), "little")
     try:
@@ -394,7 +397,7 @@ def _stored_tensors(file: io.FileIO) -> list[tuple[str, str, tuple[int, ...], io
 
 
 def _pieces(size: int) -> list[tuple[int, int]]:
-    """Offset and bytes of pieces that are spread evenly over `size` bytes, the first and last ones included."""
+    """Return offset and bytes of evenly spaced pieces of `size` bytes, the first and last ones included."""
     count = min(_MOST_PIECES, max(2, size >> 22))
     piece = max(_LEAST_BYTES, min(_PIECE_BYTES, size // (100 * count)))
     if size <= count * piece:
@@ -420,11 +423,11 @@ def require_memory(model: PreTrainedModel, missing: Collection[str]) -> None:
 
     Args:
         model: a model that was just filled from it.
-        missing: keys that the checkpoint does not have; those of tables that are read from files of their own may be among
+        missing: keys that the checkpoint does not have; keys of tables that are read from separate files may be among
             them.
 
     Raises:
-        ValueError: names one of the others.
+        ValueError: the message names one of the others.
     """
     elsewhere = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     memory = sorted(key for key in missing if ".engram." in key or "hashing." in key)
@@ -437,7 +440,7 @@ def require_memory(model: PreTrainedModel, missing: Collection[str]) -> None:
 
 
 def require_sizes(model: PreTrainedModel, files: Sequence[str] | None) -> None:
-    """Refuse tables among the weights whose size is not what the config says, before its word takes any memory."""
+    """Refuse tables among the weights whose size differs from the config's, before memory is allocated for them."""
     tables = {layer: memory.table for layer, memory in model.memory_model.memories().items()}
     keys = table_keys(tables)
     for file in files or ():
@@ -449,23 +452,23 @@ def require_sizes(model: PreTrainedModel, files: Sequence[str] | None) -> None:
 
 
 def leave_tables_on_disk(model: PreTrainedModel, device_map: dict | None) -> None:
-    """Map the tables, out of files of their own, that a device map sends to the disk: that is where they are."""
+    """Map the tables, in separate files, that a device map sends to the disk: they are on disk already."""
     modules = dict(model.named_modules())
     tables = {name: one for name, one in modules.items() if isinstance(one, EngramTable) and one.unread is not None}
-    # If one table is mapped, all are: a saved model has either all tables in files of their own, or none.
+    # If one table is mapped, all are: a saved model has either all tables in separate files, or none.
     if any(_device_of(f"{name}.weight", device_map or {}) == "disk" for name in tables):
         for table in tables.values():
             table.mount(table.unread)
 
 
 def _device_of(name: str, device_map: dict) -> int | str | torch.device | None:
-    while name and name not in device_map:  # a map names modules, which include everything in them
+    while name and name not in device_map:  # A map names modules, which include everything in them.
         name = name.rpartition(".")[0]
     return device_map.get(name)
 
 
 def resolve_auto(size: int, free_host: int, free_device: int | None) -> str:
-    """[`choose_residency`], with a warning where tables that a user may want to train are no parameters."""
+    """Do as [`choose_residency`], with a warning if tables that a user may want to train are not parameters."""
     choice = choose_residency(size, free_host, free_device)
     if choice != "resident":
         logger.warning_once(
@@ -476,11 +479,13 @@ def resolve_auto(size: int, free_host: int, free_device: int | None) -> str:
 
 
 def _free_memory(kwargs: dict) -> tuple[int, int | None]:
-    """Free bytes of the host, and of the GPUs that a model goes to (None if it goes to none), within `max_memory`."""
+    """Return free bytes of the host, and of the GPUs that a model goes to (None if it goes to none), within
+    `max_memory`.
+    """
     device_map, limits = kwargs.get("device_map"), kwargs.get("max_memory")
     # transformers considers limits only where it makes the map itself; they then name all devices that are used.
     if limits and device_map in _MADE_MAPS:
-        from accelerate.utils import get_max_memory  # transformers needs it for these maps, and for nothing else
+        from accelerate.utils import get_max_memory  # transformers needs it for these maps, and for nothing else.
 
         limits = get_max_memory(dict(limits))
     else:
@@ -500,7 +505,7 @@ def _free_memory(kwargs: dict) -> tuple[int, int | None]:
 
 
 def gpus_of(device_map, count: int, current: int) -> set[int]:
-    """The numbers of the GPUs among `count` that a `device_map` of transformers uses."""
+    """Return the numbers of the GPUs among `count` that a `device_map` of transformers uses."""
     if device_map in _MADE_MAPS:
         return set(range(count))
     targets = device_map.values() if isinstance(device_map, dict) else [device_map]
@@ -510,7 +515,7 @@ def gpus_of(device_map, count: int, current: int) -> set[int]:
 
 
 def renamings_of_version(format_version: int) -> list[WeightRenaming]:
-    """Renamings from the tensor names of an earlier format to the current ones."""
+    """Return renamings from the tensor names of an earlier format to the current ones."""
     # Version 1 kept the backbone in a submodule of that name.
     return [WeightRenaming(r"^model\.backbone\.", "model.")] if format_version == 1 else []
 
@@ -518,9 +523,9 @@ def renamings_of_version(format_version: int) -> list[WeightRenaming]:
 def stored_dtype_of_hash(
     state_dict: Mapping[str, torch.Tensor] | None, files: Sequence[str] | None
 ) -> torch.dtype | None:
-    """The dtype in which a checkpoint has the hash, if a tool has cast it to floating point; else None.
+    """Return the dtype in which a checkpoint has the hash, if a tool has cast it to floating point; else None.
 
-    transformers loads floats into integer buffers without a word.
+    transformers silently loads floats into integer buffers.
     """
     for file in files or ():
         for name, span in read_header(file).tensors.items() if str(file).endswith(".safetensors") else ():

@@ -1,9 +1,9 @@
-"""Engram memory for any decoder of transformers: the models that have it.
+"""Engram memory for any decoder of transformers: the models with memory.
 
 A model of a backbone's own class becomes an instance of a class that is made at run time, with memory in front of the
-backbone's behaviour: its attributes, plans, losses and heads are its own. Listed decoder layers get a submodule `engram`
-and run it on the residual streams before their own forward. What they read is decided once per forward, from token ids
-alone, and travels as one keyword argument.
+backbone's behaviour: its attributes, plans, losses and heads are its own. Listed decoder layers get a submodule
+`engram` and run it on the residual streams before their own forward. Its inputs are computed once per forward, from
+token ids alone, and passed as one keyword argument.
 
 Shape letters: B batch, S positions, R positions that a look-back reaches, G residual streams, D hidden size, L Engram
 layers, T hash heads of all orders.
@@ -72,13 +72,13 @@ from .table_engram import EngramTable
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-# The minor versions of transformers that the test suite passes with.
+# The test suite passes with these minor versions of transformers.
 TESTED_VERSIONS = ((5, 17), (5, 24))
-# The cache's name as an argument and in outputs: transformers 5.24 renamed it.
+# This is the cache's name as an argument and in outputs: transformers 5.24 renamed it.
 CACHE_NAMES = ("cache", "past_key_values")
-# What an engine with a cache of its own says of a call.
+# An engine with its own cache passes these keywords to a call.
 LOOKBACK_NAMES = ("lookback_token_ids", "lookback_conv_inputs", "engram_conv_inputs")
-# The running save: its writer, and the variant of its weights.
+# This is the running save: its writer, and the variant of its weights.
 _SAVE: ContextVar[tuple[FolderWriter, str | None] | None] = ContextVar("the save that runs", default=None)
 
 
@@ -94,13 +94,13 @@ def _warn_of_untested_version() -> None:
 
 
 class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
-    """What [`EngramModel`] and [`EngramForCausalLM`] share: loading, initialization, saving and the token map."""
+    """The common base of [`EngramModel`] and [`EngramForCausalLM`]: loading, initialization, saving and the token map."""
 
     config_class = EngramConfig
     # Called as `write_model_card(path, config, repo_id, token)` when a model is pushed; the package engram_hf sets it, and a
     # model that was loaded as remote code has the card that transformers writes.
     write_model_card: Callable[..., None] | None = None
-    # The class that makes all files of a save part of a folder in one step; the package's class excludes other processes, too.
+    # This class puts all files of a save into a folder in one step; the package's class excludes other processes, too.
     folder_writer: type[FolderWriter] = FolderWriter
     _takes_image_mask: bool = False
     _runs_inside: bool = False
@@ -109,26 +109,26 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     require_decoder: Callable[..., None] = staticmethod(lambda model, config: None)
 
     def __new__(cls, config: EngramConfig | None = None, *args, **kwargs):
-        if config is None:  # for pickle and torch's replicas, which fill in the state themselves
+        if config is None:  # Pickle and torch's replicas use it; they fill in the state themselves.
             return super().__new__(cls)
-        config.validate_engram()  # fields of the backbone may have changed since the config was made
+        config.validate_engram()  # Fields of the backbone may have changed since the config was made.
         model = cls._prepare(config, *args, **kwargs)
         extend(model, cls if cls._extends is None else cls._extends[0])
         return model
 
     @classmethod
     def _prepare(cls, config: EngramConfig, *args, **kwargs) -> PreTrainedModel:
-        """The backbone's own model, its parts with memory, which is to become an instance of this class."""
+        """Prepare the backbone's own model, its parts with memory, for becoming an instance of this class."""
         raise EngramError(f"{cls.__name__} is the base of models with memory; build EngramModel or EngramForCausalLM.")
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
-        # It is named as the class that users know, because config.json names it, and trainers look for it.
+        # Its name is that of the public class, because config.json names it, and trainers look for it.
         module = remote_module(base.config_class.model_type) or cls.__module__.rpartition(".")[2]
         return {
             "__module__": f"{cls.__module__.rpartition('.')[0]}.{module}",
             "__name__": cls.__name__,
-            "__qualname__": f"{cls.__name__}[{base.__qualname__}]",  # transformers distinguishes classes by it
+            "__qualname__": f"{cls.__name__}[{base.__qualname__}]",  # transformers distinguishes classes by it.
             "__doc__": cls.__doc__,
             "config_class": EngramConfig,
         }
@@ -140,14 +140,14 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         return base if base is self else base.memory_model
 
     def _become(self, config: EngramConfig) -> None:
-        """Have transformers take note of the extended class, as it does of every class when it is first built."""
+        """Register the extended class with transformers, as every class is when it is first built."""
         built = dict(vars(self))
         PreTrainedModel.__init__(self, config)
         vars(self).update(built)
         self.config, self.name_or_path = config, config.name_or_path
 
     def _take_over(self, part: "EngramPreTrainedModel", prefix: str) -> None:
-        """Treat what is named as this model's `part`, the submodule `prefix`, treats it."""
+        """Treat the names that this model's `part`, the submodule `prefix`, lists as that part treats them."""
         for name in ("_no_split_modules", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
             known = (getattr(one, name) or () for one in (type(self), self, part))
             setattr(self, name, set().union(*known))
@@ -171,18 +171,18 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs,
     ):
-        """As in transformers; the stored hash is compared with the config, and no table may be missing.
+        """Load as in transformers; the stored hash is compared with the config, and no table may be missing.
 
         Args:
-            engram_residency: where the tables live. `"resident"`: parameters of the model. `"mapped"`: in their
+            engram_residency: where the tables are kept. `"resident"`: parameters of the model. `"mapped"`: in their
                 files, paged in as rows are read, frozen. `"pinned"`: page-locked host memory, frozen. `"auto"`:
-                resident while they take at most a quarter of the free memory.
+                resident if they take at most a quarter of the free memory.
 
         Raises:
-            ValueError: tables or hash constants are missing from the checkpoint, or disagree with its config; tables were
-                saved with other weights; or a save to this folder was killed at its end.
+            ValueError: tables or hash constants are missing from the checkpoint, or disagree with its config; tables
+                were saved with other weights; or a save to this folder was killed at its end.
         """
-        if cls._extends is not None:  # the backbone is what the config says
+        if cls._extends is not None:  # The config determines the backbone.
             cls = cls._extends[0]
         checkpoint = Checkpoint(pretrained_model_name_or_path, kwargs)
         if checkpoint.folder is not None:
@@ -215,13 +215,13 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         return info, *others
 
     def push_to_hub(self, *args, **kwargs):
-        """As in transformers; tables that are not parameters are uploaded from the files they are in."""
+        """Push as in transformers; tables that are not parameters are uploaded from their files."""
         with tables_by_reference():
             return super().push_to_hub(*args, **kwargs)
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, token=None, **kwargs):
         # `push_to_hub` and `save_pretrained(push_to_hub=True)` meet here, after their README.md is written.
-        if _SAVE.get() is not None:  # a failed upload must not lose what is saved here
+        if _SAVE.get() is not None:  # A failed upload must not lose the saved files.
             self._complete_save()
             writer, _ = _SAVE.get()
             working_dir, others = writer.target, set(os.listdir(writer.target)) - writer.names
@@ -239,12 +239,12 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, EngramTable):
             if not module.is_resident or module.weight.is_meta:
-                return  # a device map has sent it to the disk
+                return  # A device map has sent it to the disk.
             module.reset_parameters(getattr(self.config, "initializer_range", None) or 0.02)
         elif isinstance(module, EngramRMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, EngramConv):
-            init.zeros_(module.weight)  # the convolution starts as the identity (spec of the paper)
+            init.zeros_(module.weight)  # The convolution starts as the identity (arXiv 2601.07372).
         elif isinstance(module, NgramHasher):
             for name, constant in module.derive_constants().items():
                 init.copy_(getattr(module, name), constant)
@@ -254,7 +254,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
             super()._init_weights(module)
 
     def set_token_map(self, tokenizer) -> None:
-        """Tell a model that was built from a config which compressed id each token has.
+        """Set the compressed id of each token on a model that was built from a config.
 
         On a model that has a map, tokens may be added, but none of the original ids may change.
 
@@ -267,13 +267,13 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         self.memory_model.replace_token_map(as_token_map(tokenizer))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As in transformers; the token map grows too, each new token with a compressed id of its own.
+        """Resize as in transformers; the token map grows too, and each new token gets its own compressed id.
 
         Old ids and the tables keep their meaning. Call `set_token_map(tokenizer)` afterwards if the new tokens should
         share the ids of tokens they are equal to.
 
         Raises:
-            ValueError: the vocabulary would become smaller than what the hash was drawn for.
+            ValueError: the vocabulary would become smaller than that of the hash.
         """
         config = self.memory_model.config
         old_size = config.vocab_size
@@ -288,16 +288,17 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
         return embeddings
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers; whichever class is saved, every Auto class can open the folder as remote code.
+        """Save as in transformers; whichever class is saved, every Auto class can open the folder as remote code.
 
-        Tables that are not parameters are linked to the folder, or copied by the kernel: they have not changed. A folder
-        that holds a model is that model or the new one, whatever interrupts the save, and needs room for both until its end.
+        Tables that are not parameters are linked to the folder, or copied by the kernel: they have not changed. After
+        any interruption, a folder with a model has that model or the new one; it needs disk space for both until the
+        end.
         """
         for memory in self.memory_model.memories().values():
-            getattr(memory.table, "require_whole", bool)()  # of a table in shards: that cannot be saved so
+            getattr(memory.table, "require_whole", bool)()  # Shards of a table cannot be saved in this way.
         self.config.auto_map = self.config.remote_code_map()
-        # Under the names of the modules: `Trainer` resumes by `load_state_dict`, and would silently skip experts that had
-        # been split and renamed as the backbone's own hub layout has them (transformers issue 48805).
+        # The names are those of the modules: `Trainer` resumes by `load_state_dict`, and would silently skip experts
+        # that had been split and renamed as in the backbone's own Hub layout (transformers issue 48805).
         kwargs.setdefault("save_original_format", False)
         # Every process of a sharded model calls this; only the first one writes, unless each writes a part.
         writes = self.should_save_on_this_rank(is_main_process) and not os.path.isfile(save_directory)
@@ -315,12 +316,14 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
                 _SAVE.reset(token)
 
     def _complete_save(self) -> None:
-        """Put what was saved in place, if this process saves and has not done that."""
+        """Put the saved files in place, if this process saves and has not done that."""
         if _SAVE.get() is not None:
             complete_save(self.memory_model, *_SAVE.get())
 
     def _read_call(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
-        """What `prepare_memory` is told of a call; what remains in `inputs` is the backbone's."""
+        """Return the arguments of `prepare_memory` for a call; the arguments that remain in `inputs` are the
+        backbone's.
+        """
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise EngramError(
@@ -348,7 +351,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
 
 
 def _hold_hash(hashing: NgramHasher) -> None:
-    """Keep the hash buffers on the device: they are read outside of `forward`, and are small."""
+    """Keep the hash buffers on the device: they are read outside `forward`, and are small."""
     hook = getattr(hashing, "_hf_hook", None)
     if hook is not None and any(buffer.is_meta for buffer in hashing.buffers()):
         hook.pre_forward(hashing)
@@ -358,22 +361,22 @@ def _hold_hash(hashing: NgramHasher) -> None:
 class EngramModel(EngramPreTrainedModel):
     """A backbone with memory, without a language-model head.
 
-    An instance is also one of the backbone's own class: its parameters have the names that they have there, and its
-    `forward` takes the same arguments.
+    An instance is also one of the backbone's own class: its parameters have the same names as there, and its `forward`
+    takes the same arguments.
 
     Args:
         config: names the backbone in `text_config`, or in `backbone_config`.
         backbone: an instance to use instead of a new one; it is changed in place.
-        engram_tables: tables that were found beside the weights; None to have them among the weights.
+        engram_tables: tables that were found beside the weights; None if they are among the weights.
 
     Raises:
         ValueError: the backbone has memory already, has no decoder layers or no cache, or its forward was replaced.
     """
 
-    _cache_name: str = CACHE_NAMES[0]  # what the backbone's forward calls its cache
-    # For backbones of several parts; multimodal_engram sets it.
+    _cache_name: str = CACHE_NAMES[0]  # This is the name of the cache in the backbone's forward.
+    # It is for backbones of several parts; multimodal_engram sets it.
     composite_class: Callable[..., PreTrainedModel] = staticmethod(needs_package)
-    # Called with the keyword arguments of a call that has some of `LOOKBACK_NAMES`; the package engram_hf sets it.
+    # A call with some of `LOOKBACK_NAMES` passes its keyword arguments to this; the package engram_hf sets it.
     read_lookback: Any = staticmethod(needs_package)
 
     def __new__(cls, config: EngramConfig | None = None, *args, **kwargs):
@@ -397,7 +400,7 @@ class EngramModel(EngramPreTrainedModel):
                 f"layers of {type(backbone).__name__} (0-based)."
             )
         for layer_id in config.engram_layer_ids:
-            require_extensible(layers[layer_id])  # all layers are checked before the first one is changed
+            require_extensible(layers[layer_id])  # All layers are checked before the first one is changed.
         return backbone
 
     def __init__(
@@ -406,9 +409,9 @@ class EngramModel(EngramPreTrainedModel):
         backbone: PreTrainedModel | None = None,
         engram_tables: FoundTables | None = None,
     ):
-        # The backbone has been initialized by its own class; only the memory is added here.
+        # The backbone's own class has initialized it; only the memory is added here.
         _warn_of_untested_version()
-        config.text_config = self.config  # from_config copies the config, but both must be one object
+        config.text_config = self.config  # `from_config` copies the config, but both must be one object.
         self._become(config)
         self.hashing = NgramHasher.from_config(config)
         # Use the embedding's dtype; layers may be partly float32 or quantized.
@@ -425,7 +428,7 @@ class EngramModel(EngramPreTrainedModel):
         self._runs_inside = inner is not self and isinstance(inner, PreTrainedModel)
         if self._runs_inside:
             extend(inner, DecoderWithMemory)
-            inner.engram_models = (self,)  # in a tuple, so that it is no submodule
+            inner.engram_models = (self,)  # It is in a tuple, so that it is not a submodule.
         if engram_tables is not None:
             engram_tables.mount(self)
         self.prefetcher: Prefetcher | None = None
@@ -434,7 +437,7 @@ class EngramModel(EngramPreTrainedModel):
         self._keep_token_map_beside_embeddings()
         self.init_weights()
         if not self.hashing.primes.is_meta and bool(self.hashing.primes.any()):
-            self.hashing.settle()  # otherwise it must be loaded first
+            self.hashing.settle()  # Otherwise it must be loaded first.
 
     @classmethod
     def _members(cls, base: type) -> dict[str, Any]:
@@ -447,25 +450,25 @@ class EngramModel(EngramPreTrainedModel):
         }
 
     def prefetch_mounted(self) -> None:
-        """Have rows fetched ahead if the tables are no parameters."""
+        """Prefetch rows if the tables are not parameters."""
         tables = [memory.table for memory in self.memories().values()]
         if self.prefetcher is None and not any(table.is_resident for table in tables):
             self.prefetcher = Prefetcher(tables)
 
     def memories(self) -> dict[int, EngramMemory]:
-        """The memory of every listed decoder layer, by layer."""
+        """Return the memory of every listed decoder layer, by layer."""
         layers = self.get_submodule(self._layers_name)
         return {layer_id: layers[layer_id].engram for layer_id in self.config.engram_layer_ids}
 
     def settle_memory(self) -> None:
-        """Check and fix what loading has filled in: the hash is exact, and quantized rows take no gradient."""
+        """Check and fix the loaded buffers and rows: the hash is exact, and quantized rows take no gradient."""
         for memory in self.memories().values():
             memory.table.keep_frozen()
         _hold_hash(self.hashing)
         self.hashing.settle()
 
     def _keep_token_map_beside_embeddings(self) -> None:
-        """Have the ids of added tokens travel with their embeddings, which is what an adapter saves of added tokens."""
+        """Store the ids of added tokens beside their embeddings, which is what an adapter saves of added tokens."""
         embeddings = self.get_input_embeddings()
         embeddings.register_state_dict_post_hook(_AddTokenMap(self))
         embeddings.register_load_state_dict_pre_hook(_TakeTokenMap(self))
@@ -537,19 +540,20 @@ class EngramModel(EngramPreTrainedModel):
         history: Any = None,
         past_length: int | torch.Tensor | None = None,
     ) -> EngramInputs:
-        """Row ids of all layers, from token ids alone: this can run before, or elsewhere than, the backbone.
+        """Return the row ids of all layers, from token ids alone: this can run before, or on another device than, the
+        backbone.
 
         Args:
             input_ids: `[B, S]`.
-            attention_mask: `[B, past + S]`, 0 for padding; masks of other shapes say nothing about padding here. Padding
-                is looked through, unless positions say that something else is between.
-            position_ids: `[B, S]`; a document starts wherever they do not go on by one.
-            image_mask: bool `[B, S]`, True at image positions: no memory there, none looked back through.
+            attention_mask: `[B, past + S]`, 0 for padding; masks of other shapes do not mark padding here. Padding is
+                skipped, unless positions have a gap there.
+            position_ids: `[B, S]`; a document starts wherever they do not increase by one.
+            image_mask: bool `[B, S]`, True at image positions: they have no memory, and a look-back ends there.
             sequence_ids: `[B, S]`, equal within a packed document; instead of `position_ids`. Later calls of the same
-                `history` go on with it, or without any with the last document.
-            history: what earlier calls left; this call is staged in it, to be committed when the backbone has run. Or what
-                `read_lookback` gave.
-            past_length: positions before this call, by which the mask is read; those of the history if not given.
+                `history` continue with it, or by default with the last document.
+            history: the history of earlier calls; this call is staged in it, to be committed after the backbone's
+                forward. Or the result of `read_lookback`.
+            past_length: positions before this call, for reading the mask; by default, those of the history.
         """
         _hold_hash(self.hashing)
         if past_length is None and isinstance(history, EngramHistory):
@@ -568,7 +572,7 @@ class EngramModel(EngramPreTrainedModel):
         if valid is not None:
             ids = ids.where(valid, NO_ID)
         if self.hashing.token_map is not None:
-            valid = ids >= 0  # no memory either where the hash does not know a token
+            valid = ids >= 0  # A token that is unknown to the hash has no memory either.
         if history is not None and not isinstance(history, EngramHistory):
             compaction, documents, past = history.arrange(input_ids, compaction, position_ids, sequence_ids)
         elif history is not None:
@@ -583,7 +587,8 @@ class EngramModel(EngramPreTrainedModel):
             documents = _documents(input_ids, compaction, position_ids, sequence_ids, None)
             past = nothing_before(ids, lookback_reach(self.config))
         row_ids, documents = self._hash(ids, documents, past, compaction)
-        # Nothing is recorded where inputs are known to reach the layers, or in compiled code, which every change would recompile.
+        # Nothing is recorded if inputs are known to reach the layers, or in compiled code, which every change would
+        # recompile.
         readers = None if self._hands_on is not None or torch.compiler.is_compiling() else set()
         return EngramInputs(row_ids, compaction, valid, documents, history, readers=readers)
 
@@ -594,7 +599,7 @@ class EngramModel(EngramPreTrainedModel):
         past: tuple[torch.Tensor, torch.Tensor],
         compaction: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Row ids `[L, B, S, T]` of ids `[B, S]`, and documents `[B, R + S]` with padding moved in front."""
+        """Return row ids `[L, B, S, T]` of ids `[B, S]`, and documents `[B, R + S]` with padding moved first."""
         reach, ids = past[0].shape[1], compaction.join(past[0], ids)
         documents = None if documents is None else compaction.join(past[1], documents)
         split = (None, None) if documents is None else (documents[:, reach:], documents[:, :reach])
@@ -605,7 +610,7 @@ class EngramModel(EngramPreTrainedModel):
         return row_ids, documents
 
     def _run_with_memory(self, run_backbone: Callable, inputs: dict[str, Any]):
-        """The backbone's outputs for the keyword arguments `inputs`, with memory."""
+        """Return the backbone's outputs for the keyword arguments `inputs`, with memory."""
         if self._asks_context:
             inputs |= BESIDE.get() or {}
         call = self._read_call(inputs)
@@ -627,11 +632,13 @@ class EngramModel(EngramPreTrainedModel):
 
     @property
     def _asks_context(self) -> bool:
-        """Whether to look beside the arguments: a compiler cannot trace that, and it is for backbones that hand nothing on."""
+        """Return whether to use the context variable: a compiler cannot trace it, and only backbones that drop
+        keywords need it.
+        """
         return self._hands_on is False or not torch.compiler.is_compiling()
 
     def _run_to_layers(self, run_backbone: Callable, inputs: dict[str, Any], memory: EngramInputs):
-        """Run the backbone with `memory` as a keyword that it passes to its layers; where it may not, through a context variable."""
+        """Run the backbone with `memory` as a keyword for its layers; if it may drop that, through a context variable."""
         if self._hands_on or not self._asks_context:
             return run_backbone(self, **inputs, engram_inputs=memory)
         keyword = {} if self._hands_on is False else {"engram_inputs": memory}
@@ -644,7 +651,7 @@ class EngramModel(EngramPreTrainedModel):
         return outputs
 
     def _settle_cache(self, inputs: dict[str, Any]) -> Cache | None:
-        """The cache of a call, made if one is needed; in `inputs` under the name that the backbone has for it."""
+        """Return the cache of a call, made if one is needed; in `inputs` it has the backbone's name for it."""
         given = [inputs.pop(name) for name in CACHE_NAMES if inputs.get(name) is not None]
         if len(given) > 1 and given[0] is not given[1]:
             raise EngramError(f"Two caches were passed, as {' and as '.join(CACHE_NAMES)}; pass one.")
@@ -655,7 +662,7 @@ class EngramModel(EngramPreTrainedModel):
         if self.training and getattr(self, "gradient_checkpointing", False):
             if cache is not None:
                 logger.warning_once("The cache is ignored: gradient checkpointing runs without one.")
-            use_cache, cache = False, None  # a replayed layer would store its states twice
+            use_cache, cache = False, None  # A replayed layer would store its states twice.
         if use_cache and cache is None:
             cache = begin_cache(self.config)
         inputs.pop("past_key_values", None), inputs.pop("cache", None)
@@ -671,7 +678,7 @@ class EngramModel(EngramPreTrainedModel):
             )
 
     def _require_history_kept(self, cache: Cache | None, outputs, use_cache: bool) -> None:
-        """Refuse outputs whose cache is not the one that holds the memory's history: the next step would be wrong."""
+        """Refuse outputs whose cache is not the one with the memory's history: the next step would be wrong."""
         if cache is None:
             return
         parts = outputs if isinstance(outputs, tuple) else outputs.values()
@@ -683,28 +690,28 @@ class EngramModel(EngramPreTrainedModel):
             )
 
 
-# In a state dict, under the input embeddings.
+# This is its name in a state dict, under the input embeddings.
 _TOKEN_MAP_KEY = "engram_token_map"
 
 
 class _AddTokenMap:
-    """Hook of the input embeddings: adds the compressed ids of added tokens to their state dict.
+    """A hook of the input embeddings that adds the compressed ids of added tokens to their state dict.
 
-    PEFT saves the embeddings of a model whose vocabulary has grown with the adapter, and nothing else of the model. What
-    `save_pretrained` writes does not have them: there, the whole token map is a buffer of its own.
+    PEFT saves the embeddings of a model whose vocabulary has grown with the adapter, and nothing else of the model.
+    `save_pretrained` does not write these ids: there, the whole token map is a separate buffer.
     """
 
     def __init__(self, model: "EngramModel"):
         self.model = model
 
     def __call__(self, _module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
-        # The same resizing alone would give each new token an id of its own.
+        # The same resizing alone would give each new token its own id.
         if self.model._added_tokens_share_ids:
             state_dict[prefix + _TOKEN_MAP_KEY] = self.model.hashing.token_map.clone()
 
 
 class _TakeTokenMap(_AddTokenMap):
-    """Hook of the input embeddings: installs the compressed ids that were saved with them."""
+    """A hook of the input embeddings that installs the compressed ids that were saved with them."""
 
     def __call__(self, _module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
         token_map = state_dict.pop(prefix + _TOKEN_MAP_KEY, None)
@@ -713,14 +720,14 @@ class _TakeTokenMap(_AddTokenMap):
 
 
 def forward_with_memory(forward: Callable) -> Callable:
-    """The backbone's `forward`, with memory: of the same arguments, by position and by name."""
+    """Run the backbone's `forward`, with memory, with the same arguments by position and by name."""
     parameters = tuple(inspect.signature(forward).parameters)[1:]
 
     @functools.wraps(forward)
     def with_memory(self: EngramModel, *args, **kwargs):
         given = dict(zip(parameters, args, strict=False))
         if self._runs_inside or len(args) > len(given) or given.keys() & kwargs.keys():
-            return forward(self, *args, **kwargs)  # it runs the decoder with memory, or refuses the arguments
+            return forward(self, *args, **kwargs)  # It runs the decoder with memory, or refuses the arguments.
         if kwargs.get("pixel_values") is not None and not {"pixel_values", "image_mask"} & set(parameters):
             raise EngramError(
                 f"{type(self)._extends[1].__name__} reads text alone, but was given pixel_values; leave the images out, or use "
@@ -732,7 +739,7 @@ def forward_with_memory(forward: Callable) -> Callable:
 
 
 class DecoderWithMemory(RuntimeSubclass):
-    """The decoder inside of a base model (`OPTModel.decoder`), which runs with the memory of that base model."""
+    """The decoder inside a base model (`OPTModel.decoder`), which runs with the memory of that base model."""
 
     _runs_inside = False
 
@@ -749,7 +756,9 @@ class DecoderWithMemory(RuntimeSubclass):
 
 
 def _forward_of_head(forward: Callable) -> Callable:
-    """The `forward` of a model with a head, which need not pass on keywords that it does not know: these arrive through a context variable."""
+    """Run the `forward` of a model with a head, which may drop unknown keywords: these are passed by a context
+    variable.
+    """
     known = inspect.signature(forward).parameters
     ours = {"engram_edit", "engram_gate_values", "image_mask", "padding_mask", "seq_idx", *LOOKBACK_NAMES}
     unknown = ours.difference(known)
@@ -757,7 +766,8 @@ def _forward_of_head(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def forward_of_head(self: EngramForCausalLM, *args, **kwargs):
-        if old_name in kwargs and new_name not in kwargs and LOOKBACK_NAMES[0] not in kwargs:  # an engine's own stays
+        # An engine's own cache stays.
+        if old_name in kwargs and new_name not in kwargs and LOOKBACK_NAMES[0] not in kwargs:
             kwargs[new_name] = kwargs.pop(old_name)
         names = unknown & kwargs.keys()
         if not names or not self.memory_model._asks_context:
@@ -771,7 +781,9 @@ def _forward_of_head(forward: Callable) -> Callable:
 def _mask_of_call(
     mask: torch.Tensor | None, input_ids: torch.Tensor, past: int | torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Where the positions `[B, S]` of a call are text, in a mask that begins with the past and may go on into the future."""
+    """Return where the positions `[B, S]` of a call are text, in a mask that begins with the past and may extend
+    beyond them.
+    """
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         return None
     length = input_ids.shape[1]
@@ -787,7 +799,7 @@ def _mask_of_call(
 
 
 def _require_known_past(ids: torch.Tensor, is_text: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
-    """Refuse positions `[B, S]` without a cache that begin or restart after 0; say once where they jump."""
+    """Refuse positions `[B, S]` without a cache that begin or restart after 0; warn once where they have a gap."""
     if position_ids is None or position_ids.dim() != 2 or torch.compiler.is_compiling() or position_ids.is_meta:
         return
     if position_ids.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -817,19 +829,20 @@ def _documents(
     sequence_ids: torch.Tensor | None,
     history: EngramHistory | None,
 ) -> torch.Tensor | None:
-    """Documents `[B, S]`: as given, or told from where position ids restart; without either, the last one goes on."""
+    """Return documents `[B, S]`: as given, or from where position ids restart; by default, the last one continues."""
     if sequence_ids is not None:
         return sequence_ids.to(input_ids.device).long().expand_as(input_ids)
     has_past = history is not None and history.ids is not None
-    # The caller's numbers cannot be compared with what positions tell.
+    # The caller's numbers cannot be compared with those from positions.
     if has_past and (position_ids is None or history.is_numbered):
         return history.before(input_ids)[1][:, -1:].expand_as(input_ids)
     if position_ids is None:
         return None
-    positions = position_ids[0] if position_ids.dim() == 3 else position_ids  # multimodal: the temporal axis
+    # Multimodal positions begin with the temporal axis.
+    positions = position_ids[0] if position_ids.dim() == 3 else position_ids
     index = torch.ones_like(input_ids) if compaction.is_text is None else compaction.is_text.long()
     index = index.cumsum(1) - 1 + (0 if history is None else history.text_before(input_ids))
-    # The beginning of each document, counted in text: equal for all of its positions, and different for the next document.
+    # This is the beginning of each document, counted in text: equal within a document, and different for the next one.
     return index - positions.to(input_ids.device)
 
 
@@ -837,7 +850,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     """A causal language model with memory, on any backbone.
 
     An instance is also one of the backbone's own class (`MixtralForCausalLM`, ...), whose forward it runs: head, logit
-    scaling, loss and auxiliary losses, and whatever is set on the model, are the backbone's.
+    scaling, loss and auxiliary losses, and all settings on the model, are the backbone's.
 
     Args:
         config: names the backbone in `text_config`.
@@ -850,9 +863,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
     host_class = AutoModelForCausalLM
     _reads_images = False
-    # Called with a causal language model, or the name of one, to add memory to it; the package engram_hf sets it.
+    # It adds memory to a causal language model, or to the one of a name; the package engram_hf sets it.
     from_backbone: Any = staticmethod(needs_package)
-    # Makes the manager that `generate_batch` and servers run requests through; the package engram_hf sets it.
+    # It makes the manager of `generate_batch` and servers; the package engram_hf sets it.
     init_continuous_batching: Any = staticmethod(needs_package)
 
     @classmethod
@@ -868,9 +881,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             host = cls.host_class.from_config(config.backbone, dtype=torch.get_default_dtype())
         require_extensible(host)
         cls.require_backbone(host)
-        config.backbone = host.config  # from_config copies the config, but both must be one object
+        config.backbone = host.config  # `from_config` copies the config, but both must be one object.
         name_base_model(host)
-        EngramModel(config, host.base_model, engram_tables)  # changes the host's base model in place
+        EngramModel(config, host.base_model, engram_tables)  # This changes the host's base model in place.
         return host
 
     def __init__(
@@ -879,7 +892,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         host: PreTrainedModel | None = None,
         engram_tables: FoundTables | None = None,
     ):
-        # The host has been initialized by its own class, and its base model has memory.
+        # The host's own class has initialized it, and its base model has memory.
         self._become(config)
         self._take_over(self.base_model, self.base_model_prefix)
         self.init_weights()
@@ -891,7 +904,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, *args, attention_mask=None, inputs_embeds=None, image_mask=None, seq_idx=None, **kwargs
     ):
-        """As the host does, and what memory needs besides: ids beside embeddings, and masks of just these positions."""
+        """Do as the host, and add the memory's inputs: ids beside embeddings, and masks of just these positions."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -900,9 +913,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
         if embeds is not None and input_ids.shape[1] >= length:
             inputs["input_ids"] = input_ids[:, -length:]
-        if image_mask is not None:  # generated tokens are text
+        if image_mask is not None:  # Generated tokens are text.
             inputs["image_mask"] = _slice_to_step(image_mask, torch.zeros_like(image_mask[:, :1]), cache, length)
-        if seq_idx is not None:  # and belong to the last document
+        if seq_idx is not None:  # They belong to the last document.
             inputs["seq_idx"] = _slice_to_step(seq_idx, seq_idx[:, -1:], cache, length)
         if attention_mask is not None and inputs.get("attention_mask") is not attention_mask:
             # For a static cache the mask became 4-D, which no longer says what is padding.
@@ -920,11 +933,11 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def engram_gates(self, input_ids: torch.LongTensor, **kwargs) -> dict[int, torch.Tensor]:
-        """How far the memory's gates open for a text, in one forward.
+        """Return how far the memory's gates open for a text, in one forward.
 
         Args:
             input_ids: `[B, S]`.
-            **kwargs: of `forward`.
+            **kwargs: arguments of `forward`.
 
         Returns:
             Gates `[B, S, G]` between 0 and 1, by decoder layer.
@@ -935,12 +948,14 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
 
 def _cache_in(arguments: dict[str, Any]) -> Cache | None:
-    """The cache among keyword arguments, under whichever name."""
+    """Return the cache among keyword arguments, under either name."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def _slice_to_step(mask: torch.Tensor, fill: torch.Tensor, cache: Cache | None, length: int) -> torch.Tensor:
-    """The `length` positions after those in `cache`, of what is `[B, S]` for a prompt and `[B, 1]` for all that follows."""
+    """Return the `length` positions after those in `cache`, of what is `[B, S]` for a prompt and `[B, 1]` for all that
+    follows.
+    """
     start = 0 if cache is None else int(cache.get_seq_length())
     missing = max(start + length - mask.shape[1], 0)
     return torch.cat([mask, fill.expand(-1, missing)], dim=1)[:, start : start + length]
