@@ -33,8 +33,7 @@ class EngramHistory:
         reach: R, the longest look-back of hash and convolution.
 
     Attributes:
-        ids, documents: int64 `[B, R]`, compressed ids and document numbers of the last text; None before the first
-            call.
+        ids, documents: int64 `[B, R]`, ids and document numbers of the last text; None before the first call.
         counts: int64 `[B, 1]`, tokens of text so far.
         conv_inputs: by Engram layer and pass, `[B, R + spare, G, D]`.
         is_numbered: whether the caller numbers the documents, instead of positions.

@@ -40,8 +40,7 @@ def hash_ngrams(
 
     `mix_k = c[p] * m_0 ^ c[p-1] * m_1 ^ ... ^ c[p-k] * m_k` in wrapping int64; the heads of order k + 1 read row
     `mix_k mod prime + offset`. The first look-back that leaves the sequence, reaches a position without an id or
-    leaves the packed document counts as `pad_id`, and so do all longer ones; at a position without an id all of them
-    do.
+    leaves the packed document counts as `pad_id`, and so do all longer ones; without an id at the position, all do.
 
     Args:
         compressed_ids: int64 `[B, S]`, `NO_ID` where there is none.
@@ -85,17 +84,13 @@ def hash_ngrams(
 
 
 def row_offsets(primes: torch.Tensor) -> torch.Tensor:
-    """Return the first row of every head, int64 `[L, N - 1, H]`: the running sum of the bucket sizes before it in its
-    layer.
-    """
+    """Return the first row of every head, int64 `[L, N - 1, H]`: the running sum of its layer's earlier bucket sizes."""
     flat = primes.flatten(1)
     return (flat.cumsum(1) - flat).view_as(primes)
 
 
 def _with_past(current: torch.Tensor, past: torch.Tensor | None, reach: int, fill: int) -> torch.Tensor:
-    """Return `current` `[B, S]` after exactly `reach` earlier positions, with `fill` before the beginning of the
-    sequence.
-    """
+    """Return `current` `[B, S]` after exactly `reach` earlier positions, with `fill` before the sequence begins."""
     if past is None:
         past = current.new_empty((*current.shape[:-1], 0))
     past = past[..., max(past.shape[-1] - reach, 0) :]
@@ -355,8 +350,7 @@ class NgramHasher(nn.Module):
         return self._has_token_map
 
     def compress(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return compressed ids, int64, of `input_ids` (any integer dtype and shape); `NO_ID` for an id unknown to the
-        hash.
+        """Return compressed ids, int64, of `input_ids` (any integer dtype and shape), `NO_ID` for unknown ids.
 
         Raises:
             ValueError: the model has no token map yet.

@@ -116,8 +116,7 @@ class EngramGate(nn.Module):
 class EngramConv(nn.Conv1d):
     """Depthwise causal convolution over positions that does not cross the start of the sequence or of its document.
 
-    It is computed as K shifted products: documents need a mask for each tap, and no transpose to channels-first is
-    needed.
+    It is computed as K shifted products: documents need a mask for each tap, and it needs no transpose.
 
     Args:
         streams, hidden_size: G and D; each of the G * D channels has its own taps.
@@ -159,9 +158,7 @@ class EngramMemory(nn.Module):
         h_g   <- h_g + u_g [+ silu(conv(rms(u_g)))]
 
     The convolution (none in V4.1) is depthwise over `G * D` channels and causal, with dilation N. Gates and norms are
-    computed in float32 (float64 for float64 streams), whatever the model's dtype. At a position without memory the
-    gate is zero, so that it contributes nothing to the convolution, but still gets the contribution of earlier
-    positions.
+    computed in float32 (float64 for float64 streams), whatever the model's dtype. At a position without memory the gate is zero: the position adds nothing to the convolution, but gets contributions of earlier ones.
 
     Args:
         config: the model's config.
@@ -264,9 +261,7 @@ def _update(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def _in_blocks(compute: Callable[..., tuple[torch.Tensor, ...]], *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Apply `compute` to `states` `[B, S, ...]`, a block of positions at a time; positions are independent of each
-    other.
-    """
+    """Apply `compute` to `states` `[B, S, ...]`, a block of positions at a time; positions are independent."""
     batch, length = states[0].shape[:2]
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or batch * length <= _BLOCK_TOKENS:
         return compute(*states)

@@ -67,8 +67,7 @@ WEIGHTS_MEMBER, TABLES_MEMBER = "weights_digest", "tables_sha256"
 _MADE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Weights up to this size are read completely.
 _WHOLE_BYTES = 1 << 20
-# A larger tensor gives at most this many pieces of at most this many bytes, and at most 1% of its bytes or two pieces
-# of 64.
+# A larger tensor gives at most so many pieces of so many bytes, and at most 1% of its bytes or two pieces of 64.
 _MOST_PIECES, _PIECE_BYTES, _LEAST_BYTES = 8, 512, 64
 
 
@@ -213,8 +212,7 @@ class Checkpoint:
 
 
 def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callable[[str], Path | None]:
-    """Return a function from file name to local path; it downloads missing files from the Hub, and gives None for
-    absent ones.
+    """Return a function from file name to local path, which downloads from the Hub; None for a file that is absent.
 
     Args:
         kwargs: arguments of `from_pretrained`.
@@ -234,8 +232,7 @@ def resolver(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Callabl
 
 
 def _means_absent(error: OSError) -> bool:
-    """Return whether `cached_file` reports that there is no such file, or that there is neither a network nor a cached
-    one.
+    """Return whether `cached_file` reports that there is no such file, or neither a network nor a cached one.
 
     An error of the Hub (busy, or forbidden) does not mean that the file is absent.
     """
@@ -479,9 +476,7 @@ def resolve_auto(size: int, free_host: int, free_device: int | None) -> str:
 
 
 def _free_memory(kwargs: dict) -> tuple[int, int | None]:
-    """Return free bytes of the host, and of the GPUs that a model goes to (None if it goes to none), within
-    `max_memory`.
-    """
+    """Return free bytes of the host, and of the GPUs that a model goes to (None for no GPU), within `max_memory`."""
     device_map, limits = kwargs.get("device_map"), kwargs.get("max_memory")
     # transformers considers limits only where it makes the map itself; they then name all devices that are used.
     if limits and device_map in _MADE_MAPS:

@@ -290,9 +290,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """Save as in transformers; whichever class is saved, every Auto class can open the folder as remote code.
 
-        Tables that are not parameters are linked to the folder, or copied by the kernel: they have not changed. After
-        any interruption, a folder with a model has that model or the new one; it needs disk space for both until the
-        end.
+        Tables that are not parameters are linked to the folder, or copied by the kernel: they have not changed. After any interruption, a folder has its old model or the new one; it needs disk space for both meanwhile.
         """
         for memory in self.memory_model.memories().values():
             getattr(memory.table, "require_whole", bool)()  # Shards of a table cannot be saved in this way.
@@ -321,9 +319,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
             complete_save(self.memory_model, *_SAVE.get())
 
     def _read_call(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
-        """Return the arguments of `prepare_memory` for a call; the arguments that remain in `inputs` are the
-        backbone's.
-        """
+        """Return the arguments of `prepare_memory` for a call; those that remain in `inputs` are the backbone's."""
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise EngramError(
@@ -540,8 +536,7 @@ class EngramModel(EngramPreTrainedModel):
         history: Any = None,
         past_length: int | torch.Tensor | None = None,
     ) -> EngramInputs:
-        """Return the row ids of all layers, from token ids alone: this can run before, or on another device than, the
-        backbone.
+        """Return the row ids of all layers, from token ids alone: this can run before the backbone, or elsewhere.
 
         Args:
             input_ids: `[B, S]`.
@@ -587,8 +582,7 @@ class EngramModel(EngramPreTrainedModel):
             documents = _documents(input_ids, compaction, position_ids, sequence_ids, None)
             past = nothing_before(ids, lookback_reach(self.config))
         row_ids, documents = self._hash(ids, documents, past, compaction)
-        # Nothing is recorded if inputs are known to reach the layers, or in compiled code, which every change would
-        # recompile.
+        # Nothing is recorded once inputs are known to reach the layers, or in compiled code: a change would recompile.
         readers = None if self._hands_on is not None or torch.compiler.is_compiling() else set()
         return EngramInputs(row_ids, compaction, valid, documents, history, readers=readers)
 
@@ -632,9 +626,7 @@ class EngramModel(EngramPreTrainedModel):
 
     @property
     def _asks_context(self) -> bool:
-        """Return whether to use the context variable: a compiler cannot trace it, and only backbones that drop
-        keywords need it.
-        """
+        """Return whether to read the context variable: a compiler cannot trace it, and few backbones need it."""
         return self._hands_on is False or not torch.compiler.is_compiling()
 
     def _run_to_layers(self, run_backbone: Callable, inputs: dict[str, Any], memory: EngramInputs):
@@ -756,9 +748,7 @@ class DecoderWithMemory(RuntimeSubclass):
 
 
 def _forward_of_head(forward: Callable) -> Callable:
-    """Run the `forward` of a model with a head, which may drop unknown keywords: these are passed by a context
-    variable.
-    """
+    """Run the `forward` of a model with a head; a context variable passes the keywords that it may not know."""
     known = inspect.signature(forward).parameters
     ours = {"engram_edit", "engram_gate_values", "image_mask", "padding_mask", "seq_idx", *LOOKBACK_NAMES}
     unknown = ours.difference(known)
@@ -766,8 +756,7 @@ def _forward_of_head(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def forward_of_head(self: EngramForCausalLM, *args, **kwargs):
-        # An engine's own cache stays.
-        if old_name in kwargs and new_name not in kwargs and LOOKBACK_NAMES[0] not in kwargs:
+        if old_name in kwargs and new_name not in kwargs and LOOKBACK_NAMES[0] not in kwargs:  # engines keep theirs
             kwargs[new_name] = kwargs.pop(old_name)
         names = unknown & kwargs.keys()
         if not names or not self.memory_model._asks_context:
@@ -781,9 +770,7 @@ def _forward_of_head(forward: Callable) -> Callable:
 def _mask_of_call(
     mask: torch.Tensor | None, input_ids: torch.Tensor, past: int | torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Return where the positions `[B, S]` of a call are text, in a mask that begins with the past and may extend
-    beyond them.
-    """
+    """Return where the positions `[B, S]` of a call are text; the mask begins with the past and may be longer."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         return None
     length = input_ids.shape[1]
@@ -838,8 +825,7 @@ def _documents(
         return history.before(input_ids)[1][:, -1:].expand_as(input_ids)
     if position_ids is None:
         return None
-    # Multimodal positions begin with the temporal axis.
-    positions = position_ids[0] if position_ids.dim() == 3 else position_ids
+    positions = position_ids[0] if position_ids.dim() == 3 else position_ids  # of three axes, the temporal one
     index = torch.ones_like(input_ids) if compaction.is_text is None else compaction.is_text.long()
     index = index.cumsum(1) - 1 + (0 if history is None else history.text_before(input_ids))
     # This is the beginning of each document, counted in text: equal within a document, and different for the next one.
@@ -953,9 +939,7 @@ def _cache_in(arguments: dict[str, Any]) -> Cache | None:
 
 
 def _slice_to_step(mask: torch.Tensor, fill: torch.Tensor, cache: Cache | None, length: int) -> torch.Tensor:
-    """Return the `length` positions after those in `cache`, of what is `[B, S]` for a prompt and `[B, 1]` for all that
-    follows.
-    """
+    """Return the `length` positions after those in `cache` of a mask `[B, S]` of a prompt; later ones are `fill`."""
     start = 0 if cache is None else int(cache.get_seq_length())
     missing = max(start + length - mask.shape[1], 0)
     return torch.cat([mask, fill.expand(-1, missing)], dim=1)[:, start : start + length]
