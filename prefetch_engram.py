@@ -1,7 +1,8 @@
-"""Fetching rows ahead: row ids depend on token ids alone, so the rows of all layers can be read before the backbone runs.
+"""Prefetching: row ids depend on token ids alone, so the rows of all layers can be read before the backbone runs.
 
-Reading a page that is not in memory takes the disk some tens of microseconds, and a thread that touches one waits. Asked for
-beforehand, in file order, many pages are read at once. Rows for a GPU travel there while it computes the layers before.
+Reading a page that is not in memory takes the disk tens of microseconds, and the reading thread waits. If requested
+beforehand, in file order, many pages are read together. Rows for a GPU are copied there while it computes the layers
+before.
 """
 
 import copy
@@ -22,7 +23,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class SideStream:
-    """A queue of copies and reads for a GPU beside the one it computes in.
+    """A queue of copies and reads for a GPU beside its computing queue.
 
     Args:
         device: a CUDA device.
@@ -32,10 +33,10 @@ class SideStream:
         self.device, self._stream = device, torch.cuda.Stream(device)
 
     def run(self, read: Callable[[], Sequence[torch.Tensor]], needs: torch.Tensor | None = None) -> "Arrival":
-        """Queue `read`, after what is queued for computing so far if it `needs` a tensor of that."""
+        """Queue `read`, after the work queued for computing so far if it `needs` a tensor of that."""
         if needs is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            needs.record_stream(self._stream)  # an abandoned forward does not keep the tensor until it is read
+            needs.record_stream(self._stream)  # An abandoned forward would free the tensor before it is read.
         with torch.cuda.stream(self._stream):
             return Arrival(list(read()), self._stream.record_event())
 
@@ -47,11 +48,11 @@ class Arrival:
         self._tensors, self._event = tensors, event
 
     def wait(self) -> list[torch.Tensor]:
-        """The tensors, for use in the current stream, which waits for them; this thread does not."""
+        """Return the tensors for use in the current stream, which waits for them; this thread does not."""
         current = torch.cuda.current_stream(self._tensors[0].device)
         current.wait_event(self._event)
         for tensor in self._tensors:
-            tensor.record_stream(current)  # its memory must not be reused before it is read
+            tensor.record_stream(current)  # Its memory must not be reused before it is read.
         return self._tensors
 
 
@@ -61,13 +62,13 @@ class FetchedRows:
     Args:
         source: the table.
         row_ids: int64, any shape, on any device; duplicates are read once.
-        stream: where the rows are to be copied; None to leave them in host memory.
+        stream: the stream that copies the rows; None to leave them in host memory.
 
     Attributes:
         row_ids: the distinct ones, in file order.
 
     Raises:
-        TableFormatError: a file was cut off or overwritten under the running process.
+        TableFormatError: a file was truncated or overwritten while the process uses it.
     """
 
     def __init__(self, source: MappedRows, row_ids: torch.Tensor, stream: SideStream | None = None):
@@ -82,7 +83,7 @@ class FetchedRows:
         self._steps: list[Future] = []
 
     def request(self, pool: ThreadPoolExecutor) -> None:
-        """Ask the system to read the pages. This is to be called for all layers before any is gathered."""
+        """Ask the system to read the pages. Call this for all layers before any is gathered."""
         self._steps.append(pool.submit(self._source.request, self.row_ids))
 
     def gather(self, pool: ThreadPoolExecutor) -> None:
@@ -90,7 +91,7 @@ class FetchedRows:
         self._steps.append(pool.submit(self._gather))
 
     def _gather(self) -> Arrival | None:
-        self._source.require_unchanged()  # again: reading the pages may have taken a while
+        self._source.require_unchanged()  # The check is repeated, since reading the pages may have taken a while.
         for part in self._source.parts:
             here = slice(*np.searchsorted(self.row_ids, [part.first, part.first + len(part.weight)]))
             for table, rows in zip(part.tables, self._rows, strict=True):
@@ -103,7 +104,7 @@ class FetchedRows:
         return stream.run(lambda: [tensor.to(stream.device, non_blocking=True) for tensor in tensors])
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in [`~table_engram.RowReader`], of ids that were asked for; waits for them."""
+        """Return prefetched rows as in [`~table_engram.RowReader`]; wait for them."""
         arrival = [step.result() for step in self._steps][-1]
         known, *rows = [torch.from_numpy(self.row_ids), *self._rows] if arrival is None else arrival.wait()
         places = torch.searchsorted(known, row_ids.to(known.device))
@@ -116,7 +117,7 @@ class ReadByDevice:
     Args:
         source: the table, visible from the device of `row_ids`.
         row_ids: int64, any shape.
-        stream: of that device.
+        stream: a stream of that device.
     """
 
     def __init__(self, source: PinnedRows, row_ids: torch.Tensor, stream: SideStream):
@@ -126,19 +127,19 @@ class ReadByDevice:
         )
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in [`~table_engram.RowReader`], of the very ids that were asked for."""
+        """Return the rows as in [`~table_engram.RowReader`], for the same ids as requested."""
         values, *scales = self._arrival.wait()
         return values, scales[0] if scales else None
 
 
 class Prefetcher:
-    """Fetches the rows of all layers of a model ahead of its forward.
+    """Fetches the rows of all layers of a model before its forward.
 
     Args:
-        tables: of all layers, in the order of the row ids.
-        when: `"always"`, `"never"`, or `"auto"`: for a GPU always; on the CPU if the tables are larger than the memory
-            that is free at the first forward, so that rows come from the disk again and again. In memory that is warm,
-            another thread costs more than it saves (`benchmarks/tables_gather.py`).
+        tables: the tables of all layers, in the order of the row ids.
+        when: `"always"`, `"never"`, or `"auto"`: for a GPU always; on the CPU if the tables are larger than the free
+            memory at the first forward, so that rows are read from disk again and again. With rows in memory, another
+            thread costs more than it saves (`benchmarks/tables_gather.py`).
     """
 
     def __init__(self, tables: Sequence[EngramTable], when: str = "auto"):
@@ -155,7 +156,7 @@ class Prefetcher:
 
     @property
     def when(self) -> str:
-        """`"auto"`, `"always"` or `"never"`; takes effect with the next forward."""
+        """The mode `"auto"`, `"always"` or `"never"`; a change takes effect with the next forward."""
         return self._when
 
     @when.setter
@@ -166,7 +167,7 @@ class Prefetcher:
 
     @torch.compiler.disable
     def start(self, row_ids: torch.Tensor) -> tuple[RowReader, ...] | None:
-        """Begin to fetch the rows `row_ids` `[L, ...]`; None if the layers are to read them directly."""
+        """Begin to fetch the rows `row_ids` `[L, ...]`; return None if the layers should read them directly."""
         if not all(isinstance(table.source, MappedRows) for table in self.tables) or not self.pays(row_ids.is_cuda):
             return None
         if self._process != os.getpid():
@@ -176,7 +177,7 @@ class Prefetcher:
         return self._fetch(row_ids)
 
     def pays(self, is_cuda: bool) -> bool:
-        """Whether rows are to be fetched ahead for a forward on a GPU, or on the CPU."""
+        """Return whether prefetching saves time for a forward on a GPU, or on the CPU."""
         if self.when != "auto" or is_cuda:
             return self.when != "never"
         if self._is_larger_than_memory is None:
@@ -192,8 +193,8 @@ class Prefetcher:
             for step in (FetchedRows.request, FetchedRows.gather):
                 for rows in fetched:
                     step(rows, self._pool)
-        except RuntimeError as error:  # no thread can be started, or the process is ending
-            self._begin()  # drops requests that would wait for a thread that never starts
+        except RuntimeError as error:  # No thread can be started, or the process is ending.
+            self._begin()  # This drops requests that would wait for a thread that never starts.
             logger.warning_once(f"Rows are read without prefetching, because no thread can be started ({error}).")
             return None
         return fetched

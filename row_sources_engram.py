@@ -1,7 +1,7 @@
-"""Where rows come from that are no parameters: a table's files, mapped, or page-locked host memory.
+"""Sources of rows that are not parameters: a table's mapped files, or page-locked host memory.
 
-Both are a [`~table_engram.RowSource`]. Rows are moved as bytes, whatever their dtype: a file may place them at any offset,
-and not every device indexes every dtype.
+Both are a [`~table_engram.RowSource`]. Rows are moved as bytes, whatever their dtype: a file may place them at any
+offset, and not every device indexes every dtype.
 """
 
 import contextlib
@@ -24,12 +24,13 @@ from .table_engram import TORCH_DTYPES, apply_global_scale
 from .table_format_engram import StoredTable, TableFormatError
 
 _READ_BYTES = 16 << 20
-# Blocks of a file, spread evenly, that are compared when only its times have changed, and with the manifest (its format says so).
+# These evenly spaced blocks of a file are compared if only its times changed, and with the manifest (as its format
+# says).
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 class RowBytes(NamedTuple):
-    """Rows `first..` of a table as they are stored: uint8 `[n, bytes of a row]`, and the same of their scales."""
+    """Stored rows `first..` of a table: uint8 `[n, bytes of a row]`, and the same of their scales."""
 
     first: int
     weight: torch.Tensor
@@ -49,12 +50,12 @@ class RowBytes(NamedTuple):
 class MappedRows:
     """A table in its files, paged in as rows are read: see [`~table_engram.RowSource`].
 
-    Opening costs no memory whatever the size; processes that map the same file share its pages. It is never copied:
+    Opening needs no memory for any size; processes that map the same file share its pages. It is never copied:
     `deepcopy` and pickling (spawned workers) give another view of the same files.
 
     Args:
         stored: the checked table.
-        digests: samples that the files are to have; see [`FileMap`]. None if the headers tell enough.
+        digests: samples that the files must have; see [`FileMap`]. None if the headers suffice.
 
     Attributes:
         parts: the rows of every file, over the file.
@@ -62,7 +63,7 @@ class MappedRows:
         saved: folder of the last save of these rows, and digests in hex of its table files by name; None before one.
 
     Raises:
-        TableFormatError: a file is not the one that was checked any more.
+        TableFormatError: a file is no longer the one that was checked.
         OSError: a file cannot be opened; the message says what to do.
     """
 
@@ -118,28 +119,28 @@ class MappedRows:
 
     @property
     def files(self) -> dict[Path, int]:
-        """File descriptors of the open files, by path; they have been checked not to have changed."""
+        """File descriptors of the open files, by path, after a check that the files have not changed."""
         self.require_unchanged()
         return {path: opened.descriptor for path, opened in self._maps.items()}
 
     @property
     def digests(self) -> dict[Path, bytes]:
-        """A digest of samples of each file, which another file would not have."""
+        """A digest of samples of each file, which distinguishes it from other files."""
         return {path: opened.digest for path, opened in self._maps.items()}
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in [`~table_engram.RowSource`].
+        """Fetch rows as in [`~table_engram.RowSource`].
 
         Raises:
-            TableFormatError: a file was cut off or overwritten under the running process.
+            TableFormatError: a file was truncated or overwritten while the process uses it.
         """
         self.require_unchanged()
         return self.typed(gather_bytes(self.parts, row_ids.cpu()))
 
     def request(self, row_ids: np.ndarray) -> None:
-        """Have the system read what sorted int64 `row_ids` `[n]` lie in, in file order, all at once.
+        """Ask the system to read the pages of sorted int64 `row_ids` `[n]` together, in file order.
 
-        Does not wait for it, unless for room in the disk's queue. Does nothing where the system takes no such requests.
+        This waits only for room in the disk's queue, and does nothing if the system takes no such requests.
         """
         for part, rows in zip(self.stored.parts, self.parts, strict=True):
             here = slice(*np.searchsorted(row_ids, [rows.first, rows.first + len(rows.weight)]))
@@ -147,7 +148,7 @@ class MappedRows:
                 self._maps[part.file.path].request(span.offset + (row_ids[here] - rows.first) * size, size)
 
     def typed(self, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Stored values of gathered bytes, and what multiplies them (or None)."""
+        """Return the stored values of gathered bytes, and their scales (or None)."""
         values, scale = self._typed(rows)
         return values, apply_global_scale(scale, self.global_scale)
 
@@ -156,7 +157,7 @@ class MappedRows:
         return values, scales[0] if scales else None
 
     def read(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in [`~table_engram.RowSource`], by large reads instead of page faults."""
+        """Read rows as in [`~table_engram.RowSource`], by large reads instead of page faults."""
         self.require_unchanged()
         pieces: dict[str, list[torch.Tensor]] = {}
         for part in self.stored.parts:
@@ -167,7 +168,8 @@ class MappedRows:
         return self._typed([some[0] if len(some) == 1 else torch.cat(some) for some in pieces.values()])
 
     def scan(self, kinds: Sequence[str], step: int) -> Iterator[tuple[int, str, torch.Tensor]]:
-        """All rows in file order, `step` at a time: first row, `"weight"` or `"scale"`, and the numbers `[n, ...]`.
+        """Yield all rows in file order, `step` at a time: first row, `"weight"` or `"scale"`, and the numbers `[n,
+        ...]`.
 
         Args:
             kinds: which of the two.
@@ -182,7 +184,9 @@ class MappedRows:
                     yield part.first + first, kind, rows.view(TORCH_DTYPES[span.dtype])
 
     def require_unchanged(self) -> None:
-        """Raise `TableFormatError` if a file was cut off or overwritten since it was opened; see [`FileMap.changed`]."""
+        """Raise `TableFormatError` if a file was truncated or overwritten since it was opened; see
+        [`FileMap.changed`].
+        """
         # Reading a page behind the end of a truncated file kills the process, so the size is checked every time.
         for path, opened in self._maps.items():
             if opened.changed():
@@ -190,7 +194,7 @@ class MappedRows:
 
 
 class PinnedRows(MappedRows):
-    """A table copied once into page-locked host memory, which a GPU reads by itself, only the rows it needs.
+    """A table copied once into page-locked host memory, from which a GPU directly reads only the rows it needs.
 
     Args:
         stored: the checked table.
@@ -223,16 +227,16 @@ class PinnedRows(MappedRows):
         return [RowBytes.of(0, tables)]
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in [`~table_engram.RowSource`]; on the device of the ids if that can read the memory."""
+        """Fetch rows as in [`~table_engram.RowSource`]; on the device of the ids if that can read the memory."""
         if self.is_visible_from(row_ids.device):
             return self.typed(gather_bytes([self.readers[row_ids.device]], row_ids))
         return self.typed(gather_bytes(self.parts, row_ids.cpu()))
 
     def request(self, row_ids: np.ndarray) -> None:
-        """Nothing to do: rows are in memory."""
+        """Do nothing: rows are in memory."""
 
     def is_visible_from(self, device: torch.device) -> bool:
-        """Whether a device can read the memory itself."""
+        """Return whether a device can read the memory itself."""
         if device.type != "cuda":
             return False
         if device not in self.readers:
@@ -242,7 +246,9 @@ class PinnedRows(MappedRows):
 
 
 def gather_bytes(parts: Sequence[RowBytes], row_ids: torch.Tensor) -> list[torch.Tensor]:
-    """Rows, and scales if there are any, of int64 `row_ids` `[n]` on the device of `parts`: uint8 `[n, bytes of a row]`."""
+    """Gather rows, and scales if there are any, of int64 `row_ids` `[n]` on the device of `parts`: uint8 `[n, bytes of
+    a row]`.
+    """
     if len(parts) == 1:
         return [table.index_select(0, row_ids) for table in parts[0].tables]
     gathered = [table.new_empty((row_ids.numel(), table.shape[1])) for table in parts[0].tables]
@@ -260,13 +266,13 @@ def _changed(path: Path) -> TableFormatError:
 
 
 class FileMap:
-    """A whole file mapped for random reads, and the means to tell whether it is still the same.
+    """A file mapped for random reads, with a check whether it has changed.
 
     Args:
-        header: what was read from the file when it was checked.
+        header: the header that was read when the file was checked.
 
     Attributes:
-        digest: of the header and of samples of the data.
+        digest: the digest of the header and of samples of the data.
 
     Raises:
         TableFormatError: the file is another one by now.
@@ -284,7 +290,7 @@ class FileMap:
             # there is.
             self._map = mmap.mmap(self._descriptor, self._stamp.size, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):
-            with contextlib.suppress(OSError):  # not every file system takes advice
+            with contextlib.suppress(OSError):  # Not every file system supports advice.
                 self._map.madvise(mmap.MADV_RANDOM)
         is_checked = header.stamp is None or header.stamp.is_same_file(self._stamp)
         if not is_checked or self._peek(0, len(header.head)) != header.head:
@@ -301,8 +307,10 @@ class FileMap:
         return self._descriptor
 
     def _peek(self, offset: int, size: int) -> bytes:
-        """Bytes of the file. A page that is read in the map would count as memory of this process, with all around it."""
-        if not hasattr(os, "pread"):  # not a Unix system
+        """Read bytes of the file. A page read in the map would count as this process's memory, with all pages around
+        it.
+        """
+        if not hasattr(os, "pread"):  # This is not a Unix system.
             return self._map[offset : offset + size]
         with reading(self._header.path):
             return os.pread(self._descriptor, size, offset)
@@ -315,10 +323,10 @@ class FileMap:
         return hashlib.sha256(b"".join(samples)).digest()
 
     def changed(self) -> bool:
-        """Whether the file was cut off or overwritten since it was opened.
+        """Return whether the file was truncated or overwritten since it was opened.
 
-        Where only its times differ, somebody touched or linked it, or wrote to it. The header and samples of the data tell
-        these apart, but for a write that leaves all samples as they were.
+        If only its times differ, it was touched, linked or written to. The header and samples of the data distinguish
+        these, except for a write that changes no sample.
         """
         stamp = FileStamp.read(self._descriptor)
         if stamp == self._stamp:
@@ -329,8 +337,8 @@ class FileMap:
         return False
 
     def read(self, span: TensorSpan, first: int, stop: int) -> torch.Tensor:
-        """Rows `first..stop-1` of a tensor, as bytes in memory of their own."""
-        if not hasattr(os, "preadv"):  # not a Unix system
+        """Read rows `first..stop-1` of a tensor, as bytes in separate memory."""
+        if not hasattr(os, "preadv"):  # This is not a Unix system.
             return self.view(span)[first:stop].clone()
         size = span.size // math.prod(span.shape[:1])
         rows = torch.empty((stop - first, size), dtype=torch.uint8, device="cpu")
@@ -353,31 +361,33 @@ class FileMap:
         begins = np.flatnonzero(np.append(True, first[1:] > last[:-1] + 1))
         ends = np.append(begins[1:], len(first)) - 1
         runs = zip((first[begins] * mmap.PAGESIZE).tolist(), ((last[ends] + 1) * mmap.PAGESIZE).tolist(), strict=True)
-        with contextlib.suppress(OSError):  # not every file system takes advice
+        with contextlib.suppress(OSError):  # Not every file system supports advice.
             for begin, end in runs:
                 os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def view(self, span: TensorSpan) -> torch.Tensor:
-        """A tensor `[R, ...]` as bytes over the file."""
+        """Return a tensor `[R, ...]` as bytes over the file."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")  # nothing writes to it
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # No code writes to it.
             raw = torch.frombuffer(self._map, dtype=torch.uint8, count=span.size, offset=span.offset)
         return raw.view(math.prod(span.shape[:1]), -1)
 
 
 class _DeviceMemory:
-    """Page-locked memory as CUDA libraries exchange it: the CUDA array interface, version 3 (defined by Numba)."""
+    """Page-locked memory in the exchange format of CUDA libraries: the CUDA array interface, version 3 (defined by
+    Numba).
+    """
 
     def __init__(self, memory: torch.Tensor):
-        self.memory = memory  # kept as long as a view of it
+        self.memory = memory  # It is kept as long as a view of it.
         address = {"data": (memory.data_ptr(), False), "strides": None}
         self.__cuda_array_interface__ = {"shape": tuple(memory.shape), "typestr": "|u1", "version": 3, **address}
 
 
 def _lock_pages(owner: PinnedRows, memory: torch.Tensor) -> None:
-    """Lock the pages of `memory` until `owner` is gone.
+    """Lock the pages of `memory` until `owner` is deleted.
 
-    Not by `pin_memory`, which may take up to twice the size.
+    `pin_memory` is not used, since it may take up to twice the size.
     """
     address, cudart = memory.data_ptr(), torch.cuda.cudart()
     error = cudart.cudaHostRegister(address, memory.nbytes, 0)
@@ -388,7 +398,7 @@ def _lock_pages(owner: PinnedRows, memory: torch.Tensor) -> None:
             f"({cudart.cudaGetErrorString(error)}); free memory, raise `ulimit -l`, or use engram_residency='mapped'."
         )
     unlock = weakref.finalize(owner, _unlock_pages, address, owner.readers, os.getpid())
-    unlock.atexit = False  # the end of the process unlocks the pages
+    unlock.atexit = False  # The end of the process unlocks the pages.
 
 
 def _forget_error() -> None:
@@ -398,18 +408,19 @@ def _forget_error() -> None:
 
 
 def _unlock_pages(address: int, readers: Iterable[torch.device], process: int) -> None:
-    if process != os.getpid():  # a forked process has no CUDA, and the pages are its parent's
+    if process != os.getpid():  # A forked process has no CUDA, and the pages are its parent's.
         return
     for device in readers:
-        torch.cuda.synchronize(device)  # it may still be reading
+        torch.cuda.synchronize(device)  # It may still be reading.
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _device_view(memory: torch.Tensor, device: torch.device) -> torch.Tensor | None:
-    """Page-locked uint8 `memory` `[R, ...]` as a tensor of the GPU, which reads it over the bus; None if it cannot.
+    """Return page-locked uint8 `memory` `[R, ...]` as a tensor of the GPU, which reads it over the bus; None if it
+    cannot.
 
-    Some versions of torch make a copy for a GPU that was not current when the memory was locked; one row shows that
-    before the whole table is asked for.
+    Some versions of torch make a copy for a GPU that was not current when the memory was locked; a test with one row
+    shows that before the whole table is requested.
     """
     if torch.as_tensor(_DeviceMemory(memory[:1]), device=device).data_ptr() != memory.data_ptr():
         return None

@@ -1,7 +1,7 @@
-"""Safetensors files, read as untrusted input and written whole or not at all, as is every file of ours.
+"""Safetensors files, read as untrusted input; these and all our other files are written atomically.
 
-Headers are checked to the last byte, and tensor data is never loaded. A file is written beside its name and renamed when it
-is complete; files that do not change are linked, or copied inside the kernel.
+Headers are checked to the last byte, and tensor data is never loaded. A file is written beside its name and renamed
+when it is complete; files that do not change are linked, or copied inside the kernel.
 
 The format (github.com/huggingface/safetensors): 8 bytes, the header's length as a little-endian unsigned integer; the
 header, JSON that maps each tensor to `dtype`, `shape` and `data_offsets` (counted from the header's end), and
@@ -25,16 +25,16 @@ from typing import NamedTuple
 
 try:
     import fcntl
-except ModuleNotFoundError:  # not a Unix system
+except ModuleNotFoundError:  # This is not a Unix system.
     fcntl = None
 
-# The limit of safetensors' own reader; a longer header is damaged.
+# This is the limit of safetensors' own reader; a longer header is damaged.
 MAX_HEADER_BYTES = 100_000_000
 # With more dimensions, the product of sizes could take minutes to compute.
 MAX_DIMENSIONS = 64
 # An error quotes at most this many characters of a file.
 _MAX_MESSAGE = 1000
-# Bits of a number, for all dtypes of safetensors.
+# These are the bits of a number, for all dtypes of safetensors.
 ITEM_BITS = {
     "F4": 4,
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -43,29 +43,29 @@ ITEM_BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
-# Linux' request to share the blocks of one file with another (include/uapi/linux/fs.h).
+# This is Linux' request to share the blocks of one file with another (include/uapi/linux/fs.h).
 _FICLONE = 0x40049409
-# Weights in one file, and the index of several.
+# Weights are in one file, or in several with an index.
 _WEIGHTS_NAMES = ("model.safetensors", "model.safetensors.index.json")
-# Ends the names of files that are not whole yet.
+# The names of incomplete files end in this.
 UNFINISHED = ".unfinished"
 # A link is renamed at once after it is made.
 _LINK_SECONDS = 60
-# What systems and file systems answer that have no links, or not between these two places.
+# Systems and file systems without links, or without links between these two places, answer with these errors.
 _CANNOT_LINK = {getattr(errno, name) for name in ("EXDEV", "EPERM", "EMLINK", "ENOTSUP", "ENOSYS", "ENOENT", "EACCES")}
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor; of those of less than a byte a number, whole bytes."""
+    """Return the bytes of a tensor; numbers of less than a byte are rounded up to whole bytes."""
     return math.prod(shape) * ITEM_BITS[dtype] // 8
 
 
 class EngramError(ValueError):
-    """What every refusal of this package is: wrong input, said in one sentence."""
+    """The base of all errors of this package: wrong input, explained in one sentence."""
 
 
 class FileFormatError(EngramError):
-    """A file that is missing, cut off, damaged, or against the rules of its format, said in one sentence."""
+    """A file that is missing, truncated, damaged, or violates its format, explained in one sentence."""
 
     def __init__(self, message: str):
         half = _MAX_MESSAGE // 2
@@ -73,17 +73,17 @@ class FileFormatError(EngramError):
 
 
 class MissingFileError(FileFormatError, FileNotFoundError):
-    """A file that is not there."""
+    """A file is missing."""
 
     def __init__(self, message: str):
         super().__init__(message)
         self.errno = errno.ENOENT
 
     def __str__(self) -> str:
-        return self.args[0]  # an OSError would print number and name instead
+        return self.args[0]  # An OSError would print number and name instead.
 
 
-# What a user can do about errors of the system that say nothing about what the file holds.
+# This is the advice for errors of the system that do not depend on the file's content.
 _ADVICE = {
     errno.EACCES: "give this user the right to do that",
     errno.EPERM: "give this user the right to do that",
@@ -96,11 +96,11 @@ _ADVICE = {
 
 
 def system_error(error: OSError, path: str | os.PathLike, doing: str, advice: str | None = None) -> OSError:
-    """An OSError of the same kind and number, which says for which file, and what to do about it.
+    """Return an OSError of the same type and number, with the file and advice.
 
     Args:
-        doing: what could not be done, such as "read".
-        advice: instead of what helps against errors of this number in general.
+        doing: the failed action, such as "read".
+        advice: replaces the general advice for errors of this number.
     """
     advice = advice or _ADVICE.get(error.errno)
     message = f"{error.strerror or error}, so {Path(path).name} cannot be {doing}" + (f"; {advice}" if advice else "")
@@ -109,15 +109,15 @@ def system_error(error: OSError, path: str | os.PathLike, doing: str, advice: st
 
 @contextlib.contextmanager
 def reading(path: Path, advice: str = "fetch the missing file") -> Iterator[None]:
-    """Explain what can be done about an error that occurs while `path` is read.
+    """Add advice to an error that occurs while `path` is read.
 
     Args:
-        advice: for a file that is not there.
+        advice: for a missing file.
 
     Raises:
         MissingFileError: there is no such file.
         FileFormatError: there is something else in its place, such as a folder.
-        OSError: of the same kind as the system's.
+        OSError: of the same type as the system's.
     """
     try:
         yield
@@ -131,7 +131,7 @@ def reading(path: Path, advice: str = "fetch the missing file") -> Iterator[None
 
 @dataclass(frozen=True, slots=True)
 class TensorSpan:
-    """Where a tensor (or some of its rows) lies: `size` bytes from byte `offset` of the file at `path`, row-major."""
+    """The place of a tensor (or some of its rows): `size` bytes from byte `offset` of the file at `path`, row-major."""
 
     path: Path
     name: str
@@ -141,16 +141,16 @@ class TensorSpan:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return tensor_bytes(self.dtype, self.shape)
 
     def rows(self, start: int, stop: int) -> "TensorSpan":
-        """The span of `tensor[start:stop]`."""
+        """Return the span of `tensor[start:stop]`."""
         skipped = tensor_bytes(self.dtype, (start, *self.shape[1:]))
         return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + skipped)
 
     def __getitem__(self, index: int) -> "TensorSpan":
-        """The span of `tensor[index]`, without its leading dimension."""
+        """Return the span of `tensor[index]`, without its leading dimension."""
         row = self.rows(index, index + 1)
         return replace(row, shape=self.shape[1:])
 
@@ -161,7 +161,7 @@ class FileHeader:
 
     Args:
         head: the length prefix and the header, byte for byte.
-        stamp: of the file that it was read from; None for a file that is to be written.
+        stamp: the stamp of the file that it was read from; None for a file that will be written.
     """
 
     path: Path
@@ -172,18 +172,18 @@ class FileHeader:
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file."""
+        """The size of the whole file in bytes."""
         return len(self.head) + sum(span.size for span in self.tensors.values())
 
     def __reduce__(self):
-        return parse_head, (self.path, self.head, self.stamp)  # all the rest is in these
+        return parse_head, (self.path, self.head, self.stamp)  # All other fields depend on these.
 
 
 class FileStamp(NamedTuple):
-    """What the system says about an open file. Another file has another device or inode.
+    """The system's data on an open file. Another file has another device or inode.
 
-    Both times change when a file is written, but also when somebody touches it; making a link changes `changed` alone, and
-    whoever writes a file may set `modified` back.
+    Both times change when a file is written, but also when it is touched; making a link changes `changed` alone, and a
+    writer may restore `modified`.
     """
 
     device: int
@@ -194,12 +194,12 @@ class FileStamp(NamedTuple):
 
     @classmethod
     def read(cls, descriptor: int) -> "FileStamp":
-        """The stamp of an open file."""
+        """Return the stamp of an open file."""
         status = os.fstat(descriptor)
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def is_same_file(self, other: "FileStamp") -> bool:
-        """Whether both are of one file, which has kept its size; what it holds may have changed."""
+        """Return whether both belong to one file, whose size is unchanged; its content may have changed."""
         return self[:3] == other[:3]
 
 
@@ -207,7 +207,8 @@ def read_header(path: str | os.PathLike) -> FileHeader:
     """Read the header of a safetensors file and check it against itself and the size of the file.
 
     Raises:
-        FileFormatError: the file is missing (then it is a `MissingFileError`), cut off, damaged, or of another format.
+        FileFormatError: the file is missing (then it is a `MissingFileError`), truncated, damaged, or of another
+            format.
         OSError: the system cannot read it; the message says what to do.
     """
     path = Path(path)
@@ -273,12 +274,12 @@ def _read_span(path: Path, data_start: int, name: str, entry) -> TensorSpan:
 
 
 def are_counts(value) -> bool:
-    """Whether parsed JSON is a list of whole numbers, none of them negative or beyond 64 bits."""
+    """Return whether parsed JSON is a list of whole numbers, none of them negative or beyond 64 bits."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
 def _require_regular(path: Path) -> None:
-    """Refuse pipes and devices, which may never end. What is missing, or a folder, is told when it is opened."""
+    """Refuse pipes and devices, which may never end. Opening reports missing files and folders."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise FileFormatError(f"{path} is no regular file, but a pipe, socket or device; put the file itself there.")
 
@@ -292,7 +293,7 @@ def read_json(path: Path, constants: bool = False) -> dict:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """The file of every tensor, from the index of a checkpoint.
+    """Return the file of every tensor, from the index of a checkpoint.
 
     Raises:
         FileFormatError: the index is damaged, or names a file outside its folder.
@@ -313,21 +314,21 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def find_weights(resolve: Callable[[str], Path | None], variant: str | None) -> tuple[Path | None, Path | None]:
-    """The one safetensors file of a checkpoint, or else the index of its shards; None for what there is not."""
+    """Return the only safetensors file of a checkpoint, or else the index of its shards; None for missing ones."""
     single, index = (_of_variant(name, variant) for name in _WEIGHTS_NAMES)
     found = resolve(single)
     return (found, None) if found is not None else (None, resolve(index))
 
 
 def is_weights_file(name: str, variant: str | None) -> bool:
-    """Whether a file of a model folder is named as transformers names weights of this variant, their shards or index."""
+    """Return whether a file of a model folder has the name of weights of this variant, their shards or index."""
     single, index = (_of_variant(file, variant) for file in _WEIGHTS_NAMES)
     stem = re.escape(single.removesuffix(".safetensors"))
     return name in (single, index) or re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.safetensors", name) is not None
 
 
 def find_weight_files(resolve: Callable[[str], Path | None], variant: str | None) -> list[Path]:
-    """All safetensors files of a checkpoint's weights that are there."""
+    """Return all existing safetensors files of a checkpoint's weights."""
     single, index = find_weights(resolve, variant)
     names = set() if index is None else set(read_weight_map(index).values())
     paths = [single, *map(resolve, sorted(names))]
@@ -340,16 +341,16 @@ def _of_variant(name: str, variant: str | None) -> str:
 
 
 def is_file_name(name) -> bool:
-    """Whether `name` names a file of a folder by itself, without a way out of it, on every system."""
+    """Return whether `name` names a file inside a folder on every system, without a way out of it."""
     return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\:\0\ud800-\udfff]", name)
 
 
 def parse_json(data: bytes | str, what: str, constants: bool = False) -> dict:
-    """One JSON object in which no name stands twice.
+    """Parse one JSON object without duplicate names.
 
     Args:
         what: begins the sentence of an error, such as "The header of x.safetensors".
-        constants: take NaN and infinity, which Python writes (into config.json, say) but JSON does not have.
+        constants: accept NaN and infinity, which Python writes (such as into config.json) but JSON does not have.
 
     Raises:
         FileFormatError: it is something else.
@@ -385,10 +386,11 @@ def _unique_members(pairs: list[tuple[str, object]]) -> dict:
 def header_bytes(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None, page: int = 8
 ) -> bytes:
-    """Length prefix and header of a file that holds `(name, dtype, shape)` in this order; equal input, equal bytes.
+    """Return length prefix and header of a file with `(name, dtype, shape)` in this order; equal input gives equal
+    bytes.
 
     Args:
-        metadata: beside `format`, which says that the tensors are torch's.
+        metadata: entries beside `format`, which says that the tensors are torch's.
         page: the data begin at a multiple of this many bytes.
     """
     header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -405,11 +407,11 @@ def header_bytes(
 
 
 class FileWriter:
-    """Writes one safetensors file, in any order; as a context manager, it leaves a whole file or none.
+    """Writes one safetensors file, in any order; as a context manager, it leaves a complete file or none.
 
     Args:
-        path: of the file.
-        head: what it begins with; see [`header_bytes`].
+        path: the path of the file.
+        head: its first bytes; see [`header_bytes`].
 
     Raises:
         OSError: it cannot be written; the message says what to do.
@@ -446,11 +448,11 @@ class FileWriter:
 
 
 def link_or_copy(source: int, path: Path, target: Path, symbolic: bool = False) -> None:
-    """Make `target` the file that is open as `source` and was opened at `path`, without moving its bytes if that is possible.
+    """Hard-link `target` to the file that is open as `source` and was opened at `path`, or copy it.
 
-    On a file system that shares blocks (XFS, Btrfs), it is a copy that takes no space. Elsewhere it is a hard link, and the
-    file becomes read-only under all its names: whoever copies another file over one name would overwrite it under the
-    others, too. Where neither is possible, it is a copy.
+    A file system that shares blocks (XFS, Btrfs) makes a copy that takes no space. Elsewhere it is a hard link, and
+    the file becomes read-only under all its names: copying another file over one name would overwrite it under the
+    others, too. If neither is possible, it is a copy.
 
     Args:
         symbolic: make a symbolic link instead, for a folder that is only read and soon removed.
@@ -466,9 +468,9 @@ def link_or_copy(source: int, path: Path, target: Path, symbolic: bool = False) 
 
 
 def can_link(source: int, path: Path, folder: Path) -> bool:
-    """Whether `link_or_copy` would take no space for the file that is open as `source` in `folder`.
+    """Return whether `link_or_copy` would take no space for the file that is open as `source` in `folder`.
 
-    Tried, for nothing else tells: one disk may be mounted twice, and another user's files may be protected.
+    Only trying shows it: one disk may be mounted twice, and another user's files may be protected.
     """
     target = _aside(folder / path.name)
     with _explained(folder / path.name, 0):
@@ -479,7 +481,7 @@ def can_link(source: int, path: Path, folder: Path) -> bool:
 
 
 def _made(source: int, path: Path, target: Path, way: Callable[[int, Path, Path], None]) -> bool:
-    """Whether `target` was made of the open file in a way that not all systems have."""
+    """Return whether `target` was made of the open file in a way that not all systems have."""
     made = _aside(target)
     try:
         way(source, path, made)
@@ -489,7 +491,7 @@ def _made(source: int, path: Path, target: Path, way: Callable[[int, Path, Path]
             return False
         raise
     finally:
-        made.unlink(missing_ok=True)  # still there, too, if the target became the same file meanwhile
+        made.unlink(missing_ok=True)  # It still exists, too, if the target became the same file meanwhile.
     return True
 
 
@@ -501,7 +503,7 @@ def _clone(source: int, path: Path, target: Path) -> None:
             raise OSError(errno.ENOSYS, "no ioctl")
         fcntl.ioctl(file, _FICLONE, source)
     except OSError as error:
-        raise OSError(errno.ENOTSUP, "no shared blocks") from error  # systems answer this in many ways
+        raise OSError(errno.ENOTSUP, "no shared blocks") from error  # Systems report this with different errors.
     finally:
         os.close(file)
 
@@ -510,7 +512,7 @@ def _link(source: int, path: Path, target: Path) -> None:
     """Make a hard link, if the open file still has its name."""
     if not still_names(path, source):
         raise OSError(errno.ENOENT, "another file has its name")
-    os.link(os.path.realpath(path), target)  # a link to a symbolic link of a download cache would break with it
+    os.link(os.path.realpath(path), target)  # A link to a symbolic link of a download cache would break with it.
 
 
 def _link_read_only(source: int, path: Path, target: Path) -> None:
@@ -525,7 +527,7 @@ def _link_symbolically(source: int, path: Path, target: Path) -> None:
 
 
 def still_names(path: Path, source: int) -> bool:
-    """Whether the file that is open as `source` still has its name, and no other file took that."""
+    """Return whether the file that is open as `source` still has its name, and no other file took that."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(source))
     except OSError:
@@ -538,17 +540,17 @@ def _copy_file(source: int, target: Path, size: int) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a small JSON file, complete or not at all."""
+    """Write a small JSON file atomically."""
     write_file(path, json_bytes(content))
 
 
 def json_bytes(content: object) -> bytes:
-    """JSON as it is written everywhere here: readable, sorted as given, one newline at the end."""
+    """Return JSON in the format of all our files: readable, in the given order, with one newline at the end."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file, complete or not at all, also if the power fails."""
+    """Write a small file atomically, also if the power fails."""
     with _explained(path, len(data)), _replacing(path) as file:
         _write_all(file, data, 0)
         os.fsync(file)
@@ -556,9 +558,9 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[int]:
-    """A new file, open for writing, that becomes `path` if the block ends without an exception.
+    """Yield a new file, open for writing, that becomes `path` if the block ends without an exception.
 
-    Each process has a file of its own, and the one that ends last wins. Files that killed processes left are removed.
+    Each process has its own file, and the one that ends last wins. Files that killed processes left are removed.
     """
     for left in path.parent.glob(f"{glob.escape(path.name)}.*{UNFINISHED}"):
         _remove_if_left(left)
@@ -568,7 +570,7 @@ def _replacing(path: Path) -> Iterator[int]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-        os.close(file)  # last, since it is locked until then
+        os.close(file)  # This comes last, since it is locked until then.
 
 
 def _create(path: Path) -> tuple[Path, int]:
@@ -578,48 +580,48 @@ def _create(path: Path) -> tuple[Path, int]:
         lock_file(file)
         if still_names(unfinished, file):
             return unfinished, file
-        os.close(file)  # another process took it for left
+        os.close(file)  # Another process took it for an abandoned file.
 
 
 def _aside(path: Path) -> Path:
-    """A name beside `path` that no other process uses."""
+    """Return a name beside `path` that no other process uses."""
     return Path(f"{path}.{secrets.token_hex(8)}{UNFINISHED}")
 
 
 def _remove_if_left(unfinished: Path) -> None:
-    """Remove what a killed process left: a file that nobody has locked, or a link that is too old to be renamed soon."""
+    """Remove the remains of a killed process: a file that is not locked, or a link that is too old to be renamed soon."""
     with contextlib.suppress(OSError):
         status = unfinished.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             if time.time() - status.st_ctime > _LINK_SECONDS:
                 unfinished.unlink()
             return
-        file = os.open(unfinished, os.O_RDWR)  # NFS locks only what is open for writing
+        file = os.open(unfinished, os.O_RDWR)  # NFS locks only files that are open for writing.
         try:
-            if lock_file(file):  # without locks, nobody can tell
+            if lock_file(file):  # Without locks, abandoned files cannot be recognized.
                 unfinished.unlink()
         finally:
             os.close(file)
 
 
 def lock_file(file: int) -> bool | None:
-    """Lock an open file for this process, until it is closed; False if another has done so, None without locks."""
+    """Lock an open file for this process, until it is closed; False if another process has it, None without locks."""
     if fcntl is None:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system that has none
+    except OSError:  # This file system has no locks.
         return None
     return True
 
 
 @contextlib.contextmanager
 def alone_in(folder: str | os.PathLike) -> Iterator[None]:
-    """Wait for all others that are within this for the same folder, and keep them out until the block ends.
+    """Wait for other processes in this block for the same folder, and exclude them until the block ends.
 
-    Nobody waits where folders cannot be locked.
+    There is no waiting where folders cannot be locked.
     """
     if fcntl is None:
         yield
@@ -635,7 +637,7 @@ def alone_in(folder: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(path: Path, size: int) -> Iterator[None]:
-    """Explain what can be done about errors that occur while `size` bytes are written to `path`; their class stays the same."""
+    """Add advice to errors that occur while `size` bytes are written to `path`; their class stays the same."""
     try:
         yield
     except OSError as error:
@@ -649,7 +651,7 @@ def _explained(path: Path, size: int) -> Iterator[None]:
 
 
 def reserve(file: int, size: int) -> None:
-    """Take the space now: a disk that is too small is found before hours of work, not after."""
+    """Reserve the space now: a disk that is too small is found before hours of work, not after."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)
     else:
@@ -671,7 +673,7 @@ def _copy_range(source: int, source_offset: int, target: int, target_offset: int
         except (AttributeError, OSError) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            # Not on this system, or not between these file systems.
+            # It is not supported on this system, or not between these file systems.
             copied = os.pwrite(target, os.pread(source, min(count, 1 << 22), source_offset), target_offset)
         if not copied:
             raise FileFormatError("A file became shorter while it was copied; restore it and copy again.")

@@ -1,9 +1,9 @@
-"""What `save_pretrained` does: all files of a model become part of a folder in one step, and mapped tables are linked or copied.
+"""`save_pretrained`: all files of a model become part of a folder in one step, and mapped tables are linked or copied.
 
-A save is written into a hidden folder inside its target, which is therefore on the same disk, and then exchanged for what
-the target holds. Until the exchange begins, the target is the old model; from then on the new files are whole, and an
-exchange that an exception interrupts is completed. Only a process that is killed within it (it takes
-milliseconds) leaves a target of two models, which [`require_settled`] refuses.
+A save is written into a hidden folder inside its target, which is therefore on the same disk, and then exchanged for
+the target's old files. Until the exchange begins, the target is the old model; from then on the new files are
+complete, and an exchange that an exception interrupts is completed. Only a process that is killed during it (it takes
+milliseconds) leaves a target with files of two models, which [`require_settled`] refuses.
 """
 
 import contextlib
@@ -52,11 +52,12 @@ from .table_format_engram import (
     read_tables,
 )
 
-# Hidden folders inside a target: of a save that is being written, and of one that is whole and being put in place.
+# These are hidden folders inside a target: of a save that is being written, and of a complete one that is being put in
+# place.
 SAVE_PREFIX, EXCHANGE_PREFIX = ".engram-save-", ".engram-exchange-"
-# Their files lie in a folder of the one name, beside a file that is locked while the save goes on.
+# Their files lie in a folder of the first name, beside a file that is locked during the save.
 _FILES, _LOCK = "files", "lock"
-# How many seconds loading waits for a save that is put in place.
+# Loading waits this number of seconds for a save that is put in place.
 LOAD_WAITS = 10.0
 POLL_SECONDS = 0.01
 
@@ -64,15 +65,15 @@ POLL_SECONDS = 0.01
 class FolderWriter:
     """Files that become part of a folder together, or not at all.
 
-    As a context manager: write to `path`, and call `publish` at the end. Others that do so for the same folder are waited
-    for while their files are put in place, and what a killed process left there is removed.
+    As a context manager: write to `path`, and call `publish` at the end. Other saves to the same folder are waited for
+    while their files are put in place, and the remains of killed processes are removed.
 
     Args:
         target: the folder; made if it is missing.
 
     Attributes:
         path: the folder to write to.
-        names: of the files that were put in place; None before that.
+        names: names of the files that were put in place; None before that.
 
     Raises:
         OSError: the folder cannot be written.
@@ -106,10 +107,11 @@ class FolderWriter:
             lock_file(self._lock)
 
     def publish(self, is_stale: Callable[[str], bool] = lambda name: False, last: str | None = None) -> None:
-        """Put all files in place, if that has not been done, and remove what they replace.
+        """Put all files in place, if that has not been done, and remove the files they replace.
 
         Args:
-            is_stale: whether a file of the target that is not among the new ones belongs to what they replace.
+            is_stale: returns whether a file of the target that is not among the new ones belongs to the replaced
+                files.
             last: name of the file that is put in place after all others.
 
         Raises:
@@ -119,7 +121,7 @@ class FolderWriter:
             return
         files = [path.relative_to(self.path) for path in sorted(self.path.rglob("*")) if not path.is_dir()]
         self._files, self._is_stale = sorted(files, key=lambda file: file.as_posix() == last), is_stale
-        if os.name == "nt":  # where no folder is renamed that has an open file in it
+        if os.name == "nt":  # Some systems do not rename a folder with an open file in it.
             self._unlock()
         with alone_in(self.target):
             try:
@@ -136,7 +138,7 @@ class FolderWriter:
         for path in self.target.iterdir():
             if path.name not in names and not path.is_dir() and self._is_stale(path.name):
                 path.unlink(missing_ok=True)
-        # From here on the target is whole. Earlier exchanges that were killed have been replaced by this one.
+        # From here on the target is complete. Earlier exchanges that were killed have been replaced by this one.
         for path in self.target.glob(f"{EXCHANGE_PREFIX}*"):
             done = path.with_name(path.name.replace(EXCHANGE_PREFIX, SAVE_PREFIX))
             path.rename(done)
@@ -149,14 +151,14 @@ class FolderWriter:
             self._exchange()
 
     def _end(self) -> None:
-        """Leave nothing behind but what was put in place."""
+        """Remove everything except the files that were put in place."""
         self._finish()
         if os.name == "nt":
             self._unlock()
         shutil.rmtree(self._staged, ignore_errors=True)
-        self._unlock()  # last, so that no other process takes the folder for one that was left
+        self._unlock()  # This comes last, so that no other process takes the folder for an abandoned one.
         if self._is_new:
-            with contextlib.suppress(OSError):  # it is not empty
+            with contextlib.suppress(OSError):  # It is not empty.
                 self.target.rmdir()
 
     def _unlock(self) -> None:
@@ -166,11 +168,12 @@ class FolderWriter:
 
 
 def _remove_left_saves(target: Path) -> None:
-    """Remove the files of saves that were killed; where files cannot be locked, nobody can tell, and they stay."""
+    """Remove the files of killed saves; where files cannot be locked, these cannot be recognized, and stay."""
     for path in target.glob(f"{SAVE_PREFIX}*"):
         try:
             file = os.open(path / _LOCK, os.O_RDWR)
-        except FileNotFoundError:  # killed before or after it had one, since another save that begins is waited for
+        # It was killed before or after it had one, since another save that begins is waited for.
+        except FileNotFoundError:
             shutil.rmtree(path, ignore_errors=True)
             continue
         except OSError:
@@ -183,16 +186,16 @@ def _remove_left_saves(target: Path) -> None:
 
 
 def _put_in_place(path: Path, name: Path) -> None:
-    """Make the file at `path` the one called `name`; it keeps its own name too, where there are hard links."""
+    """Rename the file at `path` to `name`; it keeps its old name too, where there are hard links."""
     name.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() and not path.is_symlink():  # moved by the first try of an exchange that is repeated
+    if not path.exists() and not path.is_symlink():  # The first try of a repeated exchange moved it.
         return
     if not path.is_symlink() and name.exists() and path.samefile(name):
         return
     link = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
         os.link(path, link)
-    except OSError:  # none on this file system
+    except OSError:  # There are none on this file system.
         os.replace(path, name)
     else:
         os.replace(link, name)
@@ -202,10 +205,10 @@ def require_settled(folder: str | os.PathLike) -> None:
     """Refuse a folder in which the files of two saves may be mixed, since one was killed while it put them in place.
 
     Args:
-        folder: of a model or an adapter; anything else (such as the name of a Hub repository) is let through.
+        folder: a folder of a model or an adapter; anything else (such as the name of a Hub repository) is accepted.
 
     Raises:
-        EngramError: says where the new files are.
+        EngramError: the message says where the new files are.
     """
     deadline = time.monotonic() + LOAD_WAITS
     while left := sorted(Path(folder).glob(f"{EXCHANGE_PREFIX}*")) if os.path.isdir(folder) else []:
@@ -221,17 +224,17 @@ def require_settled(folder: str | os.PathLike) -> None:
 
 
 def table_file_name(layer: int, part: int = 0, parts: int = 1) -> str:
-    """`engram-layer-00001.safetensors`; of several parts, `engram-layer-00001-00000-of-00002.safetensors`."""
+    """Return `engram-layer-00001.safetensors`; of several parts, `engram-layer-00001-00000-of-00002.safetensors`."""
     return f"engram-layer-{layer:05d}{f'-{part:05d}-of-{parts:05d}' if parts > 1 else ''}.safetensors"
 
 
 def is_table_file(name: str) -> bool:
-    """Whether a file of a model folder is named as `save_tables` names its files."""
+    """Return whether a file of a model folder has a name that `save_tables` gives its files."""
     return name == MANIFEST_NAME or re.fullmatch(r"engram-layer-[0-9-]+(-of-\d+)?\.safetensors", name) is not None
 
 
 def table_head(d: TableDescription) -> bytes:
-    """The header of a table file, padded to a page."""
+    """Return the header of a table file, padded to a page."""
     count, form = d.rows[1] - d.rows[0], ROW_FORMATS[d.dtype]
     sizes = {"weight": (form.dtype, (count, d.width // form.packed))}
     sizes["scale"] = (d.scale_dtype, (count, form.scales(d.width)))
@@ -240,7 +243,7 @@ def table_head(d: TableDescription) -> bytes:
 
 
 def write_manifest(folder: str | os.PathLike, entries: dict[int, dict]) -> None:
-    """Write `engram_tables.json`, complete or not at all; write it last.
+    """Write `engram_tables.json` atomically, after all other files.
 
     Args:
         entries: by layer; see [`manifest_entry`].
@@ -255,7 +258,7 @@ def _manifest(entries: dict[int, dict]) -> dict:
 def manifest_entry(
     parts: Iterable[tuple[str, tuple[int, int], dict[str, str]]], description: TableDescription | None = None
 ) -> dict:
-    """One layer's entry of a manifest.
+    """Return one layer's entry of a manifest.
 
     Args:
         parts: file name, `(first, stop)` and tensor names by kind of every part, in row order.
@@ -278,14 +281,14 @@ def pass_on(
     description: TableDescription,
     symbolic: bool = False,
 ) -> dict:
-    """Make an unchanged table part of `folder`; returns its entry of the manifest.
+    """Link or copy an unchanged table into `folder`; return its entry of the manifest.
 
-    Files that hold nothing but this table are linked, or copied whole. Out of files that hold other tensors too, the
-    table is copied into files of its own.
+    Files with nothing but this table are linked, or copied whole. From files with other tensors, the table is copied
+    into separate files.
 
     Args:
         files: open file of every path in `stored`.
-        description: of the table, for files that are written.
+        description: description of the table, for files that are written.
         symbolic: as in [`link_or_copy`].
     """
     names = [table_file_name(stored.layer, index, len(stored.parts)) for index in range(len(stored.parts))]
@@ -309,9 +312,9 @@ _BY_REFERENCE = ContextVar("tables are saved by reference", default=False)
 
 @contextlib.contextmanager
 def tables_by_reference() -> Iterator[None]:
-    """Within it, `save_tables` makes symbolic links where it cannot make hard ones: for a folder that is only uploaded.
+    """Let `save_tables` make symbolic links where it cannot make hard ones: for a folder that is only uploaded.
 
-    That is a temporary one, perhaps on a file system in memory with no room for tables.
+    That is a temporary folder, perhaps on a file system in memory with no room for tables.
     """
     token = _BY_REFERENCE.set(True)
     try:
@@ -321,12 +324,12 @@ def tables_by_reference() -> Iterator[None]:
 
 
 def save_tables(model, folder: str | os.PathLike) -> None:
-    """Bring the tables of an `EngramModel` that are not in its state dict to a folder that it is saved to.
+    """Save the tables of an `EngramModel` that are not in its state dict to a folder.
 
     They have not changed since they were loaded, so their files are linked, or copied inside the kernel.
 
     Args:
-        folder: is to be published by [`complete_save`].
+        folder: a folder that [`complete_save`] will publish.
 
     Raises:
         TableFormatError: a file changed since it was loaded.
@@ -346,18 +349,18 @@ def save_tables(model, folder: str | os.PathLike) -> None:
             if nearest.stored.has_own_files:
                 parts = zip(entries[layer]["weight"], nearest.stored.parts, strict=True)
                 samples |= {entry["file"]: nearest.digests[part.file.path].hex() for entry, part in parts}
-    if entries:  # not synced to the disk, as [`complete_save`] writes it again
+    if entries:  # It is not synced to the disk, as [`complete_save`] writes it again.
         (folder / MANIFEST_NAME).write_bytes(json_bytes(_manifest(entries) | {TABLES_MEMBER: samples}))
 
 
 def complete_save(model, writer: FolderWriter, variant: str | None = None) -> None:
-    """Put a saved `EngramModel` in place, if that has not been done: its weights, and its tables, which know them.
+    """Put a saved `EngramModel` in place, if that has not been done: its weights, and its tables with digests of them.
 
-    What an earlier save left there of weights and tables is removed; until then, it may be the only copy of a resident table.
+    Weights and tables of an earlier save are removed then; until then, they may be the only copy of a resident table.
 
     Args:
-        writer: of the folder that holds the tables (see [`save_tables`]) and weights.
-        variant: of the weights, as for `save_pretrained`.
+        writer: the writer of the folder with the tables (see [`save_tables`]) and weights.
+        variant: the variant of the weights, as for `save_pretrained`.
     """
     if writer.names is not None:
         return
@@ -366,17 +369,17 @@ def complete_save(model, writer: FolderWriter, variant: str | None = None) -> No
         others = _digests_of_other_variants(writer, manifest)
         written = record_digests(writer.path, variant, others)
     writer.publish(lambda name: is_table_file(name) or is_weights_file(name, variant), last=MANIFEST_NAME)
-    if written and not _BY_REFERENCE.get():  # what is only uploaded is gone soon
+    if written and not _BY_REFERENCE.get():  # A folder that is only uploaded is removed soon.
         for memory in model.memories().values():
             if memory.table.source is not None:
                 memory.table.source.saved = writer.target.absolute(), written
 
 
 def record_digests(folder: Path, variant: str | None = None, others: dict[str, str] | None = None) -> dict[str, str]:
-    """Have the manifest of a whole model's folder say which weights and table files belong together.
+    """Record in the manifest of a whole model's folder which weights and table files belong together.
 
     Args:
-        variant: of the weights.
+        variant: the variant of the weights.
         others: digests of the weights of other variants.
 
     Returns:
@@ -385,7 +388,7 @@ def record_digests(folder: Path, variant: str | None = None, others: dict[str, s
     manifest = folder / MANIFEST_NAME
     content = read_json(manifest)
     files = {part["file"] for entry in content["tables"].values() for part in entry["weight"]}
-    if content.get(TABLES_MEMBER, {}).keys() != files:  # those that were linked are known
+    if content.get(TABLES_MEMBER, {}).keys() != files:  # The digests of linked files are known.
         content[TABLES_MEMBER] = _samples_by_name(map(MappedRows, read_tables(folder).values()))
     written = {path.name: path for path in folder.iterdir()}
     weights = weights_digest(find_weight_files(written.get, variant))
@@ -394,12 +397,12 @@ def record_digests(folder: Path, variant: str | None = None, others: dict[str, s
 
 
 def _samples_by_name(tables: Iterable[MappedRows]) -> dict[str, str]:
-    """What tells the files of tables from all others."""
+    """Return digests that distinguish the files of tables from all others."""
     return {path.name: digest.hex() for rows in tables for path, digest in rows.digests.items()}
 
 
 def _digests_of_other_variants(writer: FolderWriter, manifest: Path) -> dict[str, str]:
-    """What the target's manifest records of other variants, if its tables are the very files that are saved now."""
+    """Return the target manifest's digests of other variants, if its tables are the very files that are saved now."""
     old = writer.target / MANIFEST_NAME
     files = [path for path in writer.path.iterdir() if is_table_file(path.name) and path != manifest]
     kept = [writer.target / path.name for path in files]
@@ -411,11 +414,11 @@ def _digests_of_other_variants(writer: FolderWriter, manifest: Path) -> dict[str
 
 
 def _nearest(source: MappedRows, folder: Path) -> MappedRows:
-    """A table's own files, or those that the last save made of them if only these can be linked to `folder`."""
+    """Return a table's own files, or those that the last save made of them if only these can be linked to `folder`."""
     source.require_unchanged()
     if source.saved is not None and not _takes_no_space(source, folder):
         last, written = source.saved
-        with contextlib.suppress(FileFormatError, KeyError, OSError):  # that save is gone, or was written over
+        with contextlib.suppress(FileFormatError, KeyError, OSError):  # That save was removed or overwritten.
             saved = MappedRows(read_tables(last)[source.stored.layer])
             if _samples_by_name([saved]).items() <= written.items() and _takes_no_space(saved, folder):
                 return saved
@@ -423,6 +426,6 @@ def _nearest(source: MappedRows, folder: Path) -> MappedRows:
 
 
 def _takes_no_space(source: MappedRows, folder: Path) -> bool:
-    """Whether `pass_on` has nothing to copy."""
+    """Return whether `pass_on` has nothing to copy."""
     can_refer = _BY_REFERENCE.get() or all(can_link(file, path, folder) for path, file in source.files.items())
     return source.stored.has_own_files and can_refer

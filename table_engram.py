@@ -1,4 +1,4 @@
-"""`EngramTable`: the rows of one layer's memory, how they are fetched, what they may be stored as and what that means.
+"""`EngramTable`: the rows of one layer's memory, how they are fetched and stored, and the values of stored numbers.
 
 Shape letters: R rows of the table, W channels of a row, T heads a position reads (all n-gram orders), C channels that
 share a scale.
@@ -17,57 +17,59 @@ from transformers.utils import logging
 from .safetensors_engram import EngramError
 from .table_format_engram import QUANTIZED_FORMATS, ROW_FORMATS, RowFormat
 
-# The torch dtype of stored numbers, by its name in a safetensors file.
+# This is the torch dtype of stored numbers, by its name in a safetensors file.
 TORCH_DTYPES = {name: getattr(torch, form.name) for name, form in ROW_FORMATS.items() if form.packed == 1}
 TORCH_DTYPES |= {"U8": torch.uint8, "F8_E8M0": torch.float8_e8m0fnu}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-# The values of the 4-bit floats that have 2 bits of exponent and one of mantissa, by their lower three bits.
+# These are the 4-bit floats with 2 bits of exponent and one of mantissa, by their lower three bits.
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 E4M3_MAX = 448.0
-# Rows a thread decodes at once: enough that threads seldom wait for each other, few enough for a large cache.
+# A thread decodes this many rows at once: enough that threads seldom wait for each other, few enough for a large
+# cache.
 _CHUNK_ROWS = 8192
 _INIT_ROWS = 65_536
 
 
 class RowReader(Protocol):
-    """Rows that are not on the device that needs them, read by number."""
+    """Reads rows by number that are not on the device that needs them."""
 
     width: int
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Stored values `[n, W / channels in one]` and what multiplies them, `[n, W / C]` (or None), of int64 `row_ids` `[n]`.
+        """Return stored values `[n, W / channels in one]` and their scales `[n, W / C]` (or None) of int64 `row_ids`
+        `[n]`.
 
-        They are on the CPU, or on the device of the ids if the reader brings them there. A global scale is applied.
+        They are on the CPU, or on the device of the ids if the reader copies them there. A global scale is applied.
         """
 
 
 class RowSource(RowReader, Protocol):
-    """All rows of a table."""
+    """A source of all rows of a table."""
 
     num_rows: int
     global_scale: torch.Tensor | None  # float32 `[1]`, on the CPU
 
     def read(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Values and scales of the rows `first..stop-1` as they are stored, read in file order, on the CPU."""
+        """Return values and scales of the stored rows `first..stop-1`, read in file order, on the CPU."""
 
 
 class EngramTable(nn.Module):
     """An embedding table that hash heads read rows from.
 
-    Its rows are parameters (*resident*), or come from a `source` in host memory or in a file, which then is neither a
-    parameter nor a buffer: it stays where it is when the model moves, and out of the state dict.
+    Its rows are parameters (*resident*), or come from a `source` in host memory or in a file. A source is neither a
+    parameter nor a buffer: it is not moved with the model, and is not in the state dict.
 
     Args:
         num_rows: R, the sum of the layer's primes.
         width: W, `engram_head_dim`.
         table_dtype: None for rows in `dtype`, trainable; else one of `QUANTIZED_FORMATS`, for frozen rows with scales.
-        device, dtype: of the parameters, as in `torch.nn` modules.
+        device, dtype: those of the parameters, as in `torch.nn` modules.
 
     Parameters:
         weight: `[R, W / channels in a stored number]`.
         scale: `[R, W / C]`; None for float rows.
-        global_scale: float32 `[1]`, which divides all scales; None where a format has none.
+        global_scale: float32 `[1]`, which divides all scales; None for a format without one.
     """
 
     def __init__(self, num_rows: int, width: int, table_dtype: str | None = None, device=None, dtype=None):
@@ -75,7 +77,7 @@ class EngramTable(nn.Module):
         self.num_rows, self.width, self.table_dtype = num_rows, width, table_dtype
         self.row_dtype = dtype or torch.get_default_dtype()
         self.source: RowSource | None = None
-        self.unread: RowSource | None = None  # what the parameters are to be filled from
+        self.unread: RowSource | None = None  # It has the initial values of the parameters.
         form = RowFormat("", "") if table_dtype is None else require_format(table_dtype, width)
         stored_dtypes = TORCH_DTYPES.get(form.dtype, self.row_dtype), TORCH_DTYPES.get(form.scale_dtype)
         sizes = {"weight": (width // form.packed, stored_dtypes[0]), "scale": (form.scales(width), stored_dtypes[1])}
@@ -87,12 +89,12 @@ class EngramTable(nn.Module):
         self.register_parameter("global_scale", one)
 
     def mount(self, source: RowSource) -> None:
-        """Read rows from `source` from now on; the parameters are given up."""
+        """Read rows from `source` from now on; the parameters are removed."""
         self.weight = self.scale = self.global_scale = None
         self.source = source
 
     def keep_frozen(self) -> None:
-        """Quantized rows take no gradient; transformers loads every parameter of floating point as a trainable one."""
+        """Freeze quantized rows: transformers loads every parameter of floating point as a trainable one."""
         if self.table_dtype is not None:
             self.requires_grad_(False)
 
@@ -109,14 +111,14 @@ class EngramTable(nn.Module):
         return super()._apply(lambda tensor: _keep_dtype(tensor, fn(tensor)), recurse)
 
     def extra_repr(self) -> str:
-        """Rows, channels and stored dtype, for `print(model)`."""
+        """Return rows, channels and stored dtype, for `print(model)`."""
         return f"{self.num_rows}, {self.width}, {f'dtype={self.weight.dtype}' if self.is_resident else self.source}"
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         """Fill parameters that no checkpoint filled: with the rows of `unread`, or else with normal noise.
 
-        A few rows at a time, so that a table has no second copy, let alone one in float32.
+        A few rows are filled at a time, so that a table has no second copy, in particular none in float32.
         """
         if not self.is_resident or all(getattr(some, "_is_hf_initialized", False) for some in self.parameters()):
             return
@@ -131,11 +133,11 @@ class EngramTable(nn.Module):
 
     def _steps(self) -> Iterable[int]:
         firsts = range(0, self.num_rows, _INIT_ROWS)
-        # What is read from files may take minutes.
+        # Reading from files may take minutes.
         return firsts if self.unread is None else logging.tqdm(firsts, desc="Reading a memory table", delay=1)
 
     def _noise(self, count: int, std: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Normal noise; in packed numbers, where every code is as likely as another, uniform."""
+        """Return normal noise; for packed numbers, in which every code is equally likely, uniform noise."""
         values = torch.empty((count, self.weight.shape[1]), device=self.weight.device, dtype=self.row_dtype)
         values.normal_(std=std)
         if self.scale is None:
@@ -144,7 +146,7 @@ class EngramTable(nn.Module):
             values = torch.randint_like(values, 256)
             unit = std / _of_bytes(self.width // values.shape[1], self.global_scale is not None).std().item()
         else:
-            # A power of two, which every scale can be; of int8, some 16 steps are in a standard deviation.
+            # It is a power of two, which every scale can be; of int8, some 16 steps are in a standard deviation.
             unit = 2.0 ** math.floor(math.log2(max(std, 1e-30)) - 4 * (self.weight.dtype == torch.int8))
             values = values.div_(unit).clamp_(-127, 127)
         if self.global_scale is not None:
@@ -155,15 +157,15 @@ class EngramTable(nn.Module):
     def forward(
         self, row_ids: torch.Tensor, dtype: torch.dtype | None = None, source: RowReader | None = None
     ) -> torch.Tensor:
-        """Rows of `row_ids` `[..., T]`, side by side: `[..., T * W]`, on the device of `row_ids`.
+        """Return rows of `row_ids` `[..., T]`, concatenated: `[..., T * W]`, on the device of `row_ids`.
 
         Args:
             row_ids: int64, each in `0..R-1`.
-            dtype: of the result, for a quantized table; rows of a float table keep theirs.
-            source: rows of these ids that were fetched ahead, to be used instead of the table's own.
+            dtype: the dtype of the result, for a quantized table; rows of a float table keep theirs.
+            source: prefetched rows of these ids, used instead of the table's own.
 
         Raises:
-            ValueError: on the CPU, for a row that does not exist; or a mapped file changed under the model.
+            ValueError: on the CPU, for a row that does not exist; or a mapped file changed while the model uses it.
         """
         source = source or self.source
         if source is None and self.scale is None:
@@ -179,7 +181,7 @@ class EngramTable(nn.Module):
         return dequantize_rows(*self.fetch(row_ids), dtype, self.width).flatten(-2)
 
     def _embed(self, row_ids: torch.Tensor) -> torch.Tensor:
-        # Ids are not looked at beforehand: under `torch.func.vmap` nothing may depend on their values.
+        # Ids are not inspected beforehand: under `torch.func.vmap` nothing may depend on their values.
         try:
             return F.embedding(row_ids, self.weight)
         except IndexError:
@@ -187,16 +189,16 @@ class EngramTable(nn.Module):
             raise
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Values `[..., W / channels in one]` of the parameters, and what multiplies them; see [`RowReader`]."""
+        """Return values `[..., W / channels in one]` of the parameters, and their scales; see [`RowReader`]."""
         scale = None if self.scale is None else gather_stored(self.scale, row_ids)
         return gather_stored(self.weight, row_ids), apply_global_scale(scale, self.global_scale)
 
 
 def require_format(table_dtype: str, width: int) -> RowFormat:
-    """What quantized rows of `width` channels are stored as.
+    """Return the stored format of quantized rows of `width` channels.
 
     Raises:
-        ValueError: for a dtype that is not among `QUANTIZED_FORMATS`, or a width that it cannot have.
+        ValueError: for a dtype that is not among `QUANTIZED_FORMATS`, or an unsupported width.
     """
     row_format = QUANTIZED_FORMATS.get(table_dtype)
     if row_format is None or width % row_format.multiple:
@@ -208,7 +210,7 @@ def require_format(table_dtype: str, width: int) -> RowFormat:
 
 
 def apply_global_scale(scale: torch.Tensor | None, global_scale: torch.Tensor | None) -> torch.Tensor | None:
-    """Scales, divided in float32 by that of the whole table `[1]` if there is one."""
+    """Return scales, divided in float32 by that of the whole table `[1]` if there is one."""
     # The divisor is a tensor, because a GPU multiplies by the reciprocal of a Python number.
     return scale if global_scale is None else scale.to(torch.float32) / global_scale.to(scale.device)
 
@@ -227,7 +229,7 @@ def _require_rows(row_ids: torch.Tensor, num_rows: int) -> None:
 
 @torch.compiler.disable
 def _read_from(source: RowReader, row_ids: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """Rows of `row_ids` `[..., T]`, side by side; they travel to a device as stored, and are decoded there."""
+    """Return rows of `row_ids` `[..., T]`, concatenated; they are copied to a device as stored, and decoded there."""
     device = row_ids.device
     if device.type == "cpu":
         return read_rows(source, row_ids, dtype)
@@ -237,7 +239,7 @@ def _read_from(source: RowReader, row_ids: torch.Tensor, dtype: torch.dtype | No
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # Asynchronous only from page-locked memory, and only there sure to be read before it is used for others.
+    # A copy is asynchronous only from page-locked memory, and only then sure to be read before its memory is reused.
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -251,7 +253,7 @@ def read_rows(source: RowReader, row_ids: torch.Tensor, dtype: torch.dtype | Non
     """Fetch and decode rows of `row_ids` `[..., T]` on the CPU: `[..., T * W]`.
 
     Args:
-        dtype: of the result; float32 if None.
+        dtype: the dtype of the result; float32 if None.
     """
     ids = row_ids.reshape(-1)
     rows = torch.empty((ids.numel(), source.width), dtype=dtype or torch.float32, device="cpu")
@@ -266,7 +268,7 @@ def _decode_into(rows: torch.Tensor, values: torch.Tensor, scale: torch.Tensor |
     if scale is None:
         rows.copy_(values)
     elif rows.dtype == torch.bfloat16 and scale.dtype in (torch.bfloat16, torch.float8_e8m0fnu):
-        # Exact in float32, so that it is rounded once.
+        # The numbers are exact in float32, so that the product is rounded once.
         blocks = rows.unflatten(-1, (scale.shape[-1], -1))
         numbers = _numbers(values, scale, rows.shape[-1], torch.bfloat16).view_as(blocks)
         torch.mul(numbers, scale.to(torch.bfloat16).unsqueeze(-1), out=blocks)
@@ -275,14 +277,15 @@ def _decode_into(rows: torch.Tensor, values: torch.Tensor, scale: torch.Tensor |
 
 
 def _numbers(values: torch.Tensor, scale: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """What packed or float8 `values` mean without their scales: `[..., W]`, bfloat16 or float32.
+    """Return packed or float8 `values` without their scales: `[..., W]`, bfloat16 or float32.
 
-    4-bit floats come with scales of blocks as float32, which integers never do.
+    4-bit floats have float32 scales of blocks, which integers never have.
     """
     packed = width // values.shape[-1]
     build = _of_bytes.__wrapped__ if torch.compiler.is_compiling() else _of_bytes
     numbers = build(packed, scale.dtype == torch.float32, values.device, dtype if packed < 4 else torch.bfloat16)
-    # One look-up a byte, of all that it holds as one integer: to gather rows of a few numbers would take four times as long.
+    # Each byte is looked up once, as one integer with all its numbers: gathering rows of a few numbers would be four
+    # times slower.
     together = numbers.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[packed * numbers.itemsize]).flatten()
     found = together.index_select(0, values.view(torch.uint8).flatten().int()).view(numbers.dtype)
     return found.view(*values.shape[:-1], width).to(dtype)
@@ -290,7 +293,7 @@ def _numbers(values: torch.Tensor, scale: torch.Tensor, width: int, dtype: torch
 
 @lru_cache
 def _of_bytes(packed: int, is_float: bool, device: torch.device | str = "cpu", dtype=torch.float32) -> torch.Tensor:
-    """The numbers that each of the 256 bytes holds, the one in the lowest bits first: `[256, packed]`."""
+    """Return the numbers in each of the 256 bytes, the one in the lowest bits first: `[256, packed]`."""
     codes, bits = torch.arange(256, device=device).unsqueeze(1), 8 // packed
     if packed == 1:
         return codes.to(torch.uint8).view(torch.float8_e4m3fn).to(dtype)
@@ -303,12 +306,13 @@ def _of_bytes(packed: int, is_float: bool, device: torch.device | str = "cpu", d
 def dequantize_rows(
     values: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype | None = None, width: int | None = None
 ) -> torch.Tensor:
-    """`value * scale`, each scale shared by C neighbouring channels.
+    """Return `value * scale`, each scale shared by C neighbouring channels.
 
     Args:
         values: `[..., W]`, float8_e4m3fn or int8; rows without `scale` are only cast. Or packed, uint8.
         scale: `[..., W / C]`, a global scale applied.
-        dtype: of the result; float32 if None. The product is rounded to float32, and then once to this dtype.
+        dtype: the dtype of the result; float32 if None. The product is rounded to float32, and then once to this
+            dtype.
         width: W, of packed values.
     """
     width = width or values.shape[-1]
@@ -316,13 +320,14 @@ def dequantize_rows(
     is_float8_here = values.dtype == torch.float8_e4m3fn and values.device.type == "cpu"
     by_byte = scale is not None and (values.dtype == torch.uint8 or is_float8_here)
     rows = _numbers(values, scale, width, torch.float32) if by_byte else values.to(torch.float32)
-    if scale is not None:  # in place: a table's rows are no floats yet, so these are a copy
+    if scale is not None:  # It works in place: a table's rows are not floats yet, so these are a copy.
         rows.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.to(torch.float32).unsqueeze(-1))
     return rows if dtype is None else rows.to(dtype)
 
 
 def exponent_above(x: torch.Tensor) -> torch.Tensor:
-    """Exponent of the smallest power of two that is at least `x`, biased by 127 as in E8M0 and float32, as int32.
+    """Return the exponent of the smallest power of two that is at least `x`, biased by 127 as in E8M0 and float32, as
+    int32.
 
     Args:
         x: positive, normal, contiguous float32. Its bits are read, since a logarithm would not be exact.
@@ -332,7 +337,7 @@ def exponent_above(x: torch.Tensor) -> torch.Tensor:
 
 
 def gather_stored(table: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
-    """Rows `[..., W]` of `table` in its own dtype, gathered as bytes: not every device indexes float8."""
+    """Return rows `[..., W]` of `table` in its own dtype, gathered as bytes: not every device indexes float8."""
     raw = table.detach().view(torch.uint8).index_select(0, row_ids.reshape(-1))
     return raw.view(table.dtype).view(*row_ids.shape, table.shape[1])
 

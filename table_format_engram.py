@@ -1,4 +1,4 @@
-"""The table format: what a folder of memory tables says about itself, read as untrusted input.
+"""The table format: the description of a folder of memory tables, read as untrusted input.
 
 The format is defined in `docs/engram-table-format.md`. Nothing here touches table data: headers and manifests are
 parsed, and every number in them is checked against the others and against the size of the files.
@@ -32,7 +32,7 @@ from .safetensors_engram import (
 
 try:
     import psutil
-except ImportError:  # it comes with accelerate
+except ImportError:  # It comes with accelerate.
     psutil = None
 
 FORMAT_VERSION = 1
@@ -40,8 +40,8 @@ MANIFEST_NAME = "engram_tables.json"
 TOKEN_MAP_NAME = "engram_token_map.safetensors"
 METADATA_KEY = "engram_table"
 PAGE = 4096
-# What a tensor of a table is, by the last part of its name: of this package and DeepSeek, or as compressed-tensors and NVIDIA's
-# ModelOpt name numbers of four bits. ModelOpt's second scale multiplies where the other libraries' global scale divides.
+# The last part of a tensor's name tells its kind: in this package and DeepSeek's, or in compressed-tensors' and NVIDIA
+# ModelOpt's 4-bit numbers. ModelOpt's second scale multiplies where the other libraries' global scale divides.
 KINDS = {
     **{kind: kind for kind in ("weight", "scale", "global_scale")},
     **{
@@ -53,23 +53,23 @@ KINDS = {
 }
 
 
-# What `auto` lets tables take of the memory that is free: beside them the backbone, a cache and other processes live.
+# `auto` lets tables use this share of the free memory: the backbone, a cache and other processes need the rest.
 _RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
 _INT64_MAX = np.iinfo(np.int64).max
 _SEED_STRIDE = 10007
-# Deterministic Miller-Rabin witnesses for every integer below 3.3e24 (Sorenson and Webster, 2015).
+# These are deterministic Miller-Rabin witnesses for every integer below 3.3e24 (Sorenson and Webster, 2015).
 _WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
 
 
 class RowFormat(NamedTuple):
-    """What the rows of a table may be stored as.
+    """A stored format of rows.
 
     Args:
-        name: as `engram_table_dtype` has it.
-        dtype: of the stored numbers, as safetensors names it.
-        scale_dtype: of their scales; None for rows without.
+        name: the value of `engram_table_dtype`.
+        dtype: the dtype of the stored numbers, by safetensors' name.
+        scale_dtype: the dtype of their scales; None for rows without.
         block: channels that share a scale; 0 for all of a row.
-        multiple: what the width of a row must be a multiple of.
+        multiple: the width of a row must be a multiple of this.
         packed: channels in a stored number.
         has_global: whether one number of the whole table divides all scales.
     """
@@ -84,38 +84,38 @@ class RowFormat(NamedTuple):
 
     @property
     def kinds(self) -> list[str]:
-        """The tensors of a table, in the order in which files have them."""
+        """The tensors of a table, in their order in files."""
         return ["weight", *["global_scale"] * self.has_global, *["scale"] * (self.scale_dtype is not None)]
 
     def scales(self, width: int) -> int:
-        """How many scales a row of `width` channels has."""
+        """Return the number of scales of a row of `width` channels."""
         return 0 if self.scale_dtype is None else width // (self.block or width)
 
 
-# The one list of what tables may be stored as (docs/engram-table-format.md).
+# This is the only list of the formats of tables (docs/engram-table-format.md).
 ROW_FORMATS = {
     "F32": RowFormat("float32", "F32"),
     "BF16": RowFormat("bfloat16", "BF16"),
     "F16": RowFormat("float16", "F16"),
-    "F8_E4M3": RowFormat("float8_e4m3fn", "F8_E4M3", "F8_E8M0", 32, 32),  # as in DeepSeek-V4.1
+    "F8_E4M3": RowFormat("float8_e4m3fn", "F8_E4M3", "F8_E8M0", 32, 32),  # DeepSeek-V4.1 uses it.
     "I8": RowFormat("int8", "I8", "F32", 0, 4),
     "I4": RowFormat("int4", "U8", "BF16", 0, 4, packed=2),
     "I2": RowFormat("int2", "U8", "BF16", 0, 8, packed=4),
     "NVFP4": RowFormat("nvfp4", "U8", "F8_E4M3", 16, 16, packed=2, has_global=True),
 }
-# What `engram_table_dtype` may be, beside None.
+# These are the values of `engram_table_dtype`, beside None.
 QUANTIZED_FORMATS = {row_format.name: row_format for row_format in ROW_FORMATS.values() if row_format.scale_dtype}
 
 
 class TableFormatError(FileFormatError):
-    """A manifest or table file that breaks a rule of the table format, said in one sentence."""
+    """A manifest or table file that breaks a rule of the table format, explained in one sentence."""
 
 
 def require_version(version, what: str) -> None:
-    """Refuse a `format_version` this code does not know.
+    """Refuse a `format_version` that this code does not know.
 
     Raises:
-        TableFormatError: it is no version, or a later one.
+        TableFormatError: it is not a version, or a later one.
     """
     if type(version) is not int or version < 1:
         raise TableFormatError(f"{what} has format_version {version!r}, expected {FORMAT_VERSION}.")
@@ -126,10 +126,10 @@ def require_version(version, what: str) -> None:
 
 
 def is_prime(number: int) -> bool:
-    """Whether `number` is prime (deterministic Miller-Rabin, exact below 3.3e24)."""
+    """Return whether `number` is prime (deterministic Miller-Rabin, exact below 3.3e24)."""
     if number < 2 or any(number % witness == 0 for witness in _WITNESSES):
         return number in _WITNESSES
-    twos = ((number - 1) & (1 - number)).bit_length() - 1  # how often two divides `number - 1`
+    twos = ((number - 1) & (1 - number)).bit_length() - 1  # This counts how often two divides `number - 1`.
     for witness in _WITNESSES:
         powers = [pow(witness, (number - 1) >> shift, number) for shift in range(twos, 0, -1)]
         if powers[0] != 1 and number - 1 not in powers:
@@ -138,7 +138,7 @@ def is_prime(number: int) -> bool:
 
 
 def draw_primes(num_layers: int, bucket_counts: Sequence[int], heads: int) -> list[list[list[int]]]:
-    """Bucket sizes `[layer][order][head]`, all distinct primes.
+    """Return bucket sizes `[layer][order][head]`, all distinct primes.
 
     Every (layer, order) starts at `bucket_counts[order] - 1`, and each head takes the next prime that no earlier head
     of any layer has taken, so that no two heads of a model share a modulus (`NgramHashMapping` of the demo).
@@ -149,7 +149,7 @@ def draw_primes(num_layers: int, bucket_counts: Sequence[int], heads: int) -> li
         heads: hash heads per order.
     """
     taken: set[int] = set()
-    known_prime = functools.cache(is_prime)  # every (layer, order) walks over the same numbers again
+    known_prime = functools.cache(is_prime)  # Every (layer, order) visits the same numbers again.
 
     def next_free_prime(candidate: int) -> int:
         candidate += 1
@@ -172,10 +172,10 @@ def draw_primes(num_layers: int, bucket_counts: Sequence[int], heads: int) -> li
 
 
 def draw_multipliers(layer_ids: Sequence[int], max_ngram: int, vocab_size: int, seed: int) -> np.ndarray:
-    """Odd hash multipliers, int64 `[L, N]`: one for each layer and look-back distance.
+    """Return odd hash multipliers, int64 `[L, N]`: one for each layer and look-back distance.
 
-    The bound keeps `id * multiplier` inside int64 for every id below `vocab_size`. NumPy does not promise its random
-    stream for ever, which is why a model stores these numbers and only compares them with a fresh draw.
+    The bound keeps `id * multiplier` inside int64 for every id below `vocab_size`. NumPy does not promise a stable
+    random stream, so a model stores these numbers and only compares them with a fresh draw.
 
     Args:
         layer_ids: 0-based decoder layers with memory; the id itself seeds the draw.
@@ -193,19 +193,20 @@ def draw_multipliers(layer_ids: Sequence[int], max_ngram: int, vocab_size: int, 
 
 @dataclass(frozen=True)
 class TableDescription:
-    """What a table says about itself: section 3 of the format.
+    """The description of a table: section 3 of the format.
 
     Args:
         layer: decoder layer, counted from 0.
         num_rows: R of the whole table.
         rows: `(first, stop)`, the rows of this file.
         width: W.
-        dtype: of the rows, a key of `ROW_FORMATS`.
+        dtype: the dtype of the rows, a key of `ROW_FORMATS`.
         scale_dtype: safetensors name; None without scales.
         scale_block: channels that share a scale; None without scales.
         tensors: names of the tensors of this file, by kind: `"weight"`, `"scale"`, `"global_scale"`.
         orders, heads, primes, offsets, multipliers, pad_id, vocab_size: the hash; see `hashing_engram`.
-        token_map_sha256, token_map_ids: digest of the token map's first `token_map_ids` entries; None without compression.
+        token_map_sha256, token_map_ids: digest of the token map's first `token_map_ids` entries; None without
+            compression.
     """
 
     layer: int
@@ -228,19 +229,19 @@ class TableDescription:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """The text of the header's `engram_table`."""
+        """Return the text of the header's `engram_table`."""
         return json.dumps(asdict(self))
 
     def with_rows(self, first: int, stop: int) -> "TableDescription":
-        """The same, of a file that holds the rows `first..stop-1`."""
+        """Return the description of a file with the rows `first..stop-1`."""
         return replace(self, rows=(first, stop))
 
 
 def tensor_names(layer: int, dtype: str, kinds: Collection[str] | None = None) -> dict[str, str]:
-    """What the tensors of a table file of ours are called, by kind.
+    """Return our names of the tensors of a table file, by kind.
 
     Args:
-        kinds: those that there are, instead of all that rows of `dtype` have.
+        kinds: the existing ones, instead of all that rows of `dtype` have.
     """
     ends = {kind: name for name, kind in KINDS.items()} if ROW_FORMATS[dtype].has_global else {}
     found = [kind if kinds is None or kind in kinds else "scale_2" for kind in ROW_FORMATS[dtype].kinds]
@@ -255,8 +256,8 @@ def describe_table(
     Args:
         hasher: the model's `NgramHasher`, with its token map set.
         width: W.
-        dtype: of the rows, a key of `ROW_FORMATS`.
-        kinds: as of [`tensor_names`].
+        dtype: the dtype of the rows, a key of `ROW_FORMATS`.
+        kinds: as in [`tensor_names`].
     """
     layer, pad = hasher.layer_ids[index], hasher.pad_token_id
     primes = hasher.primes[index].tolist()
@@ -278,7 +279,7 @@ def describe_table(
 
 
 def _derived(dtype: str, width: int, primes: list[list[int]]) -> dict[str, Any]:
-    """Members of a description that follow from others."""
+    """Return the members of a description that follow from others."""
     row_format = ROW_FORMATS[dtype]
     scale_dtype = row_format.scale_dtype
     ends = iter(accumulate((size for order in primes for size in order), initial=0))
@@ -288,7 +289,7 @@ def _derived(dtype: str, width: int, primes: list[list[int]]) -> dict[str, Any]:
         "scale_block": (row_format.block or width) if scale_dtype else None,
         "orders": list(range(2, len(primes) + 2)),
         "heads": len(primes[0]),
-        "offsets": [[next(ends) for _ in order] for order in primes],  # the running sum of the bucket sizes
+        "offsets": [[next(ends) for _ in order] for order in primes],  # This is the running sum of the bucket sizes.
     }
 
 
@@ -296,11 +297,11 @@ def require_same_hash(described: TableDescription, hasher, index: int) -> None:
     """Refuse a table that was written for another hash or token map than a model's, and would be read as noise.
 
     Args:
-        described: what the table of the model's `index`-th Engram layer says about itself.
+        described: the description of the table of the model's `index`-th Engram layer.
         hasher: the model's `NgramHasher`.
 
     Raises:
-        TableFormatError: names what differs.
+        TableFormatError: the message names the difference.
     """
     own = describe_table(hasher, index, width=described.width, dtype=described.dtype)
     for name in ("primes", "multipliers", "vocab_size", "pad_id"):
@@ -311,7 +312,7 @@ def require_same_hash(described: TableDescription, hasher, index: int) -> None:
             )
     if (described.token_map_sha256 is None) != (own.token_map_sha256 is None) and not _keeps_ids(hasher):
         raise TableFormatError(f"Only one of model and table of layer {own.layer} compresses token ids.")
-    # A model that was only just built does not know its tokenizer yet, and tokens may have been added since.
+    # A new model does not know its tokenizer yet, and tokens may have been added since.
     if described.token_map_ids is not None and own.token_map_ids and not covers_token_map(described, hasher.token_map):
         raise TableFormatError(
             f"The table of layer {own.layer} was written for another token map than the model has; use the tokenizer and "
@@ -320,13 +321,15 @@ def require_same_hash(described: TableDescription, hasher, index: int) -> None:
 
 
 def _keeps_ids(hasher) -> bool:
-    """Whether a token map leaves ids as they are, as that of a model does which was made without, and then got tokens."""
+    """Return whether a token map is the identity, as that of a model which was made without one, and then got tokens."""
     token_map, size = hasher.token_map, hasher.hash_vocab_size
     return token_map is not None and token_map[:size].tolist() == list(range(size))
 
 
 def _count_known_ids(token_map) -> int | None:
-    """Ids a model's token map covers; behind them, the vocabulary may be padded with ids that no token has."""
+    """Return the number of ids in a model's token map; beyond them, the vocabulary may be padded with ids without
+    tokens.
+    """
     if token_map is None:
         return None
     known = np.flatnonzero(np.array(token_map.tolist()) >= 0)
@@ -334,12 +337,12 @@ def _count_known_ids(token_map) -> int | None:
 
 
 def token_map_digest(token_map) -> str:
-    """SHA-256 of a token map `[ids]`, a tensor or an array, as little-endian int32, in hex."""
+    """Return the SHA-256 of a token map `[ids]`, a tensor or an array, as little-endian int32, in hex."""
     return hashlib.sha256(np.array(token_map.tolist(), dtype="<i4").tobytes()).hexdigest()
 
 
 def covers_token_map(described: TableDescription, token_map) -> bool:
-    """Whether a token map `[ids]` begins with the one that a table was written for."""
+    """Return whether a token map `[ids]` begins with the one that a table was written for."""
     covered = token_map[: described.token_map_ids]
     return len(covered) == described.token_map_ids and token_map_digest(covered) == described.token_map_sha256
 
@@ -366,7 +369,9 @@ def parse_description(members: dict, what: str) -> TableDescription:
 
 
 def _description_rules(d: dict) -> Iterator[tuple[bool, str, str]]:
-    """For each member: whether it is valid, its name, and what is expected. Each rule relies on those before it."""
+    """Yield, for each member, whether it is valid, its name, and the expected value. Each rule relies on those before
+    it.
+    """
     for name in ("layer", "width", "pad_id", "vocab_size"):
         yield are_counts([d[name]]), name, "a count"
     yield isinstance(d["dtype"], str) and d["dtype"] in ROW_FORMATS, "dtype", f"one of {', '.join(ROW_FORMATS)}"
@@ -400,8 +405,9 @@ class TablePart:
     """The rows `first..stop-1` of a table, in one file.
 
     Args:
-        dtype: of the rows, a key of `ROW_FORMATS`.
-        spans: the tensors, by `"weight"`, `"scale"`, and `"global_scale"`, which divides, or `"scale_2"`, which multiplies.
+        dtype: the dtype of the rows, a key of `ROW_FORMATS`.
+        spans: the tensors, by `"weight"`, `"scale"`, and `"global_scale"`, which divides, or `"scale_2"`, which
+            multiplies.
     """
 
     first: int
@@ -427,7 +433,7 @@ class TablePart:
 
     @property
     def names(self) -> dict[str, str]:
-        """Tensor names, like `spans`."""
+        """The tensor names, by kind like `spans`."""
         return {kind: span.name for kind, span in self.spans.items()}
 
     @property
@@ -438,10 +444,10 @@ class TablePart:
 
 @dataclass(frozen=True)
 class StoredTable:
-    """One layer's table as it lies in files: parts in row order, without gap or overlap.
+    """One layer's stored table: parts in row order, without gap or overlap.
 
     Args:
-        description: what the files, or the manifest, say about its hash; None if they say nothing.
+        description: the description of its hash in the files or the manifest; None if there is none.
     """
 
     layer: int
@@ -465,19 +471,19 @@ class StoredTable:
 
     @property
     def has_own_files(self) -> bool:
-        """Whether its files hold nothing else."""
+        """Whether its files contain nothing else."""
         return all(part.file.tensors.keys() == set(part.names.values()) for part in self.parts)
 
     @property
     def size(self) -> int:
-        """Bytes of rows and scales."""
+        """The bytes of rows and scales."""
         return sum(span.size for part in self.parts for span in part.spans.values())
 
 
 def require_fit(
     tables: Mapping[int, StoredTable], layer: int, num_rows: int, width: int, table_dtype: str | None
 ) -> StoredTable:
-    """The table of a layer, if it is the one that a model's config asks for.
+    """Return the table of a layer, if it is the one that a model's config requires.
 
     Args:
         tables: by layer.
@@ -504,7 +510,7 @@ def require_fit(
 
 
 def require_size(layer: int, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Refuse the table of a layer that has other rows and channels than a model's config asks for."""
+    """Refuse the table of a layer that has other rows and channels than a model's config requires."""
     if found != expected:
         raise TableFormatError(
             f"The table of layer {layer} has {' rows of '.join(map(str, found))} channels, but the config asks for "
@@ -517,11 +523,11 @@ def read_tables(
     resolve: Callable[[str], Path] | None = None,
     layers: Collection[int] | None = None,
 ) -> dict[int, StoredTable]:
-    """Every table that the manifest of `folder` names, by layer; no table data is read.
+    """Return every table that the manifest of `folder` names, by layer; no table data is read.
 
     Args:
-        resolve: the path of a file that the manifest names; by default it lies in `folder`.
-        layers: read those of these layers only, and resolve no file of others.
+        resolve: returns the path of a file that the manifest names; by default it lies in `folder`.
+        layers: read only those of these layers, and resolve no file of others.
 
     Raises:
         FileFormatError: a file is damaged, or breaks a rule of the format (then it is a `TableFormatError`).
@@ -545,10 +551,10 @@ def read_tables(
 
 
 def read_manifest(path: str | os.PathLike) -> dict[int, dict]:
-    """The entries of a manifest, by layer, checked as far as that goes without the files.
+    """Return the entries of a manifest, by layer, checked as far as possible without the files.
 
     Raises:
-        FileFormatError: it is no JSON object, or breaks a rule of section 1 of the format.
+        FileFormatError: it is not a JSON object, or breaks a rule of section 1 of the format.
     """
     manifest = read_json(Path(path))
     require_version(manifest.get("format_version"), str(path))
@@ -605,7 +611,7 @@ def _read_table(layer: int, entry: dict, header: Callable[[str], FileHeader], ma
 
 
 def _said_dtype(file: FileHeader, entry: dict) -> str | None:
-    """What the rows of a file are, by its own word or the manifest's, which is checked later."""
+    """Return the dtype of a file's rows, from its description or the manifest's, which is checked later."""
     said = parse_json(file.metadata.get(METADATA_KEY, "{}"), f"The header of {file.path}") or entry.get("description")
     return said.get("dtype") if isinstance(said, dict) else None
 
@@ -619,10 +625,10 @@ def _tensor(file: FileHeader, name: str, where: str) -> TensorSpan:
 def _checked_part(
     first: int, stop: int, file: FileHeader, spans: dict[str, TensorSpan], said: object = None
 ) -> TablePart:
-    """Some rows of a table.
+    """Return some rows of a table.
 
     Args:
-        said: the `dtype` that a description gives; without one, nothing tells numbers of four bits from those of two.
+        said: the `dtype` in a description; without one, numbers of four bits and of two cannot be distinguished.
     """
     weight, scale = spans["weight"], spans.get("scale")
     where, dtype = f"Tensor {weight.name!r} of {file.path}", weight.dtype
@@ -654,7 +660,7 @@ def _checked_part(
 
 
 def _description(layer: int, entry: dict, parts: list[TablePart], manifest: Path) -> TableDescription | None:
-    """What the files of a table say about it, or else the manifest."""
+    """Return the description of a table in its files, or else in the manifest."""
     where = f"layer {layer} in {manifest}"
     found = [file_description(part.file) for part in parts]
     if any(found):
@@ -682,7 +688,7 @@ def _description(layer: int, entry: dict, parts: list[TablePart], manifest: Path
 
 
 def file_description(file: FileHeader) -> TableDescription | None:
-    """What a file says about itself; None for one that does not follow the format, such as an upstream shard.
+    """Return the description in a file; None for one that does not follow the format, such as an upstream shard.
 
     Raises:
         TableFormatError: it contradicts itself or its tensors.
@@ -713,10 +719,10 @@ def _compare(part: TablePart, description: TableDescription, layer: int) -> None
 
 
 def require_disjoint(parts: Sequence[TablePart]) -> None:
-    """Refuse two claims on one region of a file.
+    """Refuse two references to one region of a file.
 
     Raises:
-        TableFormatError: names the tensors.
+        TableFormatError: the message names the tensors.
     """
     # Files are compared by inode, since one may have several names.
     spans = [(part.file.stamp[:2], span.offset, span) for part in parts for span in part.spans.values()]
@@ -730,17 +736,18 @@ def require_disjoint(parts: Sequence[TablePart]) -> None:
 
 
 def table_keys(layers: Collection[int] | None = None) -> re.Pattern[str]:
-    """What ends the names of tables in this package's models and in DeepSeek's releases; groups: layer, one of `KINDS`.
+    """Return a pattern for the ends of table names in our models and DeepSeek's releases; groups: layer, one of
+    `KINDS`.
 
     Args:
-        layers: of these only.
+        layers: only of these layers.
     """
     numbers = "[0-9]{1,9}" if layers is None else "|".join(map(str, layers))
     return re.compile(rf"\b\w+\.({numbers})\.engram\.(?:table|embed)\.({'|'.join(KINDS)})$")
 
 
 def tables_in_checkpoint(files: Sequence[str | os.PathLike], table_dtype: str | None = None) -> dict[int, StoredTable]:
-    """Tables among the ordinary tensors of a checkpoint, by layer, found by their names.
+    """Return tables among the ordinary tensors of a checkpoint, by layer, found by their names.
 
     Args:
         files: the safetensors files of the checkpoint.
@@ -760,7 +767,7 @@ def tables_in_checkpoint(files: Sequence[str | os.PathLike], table_dtype: str | 
     tables, names = {}, {row_format.name: dtype for dtype, row_format in ROW_FORMATS.items()}
     for layer, spans in found.items():
         files_of_table = {file.path for file, _ in spans.values()}
-        # A scale in another shard than its rows is legal there, but not worth a second reader.
+        # A scale in another shard than its rows is valid there, but not worth a second reader.
         if "weight" in spans and len(files_of_table) == 1:
             file, weight = spans["weight"]
             rows = weight.shape[0] if weight.shape else 0
@@ -772,13 +779,15 @@ def tables_in_checkpoint(files: Sequence[str | os.PathLike], table_dtype: str | 
 
 
 def choose_residency(size: int, free_host: int, free_device: int | None) -> str:
-    """Where tables of `size` bytes live with `"auto"`, by the free bytes of the host and of the model's GPU (None without one)."""
+    """Return the residency of tables of `size` bytes with `"auto"`, by the free bytes of the host and of the GPU (None
+    without one).
+    """
     if size <= _RESIDENT_SHARE * (free_host if free_device is None else free_device):
         return "resident"
     return "mapped" if free_device is None or size > _PINNED_SHARE * free_host else "pinned"
 
 
-# For both versions of control groups: the limit, the memory in use, and the counts that say how much of it is reclaimable.
+# These files of both versions of control groups have the limit, the memory in use, and the reclaimable memory.
 _GROUP_FILES = [
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
@@ -786,10 +795,10 @@ _GROUP_FILES = [
 
 
 def free_host_memory() -> int:
-    """Bytes of memory that this process can still take, a container's limit included."""
+    """Return the bytes of memory that this process can still allocate, with a container's limit."""
     free = _memory_of_the_system() if psutil is None else psutil.virtual_memory().available
     for names in _GROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):  # no such group, or no limit ("max")
+        with contextlib.suppress(OSError, ValueError):  # There is no such group, or no limit ("max").
             limit, used, counts = (Path("/sys/fs/cgroup", name).read_text() for name in names)
             (unused,) = re.findall(r"^(?:total_)?inactive_file (\d+)$", counts, re.MULTILINE)[-1:]
             free = min(free, int(limit) - int(used) + int(unused))
@@ -797,7 +806,9 @@ def free_host_memory() -> int:
 
 
 def _memory_of_the_system() -> int:
-    """What `sysconf` says is free; of systems that do not tell that, half of all, or 16 GB if they tell neither."""
+    """Return the free memory from `sysconf`; systems without that give half of the total, or 16 GB if they give
+    neither.
+    """
     names = getattr(os, "sysconf_names", {})
     for name, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
         if name in names:
