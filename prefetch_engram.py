@@ -1,8 +1,7 @@
 """Prefetching: row ids depend on token ids alone, so the rows of all layers can be read before the backbone runs.
 
-Reading a page that is not in memory takes the disk tens of microseconds, and the reading thread waits. If requested
-beforehand, in file order, many pages are read together. Rows for a GPU are copied there while it computes the layers
-before.
+Reading a page that is not in memory takes tens of microseconds, in which the thread waits. If requested
+beforehand, in file order, many pages are read together. Rows for a GPU are copied while it computes earlier layers.
 """
 
 import copy

@@ -24,8 +24,7 @@ from .table_engram import TORCH_DTYPES, apply_global_scale
 from .table_format_engram import StoredTable, TableFormatError
 
 _READ_BYTES = 16 << 20
-# These evenly spaced blocks of a file are compared if only its times changed, and with the manifest (as its format
-# says).
+# This many evenly spaced blocks are compared if only a file's times changed, and with the manifest (see its format).
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -168,8 +167,7 @@ class MappedRows:
         return self._typed([some[0] if len(some) == 1 else torch.cat(some) for some in pieces.values()])
 
     def scan(self, kinds: Sequence[str], step: int) -> Iterator[tuple[int, str, torch.Tensor]]:
-        """Yield all rows in file order, `step` at a time: first row, `"weight"` or `"scale"`, and the numbers `[n,
-        ...]`.
+        """Yield all rows in file order, `step` at a time: first row, `"weight"` or `"scale"`, and numbers `[n, ...]`.
 
         Args:
             kinds: which of the two.
@@ -184,9 +182,7 @@ class MappedRows:
                     yield part.first + first, kind, rows.view(TORCH_DTYPES[span.dtype])
 
     def require_unchanged(self) -> None:
-        """Raise `TableFormatError` if a file was truncated or overwritten since it was opened; see
-        [`FileMap.changed`].
-        """
+        """Raise `TableFormatError` if a file was truncated or overwritten since opening; see [`FileMap.changed`]."""
         # Reading a page behind the end of a truncated file kills the process, so the size is checked every time.
         for path, opened in self._maps.items():
             if opened.changed():
@@ -246,9 +242,7 @@ class PinnedRows(MappedRows):
 
 
 def gather_bytes(parts: Sequence[RowBytes], row_ids: torch.Tensor) -> list[torch.Tensor]:
-    """Gather rows, and scales if there are any, of int64 `row_ids` `[n]` on the device of `parts`: uint8 `[n, bytes of
-    a row]`.
-    """
+    """Gather rows and scales of int64 `row_ids` `[n]` on the device of `parts`: uint8 `[n, bytes of a row]` each."""
     if len(parts) == 1:
         return [table.index_select(0, row_ids) for table in parts[0].tables]
     gathered = [table.new_empty((row_ids.numel(), table.shape[1])) for table in parts[0].tables]
@@ -307,9 +301,7 @@ class FileMap:
         return self._descriptor
 
     def _peek(self, offset: int, size: int) -> bytes:
-        """Read bytes of the file. A page read in the map would count as this process's memory, with all pages around
-        it.
-        """
+        """Read bytes of the file. A page read in the map would count as memory of this process, with its neighbours."""
         if not hasattr(os, "pread"):  # This is not a Unix system.
             return self._map[offset : offset + size]
         with reading(self._header.path):
@@ -374,9 +366,7 @@ class FileMap:
 
 
 class _DeviceMemory:
-    """Page-locked memory in the exchange format of CUDA libraries: the CUDA array interface, version 3 (defined by
-    Numba).
-    """
+    """Page-locked memory with the CUDA array interface, version 3 (defined by Numba), for other CUDA libraries."""
 
     def __init__(self, memory: torch.Tensor):
         self.memory = memory  # It is kept as long as a view of it.
@@ -416,8 +406,7 @@ def _unlock_pages(address: int, readers: Iterable[torch.device], process: int) -
 
 
 def _device_view(memory: torch.Tensor, device: torch.device) -> torch.Tensor | None:
-    """Return page-locked uint8 `memory` `[R, ...]` as a tensor of the GPU, which reads it over the bus; None if it
-    cannot.
+    """Return page-locked uint8 `memory` `[R, ...]` as a tensor of the GPU, read over the bus; None if that fails.
 
     Some versions of torch make a copy for a GPU that was not current when the memory was locked; a test with one row
     shows that before the whole table is requested.

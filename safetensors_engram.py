@@ -207,8 +207,7 @@ def read_header(path: str | os.PathLike) -> FileHeader:
     """Read the header of a safetensors file and check it against itself and the size of the file.
 
     Raises:
-        FileFormatError: the file is missing (then it is a `MissingFileError`), truncated, damaged, or of another
-            format.
+        FileFormatError: the file is missing (a `MissingFileError`), truncated, damaged, or of another format.
         OSError: the system cannot read it; the message says what to do.
     """
     path = Path(path)
@@ -386,8 +385,7 @@ def _unique_members(pairs: list[tuple[str, object]]) -> dict:
 def header_bytes(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None, page: int = 8
 ) -> bytes:
-    """Return length prefix and header of a file with `(name, dtype, shape)` in this order; equal input gives equal
-    bytes.
+    """Return length prefix and header of a file with these `(name, dtype, shape)`; equal input gives equal bytes.
 
     Args:
         metadata: entries beside `format`, which says that the tensors are torch's.

@@ -52,8 +52,7 @@ from .table_format_engram import (
     read_tables,
 )
 
-# These are hidden folders inside a target: of a save that is being written, and of a complete one that is being put in
-# place.
+# These are hidden folders inside a target: of a save that is being written, and of one that is being put in place.
 SAVE_PREFIX, EXCHANGE_PREFIX = ".engram-save-", ".engram-exchange-"
 # Their files lie in a folder of the first name, beside a file that is locked during the save.
 _FILES, _LOCK = "files", "lock"
@@ -110,8 +109,7 @@ class FolderWriter:
         """Put all files in place, if that has not been done, and remove the files they replace.
 
         Args:
-            is_stale: returns whether a file of the target that is not among the new ones belongs to the replaced
-                files.
+            is_stale: returns whether an old file of the target that is not among the new ones must be removed.
             last: name of the file that is put in place after all others.
 
         Raises:
@@ -172,8 +170,7 @@ def _remove_left_saves(target: Path) -> None:
     for path in target.glob(f"{SAVE_PREFIX}*"):
         try:
             file = os.open(path / _LOCK, os.O_RDWR)
-        # It was killed before or after it had one, since another save that begins is waited for.
-        except FileNotFoundError:
+        except FileNotFoundError:  # It was killed before or after it had one: a save that begins is waited for.
             shutil.rmtree(path, ignore_errors=True)
             continue
         except OSError:

@@ -25,8 +25,7 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 E4M3_MAX = 448.0
-# A thread decodes this many rows at once: enough that threads seldom wait for each other, few enough for a large
-# cache.
+# A thread decodes this many rows at once: enough that threads seldom wait, few enough for a large cache.
 _CHUNK_ROWS = 8192
 _INIT_ROWS = 65_536
 
@@ -37,8 +36,7 @@ class RowReader(Protocol):
     width: int
 
     def fetch(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return stored values `[n, W / channels in one]` and their scales `[n, W / C]` (or None) of int64 `row_ids`
-        `[n]`.
+        """Return stored values `[n, W / channels in one]` and scales `[n, W / C]` (or None) of int64 `row_ids` `[n]`.
 
         They are on the CPU, or on the device of the ids if the reader copies them there. A global scale is applied.
         """
@@ -284,8 +282,7 @@ def _numbers(values: torch.Tensor, scale: torch.Tensor, width: int, dtype: torch
     packed = width // values.shape[-1]
     build = _of_bytes.__wrapped__ if torch.compiler.is_compiling() else _of_bytes
     numbers = build(packed, scale.dtype == torch.float32, values.device, dtype if packed < 4 else torch.bfloat16)
-    # Each byte is looked up once, as one integer with all its numbers: gathering rows of a few numbers would be four
-    # times slower.
+    # One look-up per byte gives one integer with all its numbers: gathering rows of few numbers is four times slower.
     together = numbers.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[packed * numbers.itemsize]).flatten()
     found = together.index_select(0, values.view(torch.uint8).flatten().int()).view(numbers.dtype)
     return found.view(*values.shape[:-1], width).to(dtype)
@@ -311,8 +308,7 @@ def dequantize_rows(
     Args:
         values: `[..., W]`, float8_e4m3fn or int8; rows without `scale` are only cast. Or packed, uint8.
         scale: `[..., W / C]`, a global scale applied.
-        dtype: the dtype of the result; float32 if None. The product is rounded to float32, and then once to this
-            dtype.
+        dtype: the dtype of the result; float32 if None. The product is rounded to float32, then to this dtype.
         width: W, of packed values.
     """
     width = width or values.shape[-1]
@@ -326,8 +322,7 @@ def dequantize_rows(
 
 
 def exponent_above(x: torch.Tensor) -> torch.Tensor:
-    """Return the exponent of the smallest power of two that is at least `x`, biased by 127 as in E8M0 and float32, as
-    int32.
+    """Return the int32 exponent of the smallest power of two that is at least `x`, biased by 127 as in E8M0.
 
     Args:
         x: positive, normal, contiguous float32. Its bits are read, since a logarithm would not be exact.

@@ -205,8 +205,7 @@ class TableDescription:
         scale_block: channels that share a scale; None without scales.
         tensors: names of the tensors of this file, by kind: `"weight"`, `"scale"`, `"global_scale"`.
         orders, heads, primes, offsets, multipliers, pad_id, vocab_size: the hash; see `hashing_engram`.
-        token_map_sha256, token_map_ids: digest of the token map's first `token_map_ids` entries; None without
-            compression.
+        token_map_sha256, token_map_ids: digest of the map's first `token_map_ids` entries; None without compression.
     """
 
     layer: int
@@ -327,9 +326,7 @@ def _keeps_ids(hasher) -> bool:
 
 
 def _count_known_ids(token_map) -> int | None:
-    """Return the number of ids in a model's token map; beyond them, the vocabulary may be padded with ids without
-    tokens.
-    """
+    """Return the number of ids in a model's token map; the vocabulary may be padded with ids without tokens."""
     if token_map is None:
         return None
     known = np.flatnonzero(np.array(token_map.tolist()) >= 0)
@@ -369,9 +366,7 @@ def parse_description(members: dict, what: str) -> TableDescription:
 
 
 def _description_rules(d: dict) -> Iterator[tuple[bool, str, str]]:
-    """Yield, for each member, whether it is valid, its name, and the expected value. Each rule relies on those before
-    it.
-    """
+    """Yield whether each member is valid, its name, and the expected value. Each rule relies on those before it."""
     for name in ("layer", "width", "pad_id", "vocab_size"):
         yield are_counts([d[name]]), name, "a count"
     yield isinstance(d["dtype"], str) and d["dtype"] in ROW_FORMATS, "dtype", f"one of {', '.join(ROW_FORMATS)}"
@@ -406,8 +401,7 @@ class TablePart:
 
     Args:
         dtype: the dtype of the rows, a key of `ROW_FORMATS`.
-        spans: the tensors, by `"weight"`, `"scale"`, and `"global_scale"`, which divides, or `"scale_2"`, which
-            multiplies.
+        spans: the tensors by kind: `"weight"`, `"scale"`, `"global_scale"` (divides) or `"scale_2"` (multiplies).
     """
 
     first: int
@@ -736,8 +730,7 @@ def require_disjoint(parts: Sequence[TablePart]) -> None:
 
 
 def table_keys(layers: Collection[int] | None = None) -> re.Pattern[str]:
-    """Return a pattern for the ends of table names in our models and DeepSeek's releases; groups: layer, one of
-    `KINDS`.
+    """Return a pattern for the ends of table names in our models and DeepSeek's; groups: layer, one of `KINDS`.
 
     Args:
         layers: only of these layers.
@@ -779,9 +772,7 @@ def tables_in_checkpoint(files: Sequence[str | os.PathLike], table_dtype: str | 
 
 
 def choose_residency(size: int, free_host: int, free_device: int | None) -> str:
-    """Return the residency of tables of `size` bytes with `"auto"`, by the free bytes of the host and of the GPU (None
-    without one).
-    """
+    """Return the residency of tables of `size` bytes with `"auto"`, by the free bytes of host and GPU (or None)."""
     if size <= _RESIDENT_SHARE * (free_host if free_device is None else free_device):
         return "resident"
     return "mapped" if free_device is None or size > _PINNED_SHARE * free_host else "pinned"
@@ -806,9 +797,7 @@ def free_host_memory() -> int:
 
 
 def _memory_of_the_system() -> int:
-    """Return the free memory from `sysconf`; systems without that give half of the total, or 16 GB if they give
-    neither.
-    """
+    """Return the free memory from `sysconf`, else half of the total, or 16 GB on systems that report neither."""
     names = getattr(os, "sysconf_names", {})
     for name, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
         if name in names:
