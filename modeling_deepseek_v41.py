@@ -1,16 +1,16 @@
-"""The DeepSeek-V4.1 text backbone: everything of the language model but its Engram memory.
+"""The DeepSeek-V4.1 text backbone: the language model without its Engram memory.
 
-Letters used for shapes: B rows, S tokens of this call, T cached tokens, H heads, D channels of a head (and of a latent),
-G compressed positions, K of them read by one query, N residual streams. `hidden` is the model's width.
+Letters used for shapes: B rows, S tokens of this call, T cached tokens, H heads, D channels of a head (and of a
+latent), G compressed positions, K of them read by one query, N residual streams. `hidden` is the model's width.
 
-Where a class computes what transformers' DeepSeek-V4 computes, it is that class or derives from it. What differs:
+Where a class computes the same as transformers' DeepSeek-V4, it is that class or derives from it. The differences are:
 
-* hyper-connections run in a single pass: a sublayer's input is collapsed with the collapse weights (`pre`) that the
-  *previous* sublayer produced, so `pre` travels beside the streams;
-* compressed latents are computed by a few layers and read by the layers after them, as are the choices which of them a
-  query reads. They travel as explicit arguments too, so gradient checkpointing sees them;
-* the cached values are rounded to FP8 and FP4 (`round_fp8`, `round_mxfp4`, `round_nvfp4`);
-* attention reads the window and the chosen compressed positions, in blocks of queries. A [S, S] matrix never exists.
+* Hyper-connections run in a single pass: a sublayer's input is collapsed with the collapse weights (`pre`) that the
+  *previous* sublayer produced, so `pre` is passed beside the streams.
+* A few layers compute compressed latents, and select those that a query reads, for the layers after them. Both are
+  explicit arguments too, so gradient checkpointing sees them.
+* The cached values are rounded to FP8 and FP4 (`round_fp8`, `round_mxfp4`, `round_nvfp4`).
+* Attention reads the window and the selected compressed positions, in blocks of queries, without an [S, S] matrix.
 """
 
 import dataclasses
@@ -43,11 +43,11 @@ from .configuration_vision_deepseek_v41 import known_copies
 from .safetensors_engram import EngramError
 from .table_engram import E4M3_MAX, exponent_above
 
-# What the output calls the cache: transformers 5.24 renamed it.
+# This is the cache's name in the output: transformers 5.24 renamed it.
 CACHE_OUTPUT = next(
     field.name for field in dataclasses.fields(MoeModelOutputWithPast) if field.name in ("cache", "past_key_values")
 )
-# Elements of the largest intermediate of one block of queries: 64 MB in float32.
+# This is the number of elements of the largest intermediate of one block of queries: 64 MB in float32.
 _BLOCK_ELEMENTS = 1 << 24
 _SMALLEST_BLOCK = 64
 E2M1_MAX = 6.0
@@ -55,23 +55,23 @@ E2M1_MAX = 6.0
 
 # --- roundings of cached activations
 #
-# The release keeps its window latents in FP8 and its compressed latents and index vectors in FP4, and was trained that way, so
-# the rounding belongs to the model and not to a storage format: each function returns the rounded *value* in the input's dtype.
-# The rules are those of the release's quantization kernels. Gradients pass through as they are.
+# The release stores its window latents in FP8 and its compressed latents and index vectors in FP4, and was trained
+# that way, so the rounding belongs to the model and not to a storage format: each function returns the rounded *value*
+# in the input's dtype. The rules are those of the release's quantization kernels. Gradients pass through unchanged.
 
 
 def power_of_two_above(x: torch.Tensor) -> torch.Tensor:
-    """The smallest power of two that is at least positive normal float32 `x`."""
+    """Return the smallest power of two that is at least positive normal float32 `x`."""
     return exponent_above(x).bitwise_left_shift(23).view(torch.float32)
 
 
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """Nearest E4M3 value of float32 `x`, saturating at 448; ties to even."""
+    """Round float32 `x` to the nearest E4M3 value, saturating at 448; ties to even."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 
 def to_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """Nearest E2M1 value (0, .5, 1, 1.5, 2, 3, 4, 6) of float32 `x`, saturating at 6; ties to the even code."""
+    """Round float32 `x` to the nearest E2M1 value (0, .5, 1, 1.5, 2, 3, 4, 6), saturating at 6; ties to the even code."""
     x = x.clamp(-E2M1_MAX, E2M1_MAX)
     # Codes are evenly spaced inside each binade, so rounding half to even there picks the even code on a tie.
     step = torch.where(x.abs() < 2, 0.5, torch.where(x.abs() < 4, 1.0, 2.0))
@@ -89,17 +89,19 @@ def _round_groups(x: torch.Tensor, group: int, scale_of, to_format) -> torch.Ten
 
 
 def round_fp8(x: torch.Tensor) -> torch.Tensor:
-    """E4M3 with a power-of-two scale per 32 channels: the window latents. `[..., 32 n]`, any float dtype."""
+    """Round to E4M3 with a power-of-two scale per 32 channels, as for window latents. `[..., 32 n]`, any float dtype."""
     return _round_groups(x, 32, lambda a: power_of_two_above(a.clamp(min=1e-4) / E4M3_MAX), to_e4m3)
 
 
 def round_mxfp4(x: torch.Tensor) -> torch.Tensor:
-    """E2M1 with a power-of-two scale per 32 channels: index queries and keys. `[..., 32 n]`, any float dtype."""
+    """Round to E2M1 with a power-of-two scale per 32 channels, as for index queries and keys. `[..., 32 n]`, any float
+    dtype.
+    """
     return _round_groups(x, 32, lambda a: power_of_two_above(a.clamp(min=E2M1_MAX * 2**-126) / E2M1_MAX), to_e2m1)
 
 
 def round_nvfp4(x: torch.Tensor) -> torch.Tensor:
-    """E2M1 with an E4M3 scale per 16 channels: the compressed latents. `[..., 16 n]`, any float dtype."""
+    """Round to E2M1 with an E4M3 scale per 16 channels, as for compressed latents. `[..., 16 n]`, any float dtype."""
     return _round_groups(x, 16, lambda a: to_e4m3(a.clamp(min=E2M1_MAX * 2**-9) / E2M1_MAX), to_e2m1)
 
 
@@ -107,7 +109,7 @@ def round_nvfp4(x: torch.Tensor) -> torch.Tensor:
 
 
 class SharedAttention(NamedTuple):
-    """What a layer hands to the layers after it about compressed positions."""
+    """The compressed positions that a layer passes to the layers after it."""
 
     latents: torch.Tensor | None = None  # [B, G, D] compressed latents, rotated and rounded
     index_keys: torch.Tensor | None = None  # [B, G, index_head_dim]
@@ -124,16 +126,16 @@ def rotate(latents: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def project(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """`linear(x)` for the projections that transformers keeps in float32 when a model is loaded in float16."""
+    """Compute `linear(x)` for the projections that transformers keeps in float32 when a model is loaded in float16."""
     return linear(x.float()) if linear.weight.dtype == torch.float32 else linear(x)
 
 
 def largest(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices of the `k` largest of float32 `[..., n]`; of equal scores, the first.
+    """Return the indices of the `k` largest of float32 `[..., n]`; of equal scores, the first.
 
-    Index scores tie exactly (every head cut off by the relu), and `torch.topk` breaks ties by the length of its input:
-    decoding in chunks would then choose other positions than a full forward. The sort key is the score's bits in
-    an order that integers share, above the index counted down.
+    Index scores tie exactly (the relu cuts off every head), and `torch.topk` breaks ties by the length of its input:
+    decoding in chunks would then choose other positions than a full forward. The sort key combines the score's bits,
+    in an order that integers share, with the reversed index.
     """
     bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -157,9 +159,9 @@ class DeepseekV41Compressor(nn.Module):
     def forward(
         self, x: torch.Tensor, last: torch.Tensor, state: DeepseekV41CacheLayer, layout: RowLayout
     ) -> torch.Tensor:
-        """Latents `[B, n, D]` of the groups that end at the tokens `last` `[B, n]` of `x` `[B, S, hidden]`.
+        """Return latents `[B, n, D]` of the groups that end at the tokens `last` `[B, n]` of `x` `[B, S, hidden]`.
 
-        A group may have begun in an earlier call: `state` keeps its tokens.
+        A group may have begun in an earlier call: `state` stores its tokens.
         """
         values = project(self.kv_proj, x)
         if self.gate_proj is None:
@@ -167,15 +169,16 @@ class DeepseekV41Compressor(nn.Module):
         projected = torch.cat([values, project(self.gate_proj, x)], dim=-1).float()
         tokens = state.update_tail(projected, layout)
         back = torch.arange(1 - self.ratio, 1, device=x.device) + tokens.shape[1] - x.shape[1]
-        # Slots without a group point anywhere; the cache drops what is computed for them.
+        # Slots without a group have arbitrary values; the cache drops their results.
         values, gates = gather_rows(tokens, (last[..., None] + back).clamp(min=0)).chunk(2, dim=-1)
         return self.kv_norm((values * gates.softmax(dim=2)).sum(dim=2).to(x.dtype))
 
 
 class DeepseekV41Indexer(nn.Module):
-    """Chooses the compressed positions that a query reads, on the layers that are index sources.
+    """Selects the compressed positions that a query reads, on the layers that are index sources.
 
-    Scores are `sum_h relu(q_h . k) * w_h`, in float32. The choice is a step function, so nothing here gets a gradient.
+    Scores are `sum_h relu(q_h . k) * w_h`, in float32. The selection is a step function, so nothing here gets a
+    gradient.
     """
 
     def __init__(self, config: DeepseekV41TextConfig, layer_idx: int):
@@ -192,7 +195,7 @@ class DeepseekV41Indexer(nn.Module):
 
     @torch.no_grad()
     def keys(self, latents: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Index keys `[B, n, head_dim]` of unrotated latents `[B, n, D]` at the angles of their groups."""
+        """Return index keys `[B, n, head_dim]` of unrotated latents `[B, n, D]` at the angles of their groups."""
         keys = rotate(self.k_norm(project(self.k_proj, latents).to(latents.dtype)), cos, sin)
         return round_mxfp4(keys) if self.config.cache_rounding else keys
 
@@ -206,7 +209,7 @@ class DeepseekV41Indexer(nn.Module):
         visible: torch.Tensor,
         shared: SharedAttention,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Choose for `x` `[B, S, hidden]`, whose queries see `visible` `[B, S]` compressed positions.
+        """Select for `x` `[B, S, hidden]`, whose queries see `visible` `[B, S]` compressed positions.
 
         Returns `selected` `[B, S, K]` and, from the candidate source on, `candidates` `[B, S, blocks]` (see
         [`SharedAttention`]).
@@ -218,7 +221,7 @@ class DeepseekV41Indexer(nn.Module):
         query = round_mxfp4(query) if self.config.cache_rounding else query
         weights = project(self.weights_proj, x).float() * self.scaling
         blocks = self._blocks(x, available if shared.candidates is None else self._candidate_positions())
-        with maybe_autocast(x.device.type, enabled=False):  # near ties are decided in float32
+        with maybe_autocast(x.device.type, enabled=False):  # Near ties are decided in float32.
             chosen = [
                 self._choose(query[:, block].float(), weights[:, block], visible[:, block], block, shared)
                 for block in blocks
@@ -232,12 +235,12 @@ class DeepseekV41Indexer(nn.Module):
         return self.config.candidate_topk_blocks * self.config.candidate_block_size
 
     def _unrestricted(self) -> int:
-        """Up to this many compressed positions are all attended to, without a choice."""
+        """Up to this many compressed positions are all attended to, without a selection."""
         topk = self.config.index_topk
         return min(topk, self._candidate_positions()) if self.is_candidate_source else topk
 
     def _blocks(self, x: torch.Tensor, keys: int) -> list[slice]:
-        """Cut S queries so that scoring `keys` keys for a block stays within bounds."""
+        """Yield slices of S queries, so that scoring `keys` keys for a slice stays within bounds."""
         batch, length = x.shape[:2]
         step = max(1, _BLOCK_ELEMENTS // (batch * keys * (self.num_heads + self.head_dim)))
         return [slice(start, min(start + step, length)) for start in range(0, length, step)]
@@ -247,7 +250,7 @@ class DeepseekV41Indexer(nn.Module):
         return self._slots(places.expand(*visible.shape, -1), visible, shared.first)
 
     def _slots(self, places: torch.Tensor, visible: torch.Tensor, first: torch.Tensor | None) -> torch.Tensor:
-        """From places in the sequence `[B, Q, K]` to slots, -1 where a place is not visible."""
+        """Convert places in the sequence `[B, Q, K]` to slots, -1 for places that are not visible."""
         slots = places if first is None else places + first[..., None]
         return torch.where((places >= 0) & (places < visible[..., None]), slots, -1).int()
 
@@ -264,7 +267,7 @@ class DeepseekV41Indexer(nn.Module):
         return self._slots(places, visible, first), candidates
 
     def _score_all(self, query, weights, first, shared: SharedAttention):
-        """Scores `[B, Q, G]` of all keys, by place in the query's sequence; and the places."""
+        """Return scores `[B, Q, G]` of all keys, by place in the query's sequence; and the places."""
         heads = query.flatten(1, 2) @ shared.index_keys.float().transpose(1, 2)
         heads = heads.relu_().view(*query.shape[:3], -1)
         scores = (weights.unsqueeze(2) @ heads).squeeze(2)
@@ -275,7 +278,9 @@ class DeepseekV41Indexer(nn.Module):
         return places, scores
 
     def _score_candidates(self, query, weights, candidates, first, shared: SharedAttention):
-        """Scores `[B, Q, blocks * block]` of the keys in the candidate blocks, and their places in the sequence."""
+        """Return scores `[B, Q, blocks * block]` of the keys in the candidate blocks, and their places in the
+        sequence.
+        """
         inside = torch.arange(self.config.candidate_block_size, device=query.device)
         blocks = candidates.long()[..., None]
         places = torch.where(blocks < 0, -1, blocks * len(inside) + inside).flatten(2)
@@ -285,7 +290,9 @@ class DeepseekV41Indexer(nn.Module):
         return places, (weights.unsqueeze(2) @ heads).squeeze(2)
 
     def _best_blocks(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor | None:
-        """Ascending ids of the best candidate blocks of masked scores `[B, Q, G]`; a block is as good as its best key."""
+        """Return ascending ids of the best candidate blocks of masked scores `[B, Q, G]`; a block's score is that of
+        its best key.
+        """
         size, keep = self.config.candidate_block_size, self.config.candidate_topk_blocks
         if scores.shape[-1] <= size * keep:
             return None
@@ -298,9 +305,9 @@ class DeepseekV41Indexer(nn.Module):
 
 
 class DeepseekV41Attention(nn.Module):
-    """Attention over a sliding window and chosen compressed positions, in one softmax with a sink per head.
+    """Attention over a sliding window and selected compressed positions, in one softmax with a sink per head.
 
-    Keys and values are one latent that all heads share. Queries come from a low-rank projection, without a norm behind
+    Keys and values are one latent that all heads share. Queries come from a low-rank projection, without a norm after
     `q_b_proj` (DeepSeek-V4 has one). Compressed latents come from the latest KV source.
     """
 
@@ -335,12 +342,12 @@ class DeepseekV41Attention(nn.Module):
         position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
         cache: Cache | None = None,
     ) -> tuple[torch.Tensor, SharedAttention]:
-        """`[B, S, hidden]` to `[B, S, hidden]`, and what later layers share.
+        """Map `[B, S, hidden]` to `[B, S, hidden]`; return it with the data for later layers.
 
-        `position_embeddings` are the cosines and sines `[B, S, rotary / 2]` of the tokens in compacted order, by kind of
-        layer.
+        `position_embeddings` are the cosines and sines `[B, S, rotary / 2]` of the tokens in compacted order, by kind
+        of layer.
         """
-        # Without a cache the state of this call alone is needed, and forgotten with it.
+        # Without a cache, only this call's state is needed, and dropped after it.
         state = DeepseekV41CacheLayer() if cache is None else layer_cache(cache, self.layer_idx)
         cos, sin = position_embeddings[self.rope_type]
         x = layout.compact(hidden_states)
@@ -358,17 +365,17 @@ class DeepseekV41Attention(nn.Module):
         return layout.restore(self._output(output, cos, sin)), shared
 
     def _query(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The low-rank latents `[B, S, q_lora_rank]`, and the rotated queries `[B, S, H, D]`."""
+        """Return the low-rank latents `[B, S, q_lora_rank]`, and the rotated queries `[B, S, H, D]`."""
         q_latent = self.q_a_norm(self.q_a_proj(x))
         return q_latent, rotate(self.q_b_proj(q_latent).view(*x.shape[:2], self.num_heads, self.head_dim), cos, sin)
 
     def latents(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """What later queries read of the tokens `x` `[B, S, hidden]`: `[B, S, D]`, rotated and rounded."""
+        """Return the latents of the tokens `x` `[B, S, hidden]` for later queries: `[B, S, D]`, rotated and rounded."""
         latents = rotate(self.kv_norm(self.kv_proj(x)), cos, sin)
         return round_fp8(latents) if self.config.cache_rounding else latents
 
     def _output(self, output: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """`[B, S, H, D]` to `[B, S, hidden]`; values were keys, so the rotation is taken back."""
+        """Map `[B, S, H, D]` to `[B, S, hidden]`; values were keys, so the rotation is undone."""
         output = rotate(output, cos, -sin).reshape(*output.shape[:2], self.config.o_groups, -1)
         return self.o_b_proj(self.o_a_proj(output).flatten(2))
 
@@ -384,7 +391,7 @@ class DeepseekV41Attention(nn.Module):
         return SharedAttention(state.append("latents", latents, groups.slots), keys, groups.first)
 
     def _attend(self, query, window, positions, latents, selected) -> torch.Tensor:
-        """Attention of all queries `[B, S, H, D]`, block by block; see `_attend_block`."""
+        """Return the attention of all queries `[B, S, H, D]`, block by block; see `_attend_block`."""
         length, cached = query.shape[1], window.shape[1] - query.shape[1]
         reach = self.config.sliding_window - 1
         step = self._block_length(query, 0 if selected is None else selected.shape[-1])
@@ -413,7 +420,7 @@ class DeepseekV41Attention(nn.Module):
         window = self.config.sliding_window
         per_query = selected * self.head_dim + self.num_heads * (selected + 2 * window)
         affordable = max(1, _BLOCK_ELEMENTS // (query.shape[0] * per_query))
-        # Much longer than the window, most of a block's window scores would be masked.
+        # With a length much above the window, most of a block's window scores would be masked.
         return min(affordable, max(window, _SMALLEST_BLOCK))
 
     def _attend_block(
@@ -424,7 +431,7 @@ class DeepseekV41Attention(nn.Module):
         latents: torch.Tensor | None,
         selected: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention of Q consecutive queries.
+        """Return the attention of Q consecutive queries.
 
         Args:
             query: `[B, Q, H, D]`.
@@ -449,7 +456,7 @@ class DeepseekV41Attention(nn.Module):
         return output + weights[..., window.shape[1] :] @ chosen if read else output
 
     def _sees(self, positions: torch.Tensor, length: int) -> torch.Tensor:
-        """Which of the last `length` tokens each query sees, `[B, Q, length]`: its window, within its sequence."""
+        """Return which of the last `length` tokens each query sees, `[B, Q, length]`: its window, within its sequence."""
         queries = positions.shape[1]
         places = torch.arange(length, device=positions.device)
         distance = places[length - queries :, None] - places
@@ -458,13 +465,13 @@ class DeepseekV41Attention(nn.Module):
 
 
 class DeepseekV41HyperConnection(DeepseekV4HyperConnection):
-    """The mixer of one sublayer: how streams become its successor's input, and its output becomes streams."""
+    """The mixer of one sublayer: it collapses streams for the next sublayer, and expands its own output to streams."""
 
     def forward(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weights from the streams `[B, S, N, hidden]`, in float32.
+        """Return weights from the streams `[B, S, N, hidden]`, in float32.
 
-        Returns `pre` `[B, S, N]` (collapses the streams for the *next* sublayer), `post` `[B, S, N]` and `comb`
-        `[B, S, N, N]`, whose rows and columns sum to 1.
+        These are `pre` `[B, S, N]` (collapses the streams for the *next* sublayer), `post` `[B, S, N]` and `comb` `[B,
+        S, N, N]`, whose rows and columns sum to 1.
         """
         with maybe_autocast(streams.device.type, enabled=False):
             mixes = F.linear(self.input_norm(streams.flatten(2).float()), self.fn.float())
@@ -482,18 +489,20 @@ class DeepseekV41HyperConnection(DeepseekV4HyperConnection):
 
 
 def open_streams(embeds: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Equal streams `[B, S, N, hidden]` of embeddings, and the first collapse weights `[B, S, N]`: the first stream's."""
+    """Return equal streams `[B, S, N, hidden]` of embeddings, and the first collapse weights `[B, S, N]`: the first
+    stream's.
+    """
     pre = F.one_hot(embeds.new_zeros(embeds.shape[:2], dtype=torch.long), count).float()
     return embeds.unsqueeze(2).repeat(1, 1, count, 1), pre
 
 
 def collapse(streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
-    """`[B, S, N, hidden]` and weights `[B, S, N]` to `[B, S, hidden]`, summed in float32."""
+    """Map `[B, S, N, hidden]` with weights `[B, S, N]` to `[B, S, hidden]`, summed in float32."""
     return (pre.unsqueeze(-1) * streams).sum(dim=2).to(streams.dtype)
 
 
 def expand(streams: torch.Tensor, output: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
-    """New streams `post_k * output + sum_j comb[j, k] * stream_j`, summed in float32."""
+    """Return new streams `post_k * output + sum_j comb[j, k] * stream_j`, summed in float32."""
     with maybe_autocast(streams.device.type, enabled=False):
         kept = comb.transpose(2, 3) @ streams.float()
     return (post.unsqueeze(-1) * output.unsqueeze(2) + kept).to(streams.dtype)
@@ -525,10 +534,10 @@ class DeepseekV41TopKRouter(DeepseekV4TopKRouter):
     def forward(
         self, hidden_states: torch.Tensor, image_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Route `[B, S, hidden]`; `image_mask` `[B, S]` marks the tokens that take the second bias.
+        """Route `[B, S, hidden]`; `image_mask` `[B, S]` marks the tokens with the second bias.
 
-        Returns logits `[B * S, experts]`, and weights and expert ids `[B * S, top_k]`. The bias chooses, the unbiased
-        scores weigh.
+        Returns logits `[B * S, experts]`, and weights and expert ids `[B * S, top_k]`. The bias affects the selection
+        only; the weights are the unbiased scores.
         """
         flat = hidden_states.reshape(-1, self.hidden_dim)
         with maybe_autocast(flat.device.type, enabled=False):
@@ -558,7 +567,7 @@ class DeepseekV41SparseMoeBlock(nn.Module):
 
 
 class DeepseekV41DecoderLayer(GradientCheckpointingLayer):
-    """Attention and mixture of experts, on residual streams."""
+    """A layer with attention and mixture of experts on residual streams."""
 
     _attention_class = DeepseekV41Attention
 
@@ -583,11 +592,11 @@ class DeepseekV41DecoderLayer(GradientCheckpointingLayer):
         cache: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor | None, ...]:
-        """From streams `[B, S, N, hidden]` and their collapse weights `[B, S, N]` to the next layer's.
+        """Map streams `[B, S, N, hidden]` and their collapse weights `[B, S, N]` to the next layer's.
 
-        Everything that carries gradients is positional, as checkpointing wants it: `shared` are the fields of
+        All arguments that carry gradients are positional, for checkpointing: `shared` are the fields of
         [`SharedAttention`]. Returns `(streams, pre, *shared)`. Further keywords are accepted for layers that are
-        extended from outside and ignored here.
+        extended from outside, and ignored here.
         """
         attention_input = self.input_layernorm(collapse(hidden_states, pre))
         output, shared = self.self_attn(attention_input, SharedAttention(*shared), layout, position_embeddings, cache)
@@ -599,9 +608,9 @@ class DeepseekV41DecoderLayer(GradientCheckpointingLayer):
 
 
 class DeepseekV41PreTrainedModel(DeepseekV4PreTrainedModel):
-    """What transformers wants to know about the architecture.
+    """The attributes that transformers requires of the architecture.
 
-    Attention weights are not among the recorded outputs: a query's keys are its own choice, so there is no matrix to
+    Attention weights are not among the recorded outputs: each query selects its own keys, so there is no matrix to
     return. The attention is neither SDPA nor a flash kernel (a sink per head, and keys gathered for each query).
     """
 
@@ -615,9 +624,9 @@ class DeepseekV41PreTrainedModel(DeepseekV4PreTrainedModel):
         "router_logits": OutputRecorder(DeepseekV41TopKRouter, index=0),
         "hidden_states": DeepseekV41DecoderLayer,
     }
-    # Float32 in the release.
+    # These are float32 in the release.
     _keep_in_fp32_modules_strict = ["attn_hc", "ffn_hc", "sinks", "e_score_correction_bias"]  # noqa: RUF012
-    # Not quantized in the release: transformers' FP8 loader leaves out what is listed here.
+    # The release does not quantize these: transformers' FP8 loader leaves out the modules that are listed here.
     _keep_in_fp32_modules = [  # noqa: RUF012
         "self_attn.compressor.kv_proj",
         "self_attn.compressor.gate_proj",
@@ -639,21 +648,21 @@ class DeepseekV41PreTrainedModel(DeepseekV4PreTrainedModel):
             initialization.zeros_(module.sinks)
 
 
-# What a model with a vision tower takes beside the arguments of text.
+# A model with a vision tower takes these beside the arguments of text.
 IMAGE_INPUTS = ("pixel_values", "image_grid_hws", "mm_encoder_outputs")
-# Matches the names of tensors of the vision part.
+# This matches the names of tensors of the vision part.
 VISION_TENSOR = r"(^|\.)(vision_tower\.|image_(start|newline|end)$)"
 
 
 class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
     """The DeepSeek-V4.1 decoder, from token ids to the state after the final norm."""
 
-    # A checkpoint with images, opened as text.
+    # A checkpoint with images opens as text.
     _keys_to_ignore_on_load_unexpected = [VISION_TENSOR]  # noqa: RUF012
 
     def __init__(self, config: DeepseekV41TextConfig):
         super().__init__(config)
-        # No `padding_idx`: where the mask is 1, the pad id is an ordinary token and learns.
+        # There is no `padding_idx`: where the mask is 1, the pad id is an ordinary token and is trained.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DeepseekV41DecoderLayer(config, index) for index in range(config.num_hidden_layers)
@@ -680,16 +689,17 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
 
         Args:
             input_ids: `[B, S]`; or `inputs_embeds` `[B, S, hidden]`.
-            attention_mask: `[B, cached + S]`, nonzero where a token is real. Padding may stand on either side.
-            position_ids: `[B, S]`, counting up by one; a 0 inside a row starts another sequence there, of which the
-                tokens before it see nothing and are not seen (packed rows). By default the real tokens are counted.
+            attention_mask: `[B, cached + S]`, nonzero where a token is real. Padding may be on either side.
+            position_ids: `[B, S]`, counting up by one; a 0 inside a row starts another sequence there, which is
+                independent of the tokens before it (packed rows). By default the real tokens are counted.
             cache: made by `DynamicCache(config=config)`; `past_key_values` is its name up to transformers 5.23.
-            image_mask: `[B, S]` bool, where the router treats a token as part of an image.
-            kwargs: handed to every layer, but for what a model with a vision tower takes: see [`DeepseekV41Model`].
+            image_mask: `[B, S]` bool, True where the router treats a token as part of an image.
+            kwargs: passed to every layer, except the arguments of a model with a vision tower: see
+                [`DeepseekV41Model`].
 
         Returns:
-            `last_hidden_state` `[B, S, hidden]`, the cache, and on request `hidden_states` (the streams
-            `[B, S, N, hidden]` that enter each layer, then `last_hidden_state`) and `router_logits`.
+            `last_hidden_state` `[B, S, hidden]`, the cache, and on request `hidden_states` (the streams `[B, S, N,
+            hidden]` that enter each layer, then `last_hidden_state`) and `router_logits`.
 
         Raises:
             ValueError: for inputs of another shape, position ids that skip, and a cache of another model.
@@ -732,14 +742,14 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
     def _embed(
         self, input_ids, inputs_embeds, image_mask, cache, **images
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings `[B, S, hidden]` of what the call gives, and where they are of images."""
+        """Return embeddings `[B, S, hidden]` of the call's inputs, and the positions of images."""
         if images.get("pixel_values") is not None:
             raise EngramError(
                 "`pixel_values` were given to a model that was opened as text; open it with AutoModelForImageTextToText."
             )
         if inputs_embeds is not None:
             return inputs_embeds, image_mask
-        # Images of a prompt need the tower. (The id may be generated by chance: then it is a token like others.)
+        # Images of a prompt need the tower. (The id may be generated by chance: then it is an ordinary token.)
         image_token_id = self.config.image_token_id
         is_looked_for = image_token_id is not None and image_mask is None and not torch.compiler.is_compiling()
         is_prompt = cache is None or not cache.get_seq_length()
@@ -751,7 +761,9 @@ class DeepseekV41TextModel(DeepseekV41PreTrainedModel):
         return self.embed_tokens(input_ids), image_mask
 
     def _position_embeddings(self, layout: RowLayout) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Cosines and sines by kind of layer. In float32 whatever the model's dtype: bfloat16 angles are coarse."""
+        """Return cosines and sines by kind of layer, in float32 for any dtype of the model: bfloat16 angles are
+        coarse.
+        """
         like = layout.positions.new_empty(0, dtype=torch.float32)
         return {kind: self.rotary_emb(like, layout.positions, layer_type=kind) for kind in ("main", "compress")}
 

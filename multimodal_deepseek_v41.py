@@ -1,6 +1,6 @@
-"""DeepSeek-V4.1 with images: the text backbone whose input holds the vision tower's vectors at the positions of images.
+"""DeepSeek-V4.1 with images: the text backbone, with the vision tower's features at the positions of images.
 
-The classes derive from the text model's, so a checkpoint has one set of names: as text it is opened without the tower.
+The classes derive from the text model's, so a checkpoint has one set of names, and opens as text without the tower.
 
 Letters used for shapes: B rows, S tokens of this call, I images, N patches of all images, P pixels on a patch's side.
 """
@@ -24,18 +24,18 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class ForbidImageToken(LogitsProcessor):
-    """Keeps the image id from being generated: without pixels it has no meaning."""
+    """Masks the image id in generation: without pixels it has no meaning."""
 
     def __init__(self, image_token_id: int):
         self.image_token_id = image_token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """`scores` `[B, vocab]` with the id's set to minus infinity."""
+        """Return `scores` `[B, vocab]` with the id's set to minus infinity."""
         return scores.index_fill(1, torch.tensor([self.image_token_id], device=scores.device), float("-inf"))
 
 
 class _ReadsImages:
-    """What the decoder and the model with its head have in common beside the text classes they derive from."""
+    """The common part of the decoder and the model with its head, beside the text classes they derive from."""
 
     input_modalities = ("image", "text")
     _no_split_modules = ["DeepseekV41DecoderLayer", "DeepseekV41VisionLayer"]  # noqa: RUF012
@@ -55,17 +55,17 @@ class _ReadsImages:
 
 
 class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
-    """The decoder with the vision tower in front of it.
+    """The decoder with the vision tower before it.
 
-    `forward` takes, beside what [`DeepseekV41TextModel`] takes:
+    `forward` takes these arguments beside those of [`DeepseekV41TextModel`]:
 
     Args:
-        input_ids: `[B, S]`; every position of an image holds `config.image_token_id`.
-        inputs_embeds: `[B, S, hidden]` in place of ids, images already put in; then `image_mask` tells where.
+        input_ids: `[B, S]`; every position of an image has `config.image_token_id`.
+        inputs_embeds: `[B, S, hidden]` instead of ids, with image features inserted at `image_mask`.
         pixel_values: floating `[N, 3, P, P]`, the images of the batch in the order of their positions.
         image_grid_hws: integer `[I, 2]`, rows and columns of patches.
-        mm_encoder_outputs: `{"image": get_image_features(...)}` in place of pixels, so that a prompt can be fed in
-            pieces that cut an image: of each piece, the vectors of its image positions.
+        mm_encoder_outputs: `{"image": get_image_features(...)}` instead of pixels, so that a prompt can be passed in
+            chunks that cut an image: for each chunk, the features of its image positions.
 
     Raises:
         ValueError: images and image positions do not match, or one of them is missing.
@@ -95,14 +95,14 @@ class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
     def get_image_features(
         self, pixel_values: torch.Tensor, image_grid_hws: torch.LongTensor, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """What stands at the positions of images in the text.
+        """Return the features at the positions of images in the text.
 
         Args:
             pixel_values, image_grid_hws: see [`DeepseekV41VisionModel`].
 
         Returns:
-            `last_hidden_state` `[N, width of the tower]`, and `pooler_output`: for each image `[positions, hidden]`, its
-            start, row after row of vectors with the row's end, and its end.
+            `last_hidden_state` `[N, width of the tower]`, and `pooler_output`: for each image `[positions, hidden]`,
+            its start, row after row of features with the row's end, and its end.
         """
         encoded = self.vision_tower(pixel_values, image_grid_hws)
         ratio = self.config.vision_config.downsample_ratio
@@ -112,7 +112,7 @@ class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
         return BaseModelOutputWithPooling(last_hidden_state=encoded.last_hidden_state, pooler_output=images)
 
     def _delimit(self, vectors: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """`[rows * columns, hidden]` to `[rows * (columns + 1) + 2, hidden]`."""
+        """Insert delimiters: `[rows * columns, hidden]` to `[rows * (columns + 1) + 2, hidden]`."""
         start, newline, end = (
             delimiter.to(vectors.dtype) for delimiter in (self.image_start, self.image_newline, self.image_end)
         )
@@ -120,7 +120,7 @@ class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
         return torch.cat([start[None], lines.flatten(0, 1), end[None]])
 
     def get_image_mask(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """Which positions belong to an image, delimiters included: bool, of the shape of `input_ids`."""
+        """Return which positions belong to an image, delimiters included: bool, in the shape of `input_ids`."""
         return input_ids == self.config.image_token_id
 
     def _embed(
@@ -144,7 +144,7 @@ class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
         return image_mask
 
     def _image_features(self, pixel_values, image_grid_hws, mm_encoder_outputs) -> torch.Tensor | None:
-        """Vectors `[positions of all images, hidden]`, or None."""
+        """Return features `[positions of all images, hidden]`, or None."""
         encoded = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and encoded is not None:
             raise EngramError("Give either `pixel_values` or `mm_encoder_outputs`, not both.")
@@ -159,7 +159,7 @@ class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
     def _merge(
         self, input_ids: torch.LongTensor, image_mask: torch.Tensor, features: torch.Tensor | None
     ) -> torch.Tensor:
-        """Embeddings `[B, S, hidden]` of the ids, with `features` where the mask is."""
+        """Return embeddings `[B, S, hidden]` of the ids, with `features` at the mask."""
         embeds = self.embed_tokens(input_ids)
         positions, given = int(image_mask.sum()), 0 if features is None else len(features)
         if positions != given:
@@ -173,14 +173,14 @@ class DeepseekV41Model(_ReadsImages, DeepseekV41TextModel):
 
 
 class DeepseekV41ForConditionalGeneration(_ReadsImages, DeepseekV41TextForCausalLM):
-    """Text from text and images: [`DeepseekV41Model`] with the language-model head."""
+    """The model with the language-model head, from text and images to text: see [`DeepseekV41Model`]."""
 
     _model_class = DeepseekV41Model
 
     def get_image_features(
         self, pixel_values: torch.Tensor, image_grid_hws: torch.LongTensor, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """See [`DeepseekV41Model.get_image_features`]."""
+        """Return image features; see [`DeepseekV41Model.get_image_features`]."""
         return self.model.get_image_features(pixel_values, image_grid_hws, **kwargs)
 
     def forward(
@@ -196,9 +196,9 @@ class DeepseekV41ForConditionalGeneration(_ReadsImages, DeepseekV41TextForCausal
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
-        """As [`DeepseekV41Model`], with logits `[B, S, vocab]`, and a loss when `labels` `[B, S]` are given.
+        """Run [`DeepseekV41Model`]; return logits `[B, S, vocab]`, and a loss for `labels` `[B, S]`.
 
-        Labels that are the image id do not count: no position is taught to continue with an image.
+        Labels with the image id do not count: no position learns to continue with an image.
         """
         if labels is not None:
             images = labels == self.config.image_token_id
@@ -224,7 +224,7 @@ class DeepseekV41ForConditionalGeneration(_ReadsImages, DeepseekV41TextForCausal
         )
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
-        """As usual; images are given with the prompt alone."""
+        """Do as in transformers; images are passed with the prompt alone."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if inputs.get("pixel_values") is None:
             inputs.pop("image_grid_hws", None)
@@ -233,7 +233,9 @@ class DeepseekV41ForConditionalGeneration(_ReadsImages, DeepseekV41TextForCausal
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
     ):
-        """As in transformers; where it does not encode images beforehand (before 5.20), they are repeated row by row."""
+        """Expand as in transformers; if it does not encode images beforehand (before 5.20), they are repeated row by
+        row.
+        """
         images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_hws")}
         expanded, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -243,7 +245,7 @@ class DeepseekV41ForConditionalGeneration(_ReadsImages, DeepseekV41TextForCausal
         return expanded, model_kwargs | {name: tensor for name, tensor in images.items() if tensor is not None}
 
     def _repeat_images(self, input_ids, times: int, pixel_values, image_grid_hws) -> dict[str, torch.Tensor]:
-        """The images of a batch whose rows are repeated `times` times, one behind the other."""
+        """Repeat the images of a batch whose rows are repeated `times` times, one after the other."""
         ratio = self.config.vision_config.downsample_ratio
         ends = self.model.get_image_mask(input_ids).sum(-1).cumsum(0)
         windows = -(-image_grid_hws // ratio)
@@ -263,7 +265,7 @@ class DeepseekV41ForConditionalGeneration(_ReadsImages, DeepseekV41TextForCausal
         }
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
-        """As in transformers; the image id is never generated."""
+        """Generate as in transformers; the image id is never generated."""
         processors = LogitsProcessorList([*(logits_processor or []), ForbidImageToken(self.config.image_token_id)])
         return super().generate(inputs, generation_config, processors, *args, **kwargs)
 

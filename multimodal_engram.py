@@ -1,7 +1,7 @@
-"""Engram memory for backbones that read images: the language model in them has it, all other parts stay as they are.
+"""Engram memory for backbones that read images: only the language model in them gets it.
 
-Such a backbone puts the vectors of images into the embeddings of its text, and calls its language model with those alone.
-Memory is looked up by token id, so the outer model notes the ids of a call for the language model to find.
+Such a backbone inserts image features into the embeddings of its text, and calls its language model with those alone.
+Memory is looked up by token id, so the outer model stores the ids of a call for the language model.
 
 Shape letters: B batch, S positions.
 """
@@ -20,16 +20,16 @@ from .loading_engram import FoundTables
 from .modeling_engram import EngramForCausalLM, EngramModel, EngramPreTrainedModel, forward_with_memory
 from .safetensors_engram import EngramError
 
-# Fields of a backbone's config that name the token ids in whose places vectors of images, videos or sounds are put.
+# These fields of a backbone's config name the token ids that features of images, videos or sounds replace.
 _PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id", "image_token_index", "video_token_index")
 
 
 class _Call(NamedTuple):
-    """What the outer model was called with, for as long as it runs."""
+    """The arguments of the outer model's call, for as long as it runs."""
 
-    reader: EngramConfig  # the config of the language model that the call is for
-    told: dict[str, torch.Tensor | None]  # arguments of `prepare_memory`
-    options: dict[str, Any]  # keyword arguments of [`EngramModel`] that a backbone does not know
+    reader: EngramConfig  # It is the config of the language model that the call is for.
+    told: dict[str, torch.Tensor | None]  # These are arguments of `prepare_memory`.
+    options: dict[str, Any]  # These are keyword arguments of [`EngramModel`] that a backbone does not know.
 
 
 # Every thread has its own context, so that models may be called concurrently, and within each other.
@@ -62,7 +62,7 @@ class EngramLanguageModel(EngramModel):
 class EngramMultimodalModel(EngramPreTrainedModel):
     """A backbone that reads images and text, whose language model has memory, without a language-model head.
 
-    Positions that hold no text, such as those of images, have no memory, and none is looked back through.
+    Positions without text, such as those of images, have no memory, and a look-back ends there.
 
     Args:
         config: names the backbone in `backbone_config`.
@@ -70,7 +70,7 @@ class EngramMultimodalModel(EngramPreTrainedModel):
         engram_tables: as in [`EngramModel`].
 
     Raises:
-        ValueError: as [`EngramModel`]; or the backbone has no language model of the kind that memory can be added to.
+        ValueError: as [`EngramModel`]; or the backbone has no language model that can have memory.
     """
 
     @classmethod
@@ -80,7 +80,7 @@ class EngramMultimodalModel(EngramPreTrainedModel):
         if backbone is None:
             backbone = AutoModel.from_config(config.backbone, dtype=torch.get_default_dtype())
         require_extensible(backbone)
-        config.backbone = backbone.config  # from_config copies the config, but both must be one object
+        config.backbone = backbone.config  # `from_config` copies the config, but both must be one object.
         EngramLanguageModel(config.text_config, _language_model(backbone), engram_tables)
         return backbone
 
@@ -90,7 +90,7 @@ class EngramMultimodalModel(EngramPreTrainedModel):
         backbone: PreTrainedModel | None = None,
         engram_tables: FoundTables | None = None,
     ):
-        # The backbone has been initialized by its own class, and its language model has memory.
+        # The backbone's own class has initialized it, and its language model has memory.
         self._become(config)
         part = self.memory_model
         self._take_over(part, next(name for name, module in self.named_modules() if module is part))
@@ -106,14 +106,16 @@ class EngramMultimodalModel(EngramPreTrainedModel):
         return self.get_decoder()
 
     def get_image_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Which positions hold the vectors of images, videos or sounds, by their ids: bool, of the shape of `input_ids`."""
+        """Return the positions of features of images, videos or sounds, by their ids: bool, in the shape of
+        `input_ids`.
+        """
         found = torch.zeros_like(input_ids, dtype=torch.bool)
         for placeholder in _placeholder_ids(self.config):
             found = found | (input_ids == placeholder)
         return found
 
     def _run_with_memory(self, run_backbone: Callable, inputs: dict[str, Any]):
-        """The backbone's outputs for the keyword arguments `inputs`, with memory."""
+        """Return the backbone's outputs for the keyword arguments `inputs`, with memory."""
         if self.memory_model._asks_context:
             inputs |= BESIDE.get() or {}
         with within(_CALL, self._note_call(inputs)), within(BESIDE, None):
@@ -122,9 +124,9 @@ class EngramMultimodalModel(EngramPreTrainedModel):
     def _note_call(self, inputs: dict[str, Any]) -> _Call:
         told = self._read_call(inputs)
         images = self.get_image_mask(told["input_ids"])
-        if told["image_mask"] is not None:  # of embeddings that are the caller's own
+        if told["image_mask"] is not None:  # The embeddings are the caller's own.
             images = images | told["image_mask"].to(images.device).bool()
-        inputs.pop("seq_idx", None)  # the language model gets it, and no other part
+        inputs.pop("seq_idx", None)  # Only the language model gets it.
         told |= {"image_mask": images, "position_ids": _text_positions(told["position_ids"])}
         options = {name: inputs.pop(name) for name in ("engram_gate_values", "engram_edit") if name in inputs}
         return _Call(self.config.text_config, told, options)
@@ -135,9 +137,9 @@ def _placeholder_ids(config: EngramConfig | PreTrainedConfig) -> list[int]:
 
 
 def _text_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Position ids `[B, S]` that tell documents apart, if there are any.
+    """Return position ids `[B, S]` that separate documents, if there are any.
 
-    Of the three axes of an image's place none goes on by one. In `generate`, they follow that of the text.
+    None of the three axes of an image's positions increases by one. In `generate`, they follow that of the text.
     """
     if position_ids is None or position_ids.dim() == 2:
         return position_ids
@@ -162,11 +164,11 @@ def _language_model(backbone: PreTrainedModel) -> PreTrainedModel:
 class EngramForConditionalGeneration(EngramForCausalLM):
     """A model of text and images with memory, on a backbone that reads images; positions of images have no memory.
 
-    Of the same checkpoint of DeepSeek-V4.1, [`EngramForCausalLM`] is the model of text. The arguments are the same, but for
-    the Auto class that loads a backbone, which is `AutoModelForImageTextToText`; instead of a tokenizer, a processor does.
+    For a checkpoint of DeepSeek-V4.1, [`EngramForCausalLM`] is the text model. The arguments are the same, except that
+    `AutoModelForImageTextToText` loads a backbone, and a processor may replace the tokenizer.
 
     Raises:
-        ValueError: as [`EngramForCausalLM`]; or the backbone reads text alone, or in a way that leaves no place for memory.
+        ValueError: as [`EngramForCausalLM`]; or the backbone reads text alone, or does not support memory.
     """
 
     host_class = AutoModelForImageTextToText
@@ -184,7 +186,9 @@ class EngramForConditionalGeneration(EngramForCausalLM):
         return super()._prepare(config, host, engram_tables)
 
     def _get_name(self) -> str:
-        """The backbone's own name if `Trainer` knows that as a causal language model's, whose smoothed labels it shifts."""
+        """Return the backbone's own name if `Trainer` knows that as a causal language model's, whose smoothed labels
+        it shifts.
+        """
         name = self._extends[1].__name__
         return name if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else super()._get_name()
 
@@ -194,7 +198,7 @@ EngramModel.composite_class = EngramMultimodalModel
 EngramMultimodalModel.register_for_auto_class("AutoModel")
 EngramForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
-# As remote code, this is where a model on such a backbone begins.
+# As remote code, a model on such a backbone begins here.
 __all__ = [
     "EngramConfig",
     "EngramForCausalLM",

@@ -1,7 +1,7 @@
-"""DeepSeek-V4.1's processor: images and text to what the model reads.
+"""DeepSeek-V4.1's processor: from images and text to the inputs of the model.
 
-In a text an image is one placeholder, `<｜deepseek_image｜>`. The processor repeats it for every position the image takes;
-which of them are its start, the ends of its rows and its end follows from its grid.
+In a text an image is one placeholder, `<｜deepseek_image｜>`. The processor repeats it for every position of the image;
+its grid determines which of them are its start, the ends of its rows and its end.
 """
 
 from transformers import AutoProcessor, ProcessorMixin
@@ -16,9 +16,9 @@ IMAGE_TOKEN = "<｜deepseek_image｜>"
 class DeepseekV41Processor(ProcessorMixin):
     """The image processor and the tokenizer of one model.
 
-    `processor(images=..., text=...)` takes a text or a list of texts, each with one placeholder for each of its images, and images as
-    [`DeepseekV41ImageProcessor`] takes them: in one list, in the order of their placeholders, or in one list for each text.
-    `apply_chat_template` takes conversations whose messages have image blocks.
+    `processor(images=..., text=...)` takes a text or a list of texts, each with one placeholder for each of its
+    images, and images as [`DeepseekV41ImageProcessor`] takes them: in one list, in the order of their placeholders, or
+    in one list for each text. `apply_chat_template` takes conversations whose messages have image blocks.
 
     Args:
         image_processor: a [`DeepseekV41ImageProcessor`].
@@ -37,7 +37,7 @@ class DeepseekV41Processor(ProcessorMixin):
             raise EngramError(f"The tokenizer has no token {IMAGE_TOKEN}; give the one of a DeepSeek-V4.1 checkpoint.")
 
     def prepare_inputs_layout(self, images=None, text=None, *args, **kwargs):
-        """Open the images and bring them into one list; see `ProcessorMixin`.
+        """Open the images and collect them in one list; see `ProcessorMixin`.
 
         Raises:
             ValueError: texts and images do not match.
@@ -48,7 +48,7 @@ class DeepseekV41Processor(ProcessorMixin):
         return flatten_images([] if images is None else images) or None, text, *others
 
     def _check_counts(self, images, texts: list[str]) -> None:
-        """Every placeholder has its image, in its own text if there is a list of images for each text."""
+        """Require an image for every placeholder, in its own text if there is a list of images for each text."""
         placeholders = [text.count(self.image_token) for text in texts if isinstance(text, str)]
         given = images if isinstance(images, (list, tuple)) else [] if images is None else [images]
         if len(given) == len(placeholders) and all(isinstance(part, (list, tuple)) for part in given):
@@ -63,13 +63,13 @@ class DeepseekV41Processor(ProcessorMixin):
                 )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholder, once for every position of image number `image_idx`."""
+        """Return the placeholder, once for every position of image number `image_idx`."""
         ratio = self.image_processor.downsample_ratio
         rows, columns = (-(-int(patches) // ratio) for patches in image_inputs["image_grid_hws"][image_idx])
         return self.image_token * (rows * (columns + 1) + 2)
 
 
-# Not under the text model's config: a checkpoint of text alone has a tokenizer for its processor.
+# It is not registered for the text model's config: a checkpoint of text alone has a tokenizer for its processor.
 AutoProcessor.register(DeepseekV41VisionConfig, DeepseekV41Processor, exist_ok=True)
 DeepseekV41Processor.register_for_auto_class()
 

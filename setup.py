@@ -9,15 +9,16 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
 
-# transformers' own server, which `engram serve` starts; its command line imports requests, which transformers 5.17 does not ask for.
+# This is transformers' own server, which `engram serve` starts; its command line imports requests, which transformers
+# 5.17 does not require.
 _SERVING = ["requests>=2.32", "transformers[serving]"]
 
 
 class BuildWithoutSetup(build_py):
-    """The root is the package, but this file is no part of it."""
+    """The root is the package, but this file is not part of it."""
 
     def find_package_modules(self, package, package_dir):
-        """All modules of a package, as `(package, module, path)`."""
+        """Return all modules of a package, as `(package, module, path)`."""
         return [found for found in super().find_package_modules(package, package_dir) if found[1] != "setup"]
 
 
@@ -30,7 +31,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # Listed by name, so that tests, benchmarks and examples are never installed.
+    # They are listed by name, so that tests, benchmarks and examples are never installed.
     cmdclass={"build_py": BuildWithoutSetup},
     packages=[
         "engram_cli",
@@ -43,7 +44,7 @@ setup(
         "engram_hf.tokenization",
         "engram_hf.training",
     ],
-    # The command line stands beside the package: `engram --help` must not wait for torch, which `engram_hf` imports.
+    # The command line is a separate package: `engram --help` must not wait for torch, which `engram_hf` imports.
     package_dir={"engram_hf": ".", "engram_cli": "cli"},
     package_data={
         "engram_hf": ["py.typed", "examples/engram-demo/*"],
@@ -56,7 +57,7 @@ setup(
         "transformers>=5.17",
         "accelerate>=1.10",
         "safetensors>=0.8",
-        "huggingface-hub>=1.27",  # older ones give an upload up when the connection breaks
+        "huggingface-hub>=1.27",  # Older ones abort an upload when the connection breaks.
         "peft>=0.19",
         "numpy>=1.26",
         "tokenizers>=0.23.1",
@@ -79,9 +80,9 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.8",
             "ruff>=0.12",
-            *_SERVING,  # the tests serve models
+            *_SERVING,  # The tests serve models.
         ],
-        # Needed by transformers' own tests, which `make test-upstream` runs.
+        # transformers' own tests, which `make test-upstream` runs, need these.
         "upstream": ["parameterized>=0.9"],
     },
     classifiers=[

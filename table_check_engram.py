@@ -1,4 +1,4 @@
-"""Checks a folder of table files against the whole format: `python -m engram_hf.table_check_engram FOLDER`."""
+"""Check a folder of table files against the whole format: `python -m engram_hf.table_check_engram FOLDER`."""
 
 import argparse
 import os
@@ -23,16 +23,16 @@ from .table_format_engram import (
 )
 
 _STEP_ROWS = 65_536
-# How the numbers of a file are looked at: NumPy has no type for those of eight bits, nor for bfloat16.
+# The numbers of a file are viewed as these types: NumPy has none for 8-bit floats, nor for bfloat16.
 _ARRAY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1", "F8_E4M3": "u1", "F8_E8M0": "u1"}
 
 
 @dataclass(frozen=True)
 class TableReport:
-    """What was found out about one layer's table.
+    """The result for one layer's table.
 
     Args:
-        table: as it is stored.
+        table: the stored table.
         aligned: whether its rows begin at pages.
         token_map: `"checked"`, `"absent"` (the folder has no token map), `"unknown"` (the table does not name one) or
             `"none"` (ids are not compressed).
@@ -57,10 +57,10 @@ def check_folder(folder: str | Path, rows: bool = False) -> list[TableReport]:
     """Check the manifest of `folder`, every file it names, all scales and the token map.
 
     Args:
-        rows: read all rows too, for numbers that are none; this takes as long as reading the files.
+        rows: read all rows too, to find values that are not numbers; this takes as long as reading the files.
 
     Raises:
-        FileFormatError: names what is wrong.
+        FileFormatError: the message names the fault.
     """
     folder = Path(folder)
     token_map = read_token_map(folder / TOKEN_MAP_NAME)
@@ -74,12 +74,12 @@ def check_folder(folder: str | Path, rows: bool = False) -> list[TableReport]:
 
 
 def read_token_map(path: Path) -> np.ndarray | None:
-    """The checked token map, int32 `[ids]`; None if there is no such file.
+    """Return the checked token map, int32 `[ids]`; None if there is no such file.
 
     Raises:
         FileFormatError: it is damaged, or breaks a rule of the format.
     """
-    if not os.path.lexists(path):  # a link to nothing is no absent map
+    if not os.path.lexists(path):  # A broken link does not count as an absent map.
         return None
     header = read_header(path)
     span = header.tensors.get("token_map")
@@ -128,7 +128,7 @@ def _check_numbers(table: StoredTable, rows: bool) -> None:
 
 
 def _scan(span: TensorSpan) -> Iterator[tuple[int, np.ndarray]]:
-    """The numbers `[n, C]` of some rows at a time, as arrays of `_ARRAY_DTYPES`, and the first of these rows."""
+    """Yield the numbers `[n, C]` of some rows at a time, as arrays of `_ARRAY_DTYPES`, and the first of these rows."""
     with reading(span.path), span.path.open("rb") as file:
         file.seek(span.offset)
         for first in range(0, span.shape[0], _STEP_ROWS):
@@ -148,8 +148,8 @@ _RULES = {"weight": "NaN, infinite, or -128 as int8", "scale": "NaN, infinite or
 
 
 def _invalid(numbers: np.ndarray, dtype: str, kind: str) -> np.ndarray:
-    """Where `numbers` `[n, C]`, read as `_ARRAY_DTYPES` says, break the format's rules."""
-    if dtype == "U8":  # several channels in a byte; every byte means something
+    """Return where `numbers` `[n, C]`, read as `_ARRAY_DTYPES` says, break the format's rules."""
+    if dtype == "U8":  # A byte has several channels; every byte is valid.
         return np.zeros_like(numbers, dtype=bool)
     if dtype == "I8":
         return numbers == -128
@@ -165,7 +165,7 @@ def _invalid(numbers: np.ndarray, dtype: str, kind: str) -> np.ndarray:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status is 1 if the folder breaks the format."""
+    """Run the command; its exit status is 1 if the folder breaks the format."""
     parser = argparse.ArgumentParser(prog="python -m engram_hf.table_check_engram", description=__doc__)
     parser.add_argument("folder", help="a folder with engram_tables.json")
     parser.add_argument("--rows", action="store_true", help="read all rows, too")
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.folder}: {len(reports)} tables, {sum(r.table.size for r in reports) / 1e9:.3f} GB, all well.")
         sys.stdout.flush()
     except (FileFormatError, OSError) as error:
-        # It may quote names from files; what moves a terminal's cursor is left out.
+        # It may quote names from files; characters that move a terminal's cursor are left out.
         print("".join(letter if letter.isprintable() else "?" for letter in str(error)), file=sys.stderr)
         return 1
     return 0

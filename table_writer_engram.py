@@ -35,18 +35,19 @@ from .table_engram import (
 )
 from .table_format_engram import ROW_FORMATS, RowFormat, TableDescription, tensor_names
 
-# Numbers that a thread reads and writes at once.
+# A thread reads and writes this many numbers at once.
 _STEP_NUMBERS = 1 << 19
-# Numbers that are converted at once: all that is needed for them stays in a processor's own cache.
+# This many numbers are converted at once, so that all data fits into a processor's own cache.
 _CHUNK_NUMBERS = 1 << 17
-# Counts the changes of what `quantize_rows` makes of the same rows: a table that was begun before one is begun again.
+# This counts the changes of `quantize_rows`' results for equal rows: a table that was begun with another one is begun
+# again.
 _RULES = 2
 E2M1_LIMIT = 6.0
-# The step between neighbouring levels of that number of bits that leaves about the least squares, as a combination of the root mean
-# square of a row and of its largest magnitude. Fitted to the best steps for rows of trained tables, and of normal, uniform and
-# Laplace numbers.
+# The step between neighbouring levels, by number of bits, with about the least squares, is this combination of a row's
+# root mean square and its largest magnitude. It is fitted to the best steps for rows of trained tables, and of normal,
+# uniform and Laplace numbers.
 _STEPS = {4: (0.1003, 0.0788), 2: (0.8507, 0.05)}
-# Edges of the histogram of relative errors.
+# These are the edges of the histogram of relative errors.
 ERROR_EDGES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 
 
@@ -54,9 +55,9 @@ class TableWriter(FileWriter):
     """Writes one table file, row range by row range.
 
     Args:
-        path: of the file.
-        description: of the table, with the `rows` of this file. Its scales follow its rows.
-        global_scale: that of the table, where its format has one.
+        path: the path of the file.
+        description: the description of the table, with the `rows` of this file. Its scales follow its rows.
+        global_scale: that of the table, if its format has one.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class TableWriter(FileWriter):
             self._write("global_scale", 0, global_scale.view(1))
 
     def write(self, first: int, values: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-        """Write rows from table row `first` on, as stored: `values` `[n, W / channels in one]`, `scale` `[n, W / C]`."""
+        """Write stored rows from table row `first` on: `values` `[n, W / channels in one]`, `scale` `[n, W / C]`."""
         for kind, tensor in (("weight", values), ("scale", scale)):
             if tensor is not None:
                 self._write(kind, first - self.description.rows[0], tensor)
@@ -83,7 +84,7 @@ class ResumableTableWriter(TableWriter):
     """Writes one table file in place, so that a process can continue after a kill.
 
     Args:
-        goes_on: whether what is there is kept.
+        goes_on: whether the existing content is kept.
     """
 
     def __init__(
@@ -103,45 +104,45 @@ class ResumableTableWriter(TableWriter):
             self._stack = stack.pop_all()
 
     def sync(self) -> None:
-        """Have all that was written survive a loss of power."""
+        """Flush all written data to the disk."""
         with self._explained():
             os.fsync(self._file)
 
 
 class Journal:
-    """How far a table file is, beside it.
+    """The progress of a table file, stored beside it.
 
     Args:
-        path: of the journal; None to keep none.
-        made_of: what the table depends on; a journal that names something else is not gone on with.
+        path: the path of the journal; None for no journal.
+        made_of: what the table depends on; a journal with another value is ignored.
     """
 
     def __init__(self, path: Path | None, made_of: list[str]):
         self.path, self._made_of = path, made_of
 
     def read(self) -> dict[str, Any]:
-        """What was last written; empty if there is nothing to go on with."""
+        """Return the last entry; empty if there is nothing to resume."""
         with contextlib.suppress(FileFormatError):
             journal = {} if self.path is None else read_json(self.path)
             return journal.get("state", {}) if journal.get("made_of") == self._made_of else {}
         return {}
 
     def write(self, state: dict[str, Any]) -> None:
-        """Note how far the file is."""
+        """Record the progress of the file."""
         if self.path is not None:
             write_json(self.path, {"made_of": self._made_of, "state": state})
 
 
 @dataclass
 class QuantizationError:
-    """What quantizing a table changed.
+    """The change of a table by quantization.
 
     Args:
         rows: rows compared.
         largest: largest difference of a channel.
         relative: root of the summed squared differences over that of the summed squares; 0 for a table of zeros.
-        histogram: how many rows have a relative error below each of `ERROR_EDGES` and not below the one before; the last
-            number is of those above all.
+        histogram: how many rows have a relative error below each of `ERROR_EDGES` and not below the one before; the
+            last number counts those above all.
     """
 
     rows: int = 0
@@ -168,7 +169,9 @@ class QuantizationError:
 
 
 def compare_rows(rows: torch.Tensor, decoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Squares and squared differences `[n]` of float32 rows and what became of them, which is overwritten; the largest difference."""
+    """Return squares and squared differences `[n]` of float32 rows and their results, which are overwritten; and the
+    largest difference.
+    """
     difference = decoded.sub_(rows)
     squares, squared_differences = (torch.linalg.vector_norm(some, dim=-1).square_() for some in (rows, difference))
     return squares, squared_differences, _magnitude(difference)
@@ -187,18 +190,19 @@ def quantize_table(
 
     Args:
         source: a [`~row_sources_engram.MappedRows`].
-        description: of the table as it is.
+        description: the description of the present table.
         table_dtype: one of `QUANTIZED_FORMATS`; see [`quantize_rows`].
-        advance: told after every step how many bytes of the source it has read. For `"nvfp4"`, the source is read twice.
-        journal: file that says how far the table is. A call with the same one goes on where another was killed; it is the
-            caller's to remove. None for a file that is written whole or not at all.
+        advance: called after every step with the number of bytes of the source it has read. For `"nvfp4"`, the source
+            is read twice.
+        journal: a file with the progress of the table. A call with the same one resumes a killed call; the caller must
+            remove it. None for a file that is written atomically.
         save_seconds: how often the journal is written.
 
     Returns:
-        The difference it makes.
+        The quantization error.
 
     Raises:
-        ValueError: the table is of as few bits already, or cannot have this dtype, or holds NaN.
+        ValueError: the table already has as few bits, or cannot have this dtype, or contains NaN.
     """
     target, step = _quantized(description, table_dtype), max(1, _STEP_NUMBERS // description.width)
     stop, row_bytes = description.rows[1], source.stored.size // source.num_rows
@@ -267,9 +271,9 @@ def quantize_table(
 
 
 def _in_order(work: Callable[[int], Any], items: Iterable[int]) -> Iterator[tuple[int, Any]]:
-    """Each item with what `work` makes of it, in their order, computed a few ahead in as many threads as torch uses.
+    """Yield each item with the result of `work`, in order, computed a few ahead in as many threads as torch uses.
 
-    Each thread reads, computes and writes by itself, so that the others go on while one waits for the disk.
+    Each thread reads, computes and writes by itself, so that the others continue while one waits for the disk.
     """
     waiting: collections.deque[tuple[int, Future]] = collections.deque()
     threads = torch.get_num_threads()
@@ -287,25 +291,25 @@ def _in_order(work: Callable[[int], Any], items: Iterable[int]) -> Iterator[tupl
 
 
 def _lone_threads(count: int) -> ThreadPoolExecutor:
-    """Threads in each of which torch computes alone: threads of its own would wait for each other after every operation.
+    """Return threads in which torch uses no threads of its own: those would wait for each other after every operation.
 
-    `torch.set_num_threads` holds for the thread that calls it, and for those that use torch for the first time later on. For
-    the sake of the latter, which are not ours, it is set back before there is any work.
+    `torch.set_num_threads` applies to the thread that calls it, and to those that use torch for the first time later.
+    For the latter, which are not ours, it is reset before there is any work.
     """
     started = threading.Barrier(count + 1)
 
     def start() -> None:
-        torch.get_num_threads()  # the first question gives a thread the process's number, whatever it was set to before
+        torch.get_num_threads()  # The first query gives a thread the process's number, whatever it was set to before.
         torch.set_num_threads(1)
         started.wait()
 
     pool = ThreadPoolExecutor(count, "engram-quantize", start)
     try:
         for _ in range(count):
-            pool.submit(int)  # starts a thread, since none is idle yet
+            pool.submit(int)  # This starts a thread, since none is idle yet.
         started.wait()
     except BaseException:
-        started.abort()  # so that threads end that wait for one that could not be started
+        started.abort()  # Threads then end that wait for one that could not be started.
         raise
     finally:
         torch.set_num_threads(count)
@@ -313,7 +317,7 @@ def _lone_threads(count: int) -> ThreadPoolExecutor:
 
 
 def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Tensors of any dtype one after another, as bytes."""
+    """Return tensors of any dtype one after another, as bytes."""
     return torch.cat([part.view(torch.uint8) for part in parts])
 
 
@@ -322,7 +326,9 @@ def _magnitude(rows: torch.Tensor) -> float:
 
 
 def _global_scale(largest: float) -> torch.Tensor:
-    """What brings the scales of all blocks into float8, with the largest one at its end; as compressed-tensors."""
+    """Return the scale that maps the scales of all blocks into float8, with the largest one at its end; as
+    compressed-tensors.
+    """
     scale = torch.tensor([E4M3_MAX * E2M1_LIMIT]) / max(largest, torch.finfo(torch.float32).tiny)
     return scale if scale.isfinite().item() else torch.ones(1)
 
@@ -336,7 +342,7 @@ def _quantized(description: TableDescription, table_dtype: str) -> TableDescript
             f"of {'16 bits or more' if bits == 8 else '8 bits or more, of which the model was better'}."
         )
     dtype = next(name for name, some in ROW_FORMATS.items() if some is row_format)
-    # What the tables were called before is kept where it still says what they are.
+    # The tables' old names are kept if they are still correct.
     names = tensor_names(description.layer, dtype)
     weight = description.tensors["weight"]
     if not row_format.has_global:
@@ -351,14 +357,14 @@ def _quantized(description: TableDescription, table_dtype: str) -> TableDescript
 
 
 def _bits(row_format: RowFormat) -> float:
-    """Bits of a channel, without scales."""
+    """Return the bits of a channel, without scales."""
     return ITEM_BITS[row_format.dtype] / row_format.packed
 
 
 def quantize_rows(
     rows: torch.Tensor, table_dtype: str, global_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and scales of float `rows` `[..., W]`; see section 5 of docs/engram-table-format.md.
+    """Return values and scales of float `rows` `[..., W]`; see section 5 of docs/engram-table-format.md.
 
     Args:
         table_dtype: `"float8_e4m3fn"`, by the rule of DeepSeek-V4.1 (scale `2^ceil(log2(max(amax, 1e-4) / 448))` per
@@ -366,7 +372,7 @@ def quantize_rows(
         global_scale: float32 `[1]`, for `"nvfp4"`; by default that of these rows.
 
     Raises:
-        ValueError: for another dtype, a width that it cannot have, or rows that are not finite.
+        ValueError: for another dtype, an unsupported width, or rows that are not finite.
     """
     values, scale, _ = _quantize(rows.to(torch.float32), table_dtype, global_scale)
     return values, scale
@@ -375,7 +381,7 @@ def quantize_rows(
 def _quantize(
     rows: torch.Tensor, table_dtype: str, global_scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values, scales, and what they are read back as, of float32 `rows`."""
+    """Return values, scales, and the dequantized values, of float32 `rows`."""
     row_format, width = require_format(table_dtype, rows.shape[-1]), rows.shape[-1]
     largest = _largest(rows, width // row_format.scales(width))
     if not largest.isfinite().all():
@@ -398,17 +404,17 @@ def _not_finite() -> EngramError:
 
 
 def _decoded(values: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """What rows of eight bits or more are, as float32.
+    """Return rows of eight bits or more as float32.
 
     Raises:
-        ValueError: there are float8 numbers that are none.
+        ValueError: there is a float8 NaN.
     """
     if values.dtype != torch.float8_e4m3fn or scale is None:
         return dequantize_rows(values, scale)
     bits = values.view(torch.int8)
     if (bits & 0x7F).amax().item() == 0x7F:
         raise _not_finite()
-    # Half-precision numbers of the same bits are 2^8 times smaller; processors convert many of them at once.
+    # Half-precision numbers with the same bits are 2^8 times smaller; processors convert many of them at once.
     halves = bits.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16)
     rows = halves.to(torch.float32)
     rows.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.to(torch.float32).mul_(256).unsqueeze(-1))
@@ -416,16 +422,16 @@ def _decoded(values: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
 
 
 def _largest(rows: torch.Tensor, block: int) -> torch.Tensor:
-    """Largest magnitude `[..., W / block]` of each `block` channels; NaN where one is."""
+    """Return the largest magnitude `[..., W / block]` of each `block` channels; NaN where one is."""
     if block == rows.shape[-1]:
         return torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
-    # Twice as fast as `amax` of short blocks.
+    # This is twice as fast as `amax` of short blocks.
     pooled = F.max_pool1d(rows.abs().reshape(-1, 1, rows.shape[-1]), block)
     return pooled.view(*rows.shape[:-1], -1)
 
 
 def _to_int8(rows: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Whole numbers and the float32 scale of each row, the largest number at its end."""
+    """Return integers and the float32 scale of each row, which maps the largest magnitude to 127."""
     scale = torch.where(largest > 0, largest / 127, 1.0)
     # A subnormal maximum may round to a scale of zero.
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
@@ -435,7 +441,7 @@ def _to_int8(rows: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _to_float8(blocks: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float8 `[..., W]` and powers of two of `blocks` `[..., W / 32, 32]` with `largest` magnitudes."""
+    """Return float8 `[..., W]` and powers of two of `blocks` `[..., W / 32, 32]` with `largest` magnitudes."""
     exponents = exponent_above(largest.clamp_min(1e-4) / E4M3_MAX)
     # A power of two divides exactly by its reciprocal, and no quotient rounds to more than 448.
     inverse = (254 - exponents).bitwise_left_shift_(23).view(torch.float32)
@@ -446,16 +452,16 @@ def _to_float8(blocks: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tenso
 def _by_least_squares(
     rows: torch.Tensor, largest: torch.Tensor, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes of `bits` bits, packed, and the bfloat16 scale of each row that leaves the least squared difference, nearly.
+    """Return packed codes of `bits` bits, and the bfloat16 scale of each row that nearly minimizes the squared error.
 
-    The levels lie half a step beside the whole numbers, so that there are as many below zero as above. Each number gets the
-    nearest level for a step that is close to the best one, and then the scale is the best one for these levels.
+    The levels lie halfway between the integers, equally many below and above zero. Each number gets the nearest level
+    for a step that is close to the best one, and then the scale is the best one for these levels.
     """
     half, (of_root, of_largest) = 1 << (bits - 1), _STEPS[bits]
     step = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).mul_(of_root / rows.shape[-1] ** 0.5)
     inverse = step.add_(largest, alpha=of_largest).clamp_min_(torch.finfo(torch.float32).tiny).reciprocal_()
     levels = (rows * inverse).clamp_(-half, half - 1).floor_()
-    # By way of int8, which floats are converted to several times as fast as to uint8.
+    # The conversion passes through int8, since floats are converted to it several times as fast as to uint8.
     codes = levels.to(torch.int8).add_(half)
     levels.add_(0.5)
     scale = (rows * levels).sum(-1, keepdim=True)
@@ -464,8 +470,10 @@ def _by_least_squares(
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes `[..., W]` below `2^bits`, uint8, several to a byte, the first in the lowest bits: `[..., W * bits / 8]`."""
-    # One 16- or 32-bit number holds the codes of one byte, each in a byte of its own.
+    """Pack uint8 codes `[..., W]` below `2^bits`, several to a byte, the first in the lowest bits: `[..., W * bits /
+    8]`.
+    """
+    # One 16- or 32-bit number has the codes of one byte, each in a separate byte.
     together = codes.view({4: torch.int16, 2: torch.int32}[bits])
     packed = together.clone()
     for index in range(1, 8 // bits):
@@ -476,7 +484,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def _to_nvfp4(
     blocks: torch.Tensor, largest: torch.Tensor, global_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed 4-bit floats `[..., W / 2]` and float8 scales of `blocks` `[..., W / 16, 16]` with `largest` magnitudes."""
+    """Return packed 4-bit floats `[..., W / 2]` and float8 scales of `blocks` `[..., W / 16, 16]` with `largest`
+    magnitudes.
+    """
     scale = (largest / E2M1_LIMIT * global_scale).clamp_max_(E4M3_MAX).to(torch.float8_e4m3fn)
     divisor = apply_global_scale(scale, global_scale)
     divisor.masked_fill_(divisor == 0, math.inf)
@@ -484,20 +494,20 @@ def _to_nvfp4(
 
 
 def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
-    """The nearest 4-bit floats of float32 `values`, ties to even; uint8, bit 3 is the sign."""
+    """Return the codes of the nearest 4-bit floats of float32 `values`, ties to even; uint8, bit 3 is the sign."""
     values = values.clamp(-E2M1_LIMIT, E2M1_LIMIT)
     signs = values.view(torch.int32).bitwise_right_shift(28).to(torch.int8).bitwise_and_(8)
-    # Codes are 1/2 apart up to 2, then 1, then 2; where a spacing is not the right one, it gives a larger code.
+    # Codes are 1/2 apart up to 2, then 1, then 2; a wrong spacing gives a larger code.
     codes = torch.minimum(_whole_magnitudes(values, 2), _whole_magnitudes(values, 1).add_(2))
     codes = torch.minimum(codes, _whole_magnitudes(values, 0.5).add_(4))
     return codes.bitwise_or_(signs).view(torch.uint8)
 
 
 def _whole_magnitudes(values: torch.Tensor, factor: float) -> torch.Tensor:
-    """Magnitudes of `values * factor`, rounded to whole numbers, ties to even: int8.
+    """Return magnitudes of `values * factor`, rounded to integers, ties to even: int8.
 
     Args:
-        factor: a power of two, so that nothing but the sum is rounded.
+        factor: a power of two, so that only the sum is rounded.
     """
-    # A number of this size has no bits behind the point, and that many in its lowest byte.
+    # A number of this size has no bits after the point, and the integer in its lowest byte.
     return torch.add(torch.tensor(1.5 * 2**23), values, alpha=factor).view(torch.int32).to(torch.int8).abs_()

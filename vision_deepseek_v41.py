@@ -1,9 +1,9 @@
-"""DeepSeek-V4.1's vision tower and aligner: from patches of images to vectors of the text model's width.
+"""DeepSeek-V4.1's vision tower and aligner: from patches of images to features of the text model's width.
 
-Every image is encoded alone; images of a batch share the matrix products and are apart in the attention only.
+Every image is encoded alone; images of a batch share the matrix products and are separate in the attention.
 
-Letters used for shapes: I images, N patches of all images, n patches of one image, P pixels on a patch's side, M positions
-of the text that show a part of an image.
+Letters used for shapes: I images, N patches of all images, n patches of one image, P pixels on a patch's side, M
+positions of the text that show a part of an image.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from .safetensors_engram import EngramError
 
 
 class DeepseekV41VisionRMSNorm(nn.RMSNorm):
-    """RMS norm in float32 whatever the dtypes of input and weight; the output has the input's."""
+    """RMS norm in float32 for any dtype of input and weight; the output has the input's."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden]` to the same shape and dtype."""
+        """Normalize `[..., hidden]`, keeping shape and dtype."""
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -38,7 +38,7 @@ def eager_attention_forward(
     scaling: float = 1.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention of `[1, heads, n, D]`; returns `[1, n, heads, D]` and the weights `[1, heads, n, n]`."""
+    """Compute plain attention of `[1, heads, n, D]`; return `[1, n, heads, D]` and the weights `[1, heads, n, n]`."""
     weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -66,15 +66,15 @@ class DeepseekV41VisionAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, lengths: list[int], position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """`[N, hidden]` to `[N, hidden]`; `lengths` are the patches of each image."""
+        """Map `[N, hidden]` to `[N, hidden]`; `lengths` are the patches of each image."""
         states = self.qkv_proj(x).view(len(x), 3, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
-        # Each head in one piece, because attention reads scattered rows slower.
+        # Each head is contiguous, because attention reads scattered rows slower.
         query, key = (rotate_halves(part, *position_embeddings) for part in states[:2])
         value = states[2].contiguous()
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        # The interface of transformers takes [batch, heads, patches, D]; an image is a batch of one.
+        # transformers' interface takes [batch, heads, patches, D]; an image is a batch of one.
         images = zip(*(part.unsqueeze(0).split(lengths, dim=2) for part in (query, key, value)), strict=True)
         outputs = [
             attend(self, *image, None, scaling=self.scaling, dropout=0.0, is_causal=False)[0] for image in images
@@ -91,13 +91,13 @@ class DeepseekV41VisionMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[N, hidden]` to `[N, hidden]`."""
+        """Map `[N, hidden]` to `[N, hidden]`."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
 
 class DeepseekV41VisionLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each behind a norm and added to its input."""
+    """Attention and MLP, each after a norm and added to its input."""
 
     def __init__(self, config: DeepseekV41VisionConfig):
         super().__init__()
@@ -109,7 +109,7 @@ class DeepseekV41VisionLayer(GradientCheckpointingLayer):
     def forward(
         self, x: torch.Tensor, lengths: list[int], position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """`[N, hidden]` to `[N, hidden]`."""
+        """Map `[N, hidden]` to `[N, hidden]`."""
         x = x + self.self_attn(self.layer_norm1(x), lengths, position_embeddings)
         return x + self.mlp(self.layer_norm2(x))
 
@@ -125,9 +125,9 @@ class DeepseekV41Aligner(nn.Module):
         self.linear_2 = nn.Linear(config.out_hidden_size, config.out_hidden_size)
 
     def merge(self, encoded: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """Windows `[M, hidden * ratio ** 2]` of one image's patches `[rows * columns, hidden]`, row by row.
+        """Return windows `[M, hidden * ratio ** 2]` of one image's patches `[rows * columns, hidden]`, row by row.
 
-        Channels come first inside a window's vector. Windows at the border are filled up with zeros.
+        Channels come first inside a window's vector. Windows at the border are padded with zeros.
         """
         ratio = self.ratio
         picture = F.pad(encoded.view(rows, columns, -1), (0, 0, 0, -columns % ratio, 0, -rows % ratio))
@@ -135,12 +135,12 @@ class DeepseekV41Aligner(nn.Module):
         return windows.permute(0, 2, 4, 1, 3).flatten(2).flatten(0, 1)
 
     def forward(self, merged: torch.Tensor) -> torch.Tensor:
-        """`[M, hidden * ratio ** 2]` to `[M, out_hidden_size]`."""
+        """Map `[M, hidden * ratio ** 2]` to `[M, out_hidden_size]`."""
         return self.linear_2(F.gelu(self.linear_1(merged)))
 
 
 class DeepseekV41VisionPreTrainedModel(PreTrainedModel):
-    """What transformers wants to know about the tower."""
+    """The attributes that transformers requires of the tower."""
 
     config: DeepseekV41VisionConfig
     config_class = DeepseekV41VisionConfig
@@ -185,11 +185,11 @@ class DeepseekV41VisionModel(DeepseekV41VisionPreTrainedModel):
             image_grid_hws: integer `[I, 2]`, rows and columns of patches of each image.
 
         Returns:
-            `last_hidden_state` `[N, hidden_size]`, the encoded patches, and `pooler_output` `[M, out_hidden_size]`, what
-            the text model reads, image after image, in reading order.
+            `last_hidden_state` `[N, hidden_size]`, the encoded patches, and `pooler_output` `[M, out_hidden_size]`,
+            the features for the text model, image after image, in reading order.
 
         Raises:
-            ValueError: for patches of another shape or dtype, and for grids that are not theirs.
+            ValueError: for patches of another shape or dtype, and for grids that do not match them.
         """
         grids = self.checked_grids(pixel_values, image_grid_hws)
         lengths = [rows * columns for rows, columns in grids]
@@ -205,7 +205,7 @@ class DeepseekV41VisionModel(DeepseekV41VisionPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=encoded, pooler_output=self.aligner(torch.cat(merged)))
 
     def checked_grids(self, pixel_values: torch.Tensor, image_grid_hws: torch.Tensor) -> list[tuple[int, int]]:
-        """The grids as integers, when patches and grids are such as `forward` takes them; else a `ValueError`."""
+        """Return the grids as integers if patches and grids are valid for `forward`; raise a `ValueError` otherwise."""
         patch = self.config.patch_size
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, patch, patch):
             raise EngramError(
@@ -238,9 +238,9 @@ class DeepseekV41VisionModel(DeepseekV41VisionPreTrainedModel):
     def _position_embeddings(
         self, grids: list[tuple[int, int]], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines `[N, head_dim / 2]` in float32: a patch's row angles, then its column angles."""
-        pairs = self.config.hidden_size // self.config.num_attention_heads // 4  # of each axis
-        # Positions are exact places in the images, so they are float32 whatever the model's dtype.
+        """Return cosines and sines `[N, head_dim / 2]` in float32: a patch's row angles, then its column angles."""
+        pairs = self.config.hidden_size // self.config.num_attention_heads // 4  # These are the angles of each axis.
+        # Positions are exact places in the images, so they are float32 for any dtype of the model.
         exponents = torch.arange(pairs, device=device, dtype=torch.float32) / pairs
         frequencies = self.config.rope_theta**-exponents
         angles = []

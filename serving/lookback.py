@@ -22,11 +22,11 @@ def read_lookback(model: EngramModel, inputs: dict[str, Any]) -> "LookbackHistor
     The keywords of `forward` have one row for each sequence of the call, in their order:
 
     - `lookback_token_ids`: integers `[n, N - 1]`, the tokens right before, the latest at the end; -1 before the
-    beginning of the sequence. n is B, or more if rows are packed: a sequence begins with each row and wherever
-    position ids do not increase by one, or, if the call has it, as `cu_seq_lens_q` `[n + 1]` says. -
-    `lookback_conv_inputs`, if the memory has a convolution: by decoder layer, its inputs `[n, (K - 1) * N, G, D]` at
-    the positions right before, with zeros before the beginning; an empty dictionary if no sequence has begun. -
-    `engram_conv_inputs`: a dictionary that the call fills with its inputs `[B, S, G, D]`, by decoder layer.
+      beginning of the sequence. n is B, or more if rows are packed: a sequence begins with each row and wherever
+      position ids do not increase by one, or, if the call has it, as `cu_seq_lens_q` `[n + 1]` says.
+    - `lookback_conv_inputs`, if the memory has a convolution: by decoder layer, its inputs `[n, (K - 1) * N, G, D]`
+      at the positions right before, with zeros before the beginning; an empty dictionary if no sequence has begun.
+    - `engram_conv_inputs`: a dictionary that the call fills with its inputs `[B, S, G, D]`, by decoder layer.
 
     Raises:
         ValueError: something is missing, or has another shape, dtype or device; or a transformers cache, which stores
