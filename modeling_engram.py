@@ -109,7 +109,7 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
     require_decoder: Callable[..., None] = staticmethod(lambda model, config: None)
 
     def __new__(cls, config: EngramConfig | None = None, *args, **kwargs):
-        if config is None:  # Pickle and torch's replicas use it; they fill in the state themselves.
+        if config is None:  # Pickle and torch's replicas call it so; they fill in the state themselves.
             return super().__new__(cls)
         config.validate_engram()  # Fields of the backbone may have changed since the config was made.
         model = cls._prepare(config, *args, **kwargs)
@@ -608,9 +608,9 @@ class EngramModel(EngramPreTrainedModel):
         if self._asks_context:
             inputs |= BESIDE.get() or {}
         call = self._read_call(inputs)
-        told = self.read_lookback(inputs) if any(name in inputs for name in LOOKBACK_NAMES) else None
-        cache = self._settle_cache(inputs) if told is None else None
-        history = told if cache is None else attach_history(cache, self.config)
+        lookback = self.read_lookback(inputs) if any(name in inputs for name in LOOKBACK_NAMES) else None
+        cache = self._settle_cache(inputs) if lookback is None else None
+        history = lookback if cache is None else attach_history(cache, self.config)
         past_length = None if cache is None else cache.get_seq_length()
         memory = self.prepare_memory(**call, history=history, past_length=past_length)
         memory = memory._replace(

@@ -28,7 +28,7 @@ class _Call(NamedTuple):
     """The arguments of the outer model's call, for as long as it runs."""
 
     reader: EngramConfig  # It is the config of the language model that the call is for.
-    told: dict[str, torch.Tensor | None]  # These are arguments of `prepare_memory`.
+    arguments: dict[str, torch.Tensor | None]  # These are arguments of `prepare_memory`.
     options: dict[str, Any]  # These are keyword arguments of [`EngramModel`] that a backbone does not know.
 
 
@@ -47,16 +47,16 @@ class EngramLanguageModel(EngramModel):
         call, embeds = _CALL.get(), inputs.get("inputs_embeds")
         if call is None or call.reader is not self.config or embeds is None:
             return super()._read_call(inputs)
-        ids = call.told["input_ids"]
+        ids = call.arguments["input_ids"]
         if ids.shape != embeds.shape[:2]:
             raise EngramError(
                 f"input_ids {list(ids.shape)} do not fit: the backbone's language model is called with {list(embeds.shape[:2])} "
                 "positions, and each needs the id of its token; expand the ids of images, or use another backbone."
             )
         inputs.update(call.options)
-        if call.told["sequence_ids"] is not None:
-            inputs["seq_idx"] = call.told["sequence_ids"]
-        return call.told
+        if call.arguments["sequence_ids"] is not None:
+            inputs["seq_idx"] = call.arguments["sequence_ids"]
+        return call.arguments
 
 
 class EngramMultimodalModel(EngramPreTrainedModel):
@@ -122,14 +122,14 @@ class EngramMultimodalModel(EngramPreTrainedModel):
             return run_backbone(self, **inputs)
 
     def _note_call(self, inputs: dict[str, Any]) -> _Call:
-        told = self._read_call(inputs)
-        images = self.get_image_mask(told["input_ids"])
-        if told["image_mask"] is not None:  # The embeddings are the caller's own.
-            images = images | told["image_mask"].to(images.device).bool()
+        arguments = self._read_call(inputs)
+        images = self.get_image_mask(arguments["input_ids"])
+        if arguments["image_mask"] is not None:  # It belongs to embeddings that the caller made.
+            images = images | arguments["image_mask"].to(images.device).bool()
         inputs.pop("seq_idx", None)  # Only the language model gets it.
-        told |= {"image_mask": images, "position_ids": _text_positions(told["position_ids"])}
+        arguments |= {"image_mask": images, "position_ids": _text_positions(arguments["position_ids"])}
         options = {name: inputs.pop(name) for name in ("engram_gate_values", "engram_edit") if name in inputs}
-        return _Call(self.config.text_config, told, options)
+        return _Call(self.config.text_config, arguments, options)
 
 
 def _placeholder_ids(config: EngramConfig | PreTrainedConfig) -> list[int]:

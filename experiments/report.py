@@ -142,15 +142,15 @@ def _state(name: str, found: Found) -> str:
         / 3600
     )
     made = [one["provenance"] for one in all_results]
-    told = {
+    written = {
         key: ", ".join(sorted({str(one[key]) for one in made}))
         for key in ("machine", "torch", "transformers", "commit", "corpus")
     }
     dates = sorted(one["date"] for one in made)
     return (
         f"Preset `{name}`: **{len(found.by_name)} of {len(found.plan)} runs are in**, {hours:.1f} hours of one core, between "
-        f"{dates[0]} and {dates[-1]} UTC; {told['machine']}, torch {told['torch']}, transformers {told['transformers']}, commit "
-        f"{told['commit']}, corpus {told['corpus']}.\n\n"
+        f"{dates[0]} and {dates[-1]} UTC; {written['machine']}, torch {written['torch']}, transformers {written['transformers']}, commit "
+        f"{written['commit']}, corpus {written['corpus']}.\n\n"
     ) + _table(["experiment", "runs that are in"], rows)
 
 

@@ -182,9 +182,11 @@ class BatchedModel:
         group = list(cache.cache_allocators).index(layout.layer_type)
         slots = self._slots_before(inputs, group)
         before = layout.unpack(_read(cache, layout, inputs, group, slots)) if slots is not None else None
-        told = self._keywords(inputs, before)
-        outputs = self.model(**inputs, **told)
-        record = layout.pack(inputs["input_ids"][0], {k: v[0] for k, v in told.get("engram_conv_inputs", {}).items()})
+        keywords = self._keywords(inputs, before)
+        outputs = self.model(**inputs, **keywords)
+        record = layout.pack(
+            inputs["input_ids"][0], {k: v[0] for k, v in keywords.get("engram_conv_inputs", {}).items()}
+        )
         _write(cache, layout, inputs, group, record)
         return outputs
 
@@ -212,10 +214,10 @@ class BatchedModel:
             ids, conv_inputs = inputs["input_ids"].new_full((count, width), -1), {}
         else:
             ids, conv_inputs = before
-        told = {"lookback_token_ids": ids[:, ids.shape[1] - width :]}
+        keywords = {"lookback_token_ids": ids[:, ids.shape[1] - width :]}
         if self.layout.conv_layers:
-            told |= {"lookback_conv_inputs": conv_inputs, "engram_conv_inputs": {}}
-        return told
+            keywords |= {"lookback_conv_inputs": conv_inputs, "engram_conv_inputs": {}}
+        return keywords
 
 
 class _ConfigWithRecords:

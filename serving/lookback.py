@@ -228,13 +228,13 @@ def _sequence_starts(
     """Return the starts of sequences in `[B, S]`, bool: at every row, and where positions do not increase by one."""
     begins = torch.zeros_like(input_ids, dtype=torch.bool)
     begins[:, 0] = True
-    told = sequence_ids
-    if told is None and position_ids is not None and position_ids.dim() == 2:
+    given = sequence_ids
+    if given is None and position_ids is not None and position_ids.dim() == 2:
         text = torch.ones_like(input_ids) if is_text is None else is_text.long()
-        told = text.cumsum(1) - position_ids.to(text.device)
+        given = text.cumsum(1) - position_ids.to(text.device)
         if is_text is not None:  # The positions of padding have no meaning.
-            told = told.where(is_text, told.gather(1, is_text.byte().argmax(1, keepdim=True)))
-    if told is not None:
-        told = told.to(begins.device).expand_as(input_ids)
-        begins[:, 1:] = told[:, 1:] != told[:, :-1]
+            given = given.where(is_text, given.gather(1, is_text.byte().argmax(1, keepdim=True)))
+    if given is not None:
+        given = given.to(begins.device).expand_as(input_ids)
+        begins[:, 1:] = given[:, 1:] != given[:, :-1]
     return begins

@@ -311,9 +311,9 @@ def test_runner_skips_finished_runs(corpus, tmp_path):
     assert result["loss"] == pytest.approx(result["worth"]["loss"], abs=1e-4)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- fair -->\nold\n<!-- end -->\n<!-- experts -->\nold\n<!-- end -->\nafter\n")
-    told = write_report("tiny", TINY, [*runs, main], runner.results, page)
+    summary = write_report("tiny", TINY, [*runs, main], runner.results, page)
     text = page.read_text()
-    assert told.startswith("5 of 5 runs are in") and text.startswith("before\n") and text.endswith("after\n")
+    assert summary.startswith("5 of 5 runs are in") and text.startswith("before\n") and text.endswith("after\n")
     assert f"{result['loss']:.4f} (one seed)" in text and "No run of this is in yet." in text and "old" not in text
 
 

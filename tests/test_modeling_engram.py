@@ -536,8 +536,8 @@ def test_mask_of_another_shape_needs_a_padding_mask(mixtral):
     positions = (padding.cumsum(1) - 1).clamp_min(0)
     causal = torch.ones(8, 8).tril().bool() & padding.bool()[:, None]
     arguments = {"attention_mask": causal[None], "position_ids": positions, "use_cache": False}
-    told = logits_of(mixtral, ids, **arguments, padding_mask=padding)[:, 3:]
-    torch.testing.assert_close(told, logits_of(mixtral, ids[:, 3:]), rtol=0, atol=1e-5)
+    found = logits_of(mixtral, ids, **arguments, padding_mask=padding)[:, 3:]
+    torch.testing.assert_close(found, logits_of(mixtral, ids[:, 3:]), rtol=0, atol=1e-5)
 
 
 POSITIONS = torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5, 6]])  # Two documents begin at the zeros.
@@ -813,13 +813,13 @@ def test_from_backbone_keeps_other_modules(tmp_path):
 def test_untested_version_of_transformers_is_warned_of_once(monkeypatch, library_log, version, warns):
     monkeypatch.setattr(transformers, "__version__", version)
     logging.warning_once.cache_clear()
-    told = []
+    found = []
     for _ in range(2):
         library_log.clear()
         EngramModel(engram_config("llama"))
         tested = [text for text in library_log if "was tested with transformers 5.17 to 5.24" in text]
-        told.append([text for text in tested if version in text])
-    assert [len(texts) for texts in told] == [warns, 0]
+        found.append([text for text in tested if version in text])
+    assert [len(texts) for texts in found] == [warns, 0]
 
 
 def test_base_model_can_be_built_alone():

@@ -87,10 +87,10 @@ def test_only_one_of_several_processes_claims_a_folder(tmp_path, has_locks, monk
         processes = [context.Process(target=claim_and_write, args=arguments) for _ in range(4)]
         for process in processes:
             process.start()
-        told = [results.get(timeout=60) for _ in processes]
+        answers = [results.get(timeout=60) for _ in processes]
         for process in processes:
             process.join()
-        assert set(told) <= {"wrote", "refused"} and "wrote" in told, told
+        assert set(answers) <= {"wrote", "refused"} and "wrote" in answers, answers
         assert contents(tmp_path) == {}
 
 

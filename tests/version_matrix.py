@@ -60,8 +60,8 @@ def exchange(versions: list[str]) -> list[dict[str, str]]:
         for saving in versions:
             expected = _tokens(saving, "save", f"{folder}/{saving}")
             loaded = {loading: _tokens(loading, "load", f"{folder}/{saving}") for loading in versions}
-            told = {loading: "same" if tokens == expected else "DIFFERS" for loading, tokens in loaded.items()}
-            rows.append({"saved with": saving, **told})
+            row = {loading: "same" if tokens == expected else "DIFFERS" for loading, tokens in loaded.items()}
+            rows.append({"saved with": saving, **row})
     return rows
 
 

@@ -72,8 +72,8 @@ def test_batch_of_continued_rows(dtype):
     model, ids = built("mixtral", "v4.1"), random_ids(2, 12)
     whole = model.model.prepare_memory(ids).row_ids[:, :, 7:]
     width = model.config.engram_max_ngram_size - 1
-    told = {"lookback_token_ids": ids[:, 7 - width : 7].to(dtype)}
-    history = model.model.read_lookback(told)
+    keywords = {"lookback_token_ids": ids[:, 7 - width : 7].to(dtype)}
+    history = model.model.read_lookback(keywords)
     rest = model.model.prepare_memory(ids[:, 7:], position_ids=torch.arange(7, 12).expand(2, -1), history=history)
     assert torch.equal(rest.row_ids, whole)
     padded = torch.cat([torch.zeros(2, 2, dtype=torch.long), ids[:, 7:]], 1)
@@ -125,16 +125,16 @@ BAD = {
 def test_bad_look_back_is_refused(case):
     model, (given, message) = built("llama"), BAD[case]
     assert model.config.engram_max_ngram_size == 3
-    told = {"lookback_conv_inputs": {}, "engram_conv_inputs": {}, **given}
+    keywords = {"lookback_conv_inputs": {}, "engram_conv_inputs": {}, **given}
     with pytest.raises(ValueError, match=message):
-        model(random_ids(1, 4), **told)
+        model(random_ids(1, 4), **keywords)
 
 
 def test_packed_row_with_look_back_may_not_have_padding():
     model = built("mixtral", "v4.1")
-    told = {"lookback_token_ids": torch.full((2, 3), -1), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    keywords = {"lookback_token_ids": torch.full((2, 3), -1), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
     with pytest.raises(ValueError, match="leave attention_mask out"):
-        model(random_ids(1, 4), position_ids=torch.tensor([[3, 4, 0, 1]]), use_cache=False, **told)
+        model(random_ids(1, 4), position_ids=torch.tensor([[3, 4, 0, 1]]), use_cache=False, **keywords)
 
 
 def test_unknown_tokens_in_the_look_back_count_as_none():

@@ -65,21 +65,21 @@ class ToyEngine:
         positions = [len(request.tokens) + i for request, chunk in chunks for i in range(len(chunk))]
         bounds = torch.tensor([0, *(len(chunk) for _, chunk in chunks)]).cumsum(0)
         collected: dict[int, torch.Tensor] = {}
-        told = {
+        given = {
             "lookback_token_ids": torch.tensor([self._tokens_before(request) for request, _ in chunks]),
             "cu_seq_lens_q": bounds.int(),
         }
         if self.config.engram_conv_kernel_size:
             kept = {layer: self._conv_before(layer, chunks) for layer in self.config.engram_layer_ids}
             has_begun = any(request.conv_inputs for request, _ in chunks)
-            told |= {"lookback_conv_inputs": kept if has_begun else {}, "engram_conv_inputs": collected}
-        told = {name: value for name, value in {**told, **changes}.items() if value is not None}
+            given |= {"lookback_conv_inputs": kept if has_begun else {}, "engram_conv_inputs": collected}
+        given = {name: value for name, value in {**given, **changes}.items() if value is not None}
         logits = self.model(
             input_ids=torch.tensor([tokens]),
             position_ids=torch.tensor([positions]),
             use_cache=False,
             engine_chunks=[(request, len(chunk)) for request, chunk in chunks],
-            **told,
+            **given,
         ).logits[0]
         for (request, chunk), start in zip(chunks, bounds, strict=False):
             request.tokens = request.tokens + chunk

@@ -115,12 +115,12 @@ def test_labels_at_image_positions_are_warned_of(model, train, collate, monkeypa
         inputs = collate(batch)
         return inputs | {"labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
 
-    told = []
-    monkeypatch.setattr("engram_hf.multimodal_deepseek_v41.logger.warning_once", told.append)
+    warnings = []
+    monkeypatch.setattr("engram_hf.multimodal_deepseek_v41.logger.warning_once", warnings.append)
     train(model, max_steps=1)
-    assert not told
+    assert not warnings
     train(model, careless, max_steps=1)
-    assert told and "-100" in told[0]
+    assert warnings and "-100" in warnings[0]
 
 
 def test_lora_on_text_model_tower_and_aligner(model, float32, collate, pairs, tmp_path):

@@ -58,9 +58,9 @@ def test_image_positions_have_no_memory(kind):
     for gates in model.engram_gates(inputs["input_ids"], **rest).values():
         assert (gates[images] == 0).all() and (gates[~images] > 0).all()
     # A look-back does not cross them either: the text after an image reads the rows of the text alone.
-    told = {"image_mask": images}
+    given = {"image_mask": images}
     behind = inputs["input_ids"][:, 8:]
-    rows = model.memory_model.prepare_memory(inputs["input_ids"], **told).row_ids[:, :, 8:]
+    rows = model.memory_model.prepare_memory(inputs["input_ids"], **given).row_ids[:, :, 8:]
     assert torch.equal(rows, model.memory_model.prepare_memory(behind).row_ids)
     change = (logits_of(model, inputs) - logits_of(zeroed(model), inputs)).abs().amax(-1)
     assert change[:, 8:].min() > 1e-4
