@@ -14,7 +14,7 @@ from .configuration_engram import EngramConfig
 from .hashing_engram import NO_ID, Compaction
 from .safetensors_engram import EngramError
 
-# This number of convolution inputs is stored beyond the next token's needs: so many positions can be cropped at any
+# This number of convolution inputs is stored beyond the next token's needs: they can be cropped at any
 # time, as a DynamicCache of most backbones allows, without storing `[B, S, G, D]` for a whole text.
 SPARE_POSITIONS = 64
 # This marks a padding position in the log of past positions; look-backs skip it.

@@ -67,7 +67,7 @@ WEIGHTS_MEMBER, TABLES_MEMBER = "weights_digest", "tables_sha256"
 _MADE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Weights up to this size are read completely.
 _WHOLE_BYTES = 1 << 20
-# A larger tensor gives at most so many pieces of so many bytes, and at most 1% of its bytes or two pieces of 64.
+# A larger tensor gives at most this number of pieces of this size, at most 1% of its bytes or two pieces of 64.
 _MOST_PIECES, _PIECE_BYTES, _LEAST_BYTES = 8, 512, 64
 
 

@@ -417,7 +417,7 @@ class EngramModel(EngramPreTrainedModel):
             add_memory_to_layer(layers[layer_id], config, index, dtype)
         names = {type(layers[layer_id]).__name__ for layer_id in config.engram_layer_ids}
         self._no_split_modules = {*(self._no_split_modules or ()), *names}
-        # Whether the backbone passes unknown keywords to its layers; None before the first forward.
+        # It tells if the backbone passes unknown keywords to its layers; None before the first forward.
         self._hands_on: bool | None = None
         # A head may call a decoder inside its base model, without the base model's own forward.
         inner = self.get_submodule(self._layers_name.rpartition(".")[0])

@@ -37,12 +37,12 @@ class RowBytes(NamedTuple):
 
     @classmethod
     def of(cls, first: int, tables: Sequence[torch.Tensor]) -> "RowBytes":
-        """With or without scales."""
+        """Combine rows with their scales, if they have any."""
         return cls(first, tables[0], tables[1] if len(tables) > 1 else None)
 
     @property
     def tables(self) -> list[torch.Tensor]:
-        """One or two."""
+        """The rows, and their scales if there are any."""
         return [self.weight] if self.scale is None else [self.weight, self.scale]
 
 

@@ -18,7 +18,7 @@ LAYERS = 4  # This is also the number of heads and of experts.
 # More parameters would take too long; no kind needs them.
 MOST_PARAMETERS = 20_000_000
 IDS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# engram_hf itself registers these kinds; other tests cover them.
+# The package itself registers these kinds; other tests cover them.
 OURS = {"engram", "deepseek_v41_text"}
 
 # These are the names that configs have for each size.

@@ -11,7 +11,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-# As in quickstart.py, waiting threads sleep.
+# Waiting threads sleep, as in quickstart.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 CAPITALS = {

@@ -74,7 +74,7 @@ class StoredTensor:
         return sum(span.size for _, span in self.parts)
 
     def as_bytes(self) -> StoredTable:
-        """The table as rows of bytes, which every row source accepts for any dtype."""
+        """Return the table as rows of bytes, which every row source accepts for any dtype."""
         stops = accumulate(span.shape[0] for _, span in self.parts)
         return StoredTable(
             _layer_of(self.name),

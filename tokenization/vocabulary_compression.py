@@ -32,7 +32,7 @@ LONE_SPACE = "\ue000"  # It replaces a text of exactly one space while spaces ar
 SEPARATOR = "\ue001"  # It is a starter that neither composes, decomposes nor has case: text cannot interact across it.
 CHUNK = 512  # A call joins this many texts; a reserved character in one text makes only its chunk slow.
 
-# What Rust's `char::is_whitespace` strips. `str.strip()` alone would also strip U+001C to U+001F.
+# Rust's `char::is_whitespace` strips these. `str.strip()` alone would also strip U+001C to U+001F.
 WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 SPACES = re.compile(r"[ \t\r\n]+")
 

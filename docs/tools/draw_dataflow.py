@@ -1,6 +1,6 @@
-"""Draws `docs/images/dataflow.svg`, the way of data through a model with memory: `python docs/tools/draw_dataflow.py`.
+"""Draw `docs/images/dataflow.svg`, the flow of data through a model with memory: `python docs/tools/draw_dataflow.py`.
 
-Boxes have fills of their own and lines are of a middle grey, so that one picture stands on light and on dark pages.
+Boxes have their own fills and lines are middle grey, so that the picture suits light and dark pages.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 TARGET = Path(__file__).resolve().parents[1] / "images" / "dataflow.svg"
 IDS, TABLE, LAYER, LINE = "#cfe8e4", "#f7e0b2", "#d5dcf5", "#7d8590"
-# Text, centre, width, fill.
+# Each box has a text, a centre, a width and a fill.
 BOXES = {
     "tokens": ("token ids\n… 'The', ' list'", (1.3, 5.6), IDS),
     "compressed": ("compressed ids\n(case, accents, spaces\nmake no difference)", (4.1, 5.6), IDS),
@@ -42,7 +42,7 @@ ARROWS = [
 
 
 def main() -> None:
-    """Write the picture; the same bytes every time."""
+    """Write the picture; every run writes the same bytes."""
     plt.rcParams |= {"svg.hashsalt": "dataflow", "svg.fonttype": "none", "font.family": "sans-serif"}
     figure, axes = plt.subplots(figsize=(11.4, 6.2))
     axes.set(xlim=(0, 11.4), ylim=(0.1, 6.9))
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def draw_arrow(axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """From the edge of one box to that of another, in a row or a column."""
+    """Draw an arrow from the edge of one box to that of another, in a row or a column."""
     (x0, y0), (x1, y1) = start, end
     half = (1.12, 0.62)
     step = ((x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0))

@@ -1,8 +1,8 @@
-"""Every sentence that the package can end a call with, read from its sources: nothing is imported.
+"""Read every error and warning message of the package from its sources, without importing it.
 
-A message is what an error or a warning is made with. It may stand in the call itself, be assigned to a name before, be
-returned by a function that the call asks, or be one of the rules that a function yields (`tuple[bool, str]`). What stands
-in braces is filled in when the message is raised.
+A message is the argument of an error or a warning. It may be written in the call itself, be assigned to a name before,
+be returned by a function that the call uses, or be one of the rules that a function yields (`tuple[bool, str]`). Names
+in braces are replaced when the message is raised.
 """
 
 import ast
@@ -14,18 +14,18 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 WARNINGS = {"warn", "warning", "warning_once", "warning_advice"}
-# Raised by name alone: signals between functions of one file, and what protocols ask for.
+# These are raised without a message: signals between functions of one file, and errors that protocols require.
 SIGNALS = {"KeyError", "AttributeError", "StopIteration", "_Interrupted", "NotImplementedError", "KeyboardInterrupt"}
 MARKER = re.compile(r"^<!-- messages: (.+) -->$", re.MULTILINE)
 
 
 class Message(NamedTuple):
-    """One sentence, with `{}` for what is filled in.
+    """One sentence, with `{}` for replaced parts.
 
     Args:
         file: relative to the root, without `.py`.
         text: the sentence.
-        is_warning: whether the call goes on.
+        is_warning: whether the call continues.
     """
 
     file: str
@@ -34,19 +34,19 @@ class Message(NamedTuple):
 
 
 def source_files() -> list[Path]:
-    """Every file that is installed."""
+    """Return every installed file."""
     rooms = [path.parent for path in sorted(ROOT.glob("*/__init__.py"))]
     flat = [path for path in sorted(ROOT.glob("*.py")) if path.stem not in ("__init__", "setup")]
     return flat + [path for room in rooms for path in sorted(room.glob("*.py"))]
 
 
 def read_messages() -> list[Message]:
-    """All messages, in the order of the files."""
+    """Return all messages, in the order of the files."""
     return [message for path in source_files() for message in messages_of(path)]
 
 
 def messages_of(path: Path) -> list[Message]:
-    """The messages of one file, each once, in the order of its lines.
+    """Return the messages of one file, each once, in the order of its lines.
 
     Raises:
         ValueError: an error is made out of something that this reader does not understand.
@@ -60,13 +60,13 @@ def messages_of(path: Path) -> list[Message]:
         texts = [text for argument in call.args for text in _texts(argument, scope, functions)]
         if not texts and not is_warning and call.args and _name(call) not in SIGNALS:
             raise ValueError(f"{name}.py:{call.lineno}: no message is found in {ast.unparse(call)}")
-        # An errno's own words are for other functions of the file.
+        # Other functions of the file report an errno's own words.
         found |= {Message(name, text, is_warning): None for text in texts if " " in text and len(text) > 20}
     return list(found)
 
 
 def _calls(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.Call]]:
-    """Calls that make an error or warn, each with the function that it stands in."""
+    """Yield calls that make an error or warn, each with its function."""
 
     def walk(node: ast.AST, scope: ast.AST) -> Iterator[tuple[ast.AST, ast.Call]]:
         if isinstance(node, ast.Call) and (_name(node).endswith("Error") or _name(node) in WARNINGS):
@@ -83,7 +83,7 @@ def _name(call: ast.Call) -> str:
 
 
 def _texts(node: ast.AST, scope: ast.AST, functions: dict[str, ast.FunctionDef]) -> list[str]:
-    """The sentences that an argument may be."""
+    """Return the possible sentences of an argument."""
     if isinstance(node, ast.Constant):
         return [node.value] if isinstance(node.value, str) else []
     if isinstance(node, ast.JoinedStr):
@@ -116,7 +116,7 @@ def _assigned(name: str, scope: ast.AST, functions: dict[str, ast.FunctionDef]) 
 
 
 def _rules(function: ast.FunctionDef, functions: dict[str, ast.FunctionDef]) -> list[str]:
-    """The second members of the pairs that a function yields."""
+    """Return the second members of the pairs that a function yields."""
     pairs = [part for part in ast.walk(function) if isinstance(part, ast.Tuple) and len(part.elts) == 2]
     return [text for pair in pairs for text in _texts(pair.elts[1], function, functions)]
 
@@ -127,18 +127,18 @@ def _filled(node: ast.JoinedStr) -> str:
 
 
 def _short(part: ast.FormattedValue) -> str:
-    """A name for what is filled in; nothing if it is an expression."""
+    """Return a name for a replaced part; nothing if it is an expression."""
     text = ast.unparse(part.value)
     return text.removeprefix("self.").lstrip("_") if re.fullmatch(r"[\w.]+", text) else "..."
 
 
 def groups_of(page: str) -> list[list[str]]:
-    """The patterns of each marker of a page: `<!-- messages: file, room/* -->`."""
+    """Return the patterns of each marker of a page: `<!-- messages: file, room/* -->`."""
     return [marker.replace(" ", "").split(",") for marker in MARKER.findall(page)]
 
 
 def fill_markers(page: str) -> str:
-    """The page with a list of messages in the place of each marker.
+    """Return the page with a list of messages in the place of each marker.
 
     Raises:
         ValueError: a file with messages is named by no marker, or by two.

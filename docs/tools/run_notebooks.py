@@ -1,6 +1,6 @@
-"""Runs the notebooks from top to bottom and stores what they print: `make notebooks`.
+"""Run the notebooks from top to bottom and store their outputs: `make notebooks`.
 
-A notebook that ends in an error is left as it was.
+A notebook that ends in an error is not changed.
 """
 
 import time
@@ -13,7 +13,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 
 
 def main() -> None:
-    """All of them, in the order of their names."""
+    """Run all notebooks, in the order of their names."""
     for path in sorted(FOLDER.glob("*.ipynb")):
         notebook, started = nbformat.read(path, as_version=4), time.perf_counter()
         NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()

@@ -1,4 +1,4 @@
-"""What `mkdocs build` is told beyond `mkdocs.yml`: pages that are made from other files, and checks of the finished site."""
+"""Hooks of `mkdocs build`: pages that are made from other files, and checks of the finished site."""
 
 import argparse
 import ast
@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "out" / "site-package"
-# Pages that stand elsewhere in the repository, by their name on the site.
+# These pages are elsewhere in the repository, by their name on the site.
 ELSEWHERE = {
     "benchmarks.md": "benchmarks/README.md",
     "changelog.md": "CHANGELOG.md",
@@ -28,7 +28,7 @@ PUBLIC = ("", "training", "analysis", "other_models", "tokenization")
 
 
 def on_startup(**_: Any) -> None:
-    """Links to what is installed, under the package's name: the reference is read from it, and nothing is imported."""
+    """Link the installed files under the package's name: the reference is read from them, without an import."""
     shutil.rmtree(PACKAGE, ignore_errors=True)
     package = PACKAGE / "engram_hf"
     package.mkdir(parents=True)
@@ -40,7 +40,7 @@ def on_startup(**_: Any) -> None:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages of `ELSEWHERE`, the notebooks, the support matrix and the command line."""
+    """Add the pages of `ELSEWHERE`, the notebooks, the support matrix and the command line."""
     made = {name: (ROOT / source).read_text(encoding="utf-8") for name, source in ELSEWHERE.items()}
     made |= {f"notebooks/{path.stem}.md": notebook_page(path) for path in NOTEBOOKS}
     made["command-line.md"] = command_line_page()
@@ -50,7 +50,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Lists of messages and the support matrix are filled in; links out of `docs` go to the page that is on the site."""
+    """Fill in lists of messages and the support matrix; make links out of `docs` point to pages of the site."""
     path = page.file.src_uri
     try:
         markdown = messages.fill_markers(markdown) if messages.groups_of(markdown) else markdown
@@ -61,12 +61,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings refer to classes as Hugging Face's tools do, ``[`~module.Class`]``: only the name is shown."""
+    """Show only the names of classes, which docstrings write like Hugging Face's tools: ``[`~module.Class`]``."""
     return re.sub(r"\[<code>~?(?:\w+\.)*(\w+)</code>\]", r"<code>\1</code>", html)
 
 
 def on_post_build(config: Any) -> None:
-    """Every public name has its place in the reference, and no page fetches anything from elsewhere."""
+    """Require every public name in the reference, and pages that fetch nothing from other sites."""
     site = Path(config["site_dir"])
     pages = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
     anchors = {anchor for html in pages.values() for anchor in re.findall(r' id="(engram_hf[\w.]*)"', html)}
@@ -82,7 +82,7 @@ def on_post_build(config: Any) -> None:
 
 
 def public_names() -> Iterator[str]:
-    """`__all__` of the package and of its rooms, with dots."""
+    """Return `__all__` of the package and of its rooms, with dots."""
     for room in PUBLIC:
         tree = ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8"))
         (names,) = (node.value for node in tree.body if isinstance(node, ast.Assign) and _is_all(node))
@@ -105,7 +105,7 @@ def _relink(markdown: str, path: str) -> str:
 
 
 def notebook_page(path: Path) -> str:
-    """A notebook as a page: its text, its code, and what is stored as printed."""
+    """Return a notebook as a page: its text, its code, and its stored outputs."""
     parts = [f"*This page is `notebooks/{path.name}`.*"]
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -126,7 +126,7 @@ def _output(output: dict[str, Any]) -> str:
 
 
 def command_line_page() -> str:
-    """What `engram --help` and the help of each command print."""
+    """Return the output of `engram --help` and of the help of each command."""
     known = list(sys.path)
     sys.path.insert(0, str(PACKAGE / "engram_hf"))
     try:
@@ -147,7 +147,9 @@ def _helps(parser: argparse.ArgumentParser, title: str, level: int) -> Iterator[
 
 
 def support_table() -> str:
-    """A row for each tested version of transformers, from `benchmarks/backbones.json` and the files of constraints."""
+    """Return a row for each tested version of transformers, from `benchmarks/backbones.json` and the files of
+    constraints.
+    """
     noted = json.loads((ROOT / "benchmarks" / "backbones.json").read_text(encoding="utf-8"))
     pins = {}
     for path in [ROOT / "constraints.txt", *(ROOT / "constraints").glob("transformers-*.txt")]:

@@ -140,7 +140,7 @@ def test_model_meets_the_requirements_of_vllms_transformers_backend(monkeypatch)
 
 
 def test_resident_tables_are_saved_among_the_weights(tmp_path):
-    """docs/engines.md says so: a loader that reads only the weights or their index finds them."""
+    """A loader that reads only the weights or their index finds them, as docs/engines.md says."""
     build("llama").save_pretrained(tmp_path / "model")
     EngramForCausalLM.from_pretrained(tmp_path / "model", engram_residency="mapped").save_pretrained(tmp_path / "own")
     EngramForCausalLM.from_pretrained(tmp_path / "own", engram_residency="resident").save_pretrained(

@@ -229,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Keep the test's output clean; `HubServer.requests` is the log."""
 
-    # Repositories
+    # --- repositories
 
     def create_repository(self) -> None:
         """`POST /api/repos/create`."""
@@ -281,7 +281,7 @@ class Handler(BaseHTTPRequestHandler):
             inside = {path: file for path, file in inside.items() if "/" not in path.removeprefix(prefix)}
         self._send_json([_entry(path, file) for path, file in sorted(inside.items())])
 
-    # Uploads
+    # --- uploads
 
     def preupload(self, name: str, revision: str) -> None:
         """`POST /api/models/NAME/preupload/REVISION`: which files are large."""
@@ -357,7 +357,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             raise HubError(400, f"A commit cannot contain {key}")
 
-    # Downloads
+    # --- downloads
 
     def resolve_file(self, name: str, revision: str, path: str) -> None:
         """`GET` or `HEAD /NAME/resolve/REVISION/PATH`. Large files come from here too, not from another host."""
@@ -379,7 +379,7 @@ class Handler(BaseHTTPRequestHandler):
         part = content[first : last + 1]
         self._send(part, 206, {**headers, "Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(content)}"})
 
-    # Helpers
+    # --- helpers
 
     def _tree(self, name: str, revision: str) -> tuple[str, dict[str, StoredFile]]:
         repository = self.server.repository(name)

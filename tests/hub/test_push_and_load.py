@@ -227,7 +227,7 @@ def metadata(hub: HubServer, name: str) -> dict:
     return ModelCard(hub.read(name, "README.md").decode()).data.to_dict()
 
 
-# Pushing
+# --- pushing
 
 
 def test_push_to_hub_uploads_model_tokenizer_code_and_card(hub, pushed, model_folder):
@@ -303,7 +303,7 @@ def test_each_push_is_one_commit(hub, pushed):
     assert ("experiment", UPLOAD) in history
 
 
-# Loading
+# --- loading
 
 
 @pytest.mark.parametrize("revision", ["first", "second", "branch"])

@@ -57,7 +57,7 @@ def test_files_with_only_tables_are_linked(qwen, tmp_path):
 
 
 def test_shards_in_many_files_are_saved(folders, qwen, tmp_path):
-    """As in the release, each file contains other tensors, too."""
+    """Each file contains other tensors, too, as in the release."""
     (tmp_path / "a").mkdir()
     shutil.copy(folders("qwen4_exp") / "config.json", tmp_path / "a")
     with safe_open(folders("qwen4_exp") / "model.safetensors", "pt") as file:

@@ -34,7 +34,7 @@ def processor(float32, config):
 
 @pytest.fixture
 def pairs(answers):
-    """Two images with the answers to learn."""
+    """Return two images with the answers to learn."""
     images = [Image.fromarray(answers[f"processing.{name}.image"].numpy()) for name in ("a", "b")]
     return list(zip(images, ("what is this? one", "what is that two"), strict=True))
 
