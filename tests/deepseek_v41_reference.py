@@ -1,6 +1,6 @@
 """The miniature DeepSeek-V4.1 checkpoint for tests: dequantized, renamed, and with a plain version of its memory.
 
-It is written from `spec/deepseek_v41.md` alone, independently of the converter, so that the two can be compared.
+It is written independently of the converter, so that the two can be compared.
 """
 
 import json
@@ -149,8 +149,7 @@ def text_state_dict(release: dict[str, torch.Tensor], config) -> dict[str, torch
 def memory(
     streams: torch.Tensor, rows: torch.Tensor, layer: int, release: dict[str, torch.Tensor], valid: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the V4.1 Engram of one layer (`spec/engram.md`) for `streams` `[B, S, N, D]` and row ids `rows` `[B, S,
-    heads]`.
+    """Compute one layer's V4.1 Engram (arXiv 2601.07372) for `streams` `[B, S, N, D]` and row ids `rows` `[B, S, heads]`.
 
     `valid` `[B, S]` is False where no memory is read (padding, images). Returns the new streams and the gate.
     """
@@ -192,7 +191,7 @@ class InjectedMemory:
 
 
 def row_ids(ids: torch.Tensor, index: int, golden: dict[str, torch.Tensor], pad_token_id: int = 2) -> torch.Tensor:
-    """Return the table rows `[B, S, heads]` of Engram layer `index` for unpadded text `[B, S]` (`spec/engram.md` 3)."""
+    """Return the table rows `[B, S, heads]` of Engram layer `index` for unpadded text `[B, S]` (arXiv 2601.07372)."""
     compressed = golden["engram.token_map"][ids]
     multipliers, primes = golden["engram.multipliers"][index], golden["engram.primes"][index]
     orders = len(multipliers) - 1

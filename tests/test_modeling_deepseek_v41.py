@@ -276,7 +276,7 @@ def test_state_dict_names():
 
 
 def test_default_config_gives_the_shapes_of_the_release():
-    """The expected shapes are the table of tensors in `spec/deepseek_v41.md`."""
+    """The expected shapes are those of the tensors of DeepSeek-V4.1-Flash."""
     with torch.device("meta"):
         model = DeepseekV41TextForCausalLM(DeepseekV41TextConfig())
     shapes = {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in model.state_dict().items()}

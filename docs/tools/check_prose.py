@@ -47,6 +47,8 @@ _VERB = re.compile(
     r"\b(?:are|can|cannot|come|could|differ|did|do|fit|get|give|had|have|hold|keep|kept|lie|make|may|might|must|need|"
     r"read|run|should|stay|take|was|were|will|work|would|write|\w+s|\w+ed)\b"
 )
+# A page that a docstring cites, from the root of the repository.
+_PAGE = re.compile(r"\b[a-z0-9_/.-]+\.md\b")
 _NO_SENTENCE = re.compile(r"noqa|type:|fmt:|---|\[|[=-]+$|!")
 
 
@@ -84,6 +86,8 @@ def _faults_of_form(source: str) -> Iterator[tuple[int, str]]:
             line, is_function = getattr(node, "lineno", 1), isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             is_test = is_function and node.name.startswith("test_")
             if text := ast.get_docstring(node):
+                pages = [page for page in _PAGE.findall(text) if not (ROOT / page).exists()]
+                yield from ((line, f"docstring cites {page}, which is not in the repository") for page in pages)
                 text = " ".join(text.partition("\n\n")[0].split())
                 yield from (
                     (line, f"docstring {fault}")

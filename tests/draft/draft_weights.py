@@ -1,4 +1,4 @@
-"""Our names for the miniature's draft tensors, written from the specification independently of the converter."""
+"""Our names for the miniature's draft tensors, written independently of the converter."""
 
 import re
 
