@@ -1,6 +1,6 @@
-"""Adding memory to a backbone: how large tables become, what is loaded, and what a quantizer is then to leave alone.
+"""Adding memory to a backbone: the size of tables, the loaded parts, and modules that a quantizer must skip.
 
-A saved model runs without this, so its folder does not carry it; the package engram_hf hands it to the classes.
+A saved model runs without this file, so its folder does not contain it; the package sets it on the classes.
 """
 
 import copy
@@ -56,7 +56,7 @@ def config_for_backbone(
     memory_fraction: float | None = None,
     **engram_fields,
 ) -> EngramConfig:
-    """Config for adding memory to a backbone; as a method, `EngramConfig.for_backbone`.
+    """Return the config for adding memory to a backbone; as a method, `EngramConfig.for_backbone`.
 
     Args:
         text_config: the backbone's config. If that has a `text_config` itself, the memory is its language model's.
@@ -100,7 +100,7 @@ def config_for_backbone(
 
 
 def _first_id(tokenizer, text_config: PreTrainedConfig) -> int:
-    """The pad id, or the next best special id, of the tokenizer (or a processor's) or else of the backbone."""
+    """Return the pad id, or the next best special id, of the tokenizer (or a processor's) or else the backbone."""
     for source in (tokenizer, getattr(tokenizer, "tokenizer", None), text_config):
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
             value = getattr(source, name, None)
@@ -130,9 +130,9 @@ def parameters_beside_table(config: EngramConfig) -> int:
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of the language model that `config` describes, with its vision tower if it has one, without allocating it.
+    """Count the parameters of the model of `config`, with its vision tower if it has one, without allocating it.
 
-    Counted from the config, since loaded weights may be quantized or packed.
+    The count comes from the config, since loaded weights may be quantized or packed.
     """
     auto_class = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
     with torch.device("meta"):
@@ -140,7 +140,7 @@ def count_parameters(config: PreTrainedConfig) -> int:
 
 
 def find_buckets(config: EngramConfig, rows: int | None, memory_fraction: float | None) -> int:
-    """The `engram_vocab_size` that gives tables of about `rows` rows, or the memory its share of all parameters.
+    """Return the `engram_vocab_size` for tables of about `rows` rows, or for the memory's share of all parameters.
 
     Args:
         config: of the model, with any `engram_vocab_size`.
@@ -153,7 +153,7 @@ def find_buckets(config: EngramConfig, rows: int | None, memory_fraction: float 
 
 
 def _rows_for_fraction(config: EngramConfig, fraction: float) -> int:
-    """Rows of each table that make the memory `fraction` of all parameters."""
+    """Return the rows of each table that make the memory `fraction` of all parameters."""
     if not 0 < fraction < 1:
         raise EngramError(f"memory_fraction is {fraction}; it must lie between 0 and 1, both excluded.")
     memory = count_parameters(config.backbone) * fraction / (1 - fraction)
@@ -167,7 +167,7 @@ def _rows_for_fraction(config: EngramConfig, fraction: float) -> int:
 
 
 def _buckets_for_rows(config: EngramConfig, rows: int) -> int:
-    """The `engram_vocab_size` whose tables have nearest to `rows` rows each.
+    """Return the `engram_vocab_size` whose tables have closest to `rows` rows each.
 
     With one bucket count for every order, the layout takes just the next primes from it upwards, one for each head.
     """
@@ -231,7 +231,7 @@ def add_memory(
     config = config_for_backbone(EngramConfig, host.config, tokenizer, layer_ids=layer_ids, **fields)
     config.dtype = host.dtype
     for module in host.modules():
-        module._is_hf_initialized = True  # its weights are trained ones
+        module._is_hf_initialized = True  # Its weights are trained.
     model = model_class(config, host)
     model.memory_model.hashing.to(host.device)
     model.generation_config = host.generation_config
@@ -244,7 +244,7 @@ def add_memory(
 
 
 def _leave_memory_unquantized(model: PreTrainedModel) -> None:
-    """On a quantized host, list the unquantized modules as skipped: loading quantizes every layer that is not.
+    """List the unquantized modules of a quantized host as skipped: loading quantizes every other layer.
 
     Raises:
         ValueError: the host is quantized in a way that cannot leave anything out.
@@ -263,7 +263,7 @@ def _leave_memory_unquantized(model: PreTrainedModel) -> None:
     model.hf_quantizer.quantization_config = model.config.quantization_config = config
     vars(model.config.backbone).pop(
         "quantization_config", None
-    )  # it describes the backbone alone, and is no longer true
+    )  # It describes the backbone alone, and no longer applies.
 
 
 def _unquantized_modules(model: PreTrainedModel) -> list[str]:
@@ -274,7 +274,7 @@ def _unquantized_modules(model: PreTrainedModel) -> list[str]:
 
 
 def _is_unquantized(module: nn.Module) -> bool:
-    """Whether a linear layer, or one of stacked experts, has only matrices of ordinary floats."""
+    """Return whether a linear layer, or one of stacked experts, has only matrices of ordinary floats."""
     matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
     is_candidate = isinstance(module, nn.Linear) or any(matrix.dim() > 2 for matrix in matrices)
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

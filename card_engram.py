@@ -1,4 +1,4 @@
-"""The model card that `push_to_hub` writes: which backbone, which memory, how large, how to load it."""
+"""The model card that `push_to_hub` writes: the backbone, the memory, sizes, and how to load the model."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from .adding_engram import count_parameters, parameters_beside_table
 from .configuration_engram import EngramConfig
 from .table_engram import EngramTable
 
-# The text by which transformers' `create_and_tag_model_card` describes a repository that had no card.
+# transformers' `create_and_tag_model_card` writes this text for a repository without a card.
 _PLACEHOLDER = "This model card has been automatically generated."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COUNT_PREFIXES, _BYTE_PREFIXES = "kMBT", "kMGT"
@@ -22,7 +22,7 @@ _LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
 def model_card(config: EngramConfig, repo_id: str | None = None, **metadata: Any) -> str:
-    """A model card: the YAML block that the Hub reads, and what a reader wants to know first.
+    """Return a model card: the YAML block that the Hub reads, and a description for readers.
 
     Args:
         config: of the model the card describes.
@@ -63,7 +63,7 @@ def write_model_card(
 
 
 def _provenance(text_config: PreTrainedConfig, token: str | bool | None) -> dict[str, Any]:
-    """`base_model` and the licence fields, as far as the Hub knows the repository the backbone was loaded from."""
+    """Return `base_model` and the licence fields, as far as the Hub has them for the backbone's repository."""
     name = text_config.name_or_path or ""
     if not _HUB_ID.fullmatch(name) or os.path.exists(name):
         return {}
@@ -180,7 +180,7 @@ def _orders(config: EngramConfig) -> str:
 
 
 def _amount(number: int, prefixes: str = _COUNT_PREFIXES) -> str:
-    """`number` with three digits and a decimal prefix: `46.7 B`."""
+    """Return `number` with three digits and a decimal prefix: `46.7 B`."""
     value, prefix = float(number), ""
     for larger in prefixes:
         if value < 999.5:

@@ -22,19 +22,19 @@ SAVE_WAITS = 60.0
 
 
 def is_hidden_file(name: str) -> bool:
-    """Whether a file or folder in a target is there for a save alone, or was left by a process that was killed."""
+    """Return whether a file or folder in a target belongs to a running or killed save."""
     return name == LOCK_NAME or name.startswith((SAVE_PREFIX, EXCHANGE_PREFIX))
 
 
 class FolderInUseError(EngramError):
-    """Another process, or another thread, is writing to a folder; said in one sentence."""
+    """Another process, or another thread, is writing to a folder."""
 
 
 class FolderClaim:
-    """The right to write to a folder, which the system takes back when the process ends.
+    """The right to write to a folder, which ends with the process.
 
-    It is a locked file in the folder that says who holds it. On file systems without locks the file alone counts, and
-    that of a process of this machine which has ended is taken over.
+    It is a locked file in the folder that names its process. On file systems without locks the file alone counts, and
+    one of an ended process of this machine is taken over.
 
     Args:
         folder: is made if it is missing, and removed again on release if nothing was put into it.
@@ -72,12 +72,12 @@ class FolderClaim:
         return self
 
     def release(self) -> None:
-        """Let others write; does nothing if the folder was not claimed."""
+        """Let other processes write; do nothing if the folder was not claimed."""
         if self._file is not None:
-            if os.name == "nt":  # Windows cannot remove an open file
+            if os.name == "nt":  # Windows cannot remove an open file.
                 self._file.close()
             with contextlib.suppress(OSError):
-                self.path.unlink()  # it is removed while it is locked, so that no process locks a file without a name
+                self.path.unlink()  # It is removed while it is locked, so that no process locks a file without a name.
             self._file.close()
             self._file = None
         if self._made_folder:
@@ -104,12 +104,12 @@ class FolderClaim:
             raise _unwritable(self.folder, error) from error
 
     def _try(self) -> dict | None:
-        """Try once to claim the folder; what is known of its holder if there is one."""
+        """Try once to claim the folder; return the data on its holder if there is one."""
         try:
             file = open(self.path, "x+b", buffering=0)  # noqa: SIM115 (it is held open as long as the claim)
         except FileExistsError:
             return _remove_abandoned(self.path)
-        except FileNotFoundError:  # another process removed the folder, which was empty, as an abandoned one
+        except FileNotFoundError:  # Another process removed the empty folder as an abandoned one.
             self.make_folder()
             return None
         except OSError as error:
@@ -125,14 +125,14 @@ class FolderClaim:
 
 
 def _unwritable(folder: Path, error: OSError) -> OSError:
-    """The same error, which says what to do about it if that is known."""
+    """Return the same error, with advice if there is any."""
     if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
         return error
     return OSError(error.errno, f"{folder} cannot be written ({error.strerror}); choose a folder that is writable")
 
 
 def _remove_abandoned(path: Path) -> dict | None:
-    """Remove the lock file of a process that has ended; otherwise, what it says of the process that holds it."""
+    """Remove the lock file of a process that has ended; otherwise, return its data on the process."""
     try:
         # NFS locks only files that are open for writing. Opening a pipe in its place must not block.
         file = os.open(path, os.O_RDWR | getattr(os, "O_NONBLOCK", 0))
@@ -163,9 +163,9 @@ def _read_holder(file: int) -> dict:
 
 
 def _has_ended(holder: dict) -> bool:
-    """Whether a lock file, on a file system without locks, is that of a process of this machine which has ended."""
+    """Return whether a lock file, on a file system without locks, is that of an ended process of this machine."""
     if holder.get("host") != socket.gethostname() or type(holder.get("pid")) is not int or os.name == "nt":
-        return False  # (on Windows, asking for a process would end it)
+        return False  # (On Windows, a query of a process would end it.)
     try:
         os.kill(holder["pid"], 0)
     except OSError as error:

@@ -30,31 +30,31 @@ _MOST_ORDERS, _MOST_HEADS = 64, 1024
 # The demo's default is five buckets of every order for each token of the vocabulary.
 _PAPER_BUCKETS_PER_TOKEN = 5
 
-# The module and the name of the class for each Auto class in a folder with remote code.
+# In a folder with remote code, each Auto class has this module and class name.
 _AUTO_CLASSES = {
     "AutoConfig": ("configuration_engram", "EngramConfig"),
     "AutoModel": ("modeling_engram", "EngramModel"),
     "AutoModelForCausalLM": ("modeling_engram", "EngramForCausalLM"),
 }
 _AUTO_CLASSES_WITH_IMAGES = {"AutoModelForImageTextToText": ("multimodal_engram", "EngramForConditionalGeneration")}
-# Modules that bring a backbone which transformers does not have, and these classes, by the backbone's model type.
+# These modules import a backbone that transformers lacks, and the classes here, by the backbone's model type.
 _ENTRY_MODULES: dict[str, str] = {}
 
-# The new folder that a model is saved to: what is there was written by this save.
+# A model is saved to this new folder: all files in it are of this save.
 STAGED: ContextVar[os.PathLike | None] = ContextVar("folder of the save that runs", default=None)
 
 
 def register_remote_backbone(model_type: str, module: str) -> None:
-    """Have models on backbones of `model_type` carry the flat file `module` (and what it imports) as their remote code."""
+    """Make the flat file `module` (and its imports) the remote code of models on backbones of `model_type`."""
     _ENTRY_MODULES[model_type] = module
 
 
 def remote_module(model_type: str) -> str | None:
-    """The module that was registered for backbones of `model_type`, if any."""
+    """Return the module that was registered for backbones of `model_type`, or None."""
     return _ENTRY_MODULES.get(model_type)
 
 
-# Attributes of the outer config itself. Every other attribute is the backbone's, and is stored in `text_config` alone.
+# Only these attributes belong to the outer config. All others are the backbone's, and are stored in `text_config`.
 _OWN = {
     "text_config",
     "backbone",
@@ -74,15 +74,15 @@ _OWN = {
     "transformers_version",
     "transformers_weights",
 }
-# Attributes in which transformers keeps values that are set through a property, with the argument that sets each.
+# transformers stores values of properties in these attributes, which the given arguments set.
 _STORED_BY_PROPERTIES = {
     "_attn_implementation_internal": "attn_implementation",
     "_experts_implementation_internal": "experts_implementation",
     "_output_attentions": "output_attentions",
 }
-# The attribute that keeps attributes of the backbone while its config is still being made.
+# This attribute stores attributes of the backbone until its config is made.
 _UNSETTLED = "set before the backbone's config"
-# Attributes that every config has on its class, where `__getattr__` would never be asked for them.
+# Every config has these attributes on its class, where `__getattr__` is never called for them.
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PreTrainedConfig) if field.name not in _OWN}
 _OF_EVERY_CONFIG = {
     *_DEFAULTS,
@@ -91,7 +91,7 @@ _OF_EVERY_CONFIG = {
     "base_model_pp_plan",
     "base_model_tp_plan",
     "per_layer_config",
-    # Attributes of mixins, such as those that rotary embeddings ask for.
+    # These are attributes of mixins, such as those that rotary embeddings need.
     *(
         name
         for mixin in PreTrainedConfig.__mro__[1:-1]
@@ -104,7 +104,7 @@ _OF_EVERY_CONFIG = {
 
 
 def needs_package(*_args, **_options):
-    """Stands for what a model folder's code leaves out, since running the model does not take it.
+    """Replace a function that a model folder's code leaves out, since a saved model runs without it.
 
     Raises:
         ValueError: always.
@@ -119,7 +119,7 @@ def _of_the_backbone(name: str) -> property:
 
 
 def _left_to_the_backbone(self) -> None:
-    """A rule of every config, which the backbone's class checks in its own way."""
+    """Skip a rule of every config, which the backbone's class checks in its own way."""
 
 
 # Reads the backbone's attributes that a config has on its class, and leaves its rules to its own class.
@@ -242,7 +242,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         self._set_rows()
 
     def __getattr__(self, name: str):
-        """An attribute of the backbone's config; Python asks here for what this config does not have itself."""
+        """Return an attribute of the backbone's config; Python calls this for attributes that this config lacks."""
         own = vars(self)
         if name in own.get(_UNSETTLED, ()):
             return own[_UNSETTLED][name]
@@ -260,14 +260,14 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
             setattr(self._config_with(name), name, value)
 
     def __delattr__(self, name: str) -> None:
-        """Delete an attribute where setting it puts it; transformers sets `is_causal` for the time of a call."""
+        """Delete an attribute in the config that stores it; transformers sets `is_causal` for the time of a call."""
         if name in vars(self) or not self._is_elsewhere(name):
             super().__delattr__(name)
         else:
             delattr(self._config_with(name), name)
 
     def _is_elsewhere(self, name: str) -> bool:
-        """Whether an attribute lives in another config: the backbone's, or that of a backbone's language model."""
+        """Return whether another config stores an attribute: the backbone's, or that of its language model."""
         if name.startswith("engram_"):
             return self.is_composite
         return name in _STORED_BY_PROPERTIES or not (name in _OWN or name.startswith("_"))
@@ -282,7 +282,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
 
     @property
     def backbone(self) -> PreTrainedConfig:
-        """The backbone's config, that of all its parts."""
+        """The config of the whole backbone."""
         return vars(self)["backbone_config" if self.is_composite else "text_config"]
 
     @backbone.setter
@@ -294,7 +294,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers, but the config of another kind of model is refused: its fields mean other things.
+        """Read the config as in transformers, but refuse another kind of model's, whose fields mean other things.
 
         Raises:
             ValueError: it is one.
@@ -334,7 +334,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         self.engram_num_embeddings = rows
 
     def validate_engram(self) -> None:
-        """Part of `@strict` validation: every rule on a field of the memory.
+        """Check every rule on a field of the memory, as a part of `@strict` validation.
 
         Raises:
             ValueError: names the field, its value and what it should be.
@@ -422,13 +422,13 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
 
     @property
     def engram_streams(self) -> int:
-        """Residual streams of the backbone: 1, or as many as its hyper-connections or alternating updates have."""
+        """The backbone's residual streams: 1, or the number of its hyper-connections or alternating updates."""
         counts = (getattr(self.text_config, name, None) for name in ("hc_mult", "hc_count", "altup_num_inputs"))
         return next(filter(None, counts), 1)
 
     @property
     def engram_streams_first(self) -> bool:
-        """Whether the backbone keeps its streams in front of the batch, `[G, B, S, D]`."""
+        """Whether the backbone has its streams before the batch, `[G, B, S, D]`."""
         return getattr(self.text_config, "altup_num_inputs", None) is not None
 
     def remote_code_map(self) -> dict[str, str]:
@@ -454,7 +454,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         return fields
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """As in transformers, with the code of a backbone that transformers does not have."""
+        """Save as in transformers, with the code of a backbone that transformers lacks."""
         entry, config = self._remote_entry, self
         if entry is not None and self._auto_class is not None:
             os.makedirs(save_directory, exist_ok=True)
@@ -467,7 +467,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         super(EngramConfig, config).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """As in transformers, without the folder that the backbone came from: what is saved goes elsewhere."""
+        """Return the fields as in transformers, without the backbone's folder, which other machines lack."""
         fields = super().to_diff_dict()
         part = "backbone_config" if self.is_composite else "text_config"
         backbone, alone = fields[part], self.backbone.to_diff_dict()
@@ -481,7 +481,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
 
 
 def as_decoder_config(text_config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
-    """The backbone's config as an object; Mixtral's if there is none.
+    """Return the backbone's config as an object; Mixtral's if there is none.
 
     Raises:
         ValueError: it is of no registered model type, or not that of one decoder.
@@ -511,7 +511,7 @@ def as_decoder_config(text_config: dict | PreTrainedConfig | None) -> PreTrained
 
 
 def as_composite_config(config: dict | PreTrainedConfig, text_config: object = None) -> PreTrainedConfig:
-    """The config of a backbone of several parts as an object.
+    """Return the config of a backbone of several parts as an object.
 
     Raises:
         ValueError: it is of no registered model type or has no `text_config`, or one is given beside it.
@@ -528,7 +528,7 @@ def as_composite_config(config: dict | PreTrainedConfig, text_config: object = N
     return config
 
 
-# As an attribute of the class, a default would hide the value that a composite backbone's config has elsewhere.
+# A default, as a class attribute, would hide the value in a composite backbone's config.
 for _field in dataclasses.fields(EngramConfig):
     if _field.name.startswith("engram_"):
         delattr(EngramConfig, _field.name)
