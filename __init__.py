@@ -7,7 +7,7 @@ from . import display
 from .adding_engram import add_memory, config_for_backbone
 from .backbone_engram import require_backbone, require_decoder
 from .card_engram import write_model_card
-from .claiming_engram import ClaimedFolderWriter
+from .claimed_saving_engram import ClaimedFolderWriter
 from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
 from .hashing_engram import register_compression

@@ -49,6 +49,9 @@ _FICLONE = 0x40049409
 _WEIGHTS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 # Ends the names of files that are not whole yet.
 UNFINISHED = ".unfinished"
+# Hidden folders inside a target: of a save that is being written, and of one that is whole and being put in place.
+SAVE_PREFIX, EXCHANGE_PREFIX = ".engram-save-", ".engram-exchange-"
+POLL_SECONDS = 0.01
 # A link is renamed at once after it is made.
 _LINK_SECONDS = 60
 # What systems and file systems answer that have no links, or not between these two places.

@@ -53,6 +53,8 @@ KINDS = {
 }
 
 
+# A position without a compressed id: padding, an image span, an unknown token, or before the start of the sequence.
+NO_ID = -1
 # What `auto` lets tables take of the memory that is free: beside them the backbone, a cache and other processes live.
 _RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
 _INT64_MAX = np.iinfo(np.int64).max

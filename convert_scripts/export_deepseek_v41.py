@@ -52,13 +52,9 @@ def plan(folder: Path, record: Path) -> Plan:
 
 def export(source: str, target: Path, record: Path | None = None, as_json: bool = False) -> None:
     """Export `source`, a folder or Hub id, into `target`."""
-    from .tensor_parts import single_threaded_tensors
-
     watch = Stopwatch()
     folder = local_folder(source)
-    planned = plan(folder, record or folder)
-    with single_threaded_tensors():
-        written = run_plan(planned, target)
+    written = run_plan(plan(folder, record or folder), target)
     print(watch.report(target, "wrote", written, as_json))
 
 

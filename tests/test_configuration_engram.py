@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from engram_hf import EngramConfig, EngramForCausalLM
-from engram_hf.adding_engram import VARIANTS, parameters_beside_table
 from engram_hf.configuration_engram import FORMAT_VERSION
+from engram_hf.plain_config_engram import VARIANTS, parameters_beside_table
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -33,6 +33,8 @@ FAMILIES = [
         # The files below are not uploaded, and no file above imports them; only the first goes with models that read images.
         "multimodal_engram",
         "claiming_engram",
+        "claimed_saving_engram",
+        "plain_config_engram",
         "backbone_engram",
         "adding_engram",
         "table_writer_engram",
@@ -40,6 +42,7 @@ FAMILIES = [
         "card_engram",
     ],
     [
+        "fields_deepseek_v41",
         "configuration_vision_deepseek_v41",
         "configuration_deepseek_v41",
         "cache_deepseek_v41",

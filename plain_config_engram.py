@@ -1,4 +1,4 @@
-"""config.json of a model with memory and the hash stored beside its weights, read without transformers and torch.
+"""config.json of a model with memory and the hash stored beside its weights, without transformers and torch.
 
 Importing these takes seconds, which a command that runs no model saves. What is read here is taken only if it is plainly right:
 of anything else the functions return None, and the caller reads it with the model's own classes, which know defaults of backbones
@@ -7,15 +7,48 @@ and fields of earlier versions, and say what is wrong.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
-    from engram_hf.safetensors_engram import TensorSpan
+from .safetensors_engram import FileFormatError, TensorSpan, are_counts, read_json, reading
+from .table_format_engram import QUANTIZED_FORMATS, draw_multipliers, draw_primes
+
+# The fields in which the two published forms of Engram differ: arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "engram_max_ngram_size": 3,
+        "engram_n_heads": 8,
+        "engram_head_dim": 64,
+        "engram_bias": True,
+        "engram_conv_kernel_size": 4,
+        "engram_norm_eps": None,
+        "engram_zero_gate_sign": 0,
+    },
+    "v4.1": {
+        "engram_max_ngram_size": 4,
+        "engram_n_heads": 8,
+        "engram_head_dim": 256,
+        "engram_vocab_size": 16_000_000,
+        "engram_bias": False,
+        "engram_conv_kernel_size": 0,
+        "engram_norm_eps": 1e-20,
+        "engram_zero_gate_sign": 1,
+    },
+}
+# The defaults of the other fields, as `EngramConfig` has them.
+DEFAULTS: dict[str, Any] = {
+    "engram_added_tokens": 0,
+    "engram_compressed_vocab_size": None,
+    "engram_conv_norm_eps": 1e-5,
+    "engram_format_version": 2,
+    "engram_pad_token_id": 2,
+    "engram_seed": 0,
+    "engram_table_dtype": None,
+}
 
 _FIELDS = {
     "engram_added_tokens",
@@ -42,6 +75,7 @@ _OTHERS = {
     "auto_map": dict,
     "dtype": str,
     "model_type": str,
+    "quantization_config": dict,
     "text_config": dict,
     "transformers_version": str,
 }
@@ -66,19 +100,58 @@ class StoredHash:
     layer_ids: tuple[int, ...]
     pad_token_id: int
     hash_vocab_size: int
-    primes: "np.ndarray"
-    multipliers: "np.ndarray"
-    token_map: "np.ndarray | None"
+    primes: np.ndarray
+    multipliers: np.ndarray
+    token_map: np.ndarray | None
 
 
-def read_plain_config(folder: Path) -> Any:
-    """The fields of config.json under the names that an `EngramConfig` has for them; None if they are not all plainly right."""
-    from engram_hf.safetensors_engram import FileFormatError, read_json
+class PlainConfig(SimpleNamespace):
+    """The fields of config.json under the names that an `EngramConfig` has for them; so are those of `text_config`."""
 
+    is_composite = False
+
+    @property
+    def bucket_counts(self) -> list[int]:
+        """Base bucket count of each order 2..N."""
+        counts = self.engram_vocab_size
+        return [counts] * (self.engram_max_ngram_size - 1) if type(counts) is int else counts
+
+    @property
+    def engram_row_width(self) -> int:
+        """Channels a position gathers in one layer."""
+        return (self.engram_max_ngram_size - 1) * self.engram_n_heads * self.engram_head_dim
+
+    @property
+    def engram_streams(self) -> int:
+        """Residual streams of the backbone."""
+        counts = (getattr(self.text_config, name, None) for name in ("hc_mult", "hc_count", "altup_num_inputs"))
+        return next(filter(None, counts), 1)
+
+
+def parameters_beside_table(config: Any) -> int:
+    """Parameters of one layer's memory apart from its table.
+
+    Args:
+        config: an `EngramConfig`, or a [`PlainConfig`].
+    """
+    hidden, streams = config.text_config.hidden_size, config.engram_streams
+    projection = (config.engram_row_width + int(config.engram_bias)) * hidden * (streams + 1)
+    norms = 2 * streams * hidden
+    conv = streams * hidden * (config.engram_conv_kernel_size + 1) if config.engram_conv_kernel_size else 0
+    return projection + norms + conv
+
+
+def read_plain_config(folder: Path) -> PlainConfig | None:
+    """What config.json of a model folder says; None if it is not all plainly right."""
     try:
         fields = read_json(folder / "config.json", constants=True)
     except FileFormatError:
         return None
+    return as_plain_config(fields)
+
+
+def as_plain_config(fields: Mapping[str, Any]) -> PlainConfig | None:
+    """The members of a config.json as an object; None if they are not all plainly right."""
     others = {name: value for name, value in fields.items() if name not in _FIELDS}
     if not all(type(value) is _OTHERS.get(name) for name, value in others.items()) or not fields.keys() >= _FIELDS:
         return None
@@ -89,16 +162,13 @@ def read_plain_config(folder: Path) -> Any:
     if vision is not None and not (isinstance(vision, dict) and type(vision.get("num_hidden_layers")) is int):
         return None
     text_config = SimpleNamespace(**{**text, "vision_config": None if vision is None else SimpleNamespace(**vision)})
-    config = SimpleNamespace(**{**fields, "text_config": text_config, "backbone": text_config})
+    config = PlainConfig(**{**fields, "text_config": text_config, "backbone": text_config})
     if not (_is_backbone(text) and _is_hash(config, text_config) and _is_fusion(config)):
         return None
-    config.bucket_counts = _bucket_counts(config)
     return config if config.engram_num_embeddings == [sum(map(sum, orders)) for orders in _primes(config)] else None
 
 
 def _is_backbone(text: Mapping[str, Any]) -> bool:
-    from engram_hf.safetensors_engram import are_counts
-
     sizes = [text.get(name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
     drafts = text.get("num_nextn_predict_layers")
     return isinstance(text.get("model_type"), str) and are_counts(sizes) and (drafts is None or are_counts([drafts]))
@@ -106,21 +176,19 @@ def _is_backbone(text: Mapping[str, Any]) -> bool:
 
 def _is_hash(config: Any, text_config: Any) -> bool:
     """Whether the fields of the hash have the types and bounds that `EngramConfig` asks for."""
-    from engram_hf.safetensors_engram import are_counts
-
     layers, vocab_size = config.engram_layer_ids, text_config.vocab_size
     orders, heads, pad = config.engram_max_ngram_size, config.engram_n_heads, config.engram_pad_token_id
     compressed, added = config.engram_compressed_vocab_size, config.engram_added_tokens
     counted = [orders, heads, pad, added, config.engram_seed, *([] if compressed is None else [compressed])]
-    if not are_counts(counted) or not are_counts(layers) or not are_counts(_bucket_counts(config)):
+    if not are_counts(counted) or not 2 <= orders <= _MOST_ORDERS or not are_counts(layers):
         return False
     return (
         0 < len(layers) == len(set(layers))
         and max(layers) < text_config.num_hidden_layers
-        and 2 <= orders <= _MOST_ORDERS
         and 0 < heads <= _MOST_HEADS
-        and len(_bucket_counts(config)) == orders - 1
-        and min(_bucket_counts(config)) > 0
+        and are_counts(config.bucket_counts)
+        and len(config.bucket_counts) == orders - 1
+        and min(config.bucket_counts) > 0
         and pad < vocab_size
         and (compressed is None or 0 < compressed <= vocab_size - added)
     )
@@ -128,9 +196,6 @@ def _is_hash(config: Any, text_config: Any) -> bool:
 
 def _is_fusion(config: Any) -> bool:
     """Whether the fields of the gated fusion and of the tables have the types and bounds that `EngramConfig` asks for."""
-    from engram_hf.safetensors_engram import are_counts
-    from engram_hf.table_format_engram import QUANTIZED_FORMATS
-
     width, dtype = config.engram_head_dim, config.engram_table_dtype
     epsilons = config.engram_norm_eps, config.engram_conv_norm_eps
     if not are_counts([width, config.engram_conv_kernel_size]) or dtype not in (None, *QUANTIZED_FORMATS):
@@ -145,48 +210,41 @@ def _is_fusion(config: Any) -> bool:
     )
 
 
-def _bucket_counts(config: Any) -> Any:
-    """As an `EngramConfig` has them, if the field is a number."""
-    counts = config.engram_vocab_size
-    return [counts] * (config.engram_max_ngram_size - 1) if type(counts) is int else counts
-
-
 def _primes(config: Any) -> list[list[list[int]]]:
-    from engram_hf.table_format_engram import draw_primes
-
     return draw_primes(len(config.engram_layer_ids), config.bucket_counts, config.engram_n_heads)
 
 
-def read_plain_hash(config: Any, spans: Mapping[str, "TensorSpan"]) -> StoredHash | None:
+def draw_hash(config: Any, token_map: np.ndarray | None = None) -> StoredHash:
+    """The hash that a config implies.
+
+    Args:
+        config: an `EngramConfig`, or a [`PlainConfig`].
+        token_map: int64 `[V]`, which a config does not imply; None without vocabulary compression, or if it does not matter.
+    """
+    layers, compressed = tuple(config.engram_layer_ids), config.engram_compressed_vocab_size
+    size = config.text_config.vocab_size if compressed is None else compressed
+    multipliers = draw_multipliers(layers, config.engram_max_ngram_size, size, config.engram_seed)
+    return StoredHash(layers, config.engram_pad_token_id, size, np.array(_primes(config)), multipliers, token_map)
+
+
+def read_plain_hash(config: Any, spans: Mapping[str, TensorSpan]) -> StoredHash | None:
     """The hash stored in `spans`, by `"primes"`, `"multipliers"` and `"token_map"`, if it is the one that the config implies.
 
     Args:
-        config: an `EngramConfig`, or what [`read_plain_config`] returns.
+        config: an `EngramConfig`, or a [`PlainConfig`].
     """
-    import numpy as np
-
-    from engram_hf.table_format_engram import draw_multipliers
-
-    compressed, vocab_size = config.engram_compressed_vocab_size, config.text_config.vocab_size
-    expected = {"primes": np.array(_primes(config)), "multipliers": None, "token_map": None}
-    size = vocab_size if compressed is None else compressed
-    expected["multipliers"] = draw_multipliers(
-        config.engram_layer_ids, config.engram_max_ngram_size, size, config.engram_seed
-    )
-    shapes = {name: array.shape for name, array in expected.items() if array is not None}
-    shapes |= {} if compressed is None else {"token_map": (vocab_size,)}
+    expected = draw_hash(config)
+    shapes = {"primes": expected.primes.shape, "multipliers": expected.multipliers.shape}
+    if config.engram_compressed_vocab_size is not None:
+        shapes["token_map"] = (config.text_config.vocab_size,)
     if {name: (span.dtype, span.shape) for name, span in spans.items()} != {n: ("I64", s) for n, s in shapes.items()}:
         return None
     found = {name: _read(span) for name, span in spans.items()}
-    if not all(np.array_equal(found[name], expected[name]) for name in ("primes", "multipliers")):
+    if not all(np.array_equal(found[name], getattr(expected, name)) for name in ("primes", "multipliers")):
         return None
-    return StoredHash(tuple(config.engram_layer_ids), config.engram_pad_token_id, size, **{"token_map": None, **found})
+    return replace(expected, **found)
 
 
-def _read(span: "TensorSpan") -> "np.ndarray":
-    import numpy as np
-
-    from engram_hf.safetensors_engram import reading
-
+def _read(span: TensorSpan) -> np.ndarray:
     with reading(span.path):
         return np.fromfile(span.path, "<i8", math.prod(span.shape), offset=span.offset).reshape(span.shape)
