@@ -14,14 +14,15 @@ from .hashing_engram import register_compression
 from .modeling_engram import EngramForCausalLM, EngramModel, EngramPreTrainedModel
 from .multimodal_engram import EngramForConditionalGeneration
 from .other_models import load_with_tables
-from .safetensors_engram import EngramError
+from .plain_config_engram import warn_of_newer_version
+from .safetensors_engram import VERSION, EngramError
 from .serving.continuous_batching import init_continuous_batching
 from .serving.lookback import read_lookback
 from .tokenization import EngramTokenizer
 from .tokenization.vocabulary_compression import set_refusal_class
 from .training import peft_defaults, rows_peft
 
-__version__ = "0.2.0"
+__version__ = VERSION
 __all__ = [
     "EngramConfig",
     "EngramError",
@@ -45,6 +46,7 @@ display.register()
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
 EngramPreTrainedModel.folder_writer = ClaimedFolderWriter
 EngramConfig.for_backbone = classmethod(config_for_backbone)
+EngramConfig.check_version = staticmethod(warn_of_newer_version)
 EngramForCausalLM.from_backbone = classmethod(add_memory)
 EngramForCausalLM.init_continuous_batching = init_continuous_batching
 EngramModel.read_lookback = read_lookback

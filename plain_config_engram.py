@@ -5,7 +5,10 @@ of anything else the functions return None, and the caller reads it with the mod
 and fields of earlier versions, and say what is wrong.
 """
 
+import functools
+import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .safetensors_engram import FileFormatError, TensorSpan, are_counts, read_json, reading
+from .safetensors_engram import VERSION, FileFormatError, TensorSpan, are_counts, read_json, reading
 from .table_format_engram import QUANTIZED_FORMATS, draw_multipliers, draw_primes
 
 # The fields in which the two published forms of Engram differ: arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
@@ -74,6 +77,7 @@ _OTHERS = {
     "architectures": list,
     "auto_map": dict,
     "dtype": str,
+    "engram_hf_version": str,
     "model_type": str,
     "quantization_config": dict,
     "text_config": dict,
@@ -82,6 +86,8 @@ _OTHERS = {
 # The known versions of these fields; the second one renamed the model's parameters.
 _FORMAT_VERSIONS = (1, 2)
 _MOST_ORDERS, _MOST_HEADS = 64, 1024
+# A child of transformers' logger, so that the verbosity that is set for transformers applies here, too.
+_logger = logging.getLogger(f"transformers.{__name__}")
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,26 @@ def parameters_beside_table(config: Any) -> int:
     return projection + norms + conv
 
 
+def warn_of_newer_version(saved_by: object) -> None:
+    """Warn once if a config was saved by a later minor version than this one; an earlier one, or none, is fine.
+
+    Args:
+        saved_by: `engram_hf_version` of the config.
+    """
+    if isinstance(saved_by, str):
+        _warn_of_newer_version(saved_by)
+
+
+@functools.cache
+def _warn_of_newer_version(saved_by: str) -> None:
+    found, own = (tuple(map(int, re.findall(r"\d+", version)[:2])) for version in (saved_by, VERSION))
+    if found > own:
+        _logger.warning(
+            f"This model was saved by engram-hf {saved_by}, but this is {VERSION}, which may not know all that its config says; "
+            "upgrade engram-hf."
+        )
+
+
 def read_plain_config(folder: Path) -> PlainConfig | None:
     """What config.json of a model folder says; None if it is not all plainly right."""
     try:
@@ -165,6 +191,7 @@ def as_plain_config(fields: Mapping[str, Any]) -> PlainConfig | None:
     config = PlainConfig(**{**fields, "text_config": text_config, "backbone": text_config})
     if not (_is_backbone(text) and _is_hash(config, text_config) and _is_fusion(config)):
         return None
+    warn_of_newer_version(fields.get("engram_hf_version"))
     return config if config.engram_num_embeddings == [sum(map(sum, orders)) for orders in _primes(config)] else None
 
 

@@ -28,6 +28,8 @@ try:
 except ModuleNotFoundError:  # not a Unix system
     fcntl = None
 
+# The version of engram-hf: setup.py, the package and every saved config have it from here.
+VERSION = "0.2.0"
 # The limit of safetensors' own reader; a longer header is damaged.
 MAX_HEADER_BYTES = 100_000_000
 # With more dimensions, the product of sizes could take minutes to compute.

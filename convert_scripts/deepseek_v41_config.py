@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from ..fields_deepseek_v41 import DRAFT_FIELDS, ROPE_SCALING, TextFields, VisionFields
 from ..plain_config_engram import DEFAULTS, VARIANTS, PlainConfig, StoredHash, as_plain_config, draw_hash
-from ..safetensors_engram import read_json
+from ..safetensors_engram import VERSION, read_json
 from ..table_format_engram import NO_ID, TableDescription, describe_table
 from ..tokenization.vocabulary_compression import TOKEN_MAP_FILE, build_token_map, token_map_bytes
 from .deepseek_v41 import DEEPSEEK_V41
@@ -207,6 +207,7 @@ def to_engram_fields(config: Mapping, dtype: str, dequantize_tables: bool) -> di
         "architectures": ["EngramForCausalLM"],
         "model_type": "engram",
         "dtype": "bfloat16" if dtype == "keep" else dtype,
+        "engram_hf_version": VERSION,
         "transformers_version": version("transformers"),
         **DEFAULTS,
         **VARIANTS["v4.1"],

@@ -19,9 +19,10 @@ from transformers import (
     ViTConfig,
 )
 
+import engram_hf
 from engram_hf import EngramConfig, EngramForCausalLM
 from engram_hf.configuration_engram import FORMAT_VERSION
-from engram_hf.plain_config_engram import VARIANTS, parameters_beside_table
+from engram_hf.plain_config_engram import VARIANTS, parameters_beside_table, read_plain_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -312,6 +313,27 @@ def test_every_released_format_still_loads(version):
         name: value for name, value in saved.items() if name.startswith("engram_")
     }
     assert {name: getattr(config.text_config, name) for name in text} == text
+
+
+def test_a_config_of_a_later_version_is_told_once(tmp_path, library_log):
+    """That of an earlier version, or of one that did not say, is fine; what loads is equal either way, and saves its own version."""
+    config = small()
+    config.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["engram_hf_version"] == engram_hf.__version__
+    major, minor, *_ = map(int, engram_hf.__version__.split("."))
+    later = {f"{major + 1}.0.0", f"{major}.{minor + 1}.0", f"{major}.{minor + 1}.0.dev1"}
+    for version in [*later, "0.1.0", f"{major}.{minor}.99", engram_hf.__version__, "", None, 3]:
+        (tmp_path / "config.json").write_text(json.dumps({**fields, "engram_hf_version": version}))
+        told = len(library_log)
+        for load in (EngramConfig.from_pretrained, AutoConfig.from_pretrained, read_plain_config, read_plain_config):
+            loaded = load(tmp_path)
+            assert loaded is None or load is read_plain_config or loaded.to_dict() == config.to_dict()
+        assert ["upgrade engram-hf" in message for message in library_log[told:]] == [True] * (version in later), (
+            version
+        )
+    del fields["engram_hf_version"]
+    assert EngramConfig.from_dict(fields).to_diff_dict() == config.to_diff_dict()
 
 
 # --- beside the backbone's config

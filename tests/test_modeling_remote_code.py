@@ -8,6 +8,7 @@ from child_processes import WITHOUT_PACKAGE, run_elsewhere
 from tiny_backbones import LAYER_IDS, build, built, tiny_tokenizer
 
 from engram_hf import EngramForCausalLM
+from engram_hf.safetensors_engram import VERSION
 
 # Refusing the import is stronger than hiding the path: an editable install adds its own finder.
 PRELUDE = (
@@ -114,6 +115,7 @@ def test_whichever_class_is_saved_the_folder_has_everything(part, tmp_path):
     assert sum(len((tmp_path / name).read_text().splitlines()) for name in files) <= 6140
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP and config["engram_layer_ids"] == LAYER_IDS
+    assert config["engram_hf_version"] == VERSION
 
 
 def test_a_saved_base_model_becomes_a_causal_one_elsewhere(tmp_path, run):
