@@ -1,6 +1,7 @@
 """`EngramConfig`: its rules, its defaults for a backbone, and what survives saving."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -321,7 +322,7 @@ def test_a_config_of_a_later_version_is_told_once(tmp_path, library_log):
     config.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["engram_hf_version"] == engram_hf.__version__
-    major, minor, *_ = map(int, engram_hf.__version__.split("."))
+    major, minor = map(int, re.findall(r"\d+", engram_hf.__version__)[:2])
     later = {f"{major + 1}.0.0", f"{major}.{minor + 1}.0", f"{major}.{minor + 1}.0.dev1"}
     for version in [*later, "0.1.0", f"{major}.{minor}.99", engram_hf.__version__, "", None, 3]:
         (tmp_path / "config.json").write_text(json.dumps({**fields, "engram_hf_version": version}))
