@@ -53,6 +53,7 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help='evaluation results as JSON: [{"task": "text-generation", "dataset": "NAME", "metric": "loss", "value": 2.5}, ...]',
     )
+    card.add_argument("--json", action="store_true", help="print one JSON document: the metadata, and the whole card")
     card.set_defaults(run=run_card, runs_no_model=True)
 
 
@@ -79,6 +80,8 @@ def _find(name: str) -> dict[str, Any]:
 
 def run_card(options: argparse.Namespace) -> None:
     """Print the card of the model in `options.folder`."""
+    from huggingface_hub import ModelCard
+
     from engram_hf.card_engram import model_card
 
     fields = {
@@ -91,7 +94,11 @@ def run_card(options: argparse.Namespace) -> None:
     if count is None or not _is_language_model_alone(config):
         config, count = read_whole_config(folder), None  # the backbone's own classes count
     given = {name: value for name, value in fields.items() if value}
-    print(model_card(config, options.repo_id, count, **given), end="")
+    text = model_card(config, options.repo_id, count, **given)
+    if options.json:
+        print_json({"metadata": ModelCard(text).data.to_dict(), "card": text})
+    else:
+        print(text, end="")
 
 
 def _is_language_model_alone(config: Any) -> bool:

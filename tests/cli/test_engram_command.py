@@ -223,6 +223,8 @@ def test_inspect_a_folder_of_tables_alone(engram, copy):
 def test_card(engram, saved):
     card = engram("card", saved, "--repo-id", "me/model", "--license", "mit")
     assert "\nlicense: mit\n" in card and '"me/model"' in card
+    found = json.loads(engram("card", saved, "--repo-id", "me/model", "--license", "mit", "--json"))
+    assert found["card"] == card and found["metadata"]["license"] == "mit"
 
 
 def test_card_with_results(engram, complaint, saved, tmp_path):
