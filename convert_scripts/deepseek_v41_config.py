@@ -224,16 +224,21 @@ def to_engram_fields(config: Mapping, dtype: str, dequantize_tables: bool) -> di
 
 def _text_fields(text: Mapping, vision: Mapping | None, image_token_id: int | None) -> dict[str, Any]:
     """The backbone's part of our config.json, checked."""
+    fields = _checked({**text, "vision_config": vision, "image_token_id": image_token_id})
+    kept = {name: value for name, value in text.items() if name != "rope_scaling"}
+    vision = fields.vision_config and {"model_type": "deepseek_v41_vision", **vars(fields.vision_config)}
+    return {**kept, **vars(fields), "model_type": "deepseek_v41_text", "vision_config": vision}
+
+
+def _checked(text: Mapping) -> TextFields:
     known = {name: text[name] for name in _names(TextFields) & text.keys()}
-    kept = {name: value for name, value in text.items() if name not in known and name != "rope_scaling"}
     try:
-        fields = TextFields(**known, vision_config=_vision_fields(vision, known), image_token_id=image_token_id)
+        fields = TextFields(**{**known, "vision_config": _vision_fields(text.get("vision_config"), known)})
         fields.fill_in(fields.rope_parameters or text.get("rope_scaling", ROPE_SCALING) or {})
         fields.check()
     except (ValueError, TypeError) as error:
         raise ConversionError(f"config.json of the checkpoint is not valid: {error}") from error
-    vision = fields.vision_config and {"model_type": "deepseek_v41_vision", **vars(fields.vision_config)}
-    return {**kept, **vars(fields), "model_type": "deepseek_v41_text", "vision_config": vision}
+    return fields
 
 
 def _vision_fields(vision: Mapping | None, text: Mapping) -> VisionFields | None:
@@ -272,13 +277,12 @@ def to_upstream_config(ours: Mapping) -> dict:
     if missing:
         raise ConversionError(f"config.json lacks {missing[0]!r}; is it the config of a model with memory?")
     text |= {name: ours[name] for name in _ENGRAM_FIELDS}
-    rope = TextFields(**{name: text[name] for name in _names(TextFields) & text.keys()})
-    rope.fill_in(rope.rope_parameters or text.get("rope_scaling", ROPE_SCALING) or {})
+    rope_scaling = _checked(text).upstream_rope_scaling
     image_token_id, vision = text.pop("image_token_id", None), text.pop("vision_config", None)
     added = ("rope_parameters", "layer_types", "dtype", "transformers_version", "architectures", "draft")
     for derived in (*added, "dspark_confidence_threshold"):
         text.pop(derived, None)
-    text["rope_scaling"] = rope.upstream_rope_scaling
+    text["rope_scaling"] = rope_scaling
     return {
         "architectures": ["DeepseekV41ForCausalLM"],
         "model_type": DEEPSEEK_V41.name,
