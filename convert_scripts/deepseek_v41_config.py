@@ -76,25 +76,10 @@ _VISION_FIELDS = (
 )
 
 
-# Members that transformers writes into every config.
+# Members that transformers writes into every config, but for those that begin with an underscore, which describe the file.
 _EVERY_CONFIG = (
-    *(
-        "_name_or_path",
-        "architectures",
-        "chunk_size_feed_forward",
-        "dtype",
-        "id2label",
-        "is_encoder_decoder",
-        "label2id",
-    ),
-    *(
-        "model_type",
-        "output_attentions",
-        "output_hidden_states",
-        "problem_type",
-        "return_dict",
-        "transformers_version",
-    ),
+    *("architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder", "label2id", "model_type"),
+    *("output_attentions", "output_hidden_states", "problem_type", "return_dict", "transformers_version"),
 )
 # Members that a config.json may have at its top level.
 _TOP_FIELDS = (
@@ -147,7 +132,8 @@ def _refuse_unknown_fields(config: Mapping) -> None:
     for part, fields, known in parts:
         for name, value in fields.items():
             # `EngramConfig` refuses fields of the memory itself.
-            if name not in known and value is not None and not (part == "text_config." and name.startswith("engram_")):
+            others = ("_", "engram_") if part == "text_config." else "_"
+            if name not in known and value is not None and not name.startswith(others):
                 raise ConversionError(
                     f"config.json has {part + name!r}, which this version does not know, so the model would be computed without "
                     "it; a newer version may know it, and if you know that it changes nothing, take it out of config.json."

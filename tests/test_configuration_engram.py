@@ -329,7 +329,7 @@ def test_a_config_of_a_later_version_is_told_once(tmp_path, library_log):
         told = len(library_log)
         for load in (EngramConfig.from_pretrained, AutoConfig.from_pretrained, read_plain_config, read_plain_config):
             loaded = load(tmp_path)
-            assert loaded is None or load is read_plain_config or loaded.to_dict() == config.to_dict()
+            assert load is read_plain_config or loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
         assert ["upgrade engram-hf" in message for message in library_log[told:]] == [True] * (version in later), (
             version
         )
