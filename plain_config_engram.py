@@ -269,7 +269,7 @@ def read_plain_hash(config: Any, spans: Mapping[str, TensorSpan]) -> StoredHash 
     found = {name: _read(span) for name, span in spans.items()}
     if not all(np.array_equal(found[name], getattr(expected, name)) for name in ("primes", "multipliers")):
         return None
-    return replace(expected, **found)
+    return replace(expected, token_map=found.get("token_map"))
 
 
 def _read(span: TensorSpan) -> np.ndarray:
