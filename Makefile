@@ -18,7 +18,7 @@ evidence: $(VENV)/.installed  ## the six experiments of docs/evidence.md with ti
 	$(ONE_THREAD) $(BIN)/python -m experiments run --preset quick --results out/evidence
 	$(ONE_THREAD) $(BIN)/python -m experiments report --preset quick --results out/evidence --page out/evidence/evidence.md
 
-test: check run-tests  ## style and types, then all but the slow tests on two processes
+test: check run-tests  ## style, types and documentation, then all but the slow tests on two processes
 
 test-oldest:  ## tests with the oldest versions that setup.py allows
 	$(MAKE) run-tests VENV=.venv-$(OLDEST) CONSTRAINTS=constraints/transformers-$(OLDEST).txt
@@ -54,7 +54,7 @@ kills: $(VENV)/.installed  ## 100 kills each of convert, export, quantize, demo,
 soak: $(VENV)/.installed  ## 20 minutes of mixed requests on mapped tables, adapters switched between them
 	$(ONE_THREAD) $(BIN)/python tests/faults/soak.py --minutes 20 $(TRIAL_ARGS)
 
-check: $(VENV)/.installed  ## what CI says about style, types and prose
+check: $(VENV)/.installed docs  ## what CI says about style, prose, types and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python docs/tools/check_prose.py

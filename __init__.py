@@ -7,14 +7,15 @@ from . import display
 from .adding_engram import add_memory, config_for_backbone
 from .backbone_engram import require_backbone, require_decoder
 from .card_engram import write_model_card
-from .claiming_engram import ClaimedFolderWriter
+from .claimed_saving_engram import ClaimedFolderWriter
 from .configuration_engram import EngramConfig
 from .convert_scripts import direct_loading
 from .hashing_engram import register_compression
 from .modeling_engram import EngramForCausalLM, EngramModel, EngramPreTrainedModel
 from .multimodal_engram import EngramForConditionalGeneration
 from .other_models import load_with_tables
-from .safetensors_engram import EngramError
+from .plain_config_engram import warn_of_newer_version
+from .safetensors_engram import VERSION, EngramError
 from .serving.admission import generate_batch
 from .serving.continuous_batching import init_continuous_batching
 from .serving.lookback import read_lookback
@@ -22,7 +23,7 @@ from .tokenization import EngramTokenizer
 from .tokenization.vocabulary_compression import set_refusal_class
 from .training import peft_defaults, rows_peft
 
-__version__ = "0.2.0"
+__version__ = VERSION
 __all__ = [
     "EngramConfig",
     "EngramError",
@@ -46,6 +47,7 @@ display.register()
 EngramPreTrainedModel.write_model_card = staticmethod(write_model_card)
 EngramPreTrainedModel.folder_writer = ClaimedFolderWriter
 EngramConfig.for_backbone = classmethod(config_for_backbone)
+EngramConfig.check_version = staticmethod(warn_of_newer_version)
 EngramForCausalLM.from_backbone = classmethod(add_memory)
 EngramForCausalLM.init_continuous_batching = init_continuous_batching
 EngramForCausalLM.generate_batch = generate_batch

@@ -7,7 +7,6 @@ import copy
 import itertools
 import os
 from bisect import bisect_left
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,31 +17,9 @@ from .configuration_engram import EngramConfig
 from .hashing_engram import as_token_map
 from .layer_engram import require_extensible
 from .modeling_engram import EngramForCausalLM
+from .plain_config_engram import VARIANTS, parameters_beside_table
 from .safetensors_engram import EngramError
 from .table_format_engram import is_prime
-
-# The fields in which the two published forms of Engram differ: arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "engram_max_ngram_size": 3,
-        "engram_n_heads": 8,
-        "engram_head_dim": 64,
-        "engram_bias": True,
-        "engram_conv_kernel_size": 4,
-        "engram_norm_eps": None,
-        "engram_zero_gate_sign": 0,
-    },
-    "v4.1": {
-        "engram_max_ngram_size": 4,
-        "engram_n_heads": 8,
-        "engram_head_dim": 256,
-        "engram_vocab_size": 16_000_000,
-        "engram_bias": False,
-        "engram_conv_kernel_size": 0,
-        "engram_norm_eps": 1e-20,
-        "engram_zero_gate_sign": 1,
-    },
-}
 
 
 def config_for_backbone(
@@ -118,15 +95,6 @@ def _compressed_size(tokenizer, text_config: PreTrainedConfig) -> int:
             "resize the backbone with resize_token_embeddings(len(tokenizer)) first."
         )
     return int(token_map.max()) + 1
-
-
-def parameters_beside_table(config: EngramConfig) -> int:
-    """Parameters of one layer's memory apart from its table."""
-    hidden, streams = config.text_config.hidden_size, config.engram_streams
-    projection = (config.engram_row_width + int(config.engram_bias)) * hidden * (streams + 1)
-    norms = 2 * streams * hidden
-    conv = streams * hidden * (config.engram_conv_kernel_size + 1) if config.engram_conv_kernel_size else 0
-    return projection + norms + conv
 
 
 def count_parameters(config: PreTrainedConfig) -> int:

@@ -2,16 +2,18 @@
 
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoModel, PreTrainedConfig
+from huggingface_hub import ModelCard, ModelCardData
 
-from .adding_engram import count_parameters, parameters_beside_table
-from .configuration_engram import EngramConfig
-from .table_engram import EngramTable
+from .plain_config_engram import PlainConfig, parameters_beside_table
+from .safetensors_engram import tensor_bytes
+from .table_format_engram import ROW_FORMATS, RowFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .configuration_engram import EngramConfig
 
 # transformers' `create_and_tag_model_card` writes this text for a repository without a card.
 _PLACEHOLDER = "This model card has been automatically generated."
@@ -21,12 +23,19 @@ _PROMPT = "The capital of France is"
 _LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
-def model_card(config: EngramConfig, repo_id: str | None = None, **metadata: Any) -> str:
+def model_card(
+    config: "EngramConfig | PlainConfig",
+    repo_id: str | None = None,
+    backbone_parameters: int | None = None,
+    **metadata: Any,
+) -> str:
     """Return a model card: the YAML block that the Hub reads, and a description for readers.
 
     Args:
-        config: of the model the card describes.
+        config: of the model the card describes; a [`PlainConfig`] if that has no other parts than its language model.
         repo_id: Hub id of the model, for the title and the loading example.
+        backbone_parameters: of the language model without its memory, if they are known. Otherwise they are counted with
+            the backbone's own classes, which imports transformers.
         **metadata: fields of `huggingface_hub.ModelCardData`, such as `license`, `base_model`, `language` or
             `eval_results`. `tags` are added to the card's own, and `widget` replaces its example of a prompt.
     """
@@ -38,11 +47,11 @@ def model_card(config: EngramConfig, repo_id: str | None = None, **metadata: Any
     if fields.get("eval_results"):
         fields.setdefault("model_name", (repo_id or "this model").split("/")[-1])
     data = ModelCardData(tags=tags, **fields)
-    return f"---\n{data.to_yaml()}\n---\n\n{_body(config, repo_id or 'path/to/this/model', data)}"
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(config, repo_id or 'path/to/this/model', data, backbone_parameters)}"
 
 
 def write_model_card(
-    path: str | os.PathLike, config: EngramConfig, repo_id: str, token: str | bool | None = None
+    path: str | os.PathLike, config: "EngramConfig", repo_id: str, token: str | bool | None = None
 ) -> None:
     """Replace the placeholder card that transformers saved at `path`; a card with any other text is left alone.
 
@@ -62,8 +71,11 @@ def write_model_card(
         file.write(text)
 
 
-def _provenance(text_config: PreTrainedConfig, token: str | bool | None) -> dict[str, Any]:
+def _provenance(text_config: "PreTrainedConfig", token: str | bool | None) -> dict[str, Any]:
     """Return `base_model` and the licence fields, as far as the Hub has them for the backbone's repository."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     name = text_config.name_or_path or ""
     if not _HUB_ID.fullmatch(name) or os.path.exists(name):
         return {}
@@ -76,9 +88,11 @@ def _provenance(text_config: PreTrainedConfig, token: str | bool | None) -> dict
     return {"base_model": name, **{field: stated[field] for field in _LICENCE_FIELDS if stated.get(field)}}
 
 
-def _body(config: EngramConfig, repo_id: str, data: ModelCardData) -> str:
+def _body(config: Any, repo_id: str, data: ModelCardData, backbone_parameters: int | None) -> str:
     layers = f"layer{'s' if len(config.engram_layer_ids) > 1 else ''} {_enumerate(config.engram_layer_ids)}"
-    facts = "\n".join(f"| {name} | {fact} |" for name, fact in _facts(config, data.base_model).items())
+    facts = "\n".join(
+        f"| {name} | {fact} |" for name, fact in _facts(config, data.base_model, backbone_parameters).items()
+    )
     model, tokenizer = ("ImageTextToText", "Processor") if config.is_composite else ("CausalLM", "Tokenizer")
     return f"""# {repo_id.split("/")[-1]}
 
@@ -113,9 +127,12 @@ use this repository's tokenizer, and pass `input_ids` even where you pass `input
 """
 
 
-def _facts(config: EngramConfig, base_model: str | None) -> dict[str, str]:
-    text = config.text_config
-    backbone, memory = count_parameters(config.backbone), _memory_parameters(config)
+def _facts(config: Any, base_model: str | None, backbone: int | None) -> dict[str, str]:
+    if backbone is None:
+        from .adding_engram import count_parameters
+
+        backbone = count_parameters(config.backbone)
+    text, memory = config.text_config, _memory_parameters(config)
     source = f"[{base_model}](https://huggingface.co/{base_model}), " if base_model else ""
     rows = _enumerate([f"{count:,}" for count in config.engram_num_embeddings])
     compressed = config.engram_compressed_vocab_size
@@ -135,10 +152,13 @@ def _facts(config: EngramConfig, base_model: str | None) -> dict[str, str]:
     }
 
 
-def _other_parts(text: PreTrainedConfig) -> dict[str, str]:
+def _other_parts(text: Any) -> dict[str, str]:
     """What a model reads and does beside text, as far as its config says so."""
     vision, drafts, parts = getattr(text, "vision_config", None), getattr(text, "dspark_block_size", None), {}
     if vision is not None:
+        import torch
+        from transformers import AutoModel
+
         with torch.device("meta"):
             count = AutoModel.from_config(vision).num_parameters()
         tower = f"a tower of {vision.num_hidden_layers} layers, {_amount(count)} parameters"
@@ -158,23 +178,25 @@ def _licence_sentence(data: ModelCardData) -> str:
     return f"{stated}, as the backbone's." if data.base_model else f"{stated}."
 
 
-def _memory_parameters(config: EngramConfig) -> int:
+def _memory_parameters(config: Any) -> int:
     beside = len(config.engram_layer_ids) * parameters_beside_table(config)
     return sum(config.engram_num_embeddings) * config.engram_head_dim + beside
 
 
-def _table_dtype(config: EngramConfig) -> str:
-    return config.engram_table_dtype or str(config.dtype or torch.float32).removeprefix("torch.")
+def _table_dtype(config: Any) -> str:
+    return config.engram_table_dtype or str(config.dtype or "float32").removeprefix("torch.")
 
 
-def _table_bytes(config: EngramConfig) -> int:
-    """Bytes of all rows with their scales, from what one row takes."""
-    dtype = None if config.engram_table_dtype else getattr(torch, _table_dtype(config))
-    row = EngramTable(1, config.engram_head_dim, config.engram_table_dtype, device="meta", dtype=dtype)
-    return sum(config.engram_num_embeddings) * sum(parameter.nbytes for parameter in row.parameters())
+def _table_bytes(config: Any) -> int:
+    """Bytes of all rows with their scales."""
+    formats, width = {form.name: form for form in ROW_FORMATS.values()}, config.engram_head_dim
+    form = formats.get(_table_dtype(config), RowFormat("float64", "F64"))
+    row = tensor_bytes(form.dtype, [width // form.packed])
+    row += tensor_bytes(form.scale_dtype, [form.scales(width)]) if form.scale_dtype else 0
+    return sum(config.engram_num_embeddings) * row
 
 
-def _orders(config: EngramConfig) -> str:
+def _orders(config: Any) -> str:
     largest = config.engram_max_ngram_size
     return f"2 to {largest}" if largest > 2 else "2"
 

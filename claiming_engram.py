@@ -1,7 +1,4 @@
-"""Folders that one process writes to at a time, as conversions do.
-
-The code beside a saved model does without: saves wait for each other there, too, but not for a conversion.
-"""
+"""Folders that one process writes to at a time, as conversions do; importing it imports neither torch nor transformers."""
 
 import contextlib
 import errno
@@ -10,15 +7,11 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from .safetensors_engram import EngramError, lock_file, still_names
-from .saving_engram import EXCHANGE_PREFIX, POLL_SECONDS, SAVE_PREFIX, FolderWriter
+from .safetensors_engram import EXCHANGE_PREFIX, POLL_SECONDS, SAVE_PREFIX, EngramError, lock_file, still_names
 
 LOCK_NAME = ".engram-lock"
-# Seconds that a save waits for other saves that are being put in place in the same folder.
-SAVE_WAITS = 60.0
 
 
 def is_hidden_file(name: str) -> bool:
@@ -171,34 +164,3 @@ def _has_ended(holder: dict) -> bool:
     except OSError as error:
         return isinstance(error, ProcessLookupError)
     return False
-
-
-class ClaimedFolderWriter(FolderWriter):
-    """A [`~saving_engram.FolderWriter`] that keeps out whoever claims its target while it puts files in place.
-
-    Raises:
-        FolderInUseError: another process holds the claim for too long; nothing was changed.
-    """
-
-    def _begin(self) -> None:
-        FolderClaim(self.target).make_folder()  # which says what to do if that is not possible
-        super()._begin()
-
-    def publish(
-        self,
-        is_stale: Callable[[str], bool] = lambda name: False,
-        last: str | None = None,
-        is_claimed: bool = False,
-    ) -> None:
-        """As in [`~saving_engram.FolderWriter`].
-
-        Args:
-            is_claimed: whether the caller holds the claim of the target. Otherwise other saves to it are waited for.
-        """
-        claim = FolderClaim(self.target)
-        try:
-            if not is_claimed and self.names is None:
-                claim.take(SAVE_WAITS)
-            super().publish(is_stale, last)
-        finally:
-            claim.release()

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import CONFIG_MAPPING
 
-from .safetensors_engram import EngramError
+from .safetensors_engram import VERSION, EngramError
 from .table_format_engram import QUANTIZED_FORMATS, draw_primes
 
 # In version 2, parameters have the names of the backbone's own class, without the prefix `backbone.` of version 1.
@@ -211,10 +211,12 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     engram_table_dtype: str | None = None
     engram_format_version: int = FORMAT_VERSION
     backbone_config: dict | PreTrainedConfig | None = None
-    # Called with a backbone's config to make the one of a model with memory; the package engram_hf sets it.
+    # Called with a backbone's config, and with the version that saved a config; the package sets both (code beside a model is as new).
     for_backbone: ClassVar[Any] = staticmethod(needs_package)
+    check_version: ClassVar[Any] = staticmethod(lambda version: None)
 
     def __post_init__(self, **kwargs):
+        self.check_version(kwargs.pop("engram_hf_version", None))
         self._refuse_unknown(kwargs)
         # They are hidden from the base class, which would fill in defaults of attributes that the backbone has.
         text, whole = (vars(self).pop(name) for name in ("text_config", "backbone_config"))
@@ -443,8 +445,8 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         return "multimodal_engram" if self.is_composite else remote_module(self.text_config.model_type)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; remote code begins with the module that brings the backbone, if it needs one."""
-        fields = super().to_dict()
+        """As in transformers, with the version of this code; remote code begins with the module that brings the backbone."""
+        fields = {**super().to_dict(), "engram_hf_version": VERSION}
         if self.is_composite:
             memory = {name: value for name, value in fields["text_config"].items() if name.startswith("engram_")}
             fields = {**memory, **fields}

@@ -2,21 +2,10 @@
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .safetensors_engram import EngramError
-
-_POSITIVE_INTEGERS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "patch_size",
-    "downsample_ratio",
-    "min_pixels",
-    "out_hidden_size",
-)
+from .fields_deepseek_v41 import VisionFields
 
 
-class DeepseekV41VisionConfig(PreTrainedConfig):
+class DeepseekV41VisionConfig(VisionFields, PreTrainedConfig):
     r"""
     Configuration of [`DeepseekV41VisionModel`]; the defaults are DeepSeek-V4.1-Flash.
 
@@ -46,47 +35,9 @@ class DeepseekV41VisionConfig(PreTrainedConfig):
     model_type = "deepseek_v41_vision"
     base_config_key = "vision_config"
 
-    hidden_size: int = 1024
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 16
-    intermediate_size: int = 2816
-    patch_size: int = 14
-    rope_theta: float = 10000.0
-    downsample_ratio: int = 3
-    out_hidden_size: int = 5120
-    max_image_tokens: int = 1024
-    min_pixels: int = 544 * 544
-    max_wh_ratio: float | None = None
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name in _POSITIVE_INTEGERS:
-            if getattr(self, name) < 1:
-                raise EngramError(f"`vision_config.{name}` must be a positive integer, got {getattr(self, name)}.")
-        if self.hidden_size % (4 * self.num_attention_heads):
-            raise EngramError(
-                f"`vision_config.hidden_size` must be a multiple of four times `num_attention_heads` "
-                f"{self.num_attention_heads}, got {self.hidden_size}."
-            )
-        check_limits(self.max_image_tokens, self.min_pixels, self.max_wh_ratio)
-
-
-def check_limits(max_image_tokens: int, min_pixels: int, max_wh_ratio: float | None) -> None:
-    """Refuse limits that no image, or not every image, can be fitted into.
-
-    Raises:
-        ValueError: names the limit, its value and what it should be.
-    """
-    if max_image_tokens < 4:
-        raise EngramError(
-            f"`max_image_tokens` is {max_image_tokens}; give at least 4: the start, one position, its row's end, the end."
-        )
-    if min_pixels < 1:
-        raise EngramError(f"`min_pixels` is {min_pixels}; give a positive number of pixels.")
-    if max_wh_ratio is not None and max_wh_ratio < 1:
-        raise EngramError(f"`max_wh_ratio` is {max_wh_ratio}; give at least 1 (width for a height of 1), or None.")
+        self.check()
 
 
 def known_copies(config_class: type) -> set[type]:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNorm, DeepseekV4RotaryEmbedding
 
 from .configuration_deepseek_v41 import DeepseekV41TextConfig
+from .fields_deepseek_v41 import DRAFT_FIELDS
 from .modeling_deepseek_v41 import (
     DeepseekV41Attention,
     DeepseekV41DecoderLayer,
@@ -27,17 +28,6 @@ from .modeling_deepseek_v41 import (
     open_streams,
 )
 from .safetensors_engram import EngramError
-
-# These fields of the text model's config describe the draft layers.
-DRAFT_FIELDS = (
-    "num_nextn_predict_layers",
-    "dspark_block_size",
-    "dspark_noise_token_id",
-    "dspark_target_layer_ids",
-    "dspark_markov_rank",
-    "dspark_n_routed_experts",
-    "dspark_num_experts_per_tok",
-)
 
 
 def has_drafts(config: DeepseekV41TextConfig) -> bool:

@@ -18,13 +18,10 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from .safetensors_engram import EngramError
-from .table_format_engram import draw_multipliers, draw_primes
+from .table_format_engram import NO_ID, draw_multipliers, draw_primes
 
 # The logger is a child of transformers', so that the verbosity that is set for transformers applies here, too.
 logger = logging.get_logger(f"transformers.{__name__}")
-
-# This is a position without a compressed id: padding, an image, an unknown token, or before the start of the sequence.
-NO_ID = -1
 
 
 def hash_ngrams(

@@ -24,7 +24,8 @@ from transformers import AutoImageProcessor, BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.processing_utils import ImagesKwargs
 
-from .configuration_vision_deepseek_v41 import DeepseekV41VisionConfig, check_limits
+from .configuration_vision_deepseek_v41 import DeepseekV41VisionConfig
+from .fields_deepseek_v41 import check_limits
 from .safetensors_engram import EngramError
 
 try:

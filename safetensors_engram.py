@@ -28,6 +28,8 @@ try:
 except ModuleNotFoundError:  # This is not a Unix system.
     fcntl = None
 
+# The version of engram-hf: setup.py, the package and every saved config read it from here.
+VERSION = "0.2.0"
 # This is the limit of safetensors' own reader; a longer header is damaged.
 MAX_HEADER_BYTES = 100_000_000
 # With more dimensions, the product of sizes could take minutes to compute.
@@ -49,6 +51,9 @@ _FICLONE = 0x40049409
 _WEIGHTS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 # The names of incomplete files end in this.
 UNFINISHED = ".unfinished"
+# Hidden folders inside a target: of a save that is being written, and of one that is whole and being put in place.
+SAVE_PREFIX, EXCHANGE_PREFIX = ".engram-save-", ".engram-exchange-"
+POLL_SECONDS = 0.01
 # A link is renamed at once after it is made.
 _LINK_SECONDS = 60
 # Systems and file systems without links, or without links between these two places, answer with these errors.

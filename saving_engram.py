@@ -26,6 +26,9 @@ from .loading_engram import (
 )
 from .row_sources_engram import MappedRows
 from .safetensors_engram import (
+    EXCHANGE_PREFIX,
+    POLL_SECONDS,
+    SAVE_PREFIX,
     EngramError,
     FileFormatError,
     FileWriter,
@@ -52,13 +55,10 @@ from .table_format_engram import (
     read_tables,
 )
 
-# These are hidden folders inside a target: of a save that is being written, and of one that is being put in place.
-SAVE_PREFIX, EXCHANGE_PREFIX = ".engram-save-", ".engram-exchange-"
 # Their files lie in a folder of the first name, beside a file that is locked during the save.
 _FILES, _LOCK = "files", "lock"
 # Loading waits this number of seconds for a save that is put in place.
 LOAD_WAITS = 10.0
-POLL_SECONDS = 0.01
 
 
 class FolderWriter:

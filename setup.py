@@ -7,7 +7,9 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+(VERSION,) = re.findall(
+    r'^VERSION = "(.+)"$', (ROOT / "safetensors_engram.py").read_text(encoding="utf-8"), re.MULTILINE
+)
 
 # This is transformers' own server, which `engram serve` starts; its command line imports requests, which transformers
 # 5.17 does not require.

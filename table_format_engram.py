@@ -53,6 +53,8 @@ KINDS = {
 }
 
 
+# This is a position without a compressed id: padding, an image, an unknown token, or before the start of the sequence.
+NO_ID = -1
 # `auto` lets tables use this share of the free memory: the backbone, a cache and other processes need the rest.
 _RESIDENT_SHARE, _PINNED_SHARE = 0.25, 0.5
 _INT64_MAX = np.iinfo(np.int64).max

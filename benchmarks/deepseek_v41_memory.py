@@ -9,12 +9,12 @@ stay float32). With `engram_residency="mapped"` the tables only need memory for 
 import argparse
 import math
 
-from engram_hf.adding_engram import VARIANTS
 from engram_hf.configuration_deepseek_v41 import DeepseekV41TextConfig
 from engram_hf.configuration_engram import EngramConfig
 from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
 from engram_hf.convert_scripts.deepseek_v41_config import to_upstream_config
 from engram_hf.convert_scripts.tensor_rules import TensorMapping, map_tensors
+from engram_hf.plain_config_engram import VARIANTS
 
 ITEM_BYTES = {"BF16": 2, "F32": 4}
 PARTS = ("tables", "routed experts", "rest of the text model", "tower and aligner", "drafts")

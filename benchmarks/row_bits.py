@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from engram_hf import EngramForCausalLM, EngramTokenizer
 from engram_hf.analysis.evaluation import Off
-from engram_hf.convert_scripts.number_formats import FP4_ROWS, decode, encode
+from engram_hf.convert_scripts.number_formats import decode, encode
+from engram_hf.convert_scripts.storage import FP4_ROWS
 from engram_hf.table_engram import apply_global_scale, dequantize_rows
 from engram_hf.table_writer_engram import quantize_rows
 

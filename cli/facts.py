@@ -63,7 +63,8 @@ def add_commands(commands: Any) -> None:
 
 def run_write(options: argparse.Namespace) -> None:
     """Write `options.facts` into rows, and save them in `options.output`."""
-    from engram_hf.claiming_engram import ClaimedFolderWriter, FolderClaim
+    from engram_hf.claimed_saving_engram import ClaimedFolderWriter
+    from engram_hf.claiming_engram import FolderClaim
     from engram_hf.training import write_facts
 
     folder, output = require_folder(options.model), Path(options.output)

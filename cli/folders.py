@@ -1,14 +1,19 @@
 """What the folders that commands are given hold."""
 
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .plain_config import StoredHash, read_plain_config, read_plain_hash
-
 if TYPE_CHECKING:
     from engram_hf.configuration_engram import EngramConfig
+    from engram_hf.plain_config_engram import StoredHash
     from engram_hf.safetensors_engram import TensorSpan
     from engram_hf.table_format_engram import StoredTable
+
+
+# Tensors of the memory, by their names in a checkpoint.
+_OF_THE_MEMORY = re.compile(r"(^|\.)(engram|hashing)\.")
 
 
 def require_folder(name: str, only: list[str] | None = None) -> Path:
@@ -56,6 +61,8 @@ def read_config(folder: Path) -> Any:
     Raises:
         ValueError: it holds another kind of model, a damaged config, or none.
     """
+    from engram_hf.plain_config_engram import read_plain_config
+
     return read_plain_config(folder) or read_whole_config(folder)
 
 
@@ -120,6 +127,30 @@ def _find_weights(folder: Path) -> tuple[Path | None, Path | None]:
     return find_weights(lambda name: path if (path := folder / name).exists() else None, None)
 
 
+def count_stored_parameters(folder: Path, name: str) -> int | None:
+    """How many parameters a language model has without its memory, from the headers of its weights; None if they do not tell.
+
+    They do not tell of quantized weights, which hold other numbers than the model computes with.
+
+    Args:
+        folder: the model folder.
+        name: what the command was given for it. Of a Hub id, the headers are read over the network.
+    """
+    from engram_hf.convert_scripts.command_line import Source
+    from engram_hf.safetensors_engram import read_weight_map
+
+    source, index = Source(folder, None if Path(name).is_dir() else name), find_index(folder)
+    try:
+        files = ["model.safetensors"] if index is None else sorted(set(read_weight_map(index).values()))
+        tensors = {name: span for file in files for name, span in source.read_shard(folder / file).tensors.items()}
+    except (ValueError, OSError):
+        return None
+    counted = [span for name, span in tensors.items() if not _OF_THE_MEMORY.search(name)]
+    if not all(span.dtype in ("F64", "F32", "BF16", "F16") for span in counted):
+        return None
+    return sum(math.prod(span.shape) for span in counted)
+
+
 def require_shards(folder: Path) -> None:
     """Raise ValueError if the index of a model folder names a file that is not there."""
     from engram_hf.safetensors_engram import read_weight_map
@@ -175,8 +206,9 @@ def check_model(folder: Path) -> "tuple[StoredHash, dict[int, StoredTable]]":
     return stored_hash, tables
 
 
-def _read_hash(folder: Path, config: Any) -> StoredHash:
+def _read_hash(folder: Path, config: Any) -> "StoredHash":
     """The hash of a saved model: the constants and the token map stored beside its weights."""
+    from engram_hf.plain_config_engram import read_plain_hash
     from engram_hf.safetensors_engram import read_header
 
     tensors = [tensor for path in weight_files(folder) for tensor in read_header(path).tensors.items()]
@@ -185,7 +217,7 @@ def _read_hash(folder: Path, config: Any) -> StoredHash:
     return read_plain_hash(config, spans) or _load_hash(folder, read_whole_config(folder), spans)
 
 
-def _load_hash(folder: Path, config: "EngramConfig", spans: "dict[str, TensorSpan]") -> StoredHash:
+def _load_hash(folder: Path, config: "EngramConfig", spans: "dict[str, TensorSpan]") -> "StoredHash":
     """The stored hash as the model's own module loads it: it reverses casts of these tensors, or says what is wrong with them.
 
     Raises:
@@ -196,6 +228,7 @@ def _load_hash(folder: Path, config: "EngramConfig", spans: "dict[str, TensorSpa
 
     from engram_hf import EngramConfig
     from engram_hf.hashing_engram import NgramHasher
+    from engram_hf.plain_config_engram import StoredHash
 
     with torch.device("meta"):  # a size that only a config states takes no memory
         expected = NgramHasher.from_config(config).state_dict()
@@ -219,7 +252,7 @@ def _load_hash(folder: Path, config: "EngramConfig", spans: "dict[str, TensorSpa
     return StoredHash(hasher.layer_ids, hasher.pad_token_id, hasher.hash_vocab_size, **arrays)
 
 
-def _require_same_token_map(folder: Path, stored_hash: StoredHash) -> None:
+def _require_same_token_map(folder: Path, stored_hash: "StoredHash") -> None:
     from engram_hf.table_check_engram import read_token_map
     from engram_hf.table_format_engram import TOKEN_MAP_NAME
 

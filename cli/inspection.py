@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .folders import (
+    count_stored_parameters,
     has_memory,
     is_model,
     read_config,
@@ -52,7 +53,8 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help='evaluation results as JSON: [{"task": "text-generation", "dataset": "NAME", "metric": "loss", "value": 2.5}, ...]',
     )
-    card.set_defaults(run=run_card)
+    card.add_argument("--json", action="store_true", help="print one JSON document: the metadata, and the whole card")
+    card.set_defaults(run=run_card, runs_no_model=True)
 
 
 def run_inspect(options: argparse.Namespace) -> None:
@@ -78,6 +80,8 @@ def _find(name: str) -> dict[str, Any]:
 
 def run_card(options: argparse.Namespace) -> None:
     """Print the card of the model in `options.folder`."""
+    from huggingface_hub import ModelCard
+
     from engram_hf.card_engram import model_card
 
     fields = {
@@ -85,8 +89,22 @@ def run_card(options: argparse.Namespace) -> None:
         "license": options.license,
         "eval_results": _read_results(options.results),
     }
-    config = read_whole_config(require_folder(options.folder, only=["*.json", "*.py"]))
-    print(model_card(config, options.repo_id, **{name: value for name, value in fields.items() if value}), end="")
+    folder = require_folder(options.folder, only=["*.json", "*.py"])
+    config, count = read_config(folder), count_stored_parameters(folder, options.folder)
+    if count is None or not _is_language_model_alone(config):
+        config, count = read_whole_config(folder), None  # the backbone's own classes count
+    given = {name: value for name, value in fields.items() if value}
+    text = model_card(config, options.repo_id, count, **given)
+    if options.json:
+        print_json({"metadata": ModelCard(text).data.to_dict(), "card": text})
+    else:
+        print(text, end="")
+
+
+def _is_language_model_alone(config: Any) -> bool:
+    """Whether a model has no vision tower and no draft layers, which a card tells of apart."""
+    parts = (getattr(config.text_config, name, None) for name in ("vision_config", "dspark_block_size"))
+    return not config.is_composite and not any(parts)
 
 
 def _read_results(name: str | None) -> list[Any]:

@@ -12,9 +12,8 @@ if TYPE_CHECKING:
 
     from engram_hf.configuration_engram import EngramConfig
     from engram_hf.hashing_engram import NgramHasher
+    from engram_hf.plain_config_engram import StoredHash
     from engram_hf.table_format_engram import StoredTable
-
-    from .plain_config import StoredHash
 
 
 def add_commands(commands: Any) -> None:

@@ -83,7 +83,7 @@ def _page_writer(name: str) -> "AbstractContextManager[FolderWriter]":
     Raises:
         ValueError: the folder does not exist, or the name is not that of a page.
     """
-    from engram_hf.claiming_engram import ClaimedFolderWriter
+    from engram_hf.claimed_saving_engram import ClaimedFolderWriter
 
     page = Path(name)
     if page.suffix.lower() not in (".html", ".htm"):

@@ -88,7 +88,8 @@ class QuantizedTable(NamedTuple):
 
 def run_quantize(options: argparse.Namespace) -> None:
     """Write `options.folder` to `options.target` with quantized tables."""
-    from engram_hf.claiming_engram import ClaimedFolderWriter, FolderClaim
+    from engram_hf.claimed_saving_engram import ClaimedFolderWriter
+    from engram_hf.claiming_engram import FolderClaim
     from engram_hf.table_format_engram import MANIFEST_NAME
 
     folder, target = require_folder(options.folder), options.target
@@ -362,14 +363,11 @@ def _copy_documents(folder: Path, target: Path, left_out: Path) -> None:
 
 def _renew_code(target: Path) -> None:
     """Replace remote code that came along: that of an older version may not know what the rows are now."""
-    from transformers.dynamic_module_utils import get_relative_import_files
+    from engram_hf.convert_scripts.remote_code import code_files
 
-    import engram_hf
-
-    for entry in ("modeling_engram.py", "auto_deepseek_v41.py"):
-        if (target / entry).exists():
-            own = Path(engram_hf.__file__).with_name(entry)
-            for path in (own, *map(Path, get_relative_import_files(own))):
+    for entry in ("modeling_engram", "auto_deepseek_v41"):
+        if (target / f"{entry}.py").exists():
+            for path in code_files(entry):
                 shutil.copyfile(path, target / path.name)
 
 

@@ -46,12 +46,14 @@ def plan_conversion(source: Source, options) -> Plan:
     from .deepseek_v41_config import (
         TEMPLATE,
         additions,
+        auto_map,
         check_config,
         first_layers,
         parsing_documents,
         processor_config,
         remote_code,
-        to_engram_config,
+        require_plain,
+        to_engram_fields,
     )
     from .import_plan import plan_import
     from .safetensors_files import read_checkpoint
@@ -73,27 +75,27 @@ def plan_conversion(source: Source, options) -> Plan:
     later -= {tensor.name for mapping in mappings for tensor in mapping.upstream}
     checkpoint = read_checkpoint(folder, lambda name: name not in later, source.read_shard)
     check_tensors(DEEPSEEK_V41, every, checkpoint.tensors, checkpoint.elsewhere)
-    ours = to_engram_config(config, options.dtype, options.dequantize_tables)
+    fields = to_engram_fields(config, options.dtype, options.dequantize_tables)
+    reads_images = fields["text_config"]["vision_config"] is not None
     documents = {"chat_template.jinja": TEMPLATE.read_bytes(), **parsing_documents(folder)}
     if options.dtype != "keep":
         # Weights that stay quantized are read by `direct_loading`, which is no part of the remote code.
-        documents |= remote_code(ours)
-    if ours.text_config.vision_config is not None:
+        fields["auto_map"] = auto_map(reads_images)
+        documents |= remote_code()
+    ours = require_plain(fields)
+    if reads_images:
         documents |= processor_config(ours)
-    ours_alone = additions(ours, folder, documents)
+    ours_alone = additions(fields, ours, folder, documents)
     return plan_import(DEEPSEEK_V41, checkpoint, config, mappings, options, ours_alone)
 
 
 def convert(source: str, target: Path, options, revision: str | None = None, as_json: bool = False) -> None:
     """Convert `source`, a folder or Hub id, into `target`."""
-    from .tensor_parts import single_threaded_tensors
-
     watch = Stopwatch()
     checkpoint = Source.open(source, revision)
     plan = plan_conversion(checkpoint, options)
     checkpoint.fetch_read_shards()
-    with single_threaded_tensors():
-        written = run_plan(plan, target)
+    written = run_plan(plan, target)
     print(watch.report(target, "wrote", written, as_json))
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..claiming_engram import FolderClaim, FolderInUseError, is_hidden_file
+from ..safetensors_engram import TensorSpan
 from .command_line import run_command
 from .safetensors_files import ConversionError, enumerate_names, read_shard
 
@@ -69,8 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_state(path: Path) -> dict[int, dict]:
-    """The demo's tensors by layer and by name below `engram`.
+def read_state(path: Path) -> dict[int, dict[str, TensorSpan]]:
+    """Where the demo's tensors are, by layer and by name below `engram`.
 
     Raises:
         ConversionError: no safetensors file, or one without memory.
@@ -79,19 +81,27 @@ def read_state(path: Path) -> dict[int, dict]:
         raise ConversionError(
             f"{path} is no .safetensors file; save the state dict with safetensors.torch.save_file first."
         )
-    read_shard(path)
-    from safetensors.torch import load_file
-
-    layers: dict[int, dict] = {}
-    for name, tensor in load_file(path).items():
+    layers: dict[int, dict[str, TensorSpan]] = {}
+    for name, span in read_shard(path).tensors.items():
         match = NAME.match(name)
         if match:
-            layers.setdefault(int(match[1]), {})[match[2]] = tensor
+            layers.setdefault(int(match[1]), {})[match[2]] = span
     if not layers:
         raise ConversionError(
             f"{path} holds no tensor named layers.L.engram.*; is it the state dict of the Engram demo?"
         )
     return layers
+
+
+def load_state(path: Path, layers: dict[int, dict[str, TensorSpan]]) -> dict[int, dict]:
+    """The demo's tensors themselves."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {
+            layer: {name: file.get_tensor(span.name) for name, span in state.items()}
+            for layer, state in layers.items()
+        }
 
 
 def convert_layer(state: dict, layer: int, streams: int) -> dict:
@@ -153,7 +163,7 @@ def load_memory(model, layers: dict[int, dict]) -> None:
         memory.load_state_dict(ours)
 
 
-def build_config_fields(layers: dict[int, dict], given: argparse.Namespace) -> dict:
+def build_config_fields(layers: dict[int, dict[str, TensorSpan]], given: argparse.Namespace) -> dict:
     """The memory's config fields, from the state dict's shapes and the command line."""
     ids = given.layer_ids or sorted(layers)
     if sorted(ids) != sorted(layers):
@@ -179,22 +189,22 @@ def build_config_fields(layers: dict[int, dict], given: argparse.Namespace) -> d
         "engram_conv_kernel_size": kernel,
         "engram_pad_token_id": given.pad_token_id,
         "engram_seed": given.seed,
-        "engram_num_embeddings": [len(layers[layer]["multi_head_embedding.embedding.weight"]) for layer in ids],
+        "engram_num_embeddings": [layers[layer]["multi_head_embedding.embedding.weight"].shape[0] for layer in ids],
     } | ({} if counts is None else {"engram_vocab_size": counts[0] if len(counts) == 1 else counts})
 
 
 def convert(given: argparse.Namespace) -> None:
     """Load everything, put it together, save the model and its tokenizer: both, or nothing."""
-    from ..claiming_engram import ClaimedFolderWriter, FolderClaim, FolderInUseError, is_hidden_file
-
+    state = read_state(given.state)
+    fields = build_config_fields(state, given)
+    layers = fields["layer_ids"]
     try:
-        with FolderClaim(given.target), ClaimedFolderWriter(given.target) as folder:
+        with FolderClaim(given.target):
             if strangers := [path for path in given.target.iterdir() if not is_hidden_file(path.name)]:
                 raise ConversionError(
                     f"{given.target} is not empty (it holds {strangers[0].name}); choose a new or an empty folder."
                 )
-            layers = _write(given, folder.path)
-            folder.publish(is_claimed=True)
+            _write(given, state, fields)
     except FolderInUseError as error:
         raise ConversionError(str(error)) from error
     said = {"target": str(given.target), "backbone": given.backbone, "layers": layers}
@@ -205,23 +215,23 @@ def convert(given: argparse.Namespace) -> None:
     )
 
 
-def _write(given: argparse.Namespace, target: Path) -> list[int]:
-    """Write the model and its tokenizer; returns the layers that have memory."""
+def _write(given: argparse.Namespace, state: dict[int, dict[str, TensorSpan]], fields: dict) -> None:
+    """Write the model and its tokenizer into the claimed target."""
     from transformers import AutoTokenizer
 
     from .. import EngramForCausalLM, EngramTokenizer
+    from ..claimed_saving_engram import ClaimedFolderWriter
 
-    layers = read_state(given.state)
-    fields = build_config_fields(layers, given)
     try:
         tokenizer = EngramTokenizer.from_tokenizer(AutoTokenizer.from_pretrained(given.tokenizer or given.backbone))
         model = EngramForCausalLM.from_backbone(given.backbone, tokenizer, variant="paper", **fields)
-        load_memory(model, layers)
+        load_memory(model, load_state(given.state, state))
     except (ValueError, OSError) as error:
         raise ConversionError(str(error)) from error
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    return fields["layer_ids"]
+    with ClaimedFolderWriter(given.target) as folder:
+        model.save_pretrained(folder.path)
+        tokenizer.save_pretrained(folder.path)
+        folder.publish(is_claimed=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

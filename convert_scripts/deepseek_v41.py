@@ -7,8 +7,8 @@ of DeepSeek-V4 under `model.`, with Engram's tensors in the `engram` submodule o
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .number_formats import BF16, F32, FP4_ROWS, FP8_BLOCKS, FP8_ROWS, LIKELY_BF16, LIKELY_F32, Storage
 from .safetensors_files import ConversionError
+from .storage import BF16, F32, FP4_ROWS, FP8_BLOCKS, FP8_ROWS, LIKELY_BF16, LIKELY_F32, Storage
 from .tensor_rules import Dimensions, Layout, Rule
 
 LAYER = "layers.{layer}."

@@ -1,32 +1,30 @@
 """DeepSeek-V4.1's config.json, both ways, and what it implies: fewer layers, the constants of the n-gram hash.
 
-Upstream nests everything of the language model, Engram's fields included, in `text_config`. Ours is an `EngramConfig`: the
-backbone in `text_config`, Engram's fields on top under the same names, and the quantization in transformers' terms.
+Upstream nests everything of the language model, Engram's fields included, in `text_config`. Ours is that of an `EngramConfig`:
+the backbone in `text_config`, Engram's fields on top under the same names, and the quantization in transformers' terms.
+
+Configs are plain dictionaries here, since importing transformers takes seconds.
 """
 
 import copy
+import json
 from collections.abc import Collection, Mapping
+from dataclasses import fields as dataclass_fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from tokenizers import Tokenizer
-from transformers import PreTrainedConfig
-from transformers.dynamic_module_utils import get_relative_import_files
 
-from .. import auto_deepseek_v41
-from ..adding_engram import VARIANTS
-from ..configuration_deepseek_v41 import DeepseekV41TextConfig
-from ..configuration_engram import EngramConfig
-from ..configuration_vision_deepseek_v41 import DeepseekV41VisionConfig
-from ..draft_deepseek_v41 import DRAFT_FIELDS
-from ..hashing_engram import NO_ID, NgramHasher
-from ..safetensors_engram import read_json
-from ..table_engram import SAFETENSORS_NAMES
-from ..table_format_engram import TableDescription, describe_table
+from ..fields_deepseek_v41 import DRAFT_FIELDS, ROPE_SCALING, TextFields, VisionFields
+from ..plain_config_engram import DEFAULTS, VARIANTS, PlainConfig, StoredHash, as_plain_config, draw_hash
+from ..safetensors_engram import VERSION, read_json
+from ..table_format_engram import NO_ID, TableDescription, describe_table
 from ..tokenization.vocabulary_compression import TOKEN_MAP_FILE, build_token_map, token_map_bytes
 from .deepseek_v41 import DEEPSEEK_V41
-from .import_plan import Additions
+from .import_plan import DTYPES, Additions
+from .remote_code import code_files
 from .safetensors_files import ConversionError
 from .streaming import Literal, Tensor, json_bytes
 from .tensor_rules import unquantized_modules
@@ -46,6 +44,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # The prefix of the hash constants in a state dict of this package.
 HASHING = "model.hashing"
+# The flat file with which the remote code of a converted model begins.
+_ENTRY = "auto_deepseek_v41"
 
 _QUANTIZATION = {"quant_method": "fp8", "weight_block_size": [32, 32], "scale_fmt": "ue8m0", "expert_dtype": "fp4"}
 _ENGRAM_FIELDS = (
@@ -76,6 +76,11 @@ _VISION_FIELDS = (
 )
 
 
+# Members that transformers writes into every config, but for those that begin with an underscore, which describe the file.
+_EVERY_CONFIG = (
+    *("architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder", "label2id", "model_type"),
+    *("output_attentions", "output_hidden_states", "problem_type", "return_dict", "transformers_version"),
+)
 # Members that a config.json may have at its top level.
 _TOP_FIELDS = (
     *("text_config", "vision_config", "image_token_id", "quantization_config", "auto_map", "torch_dtype"),
@@ -120,18 +125,23 @@ def _refuse_unknown_fields(config: Mapping) -> None:
                     f"config.json has {name} = {fields[name]!r}, the release's is {expected!r}; another rule is not known here."
                 )
     parts = (
-        ("", config, {*PreTrainedConfig().to_dict(), *_TOP_FIELDS, *_FIXED}),
-        ("text_config.", text, {*DeepseekV41TextConfig().to_dict(), *_TEXT_FIELDS, *DRAFT_FIELDS, *_FIXED}),
-        ("vision_config.", vision, {*DeepseekV41VisionConfig().to_dict(), *_VISION_FIELDS}),
+        ("", config, {*_EVERY_CONFIG, *_TOP_FIELDS, *_FIXED}),
+        ("text_config.", text, {*_EVERY_CONFIG, *_names(TextFields), *_TEXT_FIELDS, *DRAFT_FIELDS, *_FIXED}),
+        ("vision_config.", vision, {*_EVERY_CONFIG, *_names(VisionFields)}),
     )
     for part, fields, known in parts:
         for name, value in fields.items():
             # `EngramConfig` refuses fields of the memory itself.
-            if name not in known and value is not None and not (part == "text_config." and name.startswith("engram_")):
+            others = ("_", "engram_") if part == "text_config." else "_"
+            if name not in known and value is not None and not name.startswith(others):
                 raise ConversionError(
                     f"config.json has {part + name!r}, which this version does not know, so the model would be computed without "
                     "it; a newer version may know it, and if you know that it changes nothing, take it out of config.json."
                 )
+
+
+def _names(fields_class: type) -> set[str]:
+    return {field.name for field in dataclass_fields(fields_class)}
 
 
 def first_layers(config: Mapping, count: int) -> dict:
@@ -171,32 +181,79 @@ def _first_layers_of(fields: Mapping[str, Any], count: int) -> dict[str, Any]:
     return changed
 
 
-def to_engram_config(config: Mapping, dtype: str, dequantize_tables: bool) -> EngramConfig:
-    """Our config of an upstream one; `dtype` as in `ImportOptions`.
+def to_engram_fields(config: Mapping, dtype: str, dequantize_tables: bool) -> dict[str, Any]:
+    """Our config.json of an upstream one; `dtype` as in `ImportOptions`.
 
     Raises:
-        ConversionError: a field breaks a rule, for example a row count that is not the sum of the hash's primes.
+        ConversionError: a field of the backbone breaks a rule; `EngramConfig` checks those of the memory.
     """
     text = {key: value for key, value in config["text_config"].items() if not key.startswith("engram_")}
-    fields = {key: value for key, value in config["text_config"].items() if key.startswith("engram_")}
-    text.pop("model_type", None)
-    try:
-        ours = EngramConfig(
-            text_config=DeepseekV41TextConfig(
-                **text, vision_config=config.get("vision_config"), image_token_id=config.get("image_token_id")
-            ),
-            **{**VARIANTS["v4.1"], **fields},
-            engram_table_dtype=None if dequantize_tables else "float8_e4m3fn",
-            architectures=["EngramForCausalLM"],
-            dtype="bfloat16" if dtype == "keep" else dtype,
-        )
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"config.json of the checkpoint is not valid: {error}") from error
+    memory = {key: value for key, value in config["text_config"].items() if key.startswith("engram_")}
+    ours = {
+        "architectures": ["EngramForCausalLM"],
+        "model_type": "engram",
+        "dtype": "bfloat16" if dtype == "keep" else dtype,
+        "engram_hf_version": VERSION,
+        "transformers_version": version("transformers"),
+        **DEFAULTS,
+        **VARIANTS["v4.1"],
+        **memory,
+        "engram_table_dtype": None if dequantize_tables else "float8_e4m3fn",
+        "text_config": _text_fields(text, config.get("vision_config"), config.get("image_token_id")),
+    }
     if dtype == "keep":
         # transformers replaces all linear modules that are not named here by `fp8` ones.
         skipped = {"modules_to_not_convert": unquantized_modules(DEEPSEEK_V41)}
-        ours.quantization_config = {**config["quantization_config"], **skipped}
+        ours["quantization_config"] = {**config["quantization_config"], **skipped}
     return ours
+
+
+def _text_fields(text: Mapping, vision: Mapping | None, image_token_id: int | None) -> dict[str, Any]:
+    """The backbone's part of our config.json, checked."""
+    fields = _checked({**text, "vision_config": vision, "image_token_id": image_token_id})
+    kept = {name: value for name, value in text.items() if name != "rope_scaling"}
+    vision = fields.vision_config and {"model_type": "deepseek_v41_vision", **vars(fields.vision_config)}
+    return {**kept, **vars(fields), "model_type": "deepseek_v41_text", "vision_config": vision}
+
+
+def _checked(text: Mapping) -> TextFields:
+    known = {name: text[name] for name in _names(TextFields) & text.keys()}
+    try:
+        fields = TextFields(**{**known, "vision_config": _vision_fields(text.get("vision_config"), known)})
+        fields.fill_in(fields.rope_parameters or text.get("rope_scaling", ROPE_SCALING) or {})
+        fields.check()
+    except (ValueError, TypeError) as error:
+        raise ConversionError(f"config.json of the checkpoint is not valid: {error}") from error
+    return fields
+
+
+def _vision_fields(vision: Mapping | None, text: Mapping) -> VisionFields | None:
+    if vision is None or vision.get("num_hidden_layers") == 0:
+        return None
+    known = {name: vision[name] for name in _names(VisionFields) & vision.keys()}
+    fields = VisionFields(**{**known, "out_hidden_size": text.get("hidden_size", TextFields.hidden_size)})
+    fields.check()
+    return fields
+
+
+def require_plain(fields: Mapping[str, Any]) -> PlainConfig:
+    """Our config.json as an object.
+
+    Raises:
+        ConversionError: a field of the memory breaks a rule, for example a row count that is not the sum of the hash's primes.
+    """
+    plain = as_plain_config(fields)
+    if plain is None:
+        from .. import EngramConfig  # the class says what is wrong; this imports transformers
+
+        try:
+            EngramConfig.from_dict(copy.deepcopy(dict(fields)))
+        except (ValueError, TypeError) as error:
+            raise ConversionError(f"config.json of the checkpoint is not valid: {error}") from error
+        raise ConversionError(
+            "config.json of the checkpoint has a field of the memory in a form that cannot be converted; take the release's."
+        )
+    return plain
 
 
 def to_upstream_config(ours: Mapping) -> dict:
@@ -206,12 +263,12 @@ def to_upstream_config(ours: Mapping) -> dict:
     if missing:
         raise ConversionError(f"config.json lacks {missing[0]!r}; is it the config of a model with memory?")
     text |= {name: ours[name] for name in _ENGRAM_FIELDS}
-    rope = DeepseekV41TextConfig(**{key: value for key, value in text.items() if key != "model_type"})
+    rope_scaling = _checked(text).upstream_rope_scaling
     image_token_id, vision = text.pop("image_token_id", None), text.pop("vision_config", None)
     added = ("rope_parameters", "layer_types", "dtype", "transformers_version", "architectures", "draft")
     for derived in (*added, "dspark_confidence_threshold"):
         text.pop(derived, None)
-    text["rope_scaling"] = rope.upstream_rope_scaling
+    text["rope_scaling"] = rope_scaling
     return {
         "architectures": ["DeepseekV41ForCausalLM"],
         "model_type": DEEPSEEK_V41.name,
@@ -241,24 +298,20 @@ def without_missing_parts(config: Mapping, names: Collection[str]) -> dict:
     return config
 
 
-def build_hasher(config: EngramConfig, tokenizer: Tokenizer) -> NgramHasher:
+def build_hash(config: PlainConfig, tokenizer: Tokenizer) -> StoredHash:
     """The n-gram hash: token map from the checkpoint's tokenizer, multipliers and primes from the config.
 
     Raises:
         ConversionError: the tokenizer's compressed vocabulary is not of the size the tables were trained with.
     """
-    token_map = torch.from_numpy(build_token_map(tokenizer))
+    token_map, size = build_token_map(tokenizer), config.text_config.vocab_size
     found, expected = int(token_map.max()) + 1, config.engram_compressed_vocab_size
-    if found != expected or len(token_map) > config.vocab_size:
+    if found != expected or len(token_map) > size:
         raise ConversionError(
             f"tokenizer.json compresses {len(token_map)} ids to {found}, the tables were trained with {expected} of "
-            f"{config.vocab_size}; use the tokenizer of this very release."
+            f"{size}; use the tokenizer of this very release."
         )
-    hasher = NgramHasher.from_config(config)
-    hasher.token_map[: len(token_map)] = token_map
-    for name, value in hasher.derive_constants().items():
-        getattr(hasher, name).copy_(value)
-    return hasher
+    return draw_hash(config, np.pad(token_map, (0, size - len(token_map)), constant_values=NO_ID))
 
 
 def parsing_documents(folder: Path) -> dict[str, bytes]:
@@ -269,15 +322,15 @@ def parsing_documents(folder: Path) -> dict[str, bytes]:
     return {path.name: json_bytes({"response_template": RESPONSE_TEMPLATE, **read_json(path)})}
 
 
-def processor_config(config: EngramConfig) -> dict[str, bytes]:
+def processor_config(config: PlainConfig) -> dict[str, bytes]:
     """The file by which `AutoProcessor` finds the processor of a model that reads images; it names remote code if there is."""
     names = ("patch_size", "downsample_ratio", "max_image_tokens", "min_pixels", "max_wh_ratio")
-    fields = {name: getattr(config.vision_config, name) for name in names}
+    fields = {name: getattr(config.text_config.vision_config, name) for name in names}
     classes = {
         "AutoProcessor": "processing_deepseek_v41.DeepseekV41Processor",
         "AutoImageProcessor": "image_processing_deepseek_v41.DeepseekV41ImageProcessor",
     }
-    code = {"auto_map": classes} if getattr(config, "auto_map", None) else {}
+    code = {"auto_map": classes} if hasattr(config, "auto_map") else {}
     images = {**code, "image_processor_type": "DeepseekV41ImageProcessor", **fields}
     return {
         "processor_config.json": json_bytes(
@@ -286,38 +339,57 @@ def processor_config(config: EngramConfig) -> dict[str, bytes]:
     }
 
 
-def remote_code(config: EngramConfig) -> dict[str, bytes]:
-    """The files with which a folder loads where this package is not installed; `config` is made to name them."""
-    config.auto_map = config.remote_code_map()
-    entry = Path(auto_deepseek_v41.__file__)
-    files = {entry, *map(Path, get_relative_import_files(entry))}
-    return {path.name: path.read_bytes() for path in sorted(files)}
+def auto_map(reads_images: bool) -> dict[str, str]:
+    """Where a converted folder has the class for each Auto class, as [`~EngramConfig.remote_code_map`] says it."""
+    classes = {
+        "AutoConfig": "EngramConfig",
+        "AutoModel": "EngramModel",
+        "AutoModelForCausalLM": "EngramForCausalLM",
+    }
+    if reads_images:
+        classes["AutoModelForImageTextToText"] = "EngramForConditionalGeneration"
+    return {auto: f"{_ENTRY}.{name}" for auto, name in classes.items()}
 
 
-def additions(config: EngramConfig, folder: Path, documents: Mapping[str, bytes]) -> Additions:
-    """What a conversion adds to the release's tensors: `documents`, the config, and all that follows from the tokenizer."""
+def remote_code() -> dict[str, bytes]:
+    """The files with which a folder loads where this package is not installed."""
+    return {path.name: path.read_bytes() for path in code_files(_ENTRY)}
+
+
+def additions(
+    fields: Mapping[str, Any], config: PlainConfig, folder: Path, documents: Mapping[str, bytes]
+) -> Additions:
+    """What a conversion adds to the release's tensors: `documents`, the config, and all that follows from the tokenizer.
+
+    Args:
+        fields: our config.json.
+        config: the same as an object.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ConversionError(
             f"{path} does not exist; the n-gram hash needs the release's tokenizer beside its weights."
         )
     tokenizer = Tokenizer.from_file(str(path))
-    hasher = build_hasher(config, tokenizer)
-    token_map = hasher.token_map[hasher.token_map != NO_ID].numpy()
+    found = build_hash(config, tokenizer)
     own = {
-        "config.json": config.to_json_string().encode("utf-8"),
-        TOKEN_MAP_FILE: token_map_bytes(token_map, tokenizer),
+        "config.json": json.dumps(fields, indent=2, sort_keys=True).encode("utf-8") + b"\n",
+        TOKEN_MAP_FILE: token_map_bytes(found.token_map[found.token_map != NO_ID], tokenizer),
     }
     tensors = [
-        Tensor(f"{HASHING}.{name}", "I64", tuple(buffer.shape), [Literal(buffer.numpy().tobytes())])
-        for name, buffer in hasher.named_buffers()
+        Tensor(f"{HASHING}.{name}", "I64", array.shape, [Literal(array.astype("<i8").tobytes())])
+        for name, array in (
+            ("token_map", found.token_map),
+            ("multipliers", found.multipliers),
+            ("primes", found.primes),
+        )
     ]
-    return Additions({**documents, **own}, tensors, _describe_tables(config, hasher))
+    return Additions({**documents, **own}, tensors, _describe_tables(config, found))
 
 
-def _describe_tables(config: EngramConfig, hasher: NgramHasher) -> dict[int, TableDescription]:
-    dtype = "F8_E4M3" if config.engram_table_dtype else SAFETENSORS_NAMES[config.dtype]
+def _describe_tables(config: PlainConfig, found: StoredHash) -> dict[int, TableDescription]:
+    dtype = "F8_E4M3" if config.engram_table_dtype else DTYPES[config.dtype]
     return {
-        layer: describe_table(hasher, index, width=config.engram_head_dim, dtype=dtype)
+        layer: describe_table(found, index, width=config.engram_head_dim, dtype=dtype)
         for index, layer in enumerate(config.engram_layer_ids)
     }

@@ -38,9 +38,10 @@ from ..multimodal_engram import EngramForConditionalGeneration
 from ..tokenization import EngramTokenizer
 from ..tokenization.tokenization_engram import LOCATION_ARGUMENTS
 from .deepseek_v41 import DEEPSEEK_V41
-from .deepseek_v41_config import HASHING, TEMPLATE, check_config, to_engram_config
-from .number_formats import FP4_ROWS, FP8_BLOCKS, decode
+from .deepseek_v41_config import HASHING, TEMPLATE, check_config, to_engram_fields
+from .number_formats import decode
 from .safetensors_files import ConversionError, enumerate_names
+from .storage import FP4_ROWS, FP8_BLOCKS
 from .tensor_rules import Layout, Rule
 
 _NO_NAME = "$^"  # matches nothing: an end before a beginning
@@ -221,7 +222,7 @@ class DeepseekV41Config(EngramConfig):
     def from_dict(cls, config_dict, **kwargs):
         """`config_dict` in the release's layout; see `PreTrainedConfig.from_dict`."""
         check_config(config_dict)
-        ours = to_engram_config(config_dict, "keep", dequantize_tables=False).to_dict()
+        ours = to_engram_fields(config_dict, "keep", dequantize_tables=False)
         return super().from_dict({**ours, "model_type": cls.model_type}, **kwargs)
 
 

@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help="folder or Hub id of the Engram model; it is only read")
     parser.add_argument("target", type=Path, help="new or empty folder, or one where this export was interrupted")
     parser.add_argument(
-        "--record", type=Path, help="converted folder whose record of the release to follow (default: SOURCE)"
+        "--record", help="converted folder or Hub id whose record of the release to follow (default: SOURCE)"
     )
     parser.add_argument("--dry-run", action="store_true", help="check the source, print what would be written, stop")
     parser.add_argument("--verify-only", action="store_true", help="compare a finished TARGET with its checksums")
@@ -50,22 +50,21 @@ def plan(folder: Path, record: Path) -> Plan:
     return plan_export(DEEPSEEK_V41, model, record, config, map_tensors(DEEPSEEK_V41, config))
 
 
-def export(source: str, target: Path, record: Path | None = None, as_json: bool = False) -> None:
-    """Export `source`, a folder or Hub id, into `target`."""
-    from .tensor_parts import single_threaded_tensors
-
+def export(source: str, target: Path, record: str | None = None, as_json: bool = False) -> None:
+    """Export `source`, a folder or Hub id, into `target`; so is `record`."""
     watch = Stopwatch()
-    folder = local_folder(source)
-    planned = plan(folder, record or folder)
-    with single_threaded_tensors():
-        written = run_plan(planned, target)
+    written = run_plan(_plan(source, record), target)
     print(watch.report(target, "wrote", written, as_json))
 
 
-def dry_run(source: str, target: Path, record: Path | None = None, as_json: bool = False) -> None:
+def dry_run(source: str, target: Path, record: str | None = None, as_json: bool = False) -> None:
     """Print the files an export would write and the disk it needs."""
+    print_plan(_plan(source, record), target, as_json)
+
+
+def _plan(source: str, record: str | None) -> Plan:
     folder = local_folder(source)
-    print_plan(plan(folder, record or folder), target, as_json)
+    return plan(folder, folder if record is None else local_folder(record))
 
 
 def verify(target: Path, as_json: bool = False) -> None:

@@ -25,6 +25,7 @@ from .safetensors_files import (
     read_shard,
 )
 from .streaming import Copy, OutputFile, Part, Plan, Tensor, copy_of, tensor_file
+from .tensor_parts import cast, encoded
 from .tensor_rules import Layout, TensorMapping, UpstreamTensor, iterate_upstream
 
 # Tensors of this package's state dict that the release derives from its config.
@@ -210,13 +211,9 @@ def upstream_part(model: Model, mapping: TensorMapping, tensor: UpstreamTensor, 
     """
     storage, ours = mapping.rule.storage, model.tensors[mapping.ours]
     if storage.block is None:
-        from .tensor_parts import cast
-
         return cast(ours, dtype)
     if ours.dtype == storage.dtype:
         return copy_of(_slice(model.tensors[mapping.ours_scale] if tensor.is_scale else ours, mapping, tensor))
-    from .tensor_parts import encoded
-
     return encoded(_slice(ours, mapping, tensor), storage, tensor.is_scale)
 
 

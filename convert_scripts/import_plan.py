@@ -21,6 +21,7 @@ from ..table_format_engram import MANIFEST_NAME as TABLES_NAME
 from ..table_format_engram import METADATA_KEY, PAGE, TableDescription
 from .safetensors_files import INDEX_NAME, Checkpoint, ConversionError
 from .streaming import MANIFEST_NAME, Copy, OutputFile, Part, Plan, Tensor, copy_of, tensor_file
+from .tensor_parts import cast, decoded
 from .tensor_rules import Layout, TensorMapping
 
 RECORD_FOLDER = "upstream"
@@ -176,7 +177,7 @@ def import_tensors(source: Checkpoint, mapping: TensorMapping, options: ImportOp
     if storage.block is None:
         kept = storage.dtype if storage.is_certain else weights[0].dtype
         dtype = kept if dtype is None or storage.dtype == "F32" else dtype
-        return [Tensor(mapping.ours, dtype, mapping.shape, [_cast(span, dtype) for span in weights])]
+        return [Tensor(mapping.ours, dtype, mapping.shape, [cast(span, dtype) for span in weights])]
     if dtype is None:
         weight = Tensor(mapping.ours, storage.dtype, storage.weight_shape(mapping.shape), list(map(copy_of, weights)))
         return [
@@ -186,17 +187,7 @@ def import_tensors(source: Checkpoint, mapping: TensorMapping, options: ImportOp
     return [Tensor(mapping.ours, dtype, mapping.shape, _decoded(mapping, weights, scales, dtype))]
 
 
-def _cast(span: TensorSpan, dtype: str) -> Part:
-    if span.dtype == dtype:
-        return copy_of(span)
-    from .tensor_parts import cast
-
-    return cast(span, dtype)
-
-
 def _decoded(mapping: TensorMapping, weights: list[TensorSpan], scales: list[TensorSpan], dtype: str) -> list[Part]:
-    from .tensor_parts import decoded
-
     pairs = zip(weights, scales, strict=True)
     return [decoded(weight, scale, mapping.rule.storage, mapping.part_shape, dtype) for weight, scale in pairs]
 

@@ -11,55 +11,15 @@ Shapes: values `[R, C]`, weights `[R, C]` (E4M3) or `[R, C / 2]` (E2M1), scales 
 weights and scales are passed as the bytes they are stored in, `uint8`.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
 from ..table_engram import E2M1_VALUES, E4M3_MAX, exponent_above
 from ..table_writer_engram import E2M1_LIMIT, e2m1_codes, pack
+from .storage import Storage
 
 # The only floor for weights is the smallest scale that is a normal number, because decoded values must encode to the same bytes.
 SMALLEST_NORMAL = 2.0**-126
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How a matrix is stored: the weight's dtype and, if it is quantized, the block that shares one E8M0 scale.
-
-    Where `is_certain` is false, the release's own header was not read: the other of BF16 and F32 is taken too.
-    """
-
-    dtype: str
-    block: tuple[int, int] | None = None
-    is_certain: bool = True
-
-    @property
-    def is_packed(self) -> bool:
-        """Two E2M1 codes in a byte."""
-        return self.dtype == "I8"
-
-    def takes(self, dtype: str) -> bool:
-        """Whether a weight may be stored as `dtype`."""
-        return dtype == self.dtype or (not self.is_certain and dtype in ("BF16", "F32"))
-
-    def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in which values of `shape` are stored."""
-        return (*shape[:-1], shape[-1] // 2) if self.is_packed else shape
-
-    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales of values of `shape`."""
-        rows, columns = self.block
-        return (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns))
-
-
-BF16 = Storage("BF16")
-F32 = Storage("F32")
-LIKELY_BF16 = Storage("BF16", is_certain=False)
-LIKELY_F32 = Storage("F32", is_certain=False)
-FP8_BLOCKS = Storage("F8_E4M3", (32, 32))
-FP8_ROWS = Storage("F8_E4M3", (1, 32))
-FP4_ROWS = Storage("I8", (1, 32))
 
 
 def decode(weight: torch.Tensor, scale: torch.Tensor, storage: Storage) -> torch.Tensor:

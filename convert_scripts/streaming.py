@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from ..claiming_engram import LOCK_NAME, FolderClaim, FolderInUseError
 from ..safetensors_engram import (
     UNFINISHED,
     TensorSpan,
@@ -177,11 +178,6 @@ def run_plan(plan: Plan, target: Path) -> int:
             writing to it. Nothing is left under a final name that is not complete, and files already complete are kept
             for the next start.
     """
-    from ..claiming_engram import (
-        FolderClaim,
-        FolderInUseError,
-    )  # importing it imports torch, which `--help` does not need
-
     try:
         # A finished conversion may be in a folder where nothing can be written.
         if _is_finished(plan, target) and _is_whole(plan, target):
@@ -197,8 +193,6 @@ def run_plan(plan: Plan, target: Path) -> int:
 
 def _remove_abandoned_claim(target: Path) -> None:
     """Take away the claim of a process that was killed between its last file and its end, if that is possible."""
-    from ..claiming_engram import LOCK_NAME, FolderClaim, FolderInUseError
-
     if (target / LOCK_NAME).exists():
         with contextlib.suppress(OSError, FolderInUseError), FolderClaim(target):
             pass
@@ -297,8 +291,6 @@ class _Journal:
 
     def _strangers(self) -> list[str]:
         """What the folder holds that is not there for this module alone."""
-        from ..claiming_engram import LOCK_NAME
-
         names = sorted(path.name for path in self.path.parent.iterdir() if path.name not in (JOURNAL_NAME, LOCK_NAME))
         return [name for name in names if not (name.startswith(JOURNAL_NAME) and name.endswith(UNFINISHED))]
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..safetensors_engram import TensorSpan
-from .number_formats import Storage
 from .safetensors_files import ConversionError, enumerate_names
+from .storage import Storage
 
 Shape = tuple[int, ...]
 

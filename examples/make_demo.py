@@ -16,10 +16,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from huggingface_hub import EvalResult
 from stdlib_text import read_documentation, token_blocks, train_tokenizer
 from twin_models import Size, build_with_memory, train
 
-from engram_hf import EngramForCausalLM, EngramTokenizer
+from engram_hf import EngramConfig, EngramForCausalLM, EngramTokenizer
 from engram_hf.card_engram import model_card
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.saving_engram import manifest_entry, table_file_name, write_manifest
@@ -71,10 +72,30 @@ def pack(trained: Path, output: Path) -> None:
             model.model.memories()[layer].table.mount(MappedRows(table))
         model.save_pretrained(output)
     EngramTokenizer.from_pretrained(trained).save_pretrained(output)
-    about = ABOUT.format(loss=float((trained / "loss.txt").read_text()))
-    card = model_card(model.config, "examples/engram-demo", license="other", license_name="psf-2.0", language="en")
-    (output / "README.md").write_text(card.rstrip() + "\n" + about, encoding="utf-8")
+    loss = float((trained / "loss.txt").read_text())
+    (output / "README.md").write_text(card_of_demo(model.config, loss), encoding="utf-8")
     link_code(output)
+
+
+def card_of_demo(config: EngramConfig, loss: float) -> str:
+    """Return the model card; `loss` is in nats per token, on the held-out files."""
+    result = EvalResult(
+        task_type="text-generation",
+        dataset_type="python-documentation",
+        dataset_name="Python's own documentation, files that were held out",
+        metric_type="loss",
+        metric_value=round(loss, 2),
+    )
+    card = model_card(
+        config,
+        "examples/engram-demo",
+        license="other",
+        license_name="psf-2.0",
+        language="en",
+        widget=[{"text": "Return True if"}],
+        eval_results=[result],
+    )
+    return card.rstrip() + "\n" + ABOUT.format(loss=loss)
 
 
 def link_code(output: Path) -> None:

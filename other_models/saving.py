@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..claiming_engram import ClaimedFolderWriter
+from ..claimed_saving_engram import ClaimedFolderWriter
 from ..safetensors_engram import (
     EngramError,
     FileHeader,

@@ -1,6 +1,7 @@
 """`EngramConfig`: its rules, its defaults for a backbone, and the fields that are saved."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ from transformers import (
     ViTConfig,
 )
 
+import engram_hf
 from engram_hf import EngramConfig, EngramForCausalLM
-from engram_hf.adding_engram import VARIANTS, parameters_beside_table
 from engram_hf.configuration_engram import FORMAT_VERSION
+from engram_hf.plain_config_engram import VARIANTS, parameters_beside_table, read_plain_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -312,6 +314,27 @@ def test_every_released_format_still_loads(version):
         name: value for name, value in saved.items() if name.startswith("engram_")
     }
     assert {name: getattr(config.text_config, name) for name in text} == text
+
+
+def test_config_of_a_later_version_is_warned_of_once(tmp_path, library_log):
+    """That of an earlier version, or of one that did not say, is fine; what loads is equal either way, and saves its own version."""
+    config = small()
+    config.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["engram_hf_version"] == engram_hf.__version__
+    major, minor = map(int, re.findall(r"\d+", engram_hf.__version__)[:2])
+    later = {f"{major + 1}.0.0", f"{major}.{minor + 1}.0", f"{major}.{minor + 1}.0.dev1"}
+    for version in [*later, "0.1.0", f"{major}.{minor}.99", engram_hf.__version__, "", None, 3]:
+        (tmp_path / "config.json").write_text(json.dumps({**fields, "engram_hf_version": version}))
+        told = len(library_log)
+        for load in (EngramConfig.from_pretrained, AutoConfig.from_pretrained, read_plain_config, read_plain_config):
+            loaded = load(tmp_path)
+            assert load is read_plain_config or loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
+        assert ["upgrade engram-hf" in message for message in library_log[told:]] == [True] * (version in later), (
+            version
+        )
+    del fields["engram_hf_version"]
+    assert EngramConfig.from_dict(fields).to_diff_dict() == config.to_diff_dict()
 
 
 # --- beside the backbone's config

@@ -34,6 +34,8 @@ FAMILIES = [
         # read images.
         "multimodal_engram",
         "claiming_engram",
+        "claimed_saving_engram",
+        "plain_config_engram",
         "backbone_engram",
         "adding_engram",
         "table_writer_engram",
@@ -41,6 +43,7 @@ FAMILIES = [
         "card_engram",
     ],
     [
+        "fields_deepseek_v41",
         "configuration_vision_deepseek_v41",
         "configuration_deepseek_v41",
         "cache_deepseek_v41",

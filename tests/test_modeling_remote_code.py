@@ -8,6 +8,7 @@ from child_processes import WITHOUT_PACKAGE, run_elsewhere
 from tiny_backbones import LAYER_IDS, build, built, tiny_tokenizer
 
 from engram_hf import EngramForCausalLM
+from engram_hf.safetensors_engram import VERSION
 
 # Refusing the import is stronger than hiding the path: an editable install adds its own finder.
 PRELUDE = (
@@ -114,6 +115,7 @@ def test_saving_either_class_writes_every_file(part, tmp_path):
     assert sum(len((tmp_path / name).read_text().splitlines()) for name in files) <= 6160
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP and config["engram_layer_ids"] == LAYER_IDS
+    assert config["engram_hf_version"] == VERSION
 
 
 def test_saved_base_model_loads_as_a_causal_model(tmp_path, run):

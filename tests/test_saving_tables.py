@@ -17,7 +17,7 @@ from tiny_backbones import build, random_ids
 from transformers import Trainer, TrainingArguments
 
 from engram_hf import EngramForCausalLM
-from engram_hf.claiming_engram import ClaimedFolderWriter
+from engram_hf.claimed_saving_engram import ClaimedFolderWriter
 from engram_hf.loading_engram import TABLES_MEMBER
 from engram_hf.safetensors_engram import read_header
 from engram_hf.saving_engram import complete_save, is_table_file, save_tables, tables_by_reference

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from engram_hf import claiming_engram, saving_engram
-from engram_hf.claiming_engram import LOCK_NAME, ClaimedFolderWriter, FolderClaim, FolderInUseError
+from engram_hf.claimed_saving_engram import ClaimedFolderWriter
+from engram_hf.claiming_engram import LOCK_NAME, FolderClaim, FolderInUseError
 from engram_hf.saving_engram import FolderWriter, require_settled
 
 OLD = {"config.json": b"old", "weights": b"old weights", "stale": b"old", "mine": b"mine"}

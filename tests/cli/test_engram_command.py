@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 from command_models import TEXT, logits, make_config
+from deepseek_v41_reference import copy_release
 from engram_cli.light import postpone_package
 from engram_cli.main import main
 from huggingface_hub import ModelCard
@@ -52,26 +53,53 @@ finally:
     assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
 
 
-def test_commands_that_run_no_model_import_neither_torch_nor_transformers():
-    """In a process of their own, as the console script is."""
+def test_commands_that_run_no_model_import_neither_torch_nor_transformers(golden, tmp_path):
+    """In a process of their own, as the console script is; what is computed with torch is planned and verified without."""
+    copy_release(golden / "deepseek_v41_tiny_vl", tmp_path / "release")
+    floats = ["convert", "deepseek-v4.1", str(tmp_path / "release"), str(tmp_path / "floats"), "--dtype", "float32"]
+    assert main(floats) == 0
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "floats").iterdir()}
     code = """
 import contextlib, io, sys
+from pathlib import Path
 from engram_cli.main import main
 
-def run(*arguments):
+def run(*arguments, expected=0):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        assert main(arguments, owns_process=True) == 0, arguments
+        assert main(arguments, owns_process=True) == expected, arguments
     heavy = {"torch", "transformers"} & set(sys.modules)
     assert not heavy, (arguments, heavy)
+
+def convert(*arguments, expected=0):
+    run("convert", "deepseek-v4.1", *arguments, "--json", expected=expected)
 
 for command in ("inspect", "check", "compress"):
     run(command, "examples/engram-demo", "--json")
 run("check", "examples/engram-demo", "--rows")
+run("card", "examples/engram-demo", "--repo-id", "me/model", "--license", "mit")
 for script in (["convert", "deepseek-v4.1"], ["convert", "demo"], ["export", "deepseek-v4.1"]):
     run(*script, "--help")
+release, kept, floats, back = (f"{sys.argv[1]}/{name}" for name in ("release", "kept", "floats", "back"))
+for options in ([], ["--link-tables"], ["--layers", "5"]):
+    convert(release, kept + "".join(options), *options)
+convert(release, kept, "--verify-only")
+run("inspect", kept, "--json")
+run("export", "deepseek-v4.1", kept, back, "--json")
+run("export", "deepseek-v4.1", kept, back, "--verify-only")
+convert(release, floats, "--dtype", "float32")
+convert(release, floats, "--verify-only")
+convert(release, floats + "2", "--dtype", "bfloat16", "--dequantize-tables", "--dry-run")
+run("export", "deepseek-v4.1", floats, back + "2", "--dry-run")
+(Path(release) / "tokenizer.json").rename(f"{release}/gone")
+convert(release, kept + "2", expected=1)
+convert(back, kept + "2", "--layers", "0", expected=1)
+run("convert", "demo", f"{floats}/model-00001-of-00001.safetensors", "nobody/model", kept + "2", expected=1)
+run("export", "deepseek-v4.1", "examples/engram-demo", back + "2", expected=1)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "floats").iterdir()} == done
 
 
 def test_postpone_package_runs_init_when_a_name_is_asked_for(tmp_path, monkeypatch):
@@ -195,6 +223,8 @@ def test_inspect_a_folder_of_tables_alone(engram, copy):
 def test_card(engram, saved):
     card = engram("card", saved, "--repo-id", "me/model", "--license", "mit")
     assert "\nlicense: mit\n" in card and '"me/model"' in card
+    found = json.loads(engram("card", saved, "--repo-id", "me/model", "--license", "mit", "--json"))
+    assert found["card"] == card and found["metadata"]["license"] == "mit"
 
 
 def test_card_with_results(engram, complaint, saved, tmp_path):

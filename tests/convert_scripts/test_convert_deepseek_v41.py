@@ -16,11 +16,14 @@ from checkpoint_tools import contents, write_safetensors
 from child_processes import forks_of_a_server
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING
 
+from engram_hf import EngramConfig
 from engram_hf.claiming_engram import LOCK_NAME, FolderClaim
-from engram_hf.convert_scripts import convert_deepseek_v41, streaming
+from engram_hf.convert_scripts import convert_deepseek_v41, deepseek_v41_config, streaming
 from engram_hf.convert_scripts.command_line import run_command
 from engram_hf.convert_scripts.safetensors_files import read_checkpoint
+from engram_hf.plain_config_engram import DEFAULTS, VARIANTS, as_plain_config
 from engram_hf.table_format_engram import read_tables
 from engram_hf.tokenization import EngramTokenizer
 
@@ -48,6 +51,23 @@ def test_convert_keeps_quantized_bytes(tiny, converted):
     scale = ours[f"{layer}.self_attn.q_b_proj.weight_scale_inv"]
     assert scale.dtype == torch.float8_e8m0fnu
     assert torch.equal(scale.view(torch.uint8), upstream["layers.4.attn.wq_b.scale"].view(torch.uint8))
+
+
+@pytest.mark.parametrize("variant", ["deepseek_v41_tiny", "deepseek_v41_tiny_vl"])
+def test_converted_config_equals_that_of_the_config_classes(golden, variant):
+    """The conversion writes it without these classes; their derived fields and defaults are equal."""
+    release = json.loads((golden / variant / "config.json").read_text(encoding="utf-8"))
+    fields = deepseek_v41_config.to_engram_fields(release, "float32", dequantize_tables=True)
+    loaded = EngramConfig.from_dict(json.loads(json.dumps(fields)))
+    text = {name: value for name, value in release["text_config"].items() if not name.startswith("engram_")}
+    text |= {"vision_config": release["vision_config"], "image_token_id": release["image_token_id"]}
+    assert loaded.text_config.to_dict() == CONFIG_MAPPING[text.pop("model_type")](**text).to_dict()
+    memory = {name: value for name, value in release["text_config"].items() if name.startswith("engram_")}
+    expected = EngramConfig(text_config=loaded.text_config, dtype="float32", **{**VARIANTS["v4.1"], **memory})
+    assert loaded.to_dict() == {**expected.to_dict(), "architectures": ["EngramForCausalLM"]}
+    assert deepseek_v41_config.auto_map(reads_images=True) == loaded.remote_code_map()
+    assert DEFAULTS.items() <= EngramConfig().to_dict().items()
+    assert as_plain_config(fields).engram_streams == loaded.engram_streams
 
 
 def test_convert_stacks_experts_gate_before_up(tiny, converted):

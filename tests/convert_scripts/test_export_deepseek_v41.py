@@ -10,7 +10,8 @@ from checkpoint_tools import contents
 from safetensors.torch import load_file, save_file
 
 from engram_hf.convert_scripts import convert_deepseek_v41, export_deepseek_v41
-from engram_hf.convert_scripts.number_formats import FP4_ROWS, FP8_BLOCKS, FP8_ROWS, decode, encode
+from engram_hf.convert_scripts.number_formats import decode, encode
+from engram_hf.convert_scripts.storage import FP4_ROWS, FP8_BLOCKS, FP8_ROWS
 
 MANIFEST = "conversion_manifest.json"
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from engram_hf.convert_scripts.number_formats import FP4_ROWS, FP8_BLOCKS, FP8_ROWS, Storage, decode, encode
+from engram_hf.convert_scripts.number_formats import decode, encode
 from engram_hf.convert_scripts.safetensors_files import read_checkpoint
+from engram_hf.convert_scripts.storage import FP4_ROWS, FP8_BLOCKS, FP8_ROWS, Storage
 
 
 @pytest.fixture(scope="module")

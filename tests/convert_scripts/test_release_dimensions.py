@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import engram_hf
-from engram_hf import EngramForConditionalGeneration
+from engram_hf import EngramConfig, EngramForConditionalGeneration
 from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
-from engram_hf.convert_scripts.deepseek_v41_config import HASHING, to_engram_config
+from engram_hf.convert_scripts.deepseek_v41_config import HASHING, to_engram_fields
 from engram_hf.convert_scripts.tensor_rules import map_tensors
 
 # These are the release's shapes, layer by layer and in its tables.
@@ -93,7 +93,7 @@ def release(golden) -> dict:
 
 
 def test_tensor_table_names_the_parameters_of_the_model(release):
-    config = to_engram_config(release, "keep", dequantize_tables=False)
+    config = EngramConfig.from_dict(to_engram_fields(release, "keep", dequantize_tables=False))
     config.draft = True
     with torch.device("meta"):
         state = EngramForConditionalGeneration(config).state_dict()

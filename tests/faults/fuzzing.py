@@ -282,6 +282,7 @@ class Kinds:
                 raise
             raise ValueError(f"by transformers: {error}") from error
         given, kept = json.loads(data), config.to_dict()
+        kept.pop("engram_hf_version")  # of the code that saves, as `transformers_version` is
         for name in given:
             if name.startswith("engram_") and name in kept and given[name] is not None and kept[name] != given[name]:
                 raise Wrong(f"{name} is {given[name]!r} in the file, but {kept[name]!r} in the config.")

@@ -8,9 +8,9 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from tiny_backbones import build, engram_config
 
-from engram_hf import EngramForCausalLM, EngramModel
+from engram_hf import EngramConfig, EngramForCausalLM, EngramModel
 from engram_hf.card_engram import model_card, write_model_card
-from engram_hf.convert_scripts.deepseek_v41_config import to_engram_config
+from engram_hf.convert_scripts.deepseek_v41_config import to_engram_fields
 from engram_hf.vision_deepseek_v41 import DeepseekV41VisionModel
 
 PLACEHOLDER = "This is the model card of a model. This model card has been automatically generated."
@@ -115,9 +115,8 @@ def test_card_written_by_hand_is_kept(tmp_path, text):
 
 
 def test_card_mentions_images_and_drafts(golden):
-    config = to_engram_config(
-        json.loads((golden / "deepseek_v41_tiny_vl" / "config.json").read_text(encoding="utf-8")), "float32", True
-    )
+    release = json.loads((golden / "deepseek_v41_tiny_vl" / "config.json").read_text(encoding="utf-8"))
+    config = EngramConfig.from_dict(to_engram_fields(release, "float32", dequantize_tables=True))
     card = model_card(config, "me/v41")
     (images,) = re.findall(r"^\| Images \| (.*) \|$", card, re.MULTILINE)
     (drafts,) = re.findall(r"^\| Drafts \| (.*) \|$", card, re.MULTILINE)
