@@ -153,7 +153,7 @@ def _facts(config: Any, base_model: str | None, backbone: int | None) -> dict[st
 
 
 def _other_parts(text: Any) -> dict[str, str]:
-    """What a model reads and does beside text, as far as its config says so."""
+    """Return the model's inputs and functions beside text, as its config has them."""
     vision, drafts, parts = getattr(text, "vision_config", None), getattr(text, "dspark_block_size", None), {}
     if vision is not None:
         import torch
@@ -188,7 +188,7 @@ def _table_dtype(config: Any) -> str:
 
 
 def _table_bytes(config: Any) -> int:
-    """Bytes of all rows with their scales."""
+    """Return the bytes of all rows with their scales."""
     formats, width = {form.name: form for form in ROW_FORMATS.values()}, config.engram_head_dim
     form = formats.get(_table_dtype(config), RowFormat("float64", "F64"))
     row = tensor_bytes(form.dtype, [width // form.packed])

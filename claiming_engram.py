@@ -1,4 +1,4 @@
-"""Folders that one process writes to at a time, as conversions do; importing it imports neither torch nor transformers."""
+"""Claims of folders that one process writes to at a time, without importing torch or transformers."""
 
 import contextlib
 import errno
@@ -43,10 +43,11 @@ class FolderClaim:
         """Claim the folder before anything is written to it.
 
         Args:
-            wait: seconds to wait for who holds it.
+            wait: seconds to wait for the holder of the claim.
 
         Raises:
-            FolderInUseError: it is claimed; names the process, its machine and since when. Nothing was changed.
+            FolderInUseError: it is claimed; the message names the process, its machine and the time. Nothing was
+                changed.
             OSError: the folder cannot be written.
         """
         self.make_folder()
@@ -145,7 +146,7 @@ def _remove_abandoned(path: Path) -> dict | None:
 
 
 def _read_holder(file: int) -> dict:
-    # The process that holds the lock may have yet to write who it is; a moment is enough for that.
+    # The process that holds the lock may not have written its name yet; a moment is enough for that.
     for _ in range(20):
         os.lseek(file, 0, os.SEEK_SET)
         with contextlib.suppress(ValueError, OSError):

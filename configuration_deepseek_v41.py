@@ -15,7 +15,7 @@ LAYER_TYPE = "deepseek_v41_attention"
 
 
 def _plan_of_experts(plan: dict[str, str] | None) -> dict[str, str] | None:
-    """The rules of a DeepSeek-V4 plan for its mixture of experts; its attention is built differently."""
+    """Return the rules of a DeepSeek-V4 plan for its mixture of experts; its attention is built differently."""
     return plan and {name: how for name, how in plan.items() if ".mlp." in name}
 
 
@@ -69,8 +69,9 @@ class DeepseekV41TextConfig(TextFields, PreTrainedConfig):
         "num_local_experts": "n_routed_experts",
         "intermediate_size": "moe_intermediate_size",
     }
-    # The experts are DeepSeek-V4's, so they shard as in the installed transformers. There is no pipeline plan: between layers travel the
-    # streams, their collapse weights and the shared compressed state, more than transformers' plan can name.
+    # The experts are DeepSeek-V4's, so they shard as in the installed transformers. There is no pipeline plan: layers
+    # pass on the streams, their collapse weights and the shared compressed state, more than transformers' plan can
+    # name.
     base_model_tp_plan = _plan_of_experts(DeepseekV4Config.base_model_tp_plan)
     base_model_ep_plan = _plan_of_experts(DeepseekV4Config.base_model_ep_plan)
 
@@ -79,7 +80,7 @@ class DeepseekV41TextConfig(TextFields, PreTrainedConfig):
             fields = {**self.vision_config, "out_hidden_size": self.hidden_size}
             self.vision_config = DeepseekV41VisionConfig(**fields) if fields.get("num_hidden_layers") != 0 else None
         rope_scaling, rope_parameters = kwargs.pop("rope_scaling", ROPE_SCALING), self.rope_parameters
-        # The base class expects one flat dict or one per layer type; ours is by kind of layer and set afterwards.
+        # The base class expects one flat dict or one per layer type; ours is by kind of layer, and set afterwards.
         self.rope_parameters = None
         super().__post_init__(**kwargs)
         self.fill_in(rope_parameters or rope_scaling or {})
@@ -98,13 +99,15 @@ class DeepseekV41TextConfig(TextFields, PreTrainedConfig):
         self.check()
 
     def validate_layer_type(self):
-        """The layer types are this model's own; [`~DeepseekV41TextConfig.validate`] checks the schedule behind them."""
+        """Skip the inherited check; [`~DeepseekV41TextConfig.validate`] checks the schedule of this model's own layer
+        types.
+        """
 
     def validate_rope(self, *args, **kwargs):
-        """The layout is this model's own; [`~DeepseekV41TextConfig.validate`] checks it."""
+        """Skip the inherited check; [`~DeepseekV41TextConfig.validate`] checks this model's own layout."""
 
     def standardize_rope_params(self):
-        """Both dicts are complete by construction; filling in flat keys beside them would only add noise."""
+        """Do nothing: both dicts are complete by construction, and flat keys beside them would only add noise."""
 
 
 # A transformers release that brings its own keeps its place.

@@ -434,7 +434,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         return getattr(self.text_config, "altup_num_inputs", None) is not None
 
     def remote_code_map(self) -> dict[str, str]:
-        """The `auto_map` of config.json: where a folder with remote code has the class for each Auto class."""
+        """Return the `auto_map` of config.json: the place of each Auto class's class in a folder with remote code."""
         entry = self._remote_entry
         reads_images = self.is_composite or getattr(self.text_config, "vision_config", None) is not None
         classes = _AUTO_CLASSES | (_AUTO_CLASSES_WITH_IMAGES if reads_images else {})
@@ -445,7 +445,9 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         return "multimodal_engram" if self.is_composite else remote_module(self.text_config.model_type)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, with the version of this code; remote code begins with the module that brings the backbone."""
+        """Return the fields as in transformers, with the version of this code; remote code begins with the backbone's
+        module.
+        """
         fields = {**super().to_dict(), "engram_hf_version": VERSION}
         if self.is_composite:
             memory = {name: value for name, value in fields["text_config"].items() if name.startswith("engram_")}

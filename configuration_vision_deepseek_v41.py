@@ -1,4 +1,4 @@
-"""Configuration of DeepSeek-V4.1's vision tower: how images become patches, and patches vectors of the text model."""
+"""Configuration of DeepSeek-V4.1's vision tower: how images become patches, and patches features of the text model."""
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -41,9 +41,10 @@ class DeepseekV41VisionConfig(VisionFields, PreTrainedConfig):
 
 
 def known_copies(config_class: type) -> set[type]:
-    """The config class, and its other copy if there is one: as remote code, this file can be loaded beside the package's.
+    """Return the config class and its other copy, if any: as remote code, this file can be loaded beside the
+    package's.
 
-    Configs are of the copy that is registered under the model type, so model classes register for both.
+    Configs are instances of the copy that is registered under the model type, so model classes register for both.
     """
     registered = CONFIG_MAPPING[config_class.model_type]
     is_copy = registered.__module__.rpartition(".")[2] == config_class.__module__.rpartition(".")[2]

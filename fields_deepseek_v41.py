@@ -1,7 +1,7 @@
-"""The fields of DeepSeek-V4.1's configs, with the release's values as defaults, and the rules that they keep.
+"""The fields of DeepSeek-V4.1's configs, with the release's values as defaults, and their rules.
 
-The config classes are made of these. `engram convert` and `engram export` read and write config.json with them alone, because
-importing transformers takes seconds.
+The config classes are made from these. `engram convert` and `engram export` read and write config.json with them
+alone, because importing transformers takes seconds.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 from .safetensors_engram import EngramError
 
-# The release's schedule; a model with fewer layers takes its beginning.
+# This is the release's schedule; a model with fewer layers uses its beginning.
 _COMPRESS_RATIOS = [0] * 2 + [2] * 18 + [1] * 20
 _KV_SOURCES = [2, 8, 14, 20]
 _INDEX_SOURCES = [2, 8, 14, 20, 24, 28, 32, 36]
@@ -45,7 +45,7 @@ _TEXT_COUNTS = [
     "hc_sinkhorn_iters",
 ]
 
-# What the release fixes and this implementation computes; another value would be silently ignored.
+# The release fixes these, and this implementation computes them so; another value would be silently ignored.
 _FIXED = {
     "num_key_value_heads": 1,
     "n_shared_experts": 1,
@@ -68,7 +68,7 @@ _VISION_COUNTS = (
     "out_hidden_size",
 )
 
-# The fields of the text model's config that describe the draft layers.
+# These fields of the text model's config describe the draft layers.
 DRAFT_FIELDS = (
     "num_nextn_predict_layers",
     "dspark_block_size",
@@ -102,7 +102,7 @@ class VisionFields:
         """Refuse sizes that contradict each other.
 
         Raises:
-            ValueError: names the field and the rule.
+            ValueError: the message names the field and the rule.
         """
         for name in _VISION_COUNTS:
             if getattr(self, name) < 1:
@@ -116,10 +116,10 @@ class VisionFields:
 
 
 def check_limits(max_image_tokens: int, min_pixels: int, max_wh_ratio: float | None) -> None:
-    """Refuse limits that no image, or not every image, can be fitted into.
+    """Refuse limits that no image, or not every image, can satisfy.
 
     Raises:
-        ValueError: names the limit, its value and what it should be.
+        ValueError: the message names the limit, its value and the expected value.
     """
     if max_image_tokens < 4:
         raise EngramError(
@@ -184,24 +184,24 @@ class TextFields:
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
     tie_word_embeddings: bool = False
-    vision_config: Any = None  # a dict, or an object with the fields of `VisionFields`
+    vision_config: Any = None  # It is a dict, or an object with the fields of `VisionFields`.
     image_token_id: int | None = None
     draft: bool = False
     dspark_confidence_threshold: float | None = None
 
     @property
     def upstream_rope_scaling(self) -> dict | None:
-        """The release's `rope_scaling`: what `rope_parameters["compress"]` holds without the keys added here."""
+        """The release's `rope_scaling`: `rope_parameters["compress"]` without the keys added here."""
         added = ("rope_theta", "partial_rotary_factor", "attention_factor")
         scaling = {key: value for key, value in self.rope_parameters["compress"].items() if key not in added}
         return None if scaling["rope_type"] == "default" else scaling
 
     def source_of(self, layer: int, sources: list[int]) -> int | None:
-        """The last of `sources` at or before `layer`, or None."""
+        """Return the last of `sources` at or before `layer`, or None."""
         return max((source for source in sources if source <= layer), default=None)
 
     def fill_in(self, rope: dict) -> None:
-        """Fill in what follows from other fields.
+        """Set the fields that follow from others.
 
         Args:
             rope: `rope_parameters`, or the `rope_scaling` that they follow from; empty for neither.
@@ -213,7 +213,7 @@ class TextFields:
         """Refuse fields that contradict each other.
 
         Raises:
-            ValueError: names the field and the rule.
+            ValueError: the message names the field and the rule.
         """
         self._check_values()
         self._check_schedule()
@@ -312,11 +312,11 @@ class TextFields:
         if "main" in given and "compress" in given:
             return {name: dict(given[name]) for name in ("main", "compress")}
         scaling = dict(given)
-        kind = scaling.pop("type", "default")  # the key's name before transformers called it `rope_type`
+        kind = scaling.pop("type", "default")  # This is the key's name before transformers called it `rope_type`.
         share = {"partial_rotary_factor": self.qk_rope_head_dim / self.head_dim}
         compress = {"rope_type": kind, **scaling, "rope_theta": self.compress_rope_theta, **share}
         if compress["rope_type"] == "yarn":
-            # DeepSeek does not enlarge the rotated vectors; left out, transformers would derive a factor above 1.
+            # DeepSeek does not enlarge the rotated vectors; without this, transformers would derive a factor above 1.
             compress.setdefault("attention_factor", 1.0)
         return {"main": {"rope_type": "default", "rope_theta": self.rope_theta, **share}, "compress": compress}
 

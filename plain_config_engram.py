@@ -1,8 +1,8 @@
-"""config.json of a model with memory and the hash stored beside its weights, without transformers and torch.
+"""The config.json of a model with memory, and the hash stored beside its weights, without transformers and torch.
 
-Importing these takes seconds, which a command that runs no model saves. What is read here is taken only if it is plainly right:
-of anything else the functions return None, and the caller reads it with the model's own classes, which know defaults of backbones
-and fields of earlier versions, and say what is wrong.
+Importing these takes seconds, which a command that runs no model saves. The functions only accept fields that are all
+present and valid. Otherwise they return None, and the caller reads the config with the model's own classes, which know
+defaults of backbones and fields of earlier versions, and report what is wrong.
 """
 
 import functools
@@ -20,7 +20,7 @@ import numpy as np
 from .safetensors_engram import VERSION, FileFormatError, TensorSpan, are_counts, read_json, reading
 from .table_format_engram import QUANTIZED_FORMATS, draw_multipliers, draw_primes
 
-# The fields in which the two published forms of Engram differ: arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
+# The two published forms of Engram differ in these fields: arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {
         "engram_max_ngram_size": 3,
@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "engram_zero_gate_sign": 1,
     },
 }
-# The defaults of the other fields, as `EngramConfig` has them.
+# The other fields have these defaults in `EngramConfig`.
 DEFAULTS: dict[str, Any] = {
     "engram_added_tokens": 0,
     "engram_compressed_vocab_size": None,
@@ -72,7 +72,7 @@ _FIELDS = {
     "engram_vocab_size",
     "engram_zero_gate_sign",
 }
-# The other members of a saved config, with their types.
+# These are the other members of a saved config, with their types.
 _OTHERS = {
     "architectures": list,
     "auto_map": dict,
@@ -83,7 +83,7 @@ _OTHERS = {
     "text_config": dict,
     "transformers_version": str,
 }
-# The known versions of these fields; the second one renamed the model's parameters.
+# These are the known versions of the fields; the second one renamed the model's parameters.
 _FORMAT_VERSIONS = (1, 2)
 _MOST_ORDERS, _MOST_HEADS = 64, 1024
 # A child of transformers' logger, so that the verbosity that is set for transformers applies here, too.
@@ -92,11 +92,11 @@ _logger = logging.getLogger(f"transformers.{__name__}")
 
 @dataclass(frozen=True)
 class StoredHash:
-    """What an `NgramHasher` has after loading, as arrays.
+    """The constants of an `NgramHasher` after loading, as arrays.
 
     Args:
         layer_ids: decoder layers with memory.
-        pad_token_id: token that stands for a look-back that is cut off.
+        pad_token_id: token that replaces a truncated look-back.
         hash_vocab_size: size of the (compressed) vocabulary that the multipliers were drawn for.
         primes: int64 `[L, N - 1, H]`.
         multipliers: int64 `[L, N]`.
@@ -112,7 +112,7 @@ class StoredHash:
 
 
 class PlainConfig(SimpleNamespace):
-    """The fields of config.json under the names that an `EngramConfig` has for them; so are those of `text_config`."""
+    """The fields of config.json under their names in an `EngramConfig`, and likewise those of `text_config`."""
 
     is_composite = False
 
@@ -129,13 +129,13 @@ class PlainConfig(SimpleNamespace):
 
     @property
     def engram_streams(self) -> int:
-        """Residual streams of the backbone."""
+        """The number of residual streams of the backbone."""
         counts = (getattr(self.text_config, name, None) for name in ("hc_mult", "hc_count", "altup_num_inputs"))
         return next(filter(None, counts), 1)
 
 
 def parameters_beside_table(config: Any) -> int:
-    """Parameters of one layer's memory apart from its table.
+    """Return the number of parameters of one layer's memory without its table.
 
     Args:
         config: an `EngramConfig`, or a [`PlainConfig`].
@@ -148,7 +148,7 @@ def parameters_beside_table(config: Any) -> int:
 
 
 def warn_of_newer_version(saved_by: object) -> None:
-    """Warn once if a config was saved by a later minor version than this one; an earlier one, or none, is fine.
+    """Warn once if a config was saved by a later minor version than this one; an earlier one, or none, is accepted.
 
     Args:
         saved_by: `engram_hf_version` of the config.
@@ -168,7 +168,7 @@ def _warn_of_newer_version(saved_by: str) -> None:
 
 
 def read_plain_config(folder: Path) -> PlainConfig | None:
-    """What config.json of a model folder says; None if it is not all plainly right."""
+    """Return the config.json of a model folder; None if it is not completely valid."""
     try:
         fields = read_json(folder / "config.json", constants=True)
     except FileFormatError:
@@ -177,7 +177,7 @@ def read_plain_config(folder: Path) -> PlainConfig | None:
 
 
 def as_plain_config(fields: Mapping[str, Any]) -> PlainConfig | None:
-    """The members of a config.json as an object; None if they are not all plainly right."""
+    """Return the members of a config.json as an object; None if they are not all valid."""
     others = {name: value for name, value in fields.items() if name not in _FIELDS}
     if not all(type(value) is _OTHERS.get(name) for name, value in others.items()) or not fields.keys() >= _FIELDS:
         return None
@@ -202,7 +202,7 @@ def _is_backbone(text: Mapping[str, Any]) -> bool:
 
 
 def _is_hash(config: Any, text_config: Any) -> bool:
-    """Whether the fields of the hash have the types and bounds that `EngramConfig` asks for."""
+    """Return whether the fields of the hash have the types and bounds that `EngramConfig` requires."""
     layers, vocab_size = config.engram_layer_ids, text_config.vocab_size
     orders, heads, pad = config.engram_max_ngram_size, config.engram_n_heads, config.engram_pad_token_id
     compressed, added = config.engram_compressed_vocab_size, config.engram_added_tokens
@@ -222,7 +222,9 @@ def _is_hash(config: Any, text_config: Any) -> bool:
 
 
 def _is_fusion(config: Any) -> bool:
-    """Whether the fields of the gated fusion and of the tables have the types and bounds that `EngramConfig` asks for."""
+    """Return whether the fields of the gated fusion and of the tables have the types and bounds that `EngramConfig`
+    requires.
+    """
     width, dtype = config.engram_head_dim, config.engram_table_dtype
     epsilons = config.engram_norm_eps, config.engram_conv_norm_eps
     if not are_counts([width, config.engram_conv_kernel_size]) or dtype not in (None, *QUANTIZED_FORMATS):
@@ -242,11 +244,12 @@ def _primes(config: Any) -> list[list[list[int]]]:
 
 
 def draw_hash(config: Any, token_map: np.ndarray | None = None) -> StoredHash:
-    """The hash that a config implies.
+    """Return the hash that a config implies.
 
     Args:
         config: an `EngramConfig`, or a [`PlainConfig`].
-        token_map: int64 `[V]`, which a config does not imply; None without vocabulary compression, or if it does not matter.
+        token_map: int64 `[V]`, which a config does not imply; None without vocabulary compression, or if it is not
+            needed.
     """
     layers, compressed = tuple(config.engram_layer_ids), config.engram_compressed_vocab_size
     size = config.text_config.vocab_size if compressed is None else compressed
@@ -255,7 +258,8 @@ def draw_hash(config: Any, token_map: np.ndarray | None = None) -> StoredHash:
 
 
 def read_plain_hash(config: Any, spans: Mapping[str, TensorSpan]) -> StoredHash | None:
-    """The hash stored in `spans`, by `"primes"`, `"multipliers"` and `"token_map"`, if it is the one that the config implies.
+    """Return the hash in `spans`, by `"primes"`, `"multipliers"` and `"token_map"`, if it is the one that the config
+    implies.
 
     Args:
         config: an `EngramConfig`, or a [`PlainConfig`].
