@@ -16,6 +16,7 @@ from .multimodal_engram import EngramForConditionalGeneration
 from .other_models import load_with_tables
 from .plain_config_engram import warn_of_newer_version
 from .safetensors_engram import VERSION, EngramError
+from .serving.admission import generate_batch
 from .serving.continuous_batching import init_continuous_batching
 from .serving.lookback import read_lookback
 from .tokenization import EngramTokenizer
@@ -49,6 +50,7 @@ EngramConfig.for_backbone = classmethod(config_for_backbone)
 EngramConfig.check_version = staticmethod(warn_of_newer_version)
 EngramForCausalLM.from_backbone = classmethod(add_memory)
 EngramForCausalLM.init_continuous_batching = init_continuous_batching
+EngramForCausalLM.generate_batch = generate_batch
 EngramModel.read_lookback = read_lookback
 EngramPreTrainedModel.require_backbone = staticmethod(require_backbone)
 EngramPreTrainedModel.require_decoder = staticmethod(require_decoder)
