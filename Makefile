@@ -80,10 +80,10 @@ docs: .venv-docs/.installed  ## the documentation site, in out/site; a warning i
 notebooks: $(VENV)/.installed-notebooks  ## runs the notebooks and stores what they print
 	$(ONE_THREAD) $(BIN)/python docs/tools/run_notebooks.py
 
-# Needs neither torch nor transformers: the reference is read from the sources.
+# Needs neither torch nor transformers: the reference is read from the sources. The list is complete, so nothing is resolved.
 .venv-docs/.installed: constraints/docs.txt
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r constraints/docs.txt
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile -r constraints/docs.txt
 	touch $@
 
 $(VENV)/.installed-notebooks: $(VENV)/.installed
