@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_backbones import BACKBONES, LAYER_IDS, build, random_ids
 from torch.utils.data import DataLoader
@@ -318,26 +318,68 @@ def test_rows_are_swapped_under_their_name(saved, folder, expected, model):
         hotswap_rows(peft, folder)
 
 
-def test_peft_refuses_rows_in_its_mixed_model(model, rows):
-    """A fixed list of methods; LoRA beside rows goes as in the next test."""
-    with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
+def test_peft_refuses_rows_in_its_mixed_model(model, folder, rows):
+    """A fixed list of methods; what it takes, it still takes."""
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="do not belong; put rows beside LoRA by"):
         get_peft_model(model, EngramRowsConfig(rows=rows), mixed=True)
+    mixed = get_peft_model(model, lora, mixed=True)
+    with pytest.raises(ValueError, match="do not belong; put rows beside LoRA by"):
+        mixed.load_adapter(folder, "rows")
+    with pytest.raises(ValueError, match="PROMPT_TUNING"):
+        mixed.add_adapter("prompt", PromptTuningConfig(num_virtual_tokens=2))
 
 
-def test_lora_stands_beside_rows(saved, folder, expected, tmp_path, trainer):
+def test_lora_and_several_row_adapters_are_one_model(saved, folder, expected, model, tmp_path, trainer):
+    """Trained together, saved, loaded, disabled and merged."""
+    plain = logits(model)
     lora = get_peft_model(
         EngramForCausalLM.from_pretrained(saved), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     )
-    both = PeftModel.from_pretrained(lora.get_base_model(), folder, adapter_name="rows_of_a_user", is_trainable=True)
+    both = PeftModel.from_pretrained(lora.get_base_model(), folder, adapter_name="law", is_trainable=True)
     assert torch.equal(logits(both), expected)
-    run = trainer(both, max_steps=4)
-    run.train()
+    both.add_adapter("medicine", EngramRowsConfig(rows=read_by(model, random_ids(2, 9))))
+    both.base_model.set_adapter(["law", "medicine"])
+    lora.set_adapter("default")  # PEFT 0.19 froze it when the rows came
+    start = {name: value.detach().clone() for name, value in both.named_parameters() if value.requires_grad}
+    trainer(both, max_steps=4).train()
+    moved = {name for name, value in both.named_parameters() if name in start and not torch.equal(value, start[name])}
+    assert all(any(part in name for name in moved) for part in ("lora_A", "lora_B", "law.delta", "medicine.delta"))
     after = logits(both)
-    assert (after - expected).abs().max() > 1e-3
+
     both.save_pretrained(tmp_path / "both")
     again = PeftModel.from_pretrained(EngramForCausalLM.from_pretrained(saved), tmp_path / "both")
-    again = PeftModel.from_pretrained(again.get_base_model(), tmp_path / "both" / "rows_of_a_user", adapter_name="u")
+    again = PeftModel.from_pretrained(again.get_base_model(), tmp_path / "both" / "law", adapter_name="law")
+    again.load_adapter(tmp_path / "both" / "medicine", "medicine")
+    assert not torch.equal(logits(again), after)
+    again.base_model.set_adapter(["law", "medicine"])
     assert torch.equal(logits(again), after)
+    with again.disable_adapter():
+        assert torch.equal(logits(again), plain)
+    assert torch.equal(logits(again), after)
+    merged = again.merge_and_unload()
+    assert set(merged.state_dict()) == set(model.state_dict())
+    torch.testing.assert_close(logits(merged), after, rtol=0, atol=1e-5)  # LoRA's product is summed in another order
+
+
+def test_transformers_own_adapters_are_mixed_too(saved, folder, expected, model, tmp_path):
+    """`add_adapter` of the model itself takes any method, and `set_adapter` several."""
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "lora")
+    with_lora = logits(model)
+    model.load_adapter(str(folder), "rows")
+    model.set_adapter("rows")
+    assert torch.equal(logits(model), expected)
+    model.set_adapter(["lora", "rows"])
+    assert {name.rpartition(".")[2] for name, value in model.named_parameters() if value.requires_grad} >= {"delta"}
+    together = logits(model)
+    assert not torch.equal(together, expected) and not torch.equal(together, with_lora)
+    again = EngramForCausalLM.from_pretrained(saved)
+    for name in ("lora", "rows"):
+        model.set_adapter(name)
+        model.save_pretrained(tmp_path / name)
+        again.load_adapter(str(tmp_path / name), name)
+    again.set_adapter(["lora", "rows"])
+    assert torch.equal(logits(again), together)
 
 
 def test_row_adapters_on_a_remote_code_model(built, rows, saved):
