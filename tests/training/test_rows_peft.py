@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,8 +133,8 @@ def test_differences_are_those_of_the_table_itself():
     dense[rows] = adapter.delta.detach()
     row_ids = torch.tensor([[[0, 2, 8], [7, 7, 3]]])
     found, where = adapter(row_ids)
-    assert torch.equal(found, dense[row_ids]) and torch.equal(where[..., 0], torch.isin(row_ids, rows))
-    found.sum().backward()
+    assert torch.equal(found * where, dense[row_ids]) and torch.equal(where[..., 0], torch.isin(row_ids, rows))
+    found[where[..., 0]].sum().backward()
     assert adapter.delta.grad.tolist() == [[1.0] * 4, [1.0] * 4, [2.0] * 4]
     assert torch.autograd.gradcheck(
         lambda delta: torch.func.functional_call(adapter, {"delta": delta}, (row_ids,))[0], adapter.delta
@@ -185,6 +186,31 @@ def test_a_mapped_table_learns_rows_but_cannot_take_them(saved, when):
     assert len(deltas) == 2 and all(delta.grad.abs().sum() > 0 for delta in deltas)
     with pytest.raises(ValueError, match="engram_residency='resident'"):
         models[1].merge_and_unload()
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").is_file(), reason="the system does not tell which pages a process has"
+)
+def test_training_gives_the_pages_of_a_mapped_table_back(model, tmp_path):
+    """So that the memory of a process does not grow with the rows that its corpus reads; other forwards keep them."""
+
+    def pages() -> int:
+        kilobytes, is_table = 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            name, *values = line.split()
+            if not name.endswith(":"):
+                is_table = values[-1].startswith(f"{tmp_path}/engram-layer-")
+            elif name == "Rss:" and is_table:
+                kilobytes += int(values[0])
+        return kilobytes
+
+    model.save_pretrained(tmp_path)
+    ids = random_ids(2, 9)
+    peft = adapted(EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped"), read_by(model, ids))
+    logits(peft, ids)
+    assert pages() > 0
+    peft(ids, labels=ids).loss.backward()
+    assert pages() == 0
 
 
 def test_generation_is_that_of_the_merged_model(model):
