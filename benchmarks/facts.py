@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from engram_hf import EngramForCausalLM, EngramTokenizer
+from engram_hf import EngramError, EngramForCausalLM, EngramTokenizer
 from engram_hf.training import write_facts
 from engram_hf.training.fact_report import batch_of, logits_of, measure_facts, measure_protected
 from engram_hf.training.fact_texts import Fact, parse_facts
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=10)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--texts", type=int, default=30, help="held-out texts")
+    parser.add_argument("--protect", type=int, default=20, help="other texts, whose rows are left alone")
     parser.add_argument("--rank", type=int, default=4, help="of the LoRA")
     options = parser.parse_args()
     logging.disable_progress_bar()
@@ -87,7 +88,7 @@ def main() -> None:
     size = bench.show("rows", bench.rows, facts)
     rank = bench.rank_of(size)
     for title, way in {
-        "rows, texts protected": bench.protected_rows,
+        f"rows, {options.protect} texts protected": bench.protected_rows,
         f"LoRA of rank {options.rank}": bench.lora,
         f"LoRA of rank {rank}, equal kB": lambda facts: bench.lora(facts, rank=rank),
         "whole memory": bench.memory,
@@ -126,7 +127,11 @@ class Bench:
     def show(self, title: str, way: Callable, facts) -> int:
         """Print what a way makes of facts, and what it took; its bytes."""
         processor, clock = time.process_time(), time.perf_counter()
-        model, size = way(facts)
+        try:
+            model, size = way(facts)
+        except EngramError as error:
+            print(f"{title:28}{error}", flush=True)
+            return 0
         processor, clock = time.process_time() - processor, time.perf_counter() - clock
         print(f"{title:28}{self.row(model, size)}{processor:>7.1f}{clock:>7.1f}", flush=True)
         self.say_untouched(model)
@@ -167,7 +172,7 @@ class Bench:
 
     def protected_rows(self, facts) -> tuple[torch.nn.Module, int]:
         """With other texts of the same kind as those that are measured."""
-        protect = [text[:1000] for text in read_sources()[0][:200]]
+        protect = [text[:1000] for text in read_sources()[0][: self.options.protect]]
         model, _ = write_facts(self.load(), self.tokenizer, facts, steps=self.options.steps, protect=protect)
         return model, saved_size(model)
 

@@ -200,7 +200,9 @@ def test_training_gives_the_pages_of_a_mapped_table_back(model, tmp_path):
         for line in Path("/proc/self/smaps").read_text().splitlines():
             name, *values = line.split()
             if not name.endswith(":"):
-                is_shared = values[0] == "r--s" and values[-1].startswith(str(tmp_path))  # transformers' maps are private
+                is_shared = values[0] == "r--s" and values[-1].startswith(
+                    str(tmp_path)
+                )  # transformers' maps are private
             elif name == "Rss:" and is_shared:
                 kilobytes += int(values[0])
         return kilobytes
