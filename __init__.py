@@ -15,6 +15,7 @@ from .modeling_engram import EngramForCausalLM, EngramModel, EngramPreTrainedMod
 from .multimodal_engram import EngramForConditionalGeneration
 from .other_models import load_with_tables
 from .safetensors_engram import EngramError
+from .serving.admission import generate_batch
 from .serving.continuous_batching import init_continuous_batching
 from .serving.lookback import read_lookback
 from .tokenization import EngramTokenizer
@@ -47,6 +48,7 @@ EngramPreTrainedModel.folder_writer = ClaimedFolderWriter
 EngramConfig.for_backbone = classmethod(config_for_backbone)
 EngramForCausalLM.from_backbone = classmethod(add_memory)
 EngramForCausalLM.init_continuous_batching = init_continuous_batching
+EngramForCausalLM.generate_batch = generate_batch
 EngramModel.read_lookback = read_lookback
 EngramPreTrainedModel.require_backbone = staticmethod(require_backbone)
 EngramPreTrainedModel.require_decoder = staticmethod(require_decoder)

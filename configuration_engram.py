@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import difflib
+import inspect
 import itertools
 import math
 import os
 import types
 from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -37,6 +39,9 @@ _AUTO_CLASSES = {
 _AUTO_CLASSES_WITH_IMAGES = {"AutoModelForImageTextToText": ("multimodal_engram", "EngramForConditionalGeneration")}
 # Modules that bring a backbone which transformers does not have, and these classes, by the backbone's model type.
 _ENTRY_MODULES: dict[str, str] = {}
+
+# The new folder that a model is saved to: what is there was written by this save.
+STAGED: ContextVar[os.PathLike | None] = ContextVar("folder of the save that runs", default=None)
 
 
 def register_remote_backbone(model_type: str, module: str) -> None:
@@ -221,7 +226,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
             text = type(self)(text_config=backbone.text_config, dtype=self.dtype, **memory)
             vars(self).update(backbone_config=backbone, sub_configs=backbone.sub_configs)
             backbone = text
-        self.text_config = backbone
+        vars(self).update(text_config=backbone)  # @strict would print it twice to check its type again
         for name, value in asked.items():
             if name in _DEFAULTS:
                 was_given = value != _DEFAULTS[name]
@@ -285,7 +290,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         if self.is_composite:
             self.backbone_config, self.text_config.text_config = config, config.text_config
         else:
-            self.text_config = config
+            vars(self).update(text_config=as_decoder_config(config))
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -450,12 +455,16 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """As in transformers, with the code of a backbone that transformers does not have."""
-        entry = self._remote_entry
+        entry, config = self._remote_entry, self
         if entry is not None and self._auto_class is not None:
             os.makedirs(save_directory, exist_ok=True)
             package = __name__.rpartition(".")[0]
             custom_object_save(types.SimpleNamespace(__module__=f"{package}.{entry}"), save_directory)
-        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        own_code = os.path.join(save_directory, os.path.basename(inspect.getfile(type(self))))
+        if STAGED.get() == save_directory and os.path.exists(own_code):
+            config = copy.copy(self)
+            config._auto_class = None  # else the same code would be copied again
+        super(EngramConfig, config).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As in transformers, without the folder that the backbone came from: what is saved goes elsewhere."""

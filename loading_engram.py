@@ -439,13 +439,13 @@ def require_memory(model: PreTrainedModel, missing: Collection[str]) -> None:
 def require_sizes(model: PreTrainedModel, files: Sequence[str] | None) -> None:
     """Refuse tables among the weights whose size is not what the config says, before its word takes any memory."""
     tables = {layer: memory.table for layer, memory in model.memory_model.memories().items()}
+    tables = {layer: table for layer, table in tables.items() if table.is_resident and table.unread is None}
     keys = table_keys(tables)
-    for file in files or ():
+    for file in files or () if tables else ():
         for name, span in read_header(file).tensors.items() if str(file).endswith(".safetensors") else ():
             match = keys.search(name)
-            table = tables[int(match[1])] if match and match[2] == "weight" else None
-            if table is not None and table.is_resident and table.unread is None:
-                require_size(int(match[1]), span.shape, tuple(table.weight.shape))
+            if match and match[2] == "weight":
+                require_size(int(match[1]), span.shape, tuple(tables[int(match[1])].weight.shape))
 
 
 def leave_tables_on_disk(model: PreTrainedModel, device_map: dict | None) -> None:

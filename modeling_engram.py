@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from .cache_engram import EngramHistory, RuntimeSubclass, attach_history, begin_cache, lookback_reach, nothing_before
-from .configuration_engram import FORMAT_VERSION, EngramConfig, needs_package, remote_module
+from .configuration_engram import FORMAT_VERSION, STAGED, EngramConfig, needs_package, remote_module
 from .hashing_engram import NO_ID, Compaction, NgramHasher, as_token_map
 from .layer_engram import (
     BESIDE,
@@ -305,14 +305,14 @@ class EngramPreTrainedModel(RuntimeSubclass, PreTrainedModel):
             return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
-        with self.folder_writer(save_directory) as writer:
-            token = _SAVE.set((writer, kwargs.get("variant")))
-            try:
-                save_tables(self.memory_model, writer.path)
-                super().save_pretrained(writer.path, is_main_process=is_main_process, **kwargs)
-                self._complete_save()
-            finally:
-                _SAVE.reset(token)
+        with (
+            self.folder_writer(save_directory) as writer,
+            within(_SAVE, (writer, kwargs.get("variant"))),
+            within(STAGED, writer.path),
+        ):
+            save_tables(self.memory_model, writer.path)
+            super().save_pretrained(writer.path, is_main_process=is_main_process, **kwargs)
+            self._complete_save()
 
     def _complete_save(self) -> None:
         """Put what was saved in place, if this process saves and has not done that."""
@@ -852,8 +852,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     _reads_images = False
     # Called with a causal language model, or the name of one, to add memory to it; the package engram_hf sets it.
     from_backbone: Any = staticmethod(needs_package)
-    # Makes the manager that `generate_batch` and servers run requests through; the package engram_hf sets it.
+    # The first makes the manager that `generate_batch` and servers run requests through; the package engram_hf sets both.
     init_continuous_batching: Any = staticmethod(needs_package)
+    generate_batch: Any = staticmethod(needs_package)
 
     @classmethod
     def _prepare(

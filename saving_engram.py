@@ -424,5 +424,6 @@ def _nearest(source: MappedRows, folder: Path) -> MappedRows:
 
 def _takes_no_space(source: MappedRows, folder: Path) -> bool:
     """Whether `pass_on` has nothing to copy."""
-    can_refer = _BY_REFERENCE.get() or all(can_link(file, path, folder) for path, file in source.files.items())
-    return source.stored.has_own_files and can_refer
+    return source.stored.has_own_files and (
+        _BY_REFERENCE.get() or all(can_link(file, path, folder) for path, file in source.files.items())
+    )

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -156,14 +157,17 @@ class QuantizationError:
 
     def add(self, *compared: "tuple[torch.Tensor, torch.Tensor, float]") -> None:
         """Count rows; see [`compare_rows`]."""
-        squares, squared_differences = (torch.cat(some).double() for some in list(zip(*compared, strict=True))[:2])
+        # By NumPy: torch would take the square roots of a few thousand numbers in all its threads, which wait for each other.
+        squares, squared_differences = (
+            torch.cat(some).numpy().astype(np.float64) for some in list(zip(*compared, strict=True))[:2]
+        )
         self.rows += len(squares)
         self.largest = max(self.largest, *(largest for _, _, largest in compared))
         self.squares += squares.sum().item()
         self.squared_differences += squared_differences.sum().item()
-        relative = (squared_differences / squares.clamp_min_(1e-300)).sqrt_()
-        bins = torch.bucketize(relative, torch.tensor(ERROR_EDGES, dtype=torch.float64), right=True)
-        counts = torch.bincount(bins, minlength=len(self.histogram)).tolist()
+        relative = np.sqrt(squared_differences / np.maximum(squares, 1e-300))
+        bins = np.searchsorted(ERROR_EDGES, relative, side="right")
+        counts = np.bincount(bins, minlength=len(self.histogram)).tolist()
         self.histogram = [count + more for count, more in zip(self.histogram, counts, strict=True)]
 
 

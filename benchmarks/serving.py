@@ -4,8 +4,9 @@
 
 An open-loop client sends a bounded number of streamed completions, at fixed times that no answer delays: at load N, N come in
 the time that the bare backbone takes for one alone. Every answer is compared with that of `generate`. The script prints tokens
-per second, the median and the 95th percentile of the time to the first token and of the time between tokens (ms), the median time
-between tokens against the bare backbone's at the same load, and how many answers were wrong or lost.
+per second, the median and the 95th percentile of the time to the first token and of the time between tokens (ms), and how many
+answers were wrong or lost. Two ratios compare it with the bare backbone at the same load, each in its best round: the median time
+between tokens, and the processor time of the server for each token, which other work on the machine disturbs less.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from openai import APIConnectionError, AsyncOpenAI, OpenAI
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -41,6 +43,7 @@ class Server:
     folder: Path
     answers: list[str]
     url: str
+    process: psutil.Process
     bare: str | None  # the setting whose times are the measure
 
 
@@ -56,17 +59,46 @@ class Answer:
         return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
 
 
+@dataclasses.dataclass
+class Round:
+    """What a server did with the requests of one round: answers or errors, seconds, and seconds of its processors."""
+
+    answers: list
+    seconds: float
+    processor: float
+
+    @property
+    def got(self) -> list[Answer]:
+        return [answer for answer in self.answers if isinstance(answer, Answer)]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(answer.times) for answer in self.got)
+
+    @property
+    def gap(self) -> float:
+        """The median time between tokens."""
+        return statistics.median(gap for answer in self.got for gap in answer.gaps)
+
+    @property
+    def processor_cost(self) -> float:
+        """Processor seconds for each token."""
+        return self.processor / self.tokens
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--loads", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=32, help="of each round of a load")
+    parser.add_argument(
+        "--requests", type=int, default=12, help="of each round of a load; at least as many as the load"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=24)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--rows", type=int, default=200_000, help="of each of the two tables")
     parser.add_argument("--threads", type=int, default=1, help="of each server")
     arguments = parser.parse_args()
@@ -77,7 +109,7 @@ def main() -> None:
         seconds = statistics.median(asyncio.run(ask_alone(servers[0], prompts, arguments.new_tokens)))
         print(f"one request alone on the bare backbone: {seconds:.2f} s for {arguments.new_tokens} tokens")
         print(
-            f"{'load':>4}  {'model':34}{'tokens/s':>9}{'first':>8}{'p95':>7}{'between':>9}{'p95':>7}{'ratio':>7}  wrong  lost"
+            f"{'load':>4}  {'model':34}{'tokens/s':>9}{'first':>8}{'p95':>9}{'between':>9}{'p95':>7}{'ratio':>7}{'processor':>10}  wrong  lost"
         )
         for load in arguments.loads:
             report(load, servers, prompts, seconds / load, arguments)
@@ -119,7 +151,7 @@ def make_folders(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     print(
         f"Mixtral, {parameters / 1e6:.0f}M parameters, memory in layers 1 and 2, {arguments.rows:,} rows of 64 each, "
-        f"{arguments.requests} requests of {arguments.prompt_tokens} and {arguments.new_tokens} tokens, "
+        f"requests of {arguments.prompt_tokens} and {arguments.new_tokens} tokens, "
         f"{arguments.threads} thread(s)"
     )
     return folder / "bare", folder / "memory"
@@ -161,17 +193,17 @@ def start_servers(
     servers = []
     for name, folder, options, measure in settings:
         try:
-            url = running.enter_context(server_process(folder, options, arguments.threads))
+            url, process = running.enter_context(server_process(folder, options, arguments.threads))
         except RuntimeError as error:
             print(f"{name}: {error}")
             continue
-        servers.append(Server(name, folder, answers[folder], url, measure))
+        servers.append(Server(name, folder, answers[folder], url, process, measure))
     return servers
 
 
 @contextlib.contextmanager
-def server_process(folder: Path, options: list[str], threads: int) -> Iterator[str]:
-    """`engram serve` on a free port; its address.
+def server_process(folder: Path, options: list[str], threads: int) -> Iterator[tuple[str, psutil.Process]]:
+    """`engram serve` on a free port: its address, and the process.
 
     Raises:
         RuntimeError: it ended, and what it said last.
@@ -191,7 +223,7 @@ def server_process(folder: Path, options: list[str], threads: int) -> Iterator[s
                     log.seek(0)
                     raise RuntimeError(log.read().strip().splitlines()[-1])
                 time.sleep(0.2)
-            yield f"http://localhost:{port}/v1"
+            yield f"http://localhost:{port}/v1", psutil.Process(process.pid)
         finally:
             process.terminate()
             process.wait()
@@ -227,43 +259,52 @@ async def ask_alone(server: Server, prompts: list[str], count: int) -> list[floa
         return [(await ask(client, prompt, count)).times[-1] for prompt in prompts[:6]][2:]
 
 
-async def ask_all(server: Server, prompts: list[str], spacing: float, arguments: argparse.Namespace) -> tuple:
+async def ask_all(
+    server: Server, prompts: list[str], spacing: float, count: int, arguments: argparse.Namespace
+) -> "Round":
     async with connect(server) as client:
         await ask(client, prompts[0], 2)  # what is made for the first request
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), processor_seconds(server.process)
         requests = [
-            ask(client, prompts[index % PROMPTS], arguments.new_tokens, index * spacing)
-            for index in range(arguments.requests)
+            ask(client, prompts[index % PROMPTS], arguments.new_tokens, index * spacing) for index in range(count)
         ]
         answers = await asyncio.gather(*requests, return_exceptions=True)
-        return answers, time.perf_counter() - start
+        return Round(answers, time.perf_counter() - start, processor_seconds(server.process) - processor)
 
 
 def report(
     load: int, servers: list[Server], prompts: list[str], spacing: float, arguments: argparse.Namespace
 ) -> None:
     """Ask all servers one after the other, in several rounds, so that other work on the machine meets each alike; print a line for each."""
-    rounds: dict[str, list[tuple]] = {server.name: [] for server in servers}
+    rounds: dict[str, list[Round]] = {server.name: [] for server in servers}
+    count = max(load, arguments.requests)
     for _ in range(arguments.rounds):
         for server in servers:
-            rounds[server.name].append(asyncio.run(ask_all(server, prompts, spacing, arguments)))
-    between: dict[str, float] = {}
+            rounds[server.name].append(asyncio.run(ask_all(server, prompts, spacing, count, arguments)))
     for server in servers:
-        answers = [(index % PROMPTS, answer) for got, _ in rounds[server.name] for index, answer in enumerate(got)]
+        mine, bare = rounds[server.name], rounds[server.bare or server.name]
+        answers = [(index % PROMPTS, answer) for one in mine for index, answer in enumerate(one.answers)]
         got = [(index, answer) for index, answer in answers if isinstance(answer, Answer)]
         wrong = sum(answer.text != server.answers[index] for index, answer in got)
         firsts = sorted(answer.times[0] for _, answer in got if answer.times)
         gaps = sorted(gap for _, answer in got for gap in answer.gaps)
-        between[server.name] = statistics.median(gaps)
-        ratio = between[server.name] / between.get(server.bare or server.name, between[server.name])
-        speed = sum(len(answer.times) for _, answer in got) / sum(seconds for _, seconds in rounds[server.name])
+        speed = sum(one.tokens for one in mine) / sum(one.seconds for one in mine)
         times = [statistics.median(firsts), quantile(firsts), statistics.median(gaps), quantile(gaps)]
         first, late_first, gap, late_gap = (f"{moment * 1e3:.1f}" for moment in times)
+        ratios = [
+            min(map(cost, mine)) / min(map(cost, bare))
+            for cost in (lambda one: one.gap, lambda one: one.processor_cost)
+        ]
         print(
-            f"{load:4}  {server.name:34}{speed:9.1f}{first:>8}{late_first:>7}{gap:>9}{late_gap:>7}{ratio:7.3f}  "
+            f"{load:4}  {server.name:34}{speed:9.1f}{first:>8}{late_first:>9}{gap:>9}{late_gap:>7}{ratios[0]:7.3f}{ratios[1]:10.3f}  "
             f"{wrong:5}{len(answers) - len(got):6}",
             flush=True,
         )
+
+
+def processor_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def quantile(values: list[float], share: float = 0.95) -> float:

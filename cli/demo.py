@@ -1,13 +1,18 @@
 """`engram demo`: the small trained model that comes with the package."""
 
 import argparse
+import contextlib
 import importlib.util
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .output import print_json
+
+_PREFIX = ".engram-demo-"
 
 THINGS_TO_TRY = """\
 {folder}: written. Three things to try:
@@ -44,8 +49,8 @@ def run_demo(options: argparse.Namespace) -> None:
     if target.exists():
         raise ValueError(f"{target} is there already; name a new folder, or use it: it may be the demo model.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".engram-demo-", dir=target.parent) as beside:
-        copied = Path(beside, "model")
+    with folder_beside(target) as beside:
+        copied = beside / "model"
         copied.mkdir()
         for path in sorted(path for path in source.iterdir() if path.is_file()):
             # Only contents are copied: in the repository, code files are links to the package's files, and table files are read-only.
@@ -55,6 +60,29 @@ def run_demo(options: argparse.Namespace) -> None:
         print_json({"folder": str(target)})
     else:
         print(THINGS_TO_TRY.format(folder=target))
+
+
+@contextlib.contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A new folder in the same place, locked until it is removed; those that killed processes left are removed, too."""
+    from engram_hf.safetensors_engram import lock_file
+
+    for left in target.parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), _opened(left) as folder:
+            if lock_file(folder):
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=target.parent) as made, _opened(Path(made)) as folder:
+        lock_file(folder)
+        yield Path(made)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def find_demo() -> Path:

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ..cache_engram import lookback_reach
 from ..modeling_engram import EngramForCausalLM
 from ..safetensors_engram import EngramError
+from .admission import check_requests
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -44,7 +45,7 @@ def init_continuous_batching(
             not taken (`max_blocks_per_request=0`); CUDA graphs are recorded only if they are asked for.
 
     Returns:
-        The `ContinuousBatchingManager`.
+        The `ContinuousBatchingManager`; it refuses requests that would end the batching, see `admission`.
 
     Raises:
         ValueError: the backbone cannot be batched, or not with these settings, or not by this version of transformers.
@@ -57,9 +58,10 @@ def init_continuous_batching(
     batched = BatchedModel(model)
     config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
     batched.settle(config)
-    return GenerationMixin.init_continuous_batching(
+    manager = GenerationMixin.init_continuous_batching(
         batched, generation_config=generation_config, continuous_batching_config=config, **options
     )
+    return check_requests(manager, model.config.get_text_config().vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,10 @@
 live. So the process that serves puts a loader under that name; routes, batching and streams remain transformers' own.
 """
 
+import functools
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers.utils import is_serve_available
 from ..configuration_engram import EngramConfig
 from ..multimodal_engram import EngramForConditionalGeneration
 from ..safetensors_engram import EngramError
+from .admission import RefusedRequestError
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
@@ -202,4 +204,23 @@ class Loader:
         model = self.auto_class.from_pretrained(name, **kwargs, **self.options)
         if self.continuous_batching:
             require_batchable(model, name)
+            model.init_continuous_batching = functools.partial(_init_with_statuses, model.init_continuous_batching)
         return model
+
+
+def _init_with_statuses(init_continuous_batching: Callable, *args, **kwargs):
+    """A manager whose refusal of a request is answered with status 400 and the reason, not as a fault of the server."""
+    from fastapi import HTTPException
+
+    manager = init_continuous_batching(*args, **kwargs)
+    add_request = manager.add_request
+
+    @functools.wraps(add_request)
+    def add_or_answer(*args, **kwargs):
+        try:
+            return add_request(*args, **kwargs)
+        except RefusedRequestError as error:
+            raise HTTPException(status_code=400, detail=str(error)) from error
+
+    manager.add_request = add_or_answer
+    return manager

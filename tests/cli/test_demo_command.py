@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engram_cli.demo import folder_beside
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -73,6 +74,16 @@ def test_a_full_disk_leaves_nothing(complaint, tmp_path, monkeypatch):
     monkeypatch.setattr("engram_cli.demo.shutil.copyfile", full)
     assert "No space left" in complaint("demo", tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_removes_what_a_killed_one_left_and_nothing_of_one_that_runs(engram, tmp_path):
+    left = tmp_path / ".engram-demo-killed"
+    left.mkdir()
+    (left / "model").touch()
+    with folder_beside(tmp_path / "other") as running:
+        engram("demo", tmp_path / "new")
+        assert running.exists() and not left.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 @pytest.mark.slow

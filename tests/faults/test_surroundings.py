@@ -93,7 +93,13 @@ OTHERS = {
         "memories",
         "settle_memory",
     ),
-    *("prepare_inputs_for_generation", "prefetch_mounted", "init_continuous_batching", "read_lookback"),
+    *(
+        "prepare_inputs_for_generation",
+        "prefetch_mounted",
+        "init_continuous_batching",
+        "generate_batch",
+        "read_lookback",
+    ),
     *("composite_class", "folder_writer", "host_class", "memory_model", "require_backbone", "require_decoder"),
     "barrier_after_gathered_checkpoint_save",
 }

@@ -193,16 +193,30 @@ def test_block_tables_of_flash_kernels_are_left_out(library_log):
 
 
 @pytest.mark.parametrize(
-    "prompt", [random_ids(1, 100)[0].tolist(), [3, VOCAB + 5, 4]], ids=["too long", "unknown token"]
+    ("prompt", "message"),
+    [
+        (random_ids(1, 100)[0].tolist(), "100 tokens and up to 4 new ones is longer .* which holds 32"),
+        ([3, VOCAB + 5, 4], f"token ids from 3 to {VOCAB + 5}, but the model knows 0 to {VOCAB - 1}"),
+        ([], "A request has no tokens"),
+    ],
+    ids=["too long", "unknown token", "no tokens"],
 )
-def test_a_request_that_cannot_be_run_ends_with_an_error(prompt):
-    """One that the cache cannot hold, or with a token id beyond the vocabulary; as with the bare model. Later ones are run."""
-    model, settings = built("llama"), ContinuousBatchingConfig(page_size=8, num_blocks=4, max_batch_tokens=16)
-    outputs = model.generate_batch(
-        [prompt], generation_config=GenerationConfig(**GREEDY, max_new_tokens=4), continuous_batching_config=settings
-    )
-    assert all(output.error for output in outputs.values())
-    assert batched(model, [prompt[:1]], 4) == alone(model, [prompt[:1]], 4)
+def test_a_request_that_cannot_be_run_is_refused_when_it_comes(prompt, message):
+    """With the bare model it ends the batching; here the manager goes on, up to the very longest request."""
+    model = built("llama")
+    settings = ContinuousBatchingConfig(page_size=8, num_blocks=4, max_batch_tokens=16)
+    longest = random_ids(1, 29)[0].tolist()  # with 4 new tokens, of which the last one needs no room, 32 in all
+    generation = GenerationConfig(**GREEDY, max_new_tokens=4)
+    with model.continuous_batching_context_manager(generation, continuous_batching_config=settings) as manager:
+        with pytest.raises(ValueError, match=message):
+            manager.add_request(prompt)
+        with pytest.raises(ValueError, match="30 tokens and up to 4 new ones is longer"):
+            manager.add_request([*longest, 3])
+        request = manager.add_request(longest)
+        answer = next(output for output in manager if output.request_id == request)
+    assert [answer.generated_tokens] == alone(model, [longest], 4) and answer.error is None
+    with pytest.raises(ValueError, match=message):
+        model.generate_batch([longest, prompt], generation_config=generation, continuous_batching_config=settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import doctest
 import functools
 import io
 import json
@@ -262,9 +263,15 @@ def test_a_backbone_is_batched_and_a_request_longer_than_its_cache_ends_the_batc
 
 @needs_server
 @needs_continuous_batching
-def test_a_model_with_memory_is_batched(folder, answer):
+def test_a_model_with_memory_is_batched_and_goes_on_after_a_request_longer_than_its_cache(folder, answer):
+    from openai import BadRequestError
+
     expected = [answer(prompt, 4) for prompt in PROMPTS]
-    with serving(folder, continuous_batching=True, cb_num_blocks=64, cb_max_batch_tokens=64) as (client, _):
+    with serving(folder, continuous_batching=True, cb_num_blocks=4, cb_max_batch_tokens=64) as (client, _):
+        for streamed in (False, True):
+            with pytest.raises(BadRequestError) as refused:
+                complete(client, " ".join(["w1"] * 1100), stream=streamed)
+            assert "longer than the whole cache of continuous batching" in refused.value.response.text
         assert ask_many(client) == expected * 2
 
 
@@ -303,9 +310,9 @@ def test_the_release_thinks_in_a_field_of_its_own(release):
 
 @needs_server
 @pytest.mark.slow
-def test_the_page_shows_what_is_printed(tmp_path, monkeypatch):
-    """`docs/serving.md`: its requests by curl, and its Python, with the demo model behind another port."""
-    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+def test_the_pages_show_what_is_printed(tmp_path, monkeypatch):
+    """The requests by curl, and the Python, of the README and of `docs/serving.md`, with the demo model behind another port."""
+    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/serving.md", "README.md"))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "examples" / "engram-demo", "engram-demo")
     with serving(Path("engram-demo")) as (client, _):
@@ -317,6 +324,16 @@ def test_the_page_shows_what_is_printed(tmp_path, monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(code.replace("http://localhost:8000", address), {})
         assert printed.getvalue() == output.rstrip("\n")
+
+        body, printed = re.search(r"--json '(.*)' \| grep -o '\"text.*\n\"text\":\"(.*)\"", readme).groups()
+        assert client.post("completions", body=json.loads(body), cast_to=dict)["choices"][0]["text"] == printed
+        session = readme[readme.index(">>> from openai") : readme.index("```", readme.index(">>> from openai"))]
+        (failed, _) = doctest.DocTestRunner().run(
+            doctest.DocTestParser().get_doctest(
+                session.replace("http://localhost:8000", address), {}, "README", None, 0
+            )
+        )
+        assert failed == 0
 
 
 # --- what is refused before a server starts
