@@ -84,6 +84,8 @@ setup(
             "ruff>=0.12",
             *_SERVING,  # The tests serve models.
         ],
+        # One slow test trains with TRL; `make trials` installs it.
+        "trl": ["datasets>=4.7", "trl>=1"],
         # transformers' own tests, which `make test-upstream` runs, need these.
         "upstream": ["parameterized>=0.9"],
     },

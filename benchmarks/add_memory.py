@@ -5,11 +5,13 @@
 The backbone is a small Qwen3-MoE, trained here on the sources of Python's standard library. The new domain is English
 about Python: its docstrings and the topics of `help()`. The backbone is frozen; the LoRA has as many trainable
 parameters as the memory. Losses are in nats per token on held-out texts. The script prints the change of both losses
-after each number of steps, and whether the logits moved at step 0.
+after each number of steps, and whether the logits moved at step 0. If the package `engram-peft` is installed, its
+memory on the same backbone is measured, too.
 """
 
 import argparse
 import copy
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -85,7 +87,8 @@ class Bench:
         ways: dict[str, Callable] = {
             title: lambda fields=fields: self.memory(*fields) for title, fields in memory.items()
         }
-        return ways | {"LoRA": self.lora}
+        others = {"engram-peft, one stream": self.engram_peft} if importlib.util.find_spec("engram_peft") else {}
+        return ways | others | {"LoRA": self.lora}
 
     def memory(self, scale: float, std: float, warm_up: int):
         set_seed(self.seed)
@@ -104,6 +107,26 @@ class Bench:
                 torch.nn.init.normal_(memory.kv_proj.weight[len(memory.kv_proj.weight) // 2 :], std=std)
         groups = engram_parameter_groups(model, self.size.learning_rate, table_lr_scale=scale)
         return model, torch.optim.AdamW(groups), warm_up
+
+    def engram_peft(self):
+        """Return a model with the memory of the package `engram-peft`, of the same dimensions and with its own
+        optimizer.
+        """
+        from engram_peft import EngramConfig, get_engram_model, get_optimizer
+
+        set_seed(self.seed)
+        orders = [2, 3]
+        config = EngramConfig(
+            target_layers=[1, 2],
+            ngram_sizes=orders,
+            n_head_per_ngram=self.size.memory_heads,
+            engram_vocab_size_per_ngram=[self.size.rows // len(orders)] * len(orders),
+            embedding_dim=len(orders) * self.size.memory_heads * self.size.memory_width,
+            hc_mult=1,
+            use_sparse_embeddings=False,  # Torch has no norm of sparse gradients, by which all are clipped here.
+        )
+        model = get_engram_model(copy.deepcopy(self.backbone), config, self.tokenizer)
+        return model, get_optimizer(model, self.size.learning_rate, engram_sparse_optimizer="adam"), 0
 
     def lora(self):
         target = sum(p.numel() for p in self.memory(5, 0.0, 0)[0].parameters() if p.requires_grad)
