@@ -149,7 +149,7 @@ class MappedRows:
     def release(self) -> None:
         """Give back the pages that were read. They stay in the page cache, but are no memory of this process any more."""
         for opened in self._maps.values():
-            with contextlib.suppress(OSError, AttributeError):  # not every system and file system takes advice
+            with contextlib.suppress(OSError, AttributeError):  # Not every system and file system supports advice.
                 opened._map.madvise(mmap.MADV_DONTNEED)
 
     def typed(self, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -289,7 +289,7 @@ class FileMap:
             # Shared and read-only: a private mapping counts as memory that may be needed, and is refused beyond what
             # there is.
             self._map = mmap.mmap(self._descriptor, self._stamp.size, access=mmap.ACCESS_READ)
-        with contextlib.suppress(OSError, AttributeError):  # not every system and file system takes advice
+        with contextlib.suppress(OSError, AttributeError):  # Not every system and file system supports advice.
             self._map.madvise(mmap.MADV_RANDOM)
         is_checked = header.stamp is None or header.stamp.is_same_file(self._stamp)
         if not is_checked or self._peek(0, len(header.head)) != header.head:
