@@ -38,7 +38,7 @@ run-tests: $(VENV)/.installed
 	$(PYTEST) -m "$(TESTS)" $(PYTEST_ARGS)
 
 # Files run in the order of their names: by their number of tests, those with one long test would come last, one process alone at work.
-trials: $(VENV)/.installed  ## the slow tests: trials of docs/reliability.md in short, compilation, whole scripts (minutes)
+trials: $(VENV)/.installed-trl  ## the slow tests: trials of docs/reliability.md in short, compilation, whole scripts (minutes)
 	$(PYTEST) --no-loadscope-reorder -m slow $(PYTEST_ARGS)
 
 # The trials of docs/reliability.md at length; `make trials` runs short ones. Each prints its seed, and what goes there.
@@ -68,6 +68,10 @@ style: $(VENV)/.installed  ## mend style
 $(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS) $(wildcard constraints/*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[test,examples]"
+	touch $@
+
+$(VENV)/.installed-trl: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[trl]"
 	touch $@
 
 $(VENV)/.installed-upstream: $(VENV)/.installed

@@ -146,6 +146,12 @@ class MappedRows:
             for span, size in zip(part.row_spans.values(), self.row_bytes, strict=True):
                 self._maps[part.file.path].request(span.offset + (row_ids[here] - rows.first) * size, size)
 
+    def release(self) -> None:
+        """Give back the pages that were read. They stay in the page cache, but are no memory of this process any more."""
+        for opened in self._maps.values():
+            with contextlib.suppress(OSError, AttributeError):  # not every system and file system takes advice
+                opened._map.madvise(mmap.MADV_DONTNEED)
+
     def typed(self, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Stored values of gathered bytes, and what multiplies them (or None)."""
         values, scale = self._typed(rows)
@@ -283,9 +289,8 @@ class FileMap:
             # Shared and read-only: a private mapping counts as memory that may be needed, and is refused beyond what
             # there is.
             self._map = mmap.mmap(self._descriptor, self._stamp.size, access=mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_RANDOM"):
-            with contextlib.suppress(OSError):  # not every file system takes advice
-                self._map.madvise(mmap.MADV_RANDOM)
+        with contextlib.suppress(OSError, AttributeError):  # not every system and file system takes advice
+            self._map.madvise(mmap.MADV_RANDOM)
         is_checked = header.stamp is None or header.stamp.is_same_file(self._stamp)
         if not is_checked or self._peek(0, len(header.head)) != header.head:
             raise _changed(header.path)

@@ -83,6 +83,8 @@ setup(
             "ruff>=0.12",
             *_SERVING,  # the tests serve models
         ],
+        # One slow test trains by TRL; `make trials` installs it.
+        "trl": ["datasets>=4.7", "trl>=1"],
         # Needed by transformers' own tests, which `make test-upstream` runs.
         "upstream": ["parameterized>=0.9"],
     },

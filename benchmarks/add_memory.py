@@ -5,10 +5,12 @@
 The backbone is a small Qwen3-MoE, trained here on the sources of Python's standard library. The new domain is English about Python: its
 docstrings and the topics of `help()`. The backbone is frozen; a LoRA has as many trainable parameters as a memory. Losses are those
 of held-out texts, in nats a token. Printed are the changes of both after each number of steps, and whether the logits moved at step 0.
+Where the package `engram-peft` is installed, a memory of its own is added to the same backbone, too.
 """
 
 import argparse
 import copy
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -84,7 +86,8 @@ class Bench:
         ways: dict[str, Callable] = {
             title: lambda fields=fields: self.memory(*fields) for title, fields in memory.items()
         }
-        return ways | {"LoRA": self.lora}
+        others = {"engram-peft, one stream": self.engram_peft} if importlib.util.find_spec("engram_peft") else {}
+        return ways | others | {"LoRA": self.lora}
 
     def memory(self, scale: float, std: float, warm_up: int):
         set_seed(self.seed)
@@ -103,6 +106,24 @@ class Bench:
                 torch.nn.init.normal_(memory.kv_proj.weight[len(memory.kv_proj.weight) // 2 :], std=std)
         groups = engram_parameter_groups(model, self.size.learning_rate, table_lr_scale=scale)
         return model, torch.optim.AdamW(groups), warm_up
+
+    def engram_peft(self):
+        """What the package `engram-peft` adds, of the same dimensions and with its own optimizer."""
+        from engram_peft import EngramConfig, get_engram_model, get_optimizer
+
+        set_seed(self.seed)
+        orders = [2, 3]
+        config = EngramConfig(
+            target_layers=[1, 2],
+            ngram_sizes=orders,
+            n_head_per_ngram=self.size.memory_heads,
+            engram_vocab_size_per_ngram=[self.size.rows // len(orders)] * len(orders),
+            embedding_dim=len(orders) * self.size.memory_heads * self.size.memory_width,
+            hc_mult=1,
+            use_sparse_embeddings=False,  # torch has no norm of sparse gradients, by which all are clipped here
+        )
+        model = get_engram_model(copy.deepcopy(self.backbone), config, self.tokenizer)
+        return model, get_optimizer(model, self.size.learning_rate, engram_sparse_optimizer="adam"), 0
 
     def lora(self):
         target = sum(p.numel() for p in self.memory(5, 0.0, 0)[0].parameters() if p.requires_grad)

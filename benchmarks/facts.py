@@ -5,7 +5,7 @@
 MODEL is a saved model with its tokenizer that was really trained, such as `out/quickstart/model`; `examples/engram-demo` if none is named.
 All ways get the same number of steps on the same facts; rows stop earlier when all are recalled with certainty. Held-out texts are
 files of the Python standard library. kB are those of the whole folder of an adapter, and seconds those of the processor, which other work
-on the machine does not change.
+on the machine does not change, and those of the clock.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,9 +21,9 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from engram_hf import EngramForCausalLM, EngramTokenizer
+from engram_hf import EngramError, EngramForCausalLM, EngramTokenizer
 from engram_hf.training import write_facts
-from engram_hf.training.fact_report import batch_of, logits_of, measure_facts
+from engram_hf.training.fact_report import batch_of, logits_of, measure_facts, measure_protected
 from engram_hf.training.fact_texts import Fact, parse_facts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -62,6 +63,7 @@ SYLLABLES = [
 ]
 KINDS = ["capital", "river", "king", "language", "coin"]
 TARGETS = ["q_proj", "v_proj", "engram.kv_proj"]
+PIECE = 16
 
 
 def main() -> None:
@@ -71,6 +73,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=10)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--texts", type=int, default=30, help="held-out texts")
+    parser.add_argument("--protect", type=int, default=20, help="other texts, whose rows are left alone")
     parser.add_argument("--rank", type=int, default=4, help="of the LoRA")
     options = parser.parse_args()
     logging.disable_progress_bar()
@@ -79,25 +82,22 @@ def main() -> None:
     texts = [tokenizer(text[:500])["input_ids"][:200] for text in read_sources()[1][: options.texts]]
     bench = Bench(options, tokenizer, facts, texts)
     print(
-        f"{'':28}{'recall':>8}{'paraphrase':>12}{'loss':>9}{'texts as before':>17}{'positions':>11}{'kB':>9}{'cpu s':>7}"
+        f"{'':28}{'recall':>8}{'paraphrase':>12}{'loss':>9}{'texts as before':>17}{'positions':>11}{'kB':>9}{'cpu s':>7}{'s':>7}"
     )
-    print(f"{'untouched':28}{bench.row(bench.load(), None, 0.0)}")
+    print(f"{'untouched':28}{bench.row(bench.load(), None)}")
+    size = bench.show("rows", bench.rows, facts)
+    rank = bench.rank_of(size)
     for title, way in {
-        "rows": bench.rows,
-        "rows, texts protected": bench.protected_rows,
+        f"rows, {options.protect} texts protected": bench.protected_rows,
         f"LoRA of rank {options.rank}": bench.lora,
+        f"LoRA of rank {rank}, equal kB": lambda facts: bench.lora(facts, rank=rank),
         "whole memory": bench.memory,
     }.items():
-        started = time.process_time()
-        model, size = way(facts)
-        print(f"{title:28}{bench.row(model, size, time.process_time() - started)}", flush=True)
+        bench.show(title, way, facts)
     each = len(facts) // options.users
     users = [facts[first : first + each] for first in range(0, each * options.users, each)]
     for title, stack in {"rows": bench.stacked_rows, "LoRAs added up": bench.stacked_loras}.items():
-        started = time.process_time()
-        model, size = stack(users)
-        title = f"{options.users} users: {title}"
-        print(f"{title:28}{bench.row(model, size, time.process_time() - started)}", flush=True)
+        bench.show(f"{options.users} users: {title}", stack, users)
 
 
 def invent(count: int) -> list[dict[str, str]]:
@@ -124,9 +124,22 @@ class Bench:
     def load(self) -> EngramForCausalLM:
         return EngramForCausalLM.from_pretrained(self.options.model, engram_residency="resident").eval()
 
+    def show(self, title: str, way: Callable, facts) -> int:
+        """Print what a way makes of facts, and what it took; its bytes."""
+        processor, clock = time.process_time(), time.perf_counter()
+        try:
+            model, size = way(facts)
+        except EngramError as error:
+            print(f"{title:28}{error}", flush=True)
+            return 0
+        processor, clock = time.process_time() - processor, time.perf_counter() - clock
+        print(f"{title:28}{self.row(model, size)}{processor:>7.1f}{clock:>7.1f}", flush=True)
+        self.say_untouched(model)
+        return size
+
     @torch.no_grad()
-    def row(self, model, size: int | None, seconds: float) -> str:
-        """Recall, recall of paraphrases, held-out loss, share of texts whose logits have every bit as before, size, time."""
+    def row(self, model, size: int | None) -> str:
+        """Recall, recall of paraphrases, held-out loss, share of texts whose logits have every bit as before, size."""
         recall, asked = (sum(r.rank == 1 for r in measure_facts(model, f)) / len(f) for f in (self.parsed, self.asked))
         after = [model(input_ids=ids, use_cache=False).logits for ids in self.texts]
         losses = [F.cross_entropy(a[0, :-1], ids[0, 1:]) for a, ids in zip(after, self.texts, strict=True)]
@@ -134,7 +147,24 @@ class Bench:
         equal = [(b == a).all(-1) for b, a in zip(self.before, after, strict=True)]
         positions = torch.cat([part.flatten() for part in equal]).double().mean()
         kilobytes = "" if size is None else f"{size / 1000:,.0f}"
-        return f"{recall:>8.2f}{asked:>12.2f}{torch.stack(losses).mean():>9.4f}{same:>17.2f}{positions:>11.2f}{kilobytes:>9}{seconds:>7.1f}"
+        return f"{recall:>8.2f}{asked:>12.2f}{torch.stack(losses).mean():>9.4f}{same:>17.2f}{positions:>11.2f}{kilobytes:>9}"
+
+    def say_untouched(self, model) -> None:
+        """Of row adapters: that what reads none of their rows is as before. Long texts read one sooner or later, so these are cut."""
+        configs = getattr(model, "peft_config", {}).values()
+        if not configs or any(config.peft_type != "ENGRAM_ROWS" for config in configs):
+            return
+        layers = {layer for config in configs for layer in config.rows}
+        written = {
+            layer: torch.cat([config.rows[layer] for config in configs if layer in config.rows]) for layer in layers
+        }
+        pieces = [{"input_ids": piece} for ids in self.texts for piece in ids.split(PIECE, dim=1)]
+        found = measure_protected(model, pieces, written, model.disable_adapter)
+        print(
+            f"  of {found.texts} texts of {PIECE} tokens, {found.untouched_texts} read no written row; of {found.untouched_positions:,} positions "
+            f"in these and before any such read, {found.changed_untouched} changed in any bit",
+            flush=True,
+        )
 
     def rows(self, facts) -> tuple[torch.nn.Module, int]:
         model, _ = write_facts(self.load(), self.tokenizer, facts, steps=self.options.steps)
@@ -142,12 +172,17 @@ class Bench:
 
     def protected_rows(self, facts) -> tuple[torch.nn.Module, int]:
         """With other texts of the same kind as those that are measured."""
-        protect = [text[:1000] for text in read_sources()[0][:200]]
+        protect = [text[:1000] for text in read_sources()[0][: self.options.protect]]
         model, _ = write_facts(self.load(), self.tokenizer, facts, steps=self.options.steps, protect=protect)
         return model, saved_size(model)
 
-    def lora(self, facts, model=None, name: str = "default") -> tuple[torch.nn.Module, int]:
-        config = LoraConfig(task_type="CAUSAL_LM", r=self.options.rank, target_modules=TARGETS)
+    def rank_of(self, size: int) -> int:
+        """The rank of a LoRA that takes about `size` bytes."""
+        one = get_peft_model(self.load(), LoraConfig(task_type="CAUSAL_LM", r=1, target_modules=TARGETS))
+        return max(1, round(size / sum(p.nbytes for p in one.parameters() if p.requires_grad)))
+
+    def lora(self, facts, model=None, name: str = "default", rank: int | None = None) -> tuple[torch.nn.Module, int]:
+        config = LoraConfig(task_type="CAUSAL_LM", r=rank or self.options.rank, target_modules=TARGETS)
         if model is None:
             model = get_peft_model(self.load(), config, adapter_name=name)
         else:

@@ -96,7 +96,7 @@ class RowDifferences(nn.Module):
         self._checked = rows
 
     def forward(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Differences `[..., T, W]` of row ids `[..., T]`, and where there are any, bool `[..., T, 1]`."""
+        """Differences `[..., T, W]` of row ids `[..., T]`, and where there are any, bool `[..., T, 1]`; elsewhere they mean nothing."""
         if not torch.compiler.is_compiling():
             self.require_rows()
         if not self.rows.numel():  # all rows were removed again
@@ -104,7 +104,7 @@ class RowDifferences(nn.Module):
             return self.delta.new_zeros((*row_ids.shape, self.delta.shape[1])), adapted
         place = torch.searchsorted(self.rows, row_ids.contiguous()).clamp_max(self.rows.numel() - 1)
         adapted = (self.rows[place] == row_ids).unsqueeze(-1)
-        return F.embedding(place, self.delta) * adapted, adapted
+        return F.embedding(place, self.delta), adapted
 
     @torch.no_grad()
     def round(self) -> None:
@@ -143,6 +143,16 @@ def _check_loaded_rows(adapter: RowDifferences, _incompatible_keys: Any) -> None
     adapter._checked = None
     if not adapter.rows.is_meta:
         adapter.require_rows()
+
+
+@torch.compiler.disable
+def _release_pages(table: "EngramTable") -> None:
+    """Give back the pages of a mapped table that a step of training read.
+
+    Its corpus seldom reads the same rows soon again, and the process would come to hold a page for each of them.
+    """
+    if (release := getattr(table.source, "release", None)) is not None:
+        release()
 
 
 def combine(parts: Iterable[tuple[RowDifferences, float]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,7 +215,10 @@ class RowsLayer(nn.Module, BaseTunerLayer):
         difference, adapted = self.engram_rows_adapter[names[0]](row_ids)
         for name in names[1:]:
             more, where = self.engram_rows_adapter[name](row_ids)
-            difference, adapted = difference + more, adapted | where
+            difference = torch.where(adapted, difference, 0) + torch.where(where, more, 0)
+            adapted = adapted | where
+        if difference.requires_grad and not self.base_layer.is_resident:
+            _release_pages(self.base_layer)
         apart = rows.unflatten(-1, (row_ids.shape[-1], -1))
         return torch.where(adapted, (apart + difference).to(rows.dtype), apart).flatten(-2)
 

@@ -9,13 +9,14 @@ n-grams, so another model refuses it.
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType, mixed_model
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
@@ -347,3 +348,16 @@ def register() -> None:
     if not hasattr(PeftType, NAME):
         type.__setattr__(PeftType, NAME, member)
     register_peft_method(name=NAME.lower(), config_cls=EngramRowsConfig, model_cls=EngramRowsModel)
+    # PEFT would only list what its mixed model takes. Without this name, PEFT's own refusal stays.
+    if (refuse := getattr(mixed_model, "_check_config_compatible", None)) is not None:
+        mixed_model._check_config_compatible = partial(_refuse_rows_in_a_mixed_model, refuse)
+
+
+def _refuse_rows_in_a_mixed_model(refuse: Callable[[PeftConfig], None], peft_config: PeftConfig) -> None:
+    if isinstance(peft_config, EngramRowsConfig):
+        raise EngramError(
+            "PeftMixedModel takes a fixed list of methods, to which row adapters do not belong; put rows beside LoRA by "
+            'get_peft_model(lora_model.get_base_model(), EngramRowsConfig(rows=rows), adapter_name="rows"), or '
+            "PeftModel.from_pretrained with the same model, which also trains and saves both."
+        )
+    refuse(peft_config)

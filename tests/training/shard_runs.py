@@ -302,10 +302,15 @@ def process(rank: int, processes: int, port: int, scenarios: list[str], folder: 
     os._exit(0)
 
 
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 def run(processes: int, scenarios: list[str], folder: Path, seconds: float = 150) -> list[int | None]:
     """Exit codes of `processes` processes that run scenarios together."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     context = forks_of_a_server(*PRELOADED)
     children = [
         context.Process(target=process, args=(rank, processes, port, scenarios, folder)) for rank in range(processes)

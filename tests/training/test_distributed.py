@@ -1,7 +1,6 @@
 """Two processes on the CPU compute what one computes on the whole batch: DDP, Trainer, and FSDP2 with sharded tables."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shard_runs import free_port
 from tiny_backbones import LAYER_IDS, build, random_ids
 
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def worker(folder: Path, rank: int, size: int, port: int) -> subprocess.Popen:

@@ -2,10 +2,11 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_backbones import BACKBONES, LAYER_IDS, build, random_ids
 from torch.utils.data import DataLoader
@@ -17,6 +18,7 @@ from engram_hf.training import EngramRowsConfig, hotswap_rows, scan_rows
 from engram_hf.training.row_adapters import RowDifferences
 
 FLOAT8 = {"engram_table_dtype": "float8_e4m3fn", "engram_head_dim": 32}
+INT8 = {"engram_table_dtype": "int8", "engram_head_dim": 32}
 INT2 = {"engram_table_dtype": "int2", "engram_head_dim": 8}
 NVFP4 = {"engram_table_dtype": "nvfp4", "engram_head_dim": 16}
 FILE = "adapter_model.safetensors"
@@ -132,8 +134,8 @@ def test_differences_are_those_of_the_table_itself():
     dense[rows] = adapter.delta.detach()
     row_ids = torch.tensor([[[0, 2, 8], [7, 7, 3]]])
     found, where = adapter(row_ids)
-    assert torch.equal(found, dense[row_ids]) and torch.equal(where[..., 0], torch.isin(row_ids, rows))
-    found.sum().backward()
+    assert torch.equal(found * where, dense[row_ids]) and torch.equal(where[..., 0], torch.isin(row_ids, rows))
+    found[where[..., 0]].sum().backward()
     assert adapter.delta.grad.tolist() == [[1.0] * 4, [1.0] * 4, [2.0] * 4]
     assert torch.autograd.gradcheck(
         lambda delta: torch.func.functional_call(adapter, {"delta": delta}, (row_ids,))[0], adapter.delta
@@ -153,7 +155,7 @@ def test_text_that_reads_no_adapted_row_keeps_every_bit(model):
     assert torch.equal(logits(peft, others), before)
 
 
-@pytest.mark.parametrize("fields", [FLOAT8, INT2, NVFP4], ids=["float8", "int2", "nvfp4"])
+@pytest.mark.parametrize("fields", [FLOAT8, INT8, INT2, NVFP4], ids=["float8", "int8", "int2", "nvfp4"])
 def test_quantized_tables_are_trained_but_not_merged(fields, corpus, trainer):
     model = build("mixtral", **fields)
     bits = {layer: table.weight.view(torch.uint8).clone() for layer, table in tables(model).items()}
@@ -185,6 +187,33 @@ def test_a_mapped_table_learns_rows_but_cannot_take_them(saved, when):
     assert len(deltas) == 2 and all(delta.grad.abs().sum() > 0 for delta in deltas)
     with pytest.raises(ValueError, match="engram_residency='resident'"):
         models[1].merge_and_unload()
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").is_file(), reason="the system does not tell which pages a process has"
+)
+def test_training_gives_the_pages_of_a_mapped_table_back(model, tmp_path):
+    """So that the memory of a process does not grow with the rows that its corpus reads; other forwards keep them."""
+
+    def pages() -> int:
+        kilobytes, is_shared = 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            name, *values = line.split()
+            if not name.endswith(":"):
+                is_shared = values[0] == "r--s" and values[-1].startswith(
+                    str(tmp_path)
+                )  # transformers' maps are private
+            elif name == "Rss:" and is_shared:
+                kilobytes += int(values[0])
+        return kilobytes
+
+    model.save_pretrained(tmp_path)
+    ids = random_ids(2, 9)
+    peft = adapted(EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped"), read_by(model, ids))
+    logits(peft, ids)
+    assert pages() > 0
+    peft(ids, labels=ids).loss.backward()
+    assert pages() == 0
 
 
 def test_generation_is_that_of_the_merged_model(model):
@@ -318,26 +347,48 @@ def test_rows_are_swapped_under_their_name(saved, folder, expected, model):
         hotswap_rows(peft, folder)
 
 
-def test_peft_refuses_rows_in_its_mixed_model(model, rows):
-    """A fixed list of methods; LoRA beside rows goes as in the next test."""
-    with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
+def test_peft_refuses_rows_in_its_mixed_model(model, folder, rows):
+    """A fixed list of methods; what it takes, it still takes."""
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="do not belong; put rows beside LoRA by"):
         get_peft_model(model, EngramRowsConfig(rows=rows), mixed=True)
+    mixed = get_peft_model(model, lora, mixed=True)
+    with pytest.raises(ValueError, match="do not belong; put rows beside LoRA by"):
+        mixed.load_adapter(folder, "rows")
+    with pytest.raises(ValueError, match="PROMPT_TUNING"):
+        mixed.add_adapter("prompt", PromptTuningConfig(num_virtual_tokens=2))
 
 
-def test_lora_stands_beside_rows(saved, folder, expected, tmp_path, trainer):
+def test_lora_and_several_row_adapters_are_one_model(saved, folder, expected, model, tmp_path, trainer):
+    """Trained together, saved, loaded, disabled and merged."""
+    plain = logits(model)
     lora = get_peft_model(
         EngramForCausalLM.from_pretrained(saved), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     )
-    both = PeftModel.from_pretrained(lora.get_base_model(), folder, adapter_name="rows_of_a_user", is_trainable=True)
+    both = PeftModel.from_pretrained(lora.get_base_model(), folder, adapter_name="law", is_trainable=True)
     assert torch.equal(logits(both), expected)
-    run = trainer(both, max_steps=4)
-    run.train()
+    both.add_adapter("medicine", EngramRowsConfig(rows=read_by(model, random_ids(2, 9))))
+    both.base_model.set_adapter(["law", "medicine"])
+    lora.set_adapter("default")  # PEFT 0.19 froze it when the rows came
+    start = {name: value.detach().clone() for name, value in both.named_parameters() if value.requires_grad}
+    trainer(both, max_steps=4).train()
+    moved = {name for name, value in both.named_parameters() if name in start and not torch.equal(value, start[name])}
+    assert all(any(part in name for name in moved) for part in ("lora_A", "lora_B", "law.delta", "medicine.delta"))
     after = logits(both)
-    assert (after - expected).abs().max() > 1e-3
+
     both.save_pretrained(tmp_path / "both")
     again = PeftModel.from_pretrained(EngramForCausalLM.from_pretrained(saved), tmp_path / "both")
-    again = PeftModel.from_pretrained(again.get_base_model(), tmp_path / "both" / "rows_of_a_user", adapter_name="u")
+    again = PeftModel.from_pretrained(again.get_base_model(), tmp_path / "both" / "law", adapter_name="law")
+    again.load_adapter(tmp_path / "both" / "medicine", "medicine")
+    assert not torch.equal(logits(again), after)
+    again.base_model.set_adapter(["law", "medicine"])
     assert torch.equal(logits(again), after)
+    with again.disable_adapter():
+        assert torch.equal(logits(again), plain)
+    assert torch.equal(logits(again), after)
+    merged = again.merge_and_unload()
+    assert set(merged.state_dict()) == set(model.state_dict())
+    torch.testing.assert_close(logits(merged), after, rtol=0, atol=1e-5)  # LoRA's product is summed in another order
 
 
 def test_row_adapters_on_a_remote_code_model(built, rows, saved):

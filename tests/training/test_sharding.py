@@ -1,10 +1,16 @@
 """Tables in shards: several processes compute what one does, and none of them has a whole table."""
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from shard_runs import later, optimizer_of, run, train, values
+from shard_runs import free_port, later, optimizer_of, run, train, values
 from tiny_backbones import LAYER_IDS, build, random_ids
 from torch import distributed as dist
 
@@ -20,6 +26,11 @@ from engram_hf.training import (
 )
 from engram_hf.training.row_shards import RowShard
 
+PAGE = Path(__file__).parents[2] / "docs" / "large-models.md"
+# What the page's script leaves to the reader.
+BEFORE_SCRIPT = """import torch
+device, batches = "cpu", [{"input_ids": ids, "labels": ids} for ids in torch.arange(40).view(2, 2, 10)]
+"""
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 # Of norms of gradients, which are sums over all parameters.
 NORM_CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -149,6 +160,28 @@ def test_a_process_that_dies_ends_the_others_and_the_last_checkpoint_loads(folde
     first, second = run(2, ["death"], folder)
     assert second == 7 and first not in (0, None)
     assert run(1, ["after_death"], folder) == [0]
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page_runs_by_the_command_of_the_page(tmp_path):
+    """On two processes, by `accelerate launch`, which has torchrun start them."""
+    page = PAGE.read_text(encoding="utf-8")
+    (script,) = re.findall(r"```python\n(# train\.py\n.*?)```", page, re.DOTALL)
+    (command,) = re.findall(r"^accelerate launch .*$", page, re.MULTILINE)
+    (tmp_path / "train.py").write_text(BEFORE_SCRIPT + script)
+    start = build("llama")
+    start.save_pretrained(tmp_path / "path" / "to" / "model")
+    program, *words = shlex.split(command.replace(" 8 ", f" 2 --main_process_port {free_port()} "))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    launcher = [Path(sys.executable).with_name(program), *words]
+    done = subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    trained = tables(values(EngramForCausalLM.from_pretrained(tmp_path / "trained", engram_residency="resident")))
+    for name, before in tables(values(start)).items():
+        changed = (trained[name] != before).any(1)
+        assert 0 < changed.sum() < len(changed)
+    files = json.loads((tmp_path / "trained" / "engram_tables.json").read_text())["tables"]["1"]["weight"]
+    assert len(files) == 2  # each process wrote its own
 
 
 # --- one process
