@@ -206,6 +206,7 @@ def test_processor_as_remote_code(processor, tmp_path, monkeypatch):
         "processing_deepseek_v41.py",
         "image_processing_deepseek_v41.py",
         "configuration_vision_deepseek_v41.py",
+        "fields_deepseek_v41.py",
         "safetensors_engram.py",
     }
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
