@@ -11,6 +11,7 @@ header, JSON that maps each tensor to `dtype`, `shape` and `data_offsets` (count
 import contextlib
 import errno
 import glob
+import io
 import json
 import math
 import os
@@ -569,21 +570,22 @@ def _replacing(path: Path) -> Iterator[int]:
         _remove_if_left(left)
     unfinished, file = _create(path)
     try:
-        yield file
+        yield file.fileno()
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-        os.close(file)  # This comes last, since it is locked until then.
+        file.close()  # This comes last, since it is locked until then.
 
 
-def _create(path: Path) -> tuple[Path, int]:
+def _create(path: Path) -> tuple[Path, io.FileIO]:
+    # An interrupt can hit between any two steps. A file object is closed even then, so that what it leaves is unlocked.
     while True:
         unfinished = _aside(path)
-        file = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        lock_file(file)
-        if still_names(unfinished, file):
+        file = open(unfinished, "x+b", buffering=0)  # noqa: SIM115 (the caller closes it)
+        lock_file(file.fileno())
+        if still_names(unfinished, file.fileno()):
             return unfinished, file
-        os.close(file)  # Another process took it for an abandoned file.
+        file.close()  # Another process took it for an abandoned file.
 
 
 def _aside(path: Path) -> Path:
