@@ -1,10 +1,12 @@
-"""`engram convert` and `engram export`: to and from other checkpoint layouts, by the scripts in `convert_scripts`."""
+"""`engram convert` and `engram export`: conversion from and to other checkpoint layouts, by the scripts in
+`convert_scripts`.
+"""
 
 import importlib
 from collections.abc import Sequence
 from typing import Any
 
-# The script for each command and layout, with a sentence for the help.
+# Each command and layout has a script and a sentence for the help.
 SCRIPTS = {
     ("convert", "deepseek-v4.1"): ("convert_deepseek_v41", "a DeepSeek-V4.1 checkpoint to a model of this package"),
     ("convert", "demo"): ("convert_engram_demo", "memory of the public Engram demo, put onto a backbone"),
@@ -31,11 +33,11 @@ def add_commands(commands: Any) -> None:
 
 
 def is_for_script(arguments: Sequence[str]) -> bool:
-    """Whether a script is to parse the rest of the command line."""
+    """Return whether a script parses the rest of the command line."""
     return tuple(arguments[:2]) in SCRIPTS
 
 
 def run_script(command: str, layout: str, *arguments: str) -> int:
-    """Run the script of a layout with its own arguments; returns its exit status."""
+    """Run the script of a layout with its own arguments, and return its exit status."""
     module, _ = SCRIPTS[command, layout]
     return importlib.import_module(f"engram_hf.convert_scripts.{module}").main(list(arguments))

@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    """Copy the model to `options.folder`, all of it or nothing.
+    """Copy the model to `options.folder`, completely or not at all.
 
     Raises:
         ValueError: the folder is there already, or the package came without the model.
@@ -53,7 +53,8 @@ def run_demo(options: argparse.Namespace) -> None:
         copied = beside / "model"
         copied.mkdir()
         for path in sorted(path for path in source.iterdir() if path.is_file()):
-            # Only contents are copied: in the repository, code files are links to the package's files, and table files are read-only.
+            # Only contents are copied: in the repository, code files are links to the package's files, and table files
+            # are read-only.
             shutil.copyfile(path, copied / path.name)
         copied.rename(target)
     if options.json:
@@ -64,7 +65,9 @@ def run_demo(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
-    """A new folder in the same place, locked until it is removed; those that killed processes left are removed, too."""
+    """Yield a new folder beside `target`, which is locked until it is removed; remove such folders of killed
+    processes.
+    """
     from engram_hf.safetensors_engram import lock_file
 
     for left in target.parent.glob(f"{_PREFIX}*"):
@@ -86,7 +89,7 @@ def _opened(folder: Path) -> Iterator[int]:
 
 
 def find_demo() -> Path:
-    """Where the package has the model; it is not imported for that, which would take seconds."""
+    """Return the folder of the model in the package, which is not imported for that: the import would take seconds."""
     found = importlib.util.find_spec("engram_hf")
     folder = Path(str(found.origin if found else "")).parent / "examples" / "engram-demo"
     if not (folder / "config.json").exists():

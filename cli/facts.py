@@ -1,4 +1,4 @@
-"""`engram facts`: facts written into rows of memory, saved as an adapter of a few kilobytes, listed and checked."""
+"""`engram facts`: write facts into rows of memory, save them as an adapter of a few kilobytes, list and check them."""
 
 import argparse
 import json
@@ -79,7 +79,7 @@ def run_write(options: argparse.Namespace) -> None:
             model,
             tokenizer,
             facts,
-            name="default",  # PEFT saves the adapter of this name in the folder itself
+            name="default",  # PEFT saves the adapter of this name in the folder itself.
             protect=protect,
             steps=options.steps,
             layers=options.layers,
@@ -128,7 +128,7 @@ def run_check(options: argparse.Namespace) -> None:
 
 
 def describe_adapter(folder: Path) -> dict[str, Any]:
-    """The facts of an adapter, its rows by layer, the bytes of its file and the model it is for, as JSON values.
+    """Return the facts of an adapter, its rows by layer, the bytes of its file and its base model, as JSON values.
 
     Raises:
         ValueError: the folder holds no adapter with facts, or a file in it is broken.
@@ -164,11 +164,11 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The values of a file with one JSON value a line.
+    """Return the values of a file with one JSON value a line.
 
     Raises:
-        ValueError: a line is no JSON, or there are none.
-        OSError: it cannot be read.
+        ValueError: a line is not JSON, or the file is empty.
+        OSError: the file cannot be read.
     """
     values = []
     for number, line in enumerate(_read(path).splitlines(), start=1):
@@ -184,7 +184,7 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def read_texts(path: Path) -> list[Any]:
-    """Paragraphs of a text file, or the items of a file with JSON lines."""
+    """Return the paragraphs of a text file, or the items of a file with JSON lines."""
     if path.suffix == ".jsonl":
         return read_json_lines(path)
     texts = [text for text in _read(path).split("\n\n") if text.strip()]
@@ -201,7 +201,7 @@ def _read(path: Path) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Lines that quote texts from files, without what moves a terminal's cursor."""
+    """Return lines that quote texts from files, without characters that move a terminal's cursor."""
     return "\n".join("".join(letter if letter.isprintable() else "?" for letter in line) for line in text.split("\n"))
 
 

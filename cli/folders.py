@@ -1,4 +1,4 @@
-"""What the folders that commands are given hold."""
+"""Read the folders that commands are given: config, weights, tables and hash."""
 
 import math
 import re
@@ -12,18 +12,19 @@ if TYPE_CHECKING:
     from engram_hf.table_format_engram import StoredTable
 
 
-# Tensors of the memory, by their names in a checkpoint.
+# Names of the memory's tensors in a checkpoint match this pattern.
 _OF_THE_MEMORY = re.compile(r"(^|\.)(engram|hashing)\.")
 
 
 def require_folder(name: str, only: list[str] | None = None) -> Path:
-    """The folder `name`, or the files of the Hub repository `name`, which are fetched if they are not here yet.
+    """Return the folder `name`, or the files of the Hub repository `name`, which are downloaded if they are not
+    cached.
 
     Args:
-        only: patterns of the files that are needed of a repository; None for all.
+        only: patterns of the files that are downloaded of a repository; None for all.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is neither a folder nor a repository of this name.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -34,12 +35,12 @@ def require_folder(name: str, only: list[str] | None = None) -> Path:
 
 
 def is_model(folder: Path) -> bool:
-    """Whether `folder` holds a model, and not only tables."""
+    """Return whether `folder` holds a model, and not only tables."""
     return (folder / "config.json").exists()
 
 
 def has_memory(folder: Path) -> bool:
-    """Whether `folder` has tables of this package, or says that its model has some."""
+    """Return whether `folder` has tables of this package, or a config whose model has some."""
     from engram_hf.safetensors_engram import FileFormatError, read_json
     from engram_hf.table_format_engram import MANIFEST_NAME
 
@@ -50,16 +51,16 @@ def has_memory(folder: Path) -> bool:
     try:
         fields = read_json(folder / "config.json", constants=True)
     except FileFormatError:
-        return True  # transformers says what is wrong with it
-    text = fields.get("text_config")  # where DeepSeek-V4.1's release has them
+        return True  # transformers raises its own error for a damaged config.
+    text = fields.get("text_config")  # The release of DeepSeek-V4.1 has its fields in `text_config`.
     return "engram_layer_ids" in fields or (isinstance(text, dict) and "engram_layer_ids" in text)
 
 
 def read_config(folder: Path) -> Any:
-    """The checked config of a model folder: its plain fields if these say everything, else an `EngramConfig`.
+    """Return the checked config of a model folder: its plain fields if these are complete, else an `EngramConfig`.
 
     Raises:
-        ValueError: it holds another kind of model, a damaged config, or none.
+        ValueError: the folder holds another kind of model, a damaged config, or none.
     """
     from engram_hf.plain_config_engram import read_plain_config
 
@@ -67,10 +68,10 @@ def read_config(folder: Path) -> Any:
 
 
 def read_whole_config(folder: Path) -> "EngramConfig":
-    """The checked config of a model folder as transformers reads it, with defaults and methods.
+    """Return the checked config of a model folder as transformers reads it, with defaults and methods.
 
     Raises:
-        ValueError: it holds another kind of model, a damaged config, or none.
+        ValueError: the folder holds another kind of model, a damaged config, or none.
     """
     from transformers import AutoConfig
 
@@ -82,7 +83,7 @@ def read_whole_config(folder: Path) -> "EngramConfig":
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # a field of a wrong type can raise any error in the backbone's config
+    except Exception as error:  # A field of a wrong type can raise any error in the backbone's config.
         raise ValueError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}, {error}.") from error
     if not isinstance(config, EngramConfig):
         raise ValueError(
@@ -92,12 +93,12 @@ def read_whole_config(folder: Path) -> "EngramConfig":
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a model is loaded from, and those that a manifest names.
+    """Return the safetensors files that a model is loaded from, and those that a manifest names.
 
-    As `from_pretrained` does: one file, or else the shards of the index. A folder without either may hold tables alone.
+    They are chosen as in `from_pretrained`: one file, or else the shards of the index. A folder without either may hold tables alone.
 
     Raises:
-        ValueError: index or manifest are damaged.
+        ValueError: the index or the manifest is damaged.
     """
     from engram_hf.safetensors_engram import read_weight_map
     from engram_hf.table_format_engram import MANIFEST_NAME, TOKEN_MAP_NAME, read_manifest
@@ -117,7 +118,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def find_index(folder: Path) -> Path | None:
-    """The index of a model's shards; None where one file has all weights, beside which an older index may lie."""
+    """Return the index of a model's shards; None if one file has all weights, beside which an older index may lie."""
     return _find_weights(folder)[1]
 
 
@@ -128,13 +129,14 @@ def _find_weights(folder: Path) -> tuple[Path | None, Path | None]:
 
 
 def count_stored_parameters(folder: Path, name: str) -> int | None:
-    """How many parameters a language model has without its memory, from the headers of its weights; None if they do not tell.
+    """Return the number of parameters of a language model without its memory, from the headers of its weights.
 
-    They do not tell of quantized weights, which hold other numbers than the model computes with.
+    The result is None if headers cannot be read, and for quantized weights, whose files hold other numbers than the
+    model computes with.
 
     Args:
         folder: the model folder.
-        name: what the command was given for it. Of a Hub id, the headers are read over the network.
+        name: the argument of the command. For a Hub id, the headers are read over the network.
     """
     from engram_hf.convert_scripts.command_line import Source
     from engram_hf.safetensors_engram import read_weight_map
@@ -152,7 +154,7 @@ def count_stored_parameters(folder: Path, name: str) -> int | None:
 
 
 def require_shards(folder: Path) -> None:
-    """Raise ValueError if the index of a model folder names a file that is not there."""
+    """Raise ValueError if the index of a model folder names a missing file."""
     from engram_hf.safetensors_engram import read_weight_map
 
     index = find_index(folder)
@@ -163,10 +165,10 @@ def require_shards(folder: Path) -> None:
 
 
 def read_stored_tables(folder: Path) -> "dict[int, StoredTable]":
-    """The tables of a model folder or table folder, by layer; only headers are read.
+    """Return the tables of a model folder or table folder, by layer; only headers are read.
 
     Raises:
-        ValueError: there are none, or they break a rule of the table format.
+        ValueError: there are no tables, or they break a rule of the table format.
     """
     from engram_hf.table_format_engram import MANIFEST_NAME, read_tables, tables_in_checkpoint
 
@@ -191,7 +193,7 @@ def check_model(folder: Path) -> "tuple[StoredHash, dict[int, StoredTable]]":
         The hash, and the table of every layer that the config lists, in its order.
 
     Raises:
-        ValueError: something is missing, or they are not of one model.
+        ValueError: a part is missing, or the parts belong to different models.
     """
     from engram_hf.table_format_engram import require_fit, require_same_hash
 
@@ -207,7 +209,7 @@ def check_model(folder: Path) -> "tuple[StoredHash, dict[int, StoredTable]]":
 
 
 def _read_hash(folder: Path, config: Any) -> "StoredHash":
-    """The hash of a saved model: the constants and the token map stored beside its weights."""
+    """Return the hash of a saved model: the constants and the token map stored beside its weights."""
     from engram_hf.plain_config_engram import read_plain_hash
     from engram_hf.safetensors_engram import read_header
 
@@ -218,7 +220,7 @@ def _read_hash(folder: Path, config: Any) -> "StoredHash":
 
 
 def _load_hash(folder: Path, config: "EngramConfig", spans: "dict[str, TensorSpan]") -> "StoredHash":
-    """The stored hash as the model's own module loads it: it reverses casts of these tensors, or says what is wrong with them.
+    """Return the stored hash as the model's own module loads it, with casts of its tensors reversed.
 
     Raises:
         ValueError: tensors are missing or do not belong to the config.
@@ -230,7 +232,7 @@ def _load_hash(folder: Path, config: "EngramConfig", spans: "dict[str, TensorSpa
     from engram_hf.hashing_engram import NgramHasher
     from engram_hf.plain_config_engram import StoredHash
 
-    with torch.device("meta"):  # a size that only a config states takes no memory
+    with torch.device("meta"):  # On the meta device, a size that only a config states takes no memory.
         expected = NgramHasher.from_config(config).state_dict()
     if missing := sorted(expected.keys() - spans.keys()):
         if config.model_type != EngramConfig.model_type:
@@ -261,7 +263,7 @@ def _require_same_token_map(folder: Path, stored_hash: "StoredHash") -> None:
         return
     ids = min(len(found), len(own))
     own, found = own[:ids], found[:ids]
-    hashed = (own >= 0) & (own < stored_hash.hash_vocab_size)  # tokens that were added later may have other ids
+    hashed = (own >= 0) & (own < stored_hash.hash_vocab_size)  # Tokens that were added later may have other ids.
     if (own[hashed] != found[hashed]).any():
         raise ValueError(
             f"{folder / TOKEN_MAP_NAME} is that of another tokenizer than the model's; put the one back that belongs to it."

@@ -22,7 +22,7 @@ from .folders import (
 from .other_tables import describe_folder_of_others, describe_repository
 from .output import columns, print_json, printable, size
 
-# Names of the layers of the parts that a model may have besides text, in this package and in the release.
+# These patterns match names of layers in the vision tower and the draft layers, in this package and in the release.
 _VISION = re.compile(r"\bvision(?:_tower\.layers|\.blocks)\.(\d+)\.")
 _DRAFTS = re.compile(r"^(?:draft\.layers|mtp)\.(\d+)\.")
 
@@ -58,7 +58,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_inspect(options: argparse.Namespace) -> None:
-    """Print what `options.folder` holds."""
+    """Print the contents of `options.folder`."""
     found = _find(options.folder)
     if options.json:
         print_json(found)
@@ -92,7 +92,7 @@ def run_card(options: argparse.Namespace) -> None:
     folder = require_folder(options.folder, only=["*.json", "*.py"])
     config, count = read_config(folder), count_stored_parameters(folder, options.folder)
     if count is None or not _is_language_model_alone(config):
-        config, count = read_whole_config(folder), None  # the backbone's own classes count
+        config, count = read_whole_config(folder), None  # The backbone's own classes count parameters.
     given = {name: value for name, value in fields.items() if value}
     text = model_card(config, options.repo_id, count, **given)
     if options.json:
@@ -102,16 +102,16 @@ def run_card(options: argparse.Namespace) -> None:
 
 
 def _is_language_model_alone(config: Any) -> bool:
-    """Whether a model has no vision tower and no draft layers, which a card tells of apart."""
+    """Return whether a model has neither a vision tower nor draft layers, which a card lists separately."""
     parts = (getattr(config.text_config, name, None) for name in ("vision_config", "dspark_block_size"))
     return not config.is_composite and not any(parts)
 
 
 def _read_results(name: str | None) -> list[Any]:
-    """Evaluation results in the Hub's form, of a JSON file.
+    """Return evaluation results in the Hub's form, read from a JSON file.
 
     Raises:
-        ValueError: it is no list of results with a dataset, a metric and a number.
+        ValueError: the file is not a list of results with a dataset, a metric and a number.
     """
     from huggingface_hub import EvalResult
 
@@ -144,7 +144,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     """Describe a model folder or table folder as JSON values, with the tables last.
 
     Raises:
-        ValueError: it is neither, or something in it is broken.
+        ValueError: the folder is neither, or a file in it is broken.
     """
     from engram_hf.table_format_engram import choose_residency, free_host_memory
 
@@ -195,7 +195,7 @@ def _tensor_names(folder: Path) -> set[str]:
 
 
 def _parts(text: Any, names: Iterable[str]) -> list[str]:
-    """What a model with this backbone config reads or does, as far as the folder has the tensors for it."""
+    """Return the parts that a model with this backbone config has besides text, if the folder has their tensors."""
     vision = getattr(text, "vision_config", None)
     expected = {
         "images": (_VISION, getattr(vision, "num_hidden_layers", 0)),
@@ -211,12 +211,12 @@ def _parts(text: Any, names: Iterable[str]) -> list[str]:
 
 
 def _residencies() -> list[str]:
-    """What `engram_residency` can be on this machine, `auto` apart."""
+    """Return the values of `engram_residency` that work on this machine, without `auto`."""
     return ["resident", "mapped", *(["pinned"] if _has_gpu() else [])]
 
 
 def _has_gpu() -> bool:
-    """Whether NVIDIA's driver has a GPU for this process; torch, which would ask the driver as well, takes seconds to import."""
+    """Return whether NVIDIA's driver has a GPU for this process; importing torch to ask it would take seconds."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

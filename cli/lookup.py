@@ -1,4 +1,4 @@
-"""`engram lookup`: which rows of which tables a text reads."""
+"""`engram lookup`: the rows of each table that a text reads."""
 
 import argparse
 from pathlib import Path
@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_lookup(options: argparse.Namespace) -> None:
-    """Print what `options.text` reads."""
+    """Print the rows that `options.text` reads."""
     positions = look_up(require_folder(options.folder), options.text)
     if options.json:
         print_json(positions)
@@ -47,12 +47,13 @@ def run_lookup(options: argparse.Namespace) -> None:
 
 
 def look_up(folder: Path, text: str) -> list[dict[str, Any]]:
-    """For every token of `text`: its ids, and its n-grams with the rows they read in every layer, one a head.
+    """Return the ids of every token of `text`, and its n-grams with the rows that they read in every layer, one a
+    head.
 
-    A token of an n-gram is None where the look-back leaves the text; the pad id stands there.
+    A token of an n-gram is None where the n-gram begins before the text; the hash reads the pad id there.
 
     Raises:
-        ValueError: the folder is no complete model with its tokenizer, or they do not belong together.
+        ValueError: the folder has no complete model with its tokenizer, or they do not belong together.
     """
     import torch
 
@@ -70,7 +71,7 @@ def look_up(folder: Path, text: str) -> list[dict[str, Any]]:
     compressed = hasher.compress(torch.tensor([ids]))
     row_ids = hasher(compressed)[:, 0]
     norms = _row_norms(tables, row_ids)
-    # [layer, position, order, head]
+    # The shape is [layer, position, order, head].
     by_head = (*row_ids.shape[:2], config.engram_max_ngram_size - 1, config.engram_n_heads)
     row_ids, norms = row_ids.view(by_head), norms.view(by_head)
     tokens = [str(tokenizer.decode([token])) for token in ids]
@@ -102,18 +103,18 @@ def _as_module(stored_hash: "StoredHash", config: "EngramConfig") -> "NgramHashe
 
 
 def _window(tokens: list[str], at: int, order: int) -> list[str | None]:
-    """The last `order` tokens up to position `at`; None before the beginning."""
+    """Return the last `order` tokens up to position `at`; None before the beginning."""
     return [tokens[index] if index >= 0 else None for index in range(at - order + 1, at + 1)]
 
 
 def _reads(config: "EngramConfig", row_ids: "torch.Tensor", norms: "torch.Tensor") -> list[dict[str, Any]]:
-    """Rows and norms `[L, H]` of one n-gram, by layer."""
+    """Return rows and norms `[L, H]` of one n-gram, by layer."""
     layers = zip(config.engram_layer_ids, row_ids.tolist(), norms.tolist(), strict=True)
     return [{"layer": layer, "rows": rows, "norms": values} for layer, rows, values in layers]
 
 
 def _row_norms(tables: "dict[int, StoredTable]", row_ids: "torch.Tensor") -> "torch.Tensor":
-    """Euclidean norms `[L, S, T]` of the rows `row_ids` `[L, S, T]`."""
+    """Return the Euclidean norms `[L, S, T]` of the rows `row_ids` `[L, S, T]`."""
     import torch
 
     from engram_hf.row_sources_engram import MappedRows
@@ -126,7 +127,7 @@ def _row_norms(tables: "dict[int, StoredTable]", row_ids: "torch.Tensor") -> "to
 
 
 def _same_tokens(tokenizer, hasher: "NgramHasher", compressed: int, token_id: int) -> list[str]:
-    """Up to eight tokens with this compressed id."""
+    """Return up to eight tokens with this compressed id."""
     if hasher.token_map is None:
         return [str(tokenizer.decode([token_id]))]
     same = hasher.token_map.eq(compressed).nonzero().flatten()[:8].tolist()

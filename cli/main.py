@@ -1,4 +1,4 @@
-"""Entry point of the command `engram`: what it can do, and how an error ends."""
+"""Entry point of the command `engram`: its parser, and the handling of errors."""
 
 import argparse
 import os
@@ -27,7 +27,7 @@ exit status: 0 done, 1 bad input (one sentence on the error stream), 2 wrong usa
 
 
 class _PrintVersion(argparse.Action):
-    """Asks what is installed when it is asked itself, not whenever a parser is built."""
+    """An argparse action that looks up the installed versions when it is used, not when a parser is built."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(f"engram-hf {version('engram-hf')}")
@@ -35,7 +35,7 @@ class _PrintVersion(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands and their arguments."""
+    """Return the parser of all commands and their arguments."""
     parser = argparse.ArgumentParser(
         prog="engram",
         description="Look at, check and convert language models with Engram memory.",
@@ -50,24 +50,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:
-    """Answer a shell that asks for completions, which `register-python-argcomplete engram` has it do."""
+    """Answer a shell that asks for completions, as set up by `register-python-argcomplete engram`."""
     try:
         import argcomplete
-    except ImportError:  # the extra `completion`
+    except ImportError:  # The extra `completion` is not installed.
         return
     argcomplete.autocomplete(parser)
 
 
 def run_process() -> int:
-    """Run the command of this process, which is there for nothing else; returns the exit status."""
+    """Run the command of this process, which runs nothing else, and return the exit status."""
     return main(owns_process=True)
 
 
 def main(arguments: Sequence[str] | None = None, *, owns_process: bool = False) -> int:
-    """Run one command; returns the exit status.
+    """Run one command, and return the exit status.
 
     Args:
-        arguments: as on the command line; None for those of this process.
+        arguments: those of the command line; None for those of this process.
         owns_process: nothing else runs in this process, so a command that runs no model may leave `engram_hf` half imported.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)

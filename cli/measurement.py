@@ -1,4 +1,4 @@
-"""What quantized tables cost: the loss on a text before and after, beside that without memory."""
+"""Measure the cost of quantized tables: the loss on a text before and after, and the loss without memory."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +16,7 @@ _BATCH = 4
 
 
 def read_blocks(folder: Path, path: Path) -> "torch.Tensor":
-    """The tokens of a text, in blocks of as many as the model takes, at most 512: int64 `[n, S]`.
+    """Return the tokens of a text, int64 `[n, S]`, in blocks of at most 512 and at most the model's maximum length.
 
     Raises:
         ValueError: the folder has no model or no tokenizer, or the text fills no block of at least two tokens.
@@ -44,12 +44,12 @@ def read_blocks(folder: Path, path: Path) -> "torch.Tensor":
 
 
 class Loss(NamedTuple):
-    """Means over all positions but the first of each block, in nats.
+    """Means over all positions except the first of each block, in nats.
 
     Args:
-        before, after, without: cross-entropy of the next token with the tables as they were, as they are, and no memory.
-        divergence: of the predictions after from those before (Kullback-Leibler).
-        positions: how many.
+        before, after, without: cross-entropy of the next token with the original tables, the new tables, and no memory.
+        divergence: Kullback-Leibler divergence of the predictions after from those before.
+        positions: the number of positions.
     """
 
     before: float
@@ -60,12 +60,12 @@ class Loss(NamedTuple):
 
     @property
     def share(self) -> float | None:
-        """What part of the memory's worth is lost; None where it is worth nothing."""
+        """The part of the memory's worth that is lost; None if it is worth nothing."""
         return (self.after - self.before) / self.worth if self.worth > 0 else None
 
     @property
     def worth(self) -> float:
-        """How much the loss rises without memory."""
+        """The increase of the loss without memory."""
         return self.without - self.before
 
     def __str__(self) -> str:
@@ -84,11 +84,11 @@ class Loss(NamedTuple):
 
 
 def measure(folder: Path, target: Path, blocks: "torch.Tensor") -> Loss:
-    """What a model lost.
+    """Return the loss of a model before and after quantization.
 
     Args:
         folder, target: the model before and after.
-        blocks: of [`read_blocks`].
+        blocks: the result of [`read_blocks`].
     """
     from engram_hf import EngramForCausalLM
 
@@ -99,7 +99,7 @@ def measure(folder: Path, target: Path, blocks: "torch.Tensor") -> Loss:
 
 
 def compare(before: "EngramForCausalLM", after: "EngramForCausalLM", blocks: "torch.Tensor") -> Loss:
-    """What two models that differ in their tables make of token ids `[n, S]`; with a progress bar."""
+    """Return the losses of two models that differ in their tables on token ids `[n, S]`, with a progress bar."""
     import torch
     from torch.nn import functional as F
     from tqdm import tqdm
@@ -121,5 +121,5 @@ def compare(before: "EngramForCausalLM", after: "EngramForCausalLM", blocks: "to
 
 
 def _log_probabilities(model: "EngramForCausalLM", ids: "torch.Tensor", **options: Any) -> "torch.Tensor":
-    """Log-probabilities for each next token, float32 `[n * (S - 1), V]`."""
+    """Return the log-probabilities of each next token, float32 `[n * (S - 1), V]`."""
     return model(input_ids=ids, use_cache=False, **options).logits[:, :-1].flatten(0, 1).float().log_softmax(-1)

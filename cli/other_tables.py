@@ -1,4 +1,4 @@
-"""Descriptions for `engram inspect` of the id-addressed tables of other projects' models, from names and headers of files."""
+"""Describe, for `engram inspect`, the id-addressed tables of other projects' models, from names and headers of files."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ class _Tensor(NamedTuple):
 
 
 def describe_folder_of_others(folder: Path) -> dict[str, Any] | None:
-    """Describe the id-addressed tables of a model of another project; None if it has no table of a known kind.
+    """Describe the id-addressed tables of another project's model; return None if it has no table of a known kind.
 
     Raises:
         ValueError: a file is damaged.
@@ -37,7 +37,7 @@ def describe_repository(name: str) -> dict[str, Any]:
     """Describe the tables of a Hub repository, of which only the config and the headers of its files are downloaded.
 
     Raises:
-        ValueError: the Hub does not give it, or it has no table of a kind that is known.
+        ValueError: the Hub does not serve the repository, or it has no table of a known kind.
     """
     from huggingface_hub import HfApi
 
@@ -48,7 +48,7 @@ def describe_repository(name: str) -> dict[str, Any]:
         config = read_json(Path(api.hf_hub_download(name, "config.json")), constants=True)
         files = [file for file in api.list_repo_files(name) if file.endswith(".safetensors")]
         headers = {file: api.parse_safetensors_file_metadata(name, file) for file in files}
-    except Exception as error:  # the HTTP library of the client decides what a failed connection raises
+    except Exception as error:  # The HTTP library of the client decides the type of error for a failed connection.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
             f"{name} is not a folder here, and the Hub does not give it ({reason}); `hf download {name} --local-dir FOLDER` "

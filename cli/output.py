@@ -1,4 +1,4 @@
-"""How commands print: aligned columns for people, JSON for programs."""
+"""Print results of commands: aligned columns for people, JSON for programs."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def columns(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows under their titles, padded to equal width; numbers to the right."""
+    """Return rows under their titles, padded to equal width; numbers are aligned to the right."""
     rows = [list(row) for row in rows]
     cells = [
         list(titles),
@@ -25,12 +25,12 @@ def columns(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def printable(value: Any) -> str:
-    """A text that may quote names from files, on one line and without what moves a terminal's cursor."""
+    """Return a text that may quote names from files, on one line and without characters that move a terminal's cursor."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(value).split()))
 
 
 def size(count: int) -> str:
-    """A number of bytes, to three digits: `1.23 GB`."""
+    """Return a number of bytes, to three digits: `1.23 GB`."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 999.5:

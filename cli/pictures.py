@@ -1,4 +1,4 @@
-"""`engram show` and `engram report`: pages that show what a model's memory does."""
+"""`engram show` and `engram report`: pages about the effect of a model's memory."""
 
 import argparse
 from contextlib import AbstractContextManager
@@ -78,7 +78,7 @@ def run_report(options: argparse.Namespace) -> None:
 
 
 def _page_writer(name: str) -> "AbstractContextManager[FolderWriter]":
-    """What writes into the page's folder; one that cannot be written to is refused before anything is measured.
+    """Return the writer of the page's folder; a folder that cannot be written to is refused before the measurement.
 
     Raises:
         ValueError: the folder does not exist, or the name is not that of a page.
@@ -94,10 +94,10 @@ def _page_writer(name: str) -> "AbstractContextManager[FolderWriter]":
 
 
 def _read_corpus(name: str | None) -> list[str]:
-    """The texts of a file, or Python's own documentation.
+    """Return the texts of a file, or Python's own documentation.
 
     Raises:
-        ValueError: the file is no text.
+        ValueError: the file is not text.
     """
     if name is None:
         from pydoc_data.topics import topics
@@ -110,7 +110,7 @@ def _read_corpus(name: str | None) -> list[str]:
 
 
 def _load(name: str, residency: str | None) -> "nn.Module":
-    """A model with the attention that tells its weights, where its backbone has one."""
+    """Return a model whose attention returns its weights, if its backbone has such an attention."""
     from transformers import AutoModelForCausalLM
 
     import engram_hf  # noqa: F401 (registers the architecture)

@@ -1,4 +1,4 @@
-"""`engram quantize`: a model, or a folder of tables, again with its tables in eight, four or two bits a number."""
+"""`engram quantize`: copy a model, or a folder of tables, with its tables in eight, four or two bits a number."""
 
 import argparse
 import contextlib
@@ -37,9 +37,9 @@ DTYPES = {
     "int2": "4 levels and a scale per row, by least squares",
     "nvfp4": "4-bit floats with a float8 scale per 16 channels, as compressed-tensors has them",
 }
-# Tables grow in this folder inside the target, so that a command that was killed can continue with them.
+# Tables are written in this folder inside the target, so that a killed command can continue with them.
 WORK_NAME = ".engram-quantize"
-# This manifest says what every file of a conversion was made of, which is no longer true.
+# This manifest describes the source of every file of a conversion; after quantization, it would be wrong.
 CONVERSION_RECORD = "conversion_manifest.json"
 
 
@@ -71,13 +71,13 @@ def add_commands(commands: Any) -> None:
 
 
 class QuantizedTable(NamedTuple):
-    """What became of the table of a layer.
+    """The sizes and the error of a quantized table.
 
     Args:
         layer: decoder layer, counted from 0.
         before: bytes of its tensors.
         after: bytes of its new file.
-        error: what quantizing changed.
+        error: the error of quantization.
     """
 
     layer: int
@@ -159,7 +159,7 @@ def _for_programs(options: argparse.Namespace, tables: "list[QuantizedTable]", l
 
 @contextlib.contextmanager
 def _kept_for_another_try(work: Path) -> Iterator[Path]:
-    """The folder of tables that are not whole yet; wrong input, from which nothing comes, removes it."""
+    """Yield the folder of incomplete tables; remove it after an error in the input, which a second try cannot repair."""
     try:
         yield work
     except ValueError:
@@ -173,16 +173,16 @@ def _kept_for_another_try(work: Path) -> Iterator[Path]:
 
 
 def quantize_model(folder: Path, target: Path, work: Path, dtype: str, left_out: Path) -> list[QuantizedTable]:
-    """Write the model in `folder` to `target` with tables of `dtype`, and all that lies beside it.
+    """Write the model in `folder` to `target` with tables of `dtype`, and all other files beside it.
 
-    The backbone does not pass through memory.
+    The weights of the backbone are linked or copied by the system and not read.
 
     Args:
-        work: folder on the same disk, in which tables grow.
-        left_out: what lies in this folder is no part of the model, even if the folder lies in that of the model.
+        work: folder on the same disk, in which tables are written.
+        left_out: files in this folder are not part of the model, even if it lies inside of `folder`.
 
     Raises:
-        ValueError: there is no model with float tables in it, or they cannot have this dtype.
+        ValueError: the folder has no model with float tables, or the tables cannot have this dtype.
     """
     from engram_hf.row_sources_engram import MappedRows
     from engram_hf.safetensors_engram import read_header, read_json, write_json
@@ -195,7 +195,7 @@ def quantize_model(folder: Path, target: Path, work: Path, dtype: str, left_out:
     for index, (layer, stored) in enumerate(tables.items()):
         sources[layer] = MappedRows(stored), describe_table(hasher, index, width=stored.width, dtype=stored.dtype)
     moved = _table_tensors(tables)
-    # Table files that the model does not use were left by an earlier save.
+    # Table files that the model does not use are from an earlier save.
     paths = [path for path in weight_files(folder) if path in moved or not is_table_file(path.name)]
     shards = [read_header(path) for path in paths]
     total = sum(span.size for shard in shards for span in shard.tensors.values())
@@ -221,10 +221,10 @@ def quantize_folder(folder: Path, target: Path, work: Path, dtype: str) -> list[
     """Write the tables of a folder without a model to `target` with `dtype`, and the token map beside them.
 
     Args:
-        work: folder on the same disk, in which tables grow.
+        work: folder on the same disk, in which tables are written.
 
     Raises:
-        ValueError: there are no float tables in it, or they do not say how they are hashed.
+        ValueError: the folder has no float tables, or their files lack the hash.
     """
     from engram_hf.row_sources_engram import MappedRows
     from engram_hf.saving_engram import write_manifest
@@ -253,7 +253,7 @@ def _progress(total: int) -> Any:
 
 
 def _read_again(sources: "dict[int, tuple[MappedRows, TableDescription]]", dtype: str) -> int:
-    """Bytes of tables that are read for the scale of the whole table first."""
+    """Return the bytes of tables that are read once more, first, to find the scale of the whole table."""
     return sum(source.stored.size for source, _ in sources.values()) if dtype == "nvfp4" else 0
 
 
@@ -264,7 +264,7 @@ def _write_quantized(
     dtype: str,
     advance: Callable[[int], object],
 ) -> tuple[dict[int, dict], list[QuantizedTable]]:
-    """Write a file for every layer; returns their entries of the manifest, and what became of each table."""
+    """Write a file for every layer; return their entries of the manifest, and size and error of each table."""
     from engram_hf.safetensors_engram import read_header
     from engram_hf.saving_engram import manifest_entry, table_file_name
     from engram_hf.table_format_engram import file_description
@@ -276,7 +276,7 @@ def _write_quantized(
     for layer, (source, description) in sources.items():
         name = table_file_name(layer)
         error = quantize_table(source, work / name, description, dtype, advance, work / f"{layer}.json")
-        # The file has both names until the folder is whole, because a later step may fail, too.
+        # The file keeps both names until the folder is complete, because a later step may also fail.
         _link_or_move(work / name, target / name)
         written = file_description(read_header(target / name))
         entries[layer] = manifest_entry([(name, written.rows, written.tensors)])
@@ -287,12 +287,12 @@ def _write_quantized(
 def _link_or_move(path: Path, target: Path) -> None:
     try:
         target.hardlink_to(path)
-    except OSError:  # a file system without links
+    except OSError:  # The file system has no links.
         path.replace(target)
 
 
 def _histogram(counts: dict[int, list[int]]) -> str:
-    """How many rows of each layer have which relative error."""
+    """Return a histogram: the share of each layer's rows by their relative error."""
     from engram_hf.table_writer_engram import ERROR_EDGES
 
     edges = [f"{edge:.3g}" for edge in (0, *(100 * edge for edge in ERROR_EDGES))]
@@ -306,7 +306,7 @@ def _histogram(counts: dict[int, list[int]]) -> str:
 
 
 def _table_tensors(tables: "dict[int, StoredTable]") -> "dict[Path, dict[str, TensorSpan]]":
-    """The tensors that hold tables, by file and name."""
+    """Return the tensors that hold tables, by file and name."""
     found: dict[Path, dict[str, Any]] = {}
     for part in (part for table in tables.values() for part in table.parts):
         found.setdefault(part.file.path, {}).update({span.name: span for span in part.spans.values()})
@@ -316,7 +316,9 @@ def _table_tensors(tables: "dict[int, StoredTable]") -> "dict[Path, dict[str, Te
 def _pass_on_weights(
     shard: "FileHeader", target: Path, moved: Collection[str], advance: Callable[[int], object]
 ) -> None:
-    """Make the tensors of a file that have not `moved` part of `target`; the bytes do not pass through this process."""
+    """Link or copy the tensors of a file that have not `moved` to `target`; the bytes do not pass through this
+    process.
+    """
     from engram_hf.safetensors_engram import FileWriter, header_bytes, link_or_copy
 
     kept = sorted((s for s in shard.tensors.values() if s.name not in moved), key=lambda span: span.offset)
@@ -332,7 +334,7 @@ def _pass_on_weights(
 
 
 def _index_without(path: Path, moved: "Mapping[Path, Mapping[str, TensorSpan]]") -> dict[str, Any]:
-    """The index of a checkpoint's shards, without the tensors that have `moved`."""
+    """Return the index of a checkpoint's shards, without the tensors that have `moved`."""
     from engram_hf.safetensors_engram import read_json, read_weight_map
 
     index, weight_map = read_json(path), read_weight_map(path)
@@ -362,7 +364,7 @@ def _copy_documents(folder: Path, target: Path, left_out: Path) -> None:
 
 
 def _renew_code(target: Path) -> None:
-    """Replace remote code that came along: that of an older version may not know what the rows are now."""
+    """Replace copied remote code: an older version may not be able to read the new rows."""
     from engram_hf.convert_scripts.remote_code import code_files
 
     for entry in ("modeling_engram", "auto_deepseek_v41"):
@@ -372,7 +374,9 @@ def _renew_code(target: Path) -> None:
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
-    """All files below `folder` except hidden ones and the checkpoints of a trainer, which are models of their own."""
+    """Yield all files below `folder` except hidden ones and the checkpoints of a trainer, which are models of their
+    own.
+    """
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if path.is_file() and not any(part.startswith((".", "checkpoint-")) for part in parts):
@@ -380,7 +384,7 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 
 
 def _rewrite_card(folder: Path, target: Path, dtype: str) -> None:
-    """Let a model card that `push_to_hub` wrote tell of the new tables; what a person wrote stays."""
+    """Update the lines about tables in a model card that `push_to_hub` wrote; lines that a person wrote stay."""
     from engram_hf.card_engram import model_card
 
     path, before = target / "README.md", read_whole_config(folder)

@@ -1,4 +1,4 @@
-"""`engram serve`: a model behind transformers' own server."""
+"""`engram serve`: serve a model by transformers' own server."""
 
 import argparse
 from typing import Any
@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_serve(options: argparse.Namespace) -> None:
-    """Serve `options.model`; `options.others` are for transformers."""
+    """Serve `options.model`; `options.others` are arguments of transformers' server."""
     from engram_hf.serving.server import serve
 
     serve(

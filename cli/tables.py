@@ -1,4 +1,4 @@
-"""`engram check`: table files, the format they follow and the model they belong to."""
+"""`engram check`: check table files against the table format and the model that they belong to."""
 
 import argparse
 from pathlib import Path
@@ -28,7 +28,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_check(options: argparse.Namespace) -> None:
-    """Check `options.folder`: its table files, and that they fit the model if there is one."""
+    """Check `options.folder`: its table files, and whether they fit the model if there is one."""
     from engram_hf.table_check_engram import check_folder
     from engram_hf.table_format_engram import MANIFEST_NAME
 

@@ -1,4 +1,4 @@
-"""`engram compress`: what vocabulary compression does to a tokenizer."""
+"""`engram compress`: show how vocabulary compression changes a tokenizer."""
 
 import argparse
 from dataclasses import asdict
@@ -10,7 +10,7 @@ from .output import print_json
 if TYPE_CHECKING:
     from engram_hf.tokenization import CompressionSummary
 
-# Tokenizers that transformers loads from tokenizer.json as they are.
+# transformers loads tokenizers of these classes from tokenizer.json without changes.
 _OURS = "EngramTokenizer"
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -41,7 +41,7 @@ def run_compress(options: argparse.Namespace) -> None:
 
 
 def _summarize(name: str, examples: int) -> "CompressionSummary":
-    """The summary of a folder or Hub id that transformers loads a tokenizer from."""
+    """Return the summary of a folder or Hub id from which transformers loads a tokenizer."""
     from engram_hf import EngramTokenizer
 
     try:
@@ -52,7 +52,9 @@ def _summarize(name: str, examples: int) -> "CompressionSummary":
 
 
 def _summarize_plain(folder: Path, examples: int) -> "CompressionSummary | None":
-    """The summary of a folder's tokenizer.json; None if transformers would load anything else than this file as it is."""
+    """Return the summary of a folder's tokenizer.json; None if transformers would load more than this file, or change
+    it.
+    """
     from engram_hf.safetensors_engram import FileFormatError, read_json
 
     try:
@@ -68,7 +70,9 @@ def _summarize_plain(folder: Path, examples: int) -> "CompressionSummary | None"
 
 
 def _named_tokens(config: dict[str, Any]) -> set[Any]:
-    """The special tokens that a tokenizer_config.json names; None is among them if some are not given as plain texts."""
+    """Return the special tokens that a tokenizer_config.json names; None is among them if some are not given as plain
+    texts.
+    """
     lists = [
         config.get(name) for name in ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder")
     ]
@@ -90,6 +94,6 @@ def _summarize_file(folder: Path, is_ours: bool, examples: int) -> "CompressionS
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         token_map = build_token_map(tokenizer) if not (is_ours or path.exists()) else read_token_map(path, tokenizer)
-    except Exception:  # the Rust library raises plain exceptions
+    except Exception:  # The Rust library raises plain exceptions.
         return None
     return summarize(tokenizer, token_map, examples)
