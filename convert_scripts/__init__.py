@@ -1,1 +1,3 @@
-"""Conversion of checkpoints to this package's layout and back: one script for each direction, tables of tensor rules, one streaming engine."""
+"""Conversion of checkpoints to this package's layout and back: a script for each direction, tables of tensor rules,
+and one streaming engine.
+"""

@@ -1,4 +1,4 @@
-"""What the commands share: where a source comes from, and how an error ends."""
+"""Functions that the commands share: opening a source, and reporting an error."""
 
 import sys
 from collections.abc import Callable
@@ -14,7 +14,7 @@ FIRST_BYTES = 100_000
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run `command`; an error of the input is one line on the error stream and exit code 1."""
+    """Run `command`; print an error of the input as one line on the error stream, and return 1 for it."""
     try:
         command()
     except (ConversionError, FileFormatError) as error:
@@ -33,7 +33,8 @@ def run_command(command: Callable[[], None]) -> int:
 
 @dataclass
 class Source:
-    """A checkpoint that is only read: a folder, or a Hub repository of which no more is downloaded than is needed.
+    """A checkpoint that is only read: a folder, or a Hub repository, of which only the needed files and headers are
+    downloaded.
 
     Args:
         folder: the folder, or the local snapshot of the repository.
@@ -46,13 +47,15 @@ class Source:
 
     @classmethod
     def open(cls, source: str, revision: str | None = None) -> "Source":
-        """The folder that `source` names, or of the repository that it names, all files but the shards."""
+        """Return the folder that `source` names, or the repository of this name with all files except the shards."""
         if Path(source).is_dir():
             return cls(Path(source))
         return cls(_download(source, revision, ignore_patterns=[SHARDS]), source)
 
     def read_shard(self, path: Path) -> FileHeader:
-        """The checked header of a shard: as `read_listed_shard`, if need be over the network."""
+        """Return the checked header of a shard, as `read_listed_shard` does; a missing shard's is read over the
+        network.
+        """
         self._read.append(path.name)
         if self.repository is None or path.is_file():
             return read_listed_shard(path)
@@ -72,13 +75,13 @@ class Source:
 
 
 def local_folder(source: str, revision: str | None = None, only: list[str] | None = None) -> Path:
-    """The folder `source` names, or the local snapshot of the Hub repository it names.
+    """Return the folder `source` names, or the local snapshot of the Hub repository it names.
 
     Args:
         only: patterns of the files to download; None for all.
 
     Raises:
-        ConversionError: there is neither.
+        ConversionError: there is neither a folder nor a repository of this name.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -100,7 +103,7 @@ def _download(source: str, revision: str | None, **patterns: list[str]) -> Path:
 
 
 def _download_head(repository: str, commit: str, file: str) -> tuple[bytes, int]:
-    """Length prefix and header of a shard on the Hub, and the size of the whole file."""
+    """Return length prefix and header of a shard on the Hub, and the size of the whole file."""
     from huggingface_hub.errors import HTTPError
 
     try:
@@ -118,7 +121,7 @@ def _download_head(repository: str, commit: str, file: str) -> tuple[bytes, int]
 
 
 def _download_range(repository: str, commit: str, file: str, first: int, stop: int) -> tuple[bytes, int]:
-    """Bytes `first` to `stop - 1` of a file, or as many of them as there are, and the size of the whole file."""
+    """Return bytes `first` to `stop - 1` of a file, or up to its end, and the size of the whole file."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 

@@ -2,8 +2,8 @@
 
     python -m engram_hf.convert_scripts.convert_deepseek_v41 deepseek-ai/DeepSeek-V4.1-Flash ./v41
 
-Streaming (memory does not grow with the checkpoint), resumable (repeat the command after an interruption), verified (names,
-dtypes and shapes before the first byte, checksums after the last).
+The conversion is streaming (memory does not grow with the checkpoint), resumable (repeat the command after an
+interruption) and verified (names, dtypes and shapes before the first byte, checksums after the last).
 """
 
 import argparse
@@ -16,7 +16,7 @@ from .streaming import Plan, Stopwatch, print_plan, read_manifest, run_plan, ver
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments; needs no heavy import, so that `--help` is quick."""
+    """Return the parser of the command's arguments; it imports nothing heavy, so that `--help` is quick."""
     parser = argparse.ArgumentParser(prog="convert_deepseek_v41", description=__doc__.splitlines()[0])
     parser.add_argument("source", help="folder or Hub id of the upstream checkpoint; it is only read")
     parser.add_argument("target", type=Path, help="new or empty folder, or one where this conversion was interrupted")
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 def plan_conversion(source: Source, options) -> Plan:
     """Check a checkpoint against its own config and plan its conversion (`options`: `ImportOptions`).
 
-    Of the shards, only headers are read, and only those of shards with a tensor that is converted or passed through.
+    Only headers of shards are read, and only those of shards with a tensor that is converted or passed through.
     """
     from ..safetensors_engram import read_json
     from .deepseek_v41 import DEEPSEEK_V41
@@ -119,7 +119,7 @@ def dry_run(source: str, target: Path, options, revision: str | None = None, as_
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command, and return its exit code."""
     given = build_parser().parse_args(arguments)
 
     def command() -> None:

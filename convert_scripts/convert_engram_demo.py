@@ -25,11 +25,11 @@ NAME = re.compile(r"(?:^|.*\.)layers\.(\d+)\.engram\.(.+)$")
 
 @dataclass(frozen=True)
 class DemoRule:
-    """One tensor of ours: the demo's tensors, with `{g}` for the residual stream, and how they are joined."""
+    """A tensor of this package: the demo's tensors, with `{g}` for the residual stream, and how they are joined."""
 
     ours: str
     parts: tuple[str, ...]
-    join: str = "only"  # or "rows", one part below the other, or "streams", along a new first dimension
+    join: str = "only"  # The others are "rows", one part below the other, and "streams", along a new first dimension.
 
 
 # The demo normalizes keys with `norm1` and queries with `norm2`. Our projection holds the keys of all streams, then the value.
@@ -47,7 +47,7 @@ OFFSETS = "multi_head_embedding.offsets"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments; needs no heavy import, so that `--help` is quick."""
+    """Return the parser of the command's arguments; it imports nothing heavy, so that `--help` is quick."""
     parser = argparse.ArgumentParser(prog="convert_engram_demo", description=__doc__.splitlines()[0])
     parser.add_argument("state", type=Path, help="safetensors file with the demo's state dict")
     parser.add_argument("backbone", help="folder or Hub id of a causal language model")
@@ -72,10 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_state(path: Path) -> dict[int, dict[str, TensorSpan]]:
-    """Where the demo's tensors are, by layer and by name below `engram`.
+    """Return the places of the demo's tensors in the file, by layer and by name below `engram`.
 
     Raises:
-        ConversionError: no safetensors file, or one without memory.
+        ConversionError: the file is not a safetensors file, or has no memory.
     """
     if path.suffix != ".safetensors":
         raise ConversionError(
@@ -94,7 +94,7 @@ def read_state(path: Path) -> dict[int, dict[str, TensorSpan]]:
 
 
 def load_state(path: Path, layers: dict[int, dict[str, TensorSpan]]) -> dict[int, dict]:
-    """The demo's tensors themselves."""
+    """Read the demo's tensors."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -105,7 +105,7 @@ def load_state(path: Path, layers: dict[int, dict[str, TensorSpan]]) -> dict[int
 
 
 def convert_layer(state: dict, layer: int, streams: int) -> dict:
-    """Our tensors of one layer's memory.
+    """Return this package's tensors of one layer's memory.
 
     Args:
         state: the demo's tensors, by name below `engram`.
@@ -164,7 +164,7 @@ def load_memory(model, layers: dict[int, dict]) -> None:
 
 
 def build_config_fields(layers: dict[int, dict[str, TensorSpan]], given: argparse.Namespace) -> dict:
-    """The memory's config fields, from the state dict's shapes and the command line."""
+    """Return the memory's config fields, from the state dict's shapes and the command line."""
     ids = given.layer_ids or sorted(layers)
     if sorted(ids) != sorted(layers):
         raise ConversionError(f"--layer-ids are {ids}, the state dict holds the layers {sorted(layers)}.")
@@ -194,7 +194,7 @@ def build_config_fields(layers: dict[int, dict[str, TensorSpan]], given: argpars
 
 
 def convert(given: argparse.Namespace) -> None:
-    """Load everything, put it together, save the model and its tokenizer: both, or nothing."""
+    """Build the model, and save it and its tokenizer, both or neither."""
     state = read_state(given.state)
     fields = build_config_fields(state, given)
     layers = fields["layer_ids"]
@@ -235,7 +235,7 @@ def _write(given: argparse.Namespace, state: dict[int, dict[str, TensorSpan]], f
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command, and return its exit code."""
     given = build_parser().parse_args(arguments)
     return run_command(lambda: convert(given))
 

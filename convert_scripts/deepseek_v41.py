@@ -1,7 +1,8 @@
 """The table of DeepSeek-V4.1: upstream names, our names, shapes and storage.
 
-What belongs to the vision tower or to draft layers exists where the config describes them. Upstream is the layout of the released checkpoints (names as in DeepSeek's own inference code); ours is transformers' naming
-of DeepSeek-V4 under `model.`, with Engram's tensors in the `engram` submodule of their layer.
+Tensors of the vision tower and of draft layers exist if the config describes these. Upstream is the layout of the
+released checkpoints (names as in DeepSeek's own inference code); ours is transformers' naming of DeepSeek-V4 under
+`model.`, with Engram's tensors in the `engram` submodule of their layer.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ TEXT = (
     Rule("model.embed_tokens.weight", ("embed.weight",), ("vocab_size", "hidden_size"), BF16),
     Rule("model.norm.weight", ("norm.weight",), ("hidden_size",), BF16),
     Rule("lm_head.weight", ("head.weight",), ("vocab_size", "hidden_size"), BF16),
-    # Norms and hyper-connections.
+    # These are norms and hyper-connections.
     _rule("attn_norm.weight", "input_layernorm.weight", "hidden_size", BF16),
     _rule("ffn_norm.weight", "post_attention_layernorm.weight", "hidden_size", BF16),
     _rule("hc_attn_fn", "attn_hc.fn", "hc_rows hc_width", F32),
@@ -40,7 +41,7 @@ TEXT = (
     _rule("hc_ffn_fn", "ffn_hc.fn", "hc_rows hc_width", F32),
     _rule("hc_ffn_base", "ffn_hc.base", "hc_rows", F32),
     _rule("hc_ffn_scale", "ffn_hc.scale", "hc_scales", F32),
-    # Attention.
+    # These are the projections of attention.
     _rule("attn.wq_a.weight", "self_attn.q_a_proj.weight", "q_lora_rank hidden_size", FP8_BLOCKS),
     _rule("attn.q_norm.weight", "self_attn.q_a_norm.weight", "q_lora_rank", BF16),
     _rule("attn.wq_b.weight", "self_attn.q_b_proj.weight", "heads_width q_lora_rank", FP8_BLOCKS),
@@ -49,7 +50,7 @@ TEXT = (
     _rule("attn.wo_a.weight", "self_attn.o_a_proj.weight", "o_width o_group_width", FP8_BLOCKS),
     _rule("attn.wo_b.weight", "self_attn.o_b_proj.weight", "hidden_size o_width", FP8_BLOCKS),
     _rule("attn.attn_sink", "self_attn.sinks", "num_attention_heads", F32),
-    # Compressed attention: a KV source pools positions, and an index source selects them.
+    # In compressed attention, a KV source pools positions, and an index source selects them.
     _rule(
         "attn.compressor.wkv.weight", "self_attn.compressor.kv_proj.weight", "head_dim hidden_size", BF16, "kv_sources"
     ),
@@ -77,7 +78,7 @@ TEXT = (
     ),
     _rule("attn.indexer.wk.weight", "self_attn.indexer.k_proj.weight", "index_head_dim head_dim", BF16, "index_keys"),
     _rule("attn.indexer.k_norm.weight", "self_attn.indexer.k_norm.weight", "index_head_dim", BF16, "index_keys"),
-    # Experts.
+    # These are the router and the experts.
     _rule("ffn.gate.weight", "mlp.gate.weight", "n_routed_experts hidden_size", BF16),
     _rule("ffn.gate.bias", "mlp.gate.e_score_correction_bias", "n_routed_experts", F32),
     _rule("ffn.gate.bias_vl", "mlp.gate.e_score_correction_bias_vl", "n_routed_experts", F32),
@@ -95,7 +96,7 @@ TEXT = (
         FP4_ROWS,
     ),
     _rule("ffn.experts.{expert}.w2.weight", "mlp.experts.down_proj", "hidden_size moe_intermediate_size", FP4_ROWS),
-    # Engram: the table, one fused projection (keys of all streams, then the value), and the norms' weights.
+    # Engram has the table, one fused projection (keys of all streams, then the value), and the norms' weights.
     _rule("engram.embed.weight", "engram.table.weight", "engram_rows engram_head_dim", FP8_ROWS, "engram", "table"),
     _rule("engram.wkv.weight", "engram.kv_proj.weight", "engram_kv_width engram_width", FP8_BLOCKS, "engram"),
     _rule("engram.q_weight", "engram.q_norm.weight", "hc_mult hidden_size", BF16, "engram"),
@@ -136,7 +137,7 @@ def _draft(upstream: str, ours: str, shape: str, storage: Storage) -> Rule:
 
 
 def _of_a_draft_layer(rule: Rule) -> Rule:
-    """A draft layer is a layer of window attention, with fewer experts."""
+    """Return the rule for a draft layer, which is a layer of window attention with fewer experts."""
     experts = "dspark_n_routed_experts"
     return replace(
         rule,
@@ -163,7 +164,7 @@ RULES = TEXT + VISION + DRAFTS
 
 
 def dimensions(config: Mapping) -> Dimensions:
-    """Dimensions and layer sets of an upstream config."""
+    """Return dimensions and layer sets of an upstream config."""
     try:
         text, vision = config["text_config"], config.get("vision_config") or {}
         sets = _layer_sets(text) | {
@@ -181,7 +182,7 @@ def dimensions(config: Mapping) -> Dimensions:
 
 
 def _drafts(text: Mapping) -> tuple[int, ...]:
-    """The draft layers; none where the text layers that they read were left out."""
+    """Return the draft layers; none if the text layers that they read were left out."""
     count = text.get("num_nextn_predict_layers") or 0
     readable = all(layer < text["num_hidden_layers"] for layer in text.get("dspark_target_layer_ids") or [])
     return tuple(range(count)) if readable else ()

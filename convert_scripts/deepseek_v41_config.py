@@ -1,7 +1,9 @@
-"""DeepSeek-V4.1's config.json, both ways, and what it implies: fewer layers, the constants of the n-gram hash.
+"""Convert DeepSeek-V4.1's config.json in both directions, and derive from it: fewer layers, the constants of the
+n-gram hash.
 
-Upstream nests everything of the language model, Engram's fields included, in `text_config`. Ours is that of an `EngramConfig`:
-the backbone in `text_config`, Engram's fields on top under the same names, and the quantization in transformers' terms.
+Upstream nests all fields of the language model, including Engram's, in `text_config`. Ours is that of an `EngramConfig`:
+the backbone in `text_config`, Engram's fields at the top level under the same names, and the quantization in
+transformers' terms.
 
 Configs are plain dictionaries here, since importing transformers takes seconds.
 """
@@ -30,8 +32,8 @@ from .streaming import Literal, Tensor, json_bytes
 from .tensor_rules import unquantized_modules
 
 TEMPLATE = Path(__file__).with_name("chat_template_deepseek_v41.jinja")
-# The other way: how the tokenizer's `parse_response`, and a server, tell reasoning from the answer. A turn that is not to
-# reason begins after `</think>`.
+# The chat template's inverse: by it, the tokenizer's `parse_response` and servers separate reasoning from the answer.
+# A turn without reasoning begins after `</think>`.
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
     "start_anchor": ["<｜Assistant｜></think>", "<｜Assistant｜>"],
@@ -42,9 +44,9 @@ RESPONSE_TEMPLATE = {
 }
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
-# The prefix of the hash constants in a state dict of this package.
+# The hash constants have this prefix in a state dict of this package.
 HASHING = "model.hashing"
-# The flat file with which the remote code of a converted model begins.
+# The remote code of a converted model begins with this flat file.
 _ENTRY = "auto_deepseek_v41"
 
 _QUANTIZATION = {"quant_method": "fp8", "weight_block_size": [32, 32], "scale_fmt": "ue8m0", "expert_dtype": "fp4"}
@@ -60,7 +62,7 @@ _ENGRAM_FIELDS = (
 )
 
 
-# Fields of the release's vision tower.
+# The release's vision tower has these fields.
 _VISION_FIELDS = (
     "model_type",
     "num_hidden_layers",
@@ -76,12 +78,13 @@ _VISION_FIELDS = (
 )
 
 
-# Members that transformers writes into every config, but for those that begin with an underscore, which describe the file.
+# transformers writes these members into every config, besides those with a leading underscore, which describe the
+# file.
 _EVERY_CONFIG = (
     *("architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder", "label2id", "model_type"),
     *("output_attentions", "output_hidden_states", "problem_type", "return_dict", "transformers_version"),
 )
-# Members that a config.json may have at its top level.
+# A config.json may have these members at its top level.
 _TOP_FIELDS = (
     *("text_config", "vision_config", "image_token_id", "quantization_config", "auto_map", "torch_dtype"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
@@ -116,7 +119,7 @@ def check_config(config: Mapping) -> None:
 
 
 def _refuse_unknown_fields(config: Mapping) -> None:
-    """What a field means that nothing here reads would be left out of the computation, without an error."""
+    """Refuse fields that nothing here reads: their meaning would be missing in the computation, without an error."""
     text, vision = config["text_config"], config.get("vision_config") or {}
     for fields in (config, text):
         for name, expected in _FIXED.items():
@@ -145,7 +148,9 @@ def _names(fields_class: type) -> set[str]:
 
 
 def first_layers(config: Mapping, count: int) -> dict:
-    """The config of the first `count` layers. Draft layers keep their compress ratios, which stand at the list's end."""
+    """Return the config of the first `count` layers. Draft layers keep their compress ratios, which are at the list's
+    end.
+    """
     text = dict(config["text_config"])
     total = text["num_hidden_layers"]
     if not 1 <= count <= total:
@@ -162,10 +167,10 @@ def first_layers(config: Mapping, count: int) -> dict:
 
 
 def _first_layers_of(fields: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The fields of a backbone's config that change when it keeps only its first `count` layers.
+    """Return the fields of a backbone's config that change when it keeps only its first `count` layers.
 
     Args:
-        fields: of the backbone with all its layers, by name.
+        fields: those of the backbone with all its layers, by name.
     """
     total = fields["num_hidden_layers"]
     changed = {"num_hidden_layers": count}
@@ -182,7 +187,7 @@ def _first_layers_of(fields: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def to_engram_fields(config: Mapping, dtype: str, dequantize_tables: bool) -> dict[str, Any]:
-    """Our config.json of an upstream one; `dtype` as in `ImportOptions`.
+    """Return this package's config.json of an upstream one; `dtype` is as in `ImportOptions`.
 
     Raises:
         ConversionError: a field of the backbone breaks a rule; `EngramConfig` checks those of the memory.
@@ -209,7 +214,7 @@ def to_engram_fields(config: Mapping, dtype: str, dequantize_tables: bool) -> di
 
 
 def _text_fields(text: Mapping, vision: Mapping | None, image_token_id: int | None) -> dict[str, Any]:
-    """The backbone's part of our config.json, checked."""
+    """Return the backbone's part of our config.json, checked."""
     fields = _checked({**text, "vision_config": vision, "image_token_id": image_token_id})
     kept = {name: value for name, value in text.items() if name != "rope_scaling"}
     vision = fields.vision_config and {"model_type": "deepseek_v41_vision", **vars(fields.vision_config)}
@@ -237,14 +242,14 @@ def _vision_fields(vision: Mapping | None, text: Mapping) -> VisionFields | None
 
 
 def require_plain(fields: Mapping[str, Any]) -> PlainConfig:
-    """Our config.json as an object.
+    """Return our config.json as an object.
 
     Raises:
         ConversionError: a field of the memory breaks a rule, for example a row count that is not the sum of the hash's primes.
     """
     plain = as_plain_config(fields)
     if plain is None:
-        from .. import EngramConfig  # the class says what is wrong; this imports transformers
+        from .. import EngramConfig  # The class raises an error that says what is wrong; this imports transformers.
 
         try:
             EngramConfig.from_dict(copy.deepcopy(dict(fields)))
@@ -257,7 +262,7 @@ def require_plain(fields: Mapping[str, Any]) -> PlainConfig:
 
 
 def to_upstream_config(ours: Mapping) -> dict:
-    """The upstream config of our config.json, for a model without the record of a release."""
+    """Return the upstream config of our config.json, for a model without the record of a release."""
     text = {key: copy.deepcopy(value) for key, value in ours["text_config"].items() if not key.startswith("_")}
     missing = [name for name in _ENGRAM_FIELDS if name not in ours]
     if missing:
@@ -285,10 +290,10 @@ def to_upstream_config(ours: Mapping) -> dict:
 
 
 def without_missing_parts(config: Mapping, names: Collection[str]) -> dict:
-    """The upstream config of a model of which the vision tower, or the draft layers, were left out.
+    """Return the upstream config of a model without the vision tower or the draft layers.
 
     Args:
-        names: the tensors that there are, by our names.
+        names: the model's tensors, by our names.
     """
     config = {**config, "text_config": dict(config["text_config"])}
     if not any(name.startswith("model.vision_tower.") for name in names):
@@ -299,10 +304,10 @@ def without_missing_parts(config: Mapping, names: Collection[str]) -> dict:
 
 
 def build_hash(config: PlainConfig, tokenizer: Tokenizer) -> StoredHash:
-    """The n-gram hash: token map from the checkpoint's tokenizer, multipliers and primes from the config.
+    """Return the n-gram hash: token map from the checkpoint's tokenizer, multipliers and primes from the config.
 
     Raises:
-        ConversionError: the tokenizer's compressed vocabulary is not of the size the tables were trained with.
+        ConversionError: the tables were trained with another size of the compressed vocabulary.
     """
     token_map, size = build_token_map(tokenizer), config.text_config.vocab_size
     found, expected = int(token_map.max()) + 1, config.engram_compressed_vocab_size
@@ -315,7 +320,7 @@ def build_hash(config: PlainConfig, tokenizer: Tokenizer) -> StoredHash:
 
 
 def parsing_documents(folder: Path) -> dict[str, bytes]:
-    """The tokenizer's config, by which its `parse_response` knows what answers look like; empty if `folder` has none."""
+    """Return the tokenizer's config, which tells `parse_response` the form of answers; nothing if `folder` has none."""
     path = folder / TOKENIZER_CONFIG
     if not path.is_file():
         return {}
@@ -323,7 +328,9 @@ def parsing_documents(folder: Path) -> dict[str, bytes]:
 
 
 def processor_config(config: PlainConfig) -> dict[str, bytes]:
-    """The file by which `AutoProcessor` finds the processor of a model that reads images; it names remote code if there is."""
+    """Return the file by which `AutoProcessor` finds the processor of a model that reads images; it names remote code,
+    if any.
+    """
     names = ("patch_size", "downsample_ratio", "max_image_tokens", "min_pixels", "max_wh_ratio")
     fields = {name: getattr(config.text_config.vision_config, name) for name in names}
     classes = {
@@ -340,7 +347,7 @@ def processor_config(config: PlainConfig) -> dict[str, bytes]:
 
 
 def auto_map(reads_images: bool) -> dict[str, str]:
-    """Where a converted folder has the class for each Auto class, as [`~EngramConfig.remote_code_map`] says it."""
+    """Return the class of each Auto class in a converted folder, as [`~EngramConfig.remote_code_map`] gives it."""
     classes = {
         "AutoConfig": "EngramConfig",
         "AutoModel": "EngramModel",
@@ -352,18 +359,19 @@ def auto_map(reads_images: bool) -> dict[str, str]:
 
 
 def remote_code() -> dict[str, bytes]:
-    """The files with which a folder loads where this package is not installed."""
+    """Return the files by which a folder loads where this package is not installed."""
     return {path.name: path.read_bytes() for path in code_files(_ENTRY)}
 
 
 def additions(
     fields: Mapping[str, Any], config: PlainConfig, folder: Path, documents: Mapping[str, bytes]
 ) -> Additions:
-    """What a conversion adds to the release's tensors: `documents`, the config, and all that follows from the tokenizer.
+    """Return the additions of a conversion to the release's tensors: `documents`, the config, and parts that follow
+    from the tokenizer.
 
     Args:
         fields: our config.json.
-        config: the same as an object.
+        config: the same config, as an object.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():

@@ -44,16 +44,16 @@ from .safetensors_files import ConversionError, enumerate_names
 from .storage import FP4_ROWS, FP8_BLOCKS
 from .tensor_rules import Layout, Rule
 
-_NO_NAME = "$^"  # matches nothing: an end before a beginning
+_NO_NAME = "$^"  # It matches nothing: an end before a beginning.
 
 
 class LoadingConverter(WeightConverter):
-    """A converter that saving ignores: a model is saved under its own names, in the form it has in memory."""
+    """A converter that saving ignores: a model is saved under its own names, with the dtypes that it has in memory."""
 
     __slots__ = ()
 
     def reverse_transform(self) -> WeightConverter:
-        """A converter that matches no name."""
+        """Return a converter that matches no name."""
         return WeightConverter(_NO_NAME, "unused", [TakeAsIs()])
 
 
@@ -63,19 +63,19 @@ class LoadingRenaming(WeightRenaming):
     __slots__ = ()
 
     def reverse_transform(self) -> WeightRenaming:
-        """A renaming that matches no name."""
+        """Return a renaming that matches no name."""
         return WeightRenaming(_NO_NAME, "unused")
 
 
 class TakeStacked(ConversionOps):
-    """Experts already stacked `[E, R, C]`, with or without a scale: kept where the module has one, else dequantized."""
+    """Experts already stacked `[E, R, C]`, with or without a scale: kept quantized if the module is, else dequantized."""
 
     # transformers' loader does not cast the inputs of a converter if one of its operations is marked as a quantizer's.
     hf_quantizer = True
 
     @torch.no_grad()
     def convert(self, input_dict, target_patterns, full_layer_name=None, model=None, **kwargs):
-        """`input_dict`: pattern -> list of one tensor; see `ConversionOps.convert`."""
+        """Convert `input_dict`, pattern -> list of one tensor; see `ConversionOps.convert`."""
         target = target_patterns[0]
         tensors = {
             ("scale" if key.endswith("_scale_inv$") else "weight"): _only(value) for key, value in input_dict.items()
@@ -93,10 +93,10 @@ class TakeStacked(ConversionOps):
 
 
 class TakeAsIs(ConversionOps):
-    """A tensor, unchanged but for its dtype."""
+    """A tensor, unchanged except for its dtype."""
 
     def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
-        """`input_dict`: pattern -> list of one tensor; see `ConversionOps.convert`."""
+        """Convert `input_dict`, pattern -> list of one tensor; see `ConversionOps.convert`."""
         (values,) = input_dict.values()
         value = _only(values)
         # transformers leaves the floats of a quantized checkpoint as they are stored; it has cast those of any other checkpoint by now.
@@ -110,7 +110,7 @@ def _only(value):
 
 
 def _as_parameter(value: torch.Tensor, model: torch.nn.Module | None, name: str) -> torch.Tensor:
-    """`value` in the dtype that the model shall have it in: its parameter's, or float32 where the model keeps that."""
+    """Return `value` in the model's dtype for it: the parameter's, or float32 where the model keeps that."""
     parameter = _parameter(model, name)
     if parameter is None or value.dtype.itemsize == 1:
         return value
@@ -127,7 +127,9 @@ def _parameter(model: torch.nn.Module | None, name: str | None) -> torch.Tensor 
 
 
 def stored_form_conversions(layout: Layout) -> list[LoadingConverter]:
-    """Conversions for folders of ours whose weights are kept quantized; in any other folder they change nothing."""
+    """Return conversions for folders of ours whose weights are kept quantized; in any other folder they change
+    nothing.
+    """
     stacked = [
         LoadingConverter([rf"{re.escape(name)}_scale_inv$", rf"{re.escape(name)}$"], name, [TakeStacked()])
         for name in dict.fromkeys(_leaf(rule) for rule in layout.rules if rule.is_stacked)
@@ -136,14 +138,16 @@ def stored_form_conversions(layout: Layout) -> list[LoadingConverter]:
 
 
 def _own_scales(layout: Layout) -> list[LoadingRenaming]:
-    """Parameters that are called `scale` and are none of a quantized weight: the FP8 quantizer renames them all the same."""
+    """Return renamings of parameters that are called `scale` but do not belong to a quantized weight: the FP8
+    quantizer renames them, too.
+    """
     leaves = {_leaf(rule).removesuffix(".scale") for rule in layout.rules if rule.ours.endswith(".scale")}
     names = "|".join(re.escape(leaf) for leaf in sorted(leaves))
     return [LoadingRenaming(rf"\b({names})\.weight_scale_inv$", r"\1.scale")]
 
 
 def _leaf(rule: Rule) -> str:
-    """Our name below the layer, or below the model, of a rule's tensor."""
+    """Return our name below the layer, or below the model, of a rule's tensor."""
     return rule.ours.split("{layer}.")[-1].removeprefix("model.").removeprefix("draft.")
 
 
@@ -152,9 +156,10 @@ def _is_of_the_tower(rule: Rule) -> bool:
 
 
 def _table_conversions() -> list[LoadingConverter]:
-    """The FP8 quantizer takes any `X.scale` for the scale of a linear weight `X.weight`, and would dequantize a whole table.
+    """Return conversions of tables: the FP8 quantizer takes any `X.scale` for the scale of a linear weight `X.weight`,
+    and would dequantize a whole table.
 
-    (A pattern that ends in `$` is one it does not recognize as a weight's.)
+    (It does not recognize a pattern that ends in `$` as that of a weight.)
     """
     return [
         LoadingConverter(r"engram\.table\.weight_scale_inv$", "engram.table.scale", [TakeAsIs()]),
@@ -163,7 +168,9 @@ def _table_conversions() -> list[LoadingConverter]:
 
 
 def _full_precision_conversion(layout: Layout) -> LoadingConverter:
-    """What the release keeps in full precision: the FP8 quantizer would pass it through in the file's dtype, not the model's."""
+    """Return the conversion of tensors in full precision: the FP8 quantizer would keep the file's dtype, not use the
+    model's.
+    """
     kept = [_leaf(rule) for rule in layout.rules if rule.storage.block is None and not _is_of_the_tower(rule)]
     # Whole names are needed: below a layer, parameters are called like those of other backbones.
     kept += [rule.ours.removeprefix("model.") for rule in layout.rules if _is_of_the_tower(rule)]
@@ -176,16 +183,16 @@ def _full_precision_conversion(layout: Layout) -> LoadingConverter:
 
 
 def upstream_conversions(layout: Layout) -> list[LoadingRenaming | LoadingConverter]:
-    """Conversions for folders with upstream names: the layout's table, then `stored_form_conversions`."""
+    """Return conversions for folders with upstream names: the layout's table, then `stored_form_conversions`."""
     renamings = [_renaming(rule) for rule in layout.rules if not rule.is_stacked]
     stacked = [rule for rule in layout.rules if rule.is_stacked]
     renamings += [_stacked_renaming(rule) for rule in stacked]
-    merged = {_leaf(rule): rule for rule in stacked}.values()  # draft layers have the names of the text layers
+    merged = {_leaf(rule): rule for rule in stacked}.values()  # Draft layers have the names of the text layers.
     return renamings + [_merge(rule) for rule in merged] + stored_form_conversions(layout)
 
 
 def _renaming(rule: Rule) -> LoadingRenaming:
-    """A quantized weight's renaming covers its scale too: both follow the same stem."""
+    """Return the renaming of a rule, which covers the scale of a quantized weight too: both have the same stem."""
     source, target = rule.upstream[0], rule.ours
     if rule.storage.block:
         source, target = source.removesuffix("weight"), target.removesuffix("weight")
@@ -194,7 +201,7 @@ def _renaming(rule: Rule) -> LoadingRenaming:
 
 
 def _stacked_renaming(rule: Rule) -> LoadingRenaming:
-    """`...experts.E.w1.` keeps its expert and leaf; only what stands before them is renamed."""
+    """Return the renaming of stacked experts: `...experts.E.w1.` keeps its expert and leaf, and the prefix is renamed."""
     prefix, leaves = rule.upstream[0].split("{expert}")[0], "|".join(_part_name(name) for name in rule.upstream)
     pattern = re.escape(prefix).replace(r"\{layer\}", r"(\d+)")
     target = rule.ours.rpartition(".")[0].replace("{layer}", r"\1")
@@ -206,7 +213,9 @@ def _part_name(upstream: str) -> str:
 
 
 def _merge(rule: Rule) -> LoadingConverter:
-    """Experts joined as transformers joins DeepSeek-V4's; its quantizer adds the scales, or dequantizes first."""
+    """Return the converter that joins experts as transformers joins DeepSeek-V4's; its quantizer adds the scales, or
+    dequantizes first.
+    """
     prefix = re.escape(_leaf(rule).rpartition(".")[0])
     sources = [rf"{prefix}.*.{_part_name(name)}.weight" for name in rule.upstream]
     operations = [MergeModulelist(dim=0)] + ([Concatenate(dim=1)] if len(sources) > 1 else [])
@@ -220,14 +229,14 @@ class DeepseekV41Config(EngramConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """`config_dict` in the release's layout; see `PreTrainedConfig.from_dict`."""
+        """Return the config of `config_dict` in the release's layout; see `PreTrainedConfig.from_dict`."""
         check_config(config_dict)
         ours = to_engram_fields(config_dict, "keep", dequantize_tables=False)
         return super().from_dict({**ours, "model_type": cls.model_type}, **kwargs)
 
 
 class _OfTheRelease:
-    """Loads a folder in the release's layout; what comes out is an ordinary model with memory."""
+    """A loader of folders in the release's layout; its result is an ordinary model with memory."""
 
     config_class = DeepseekV41Config
 
@@ -240,13 +249,14 @@ class _OfTheRelease:
     def from_pretrained(
         cls, pretrained_model_name_or_path, *args, engram_residency="auto", output_loading_info=False, **kwargs
     ):
-        """As in transformers. The hash, which the release does not store, follows from its config and its tokenizer.
+        """Load a model as in transformers. The hash, which the release does not store, follows from its config and
+        tokenizer.
 
         Args:
             engram_residency: as for `EngramForCausalLM`; the release's own shards can be mapped.
 
         Raises:
-            ValueError: a tensor is missing, or the tokenizer's compressed vocabulary is not the one of the tables.
+            ValueError: a tensor is missing, or the tables were trained with another compressed vocabulary.
         """
         checkpoint = Checkpoint(pretrained_model_name_or_path, kwargs)
         tables, kwargs = checkpoint.find_tables(engram_residency), checkpoint.kwargs
@@ -281,7 +291,7 @@ class DeepseekV41Processor(processing_deepseek_v41.DeepseekV41Processor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As in transformers; what the image processor needs is in the config.
+        """Load a processor as in transformers; the arguments of the image processor are in the config.
 
         Raises:
             ValueError: the config has no vision tower.
@@ -301,7 +311,7 @@ class DeepseekV41Processor(processing_deepseek_v41.DeepseekV41Processor):
 def register() -> None:
     """Let the Auto classes load the release's folders, and kept quantized ones of ours.
 
-    A transformers release with a `deepseek_v41` of its own keeps its place.
+    If transformers has a `deepseek_v41` of its own, that one is kept.
     """
     for name in ("EngramModel", "EngramForCausalLM", "EngramForConditionalGeneration"):
         register_checkpoint_conversion_mapping(name, stored_form_conversions(DEEPSEEK_V41), overwrite=True)

@@ -2,9 +2,9 @@
 
     python -m engram_hf.convert_scripts.export_deepseek_v41 ./v41 ./upstream
 
-An unmodified conversion comes back byte for byte. Tensors in floats (a dequantized or fine-tuned model) are quantized by the
-release's rules. A model saved after training has lost the record of the release; `--record` names the converted folder it
-was trained from, for the vision tower, the draft layers and the shards.
+An unmodified conversion is exported byte for byte. Float tensors (of a dequantized or fine-tuned model) are quantized by
+the release's rules. A model saved after training lacks the record of the release; `--record` names the converted folder
+that it was trained from, for the vision tower, the draft layers and the shards.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from .streaming import Plan, Stopwatch, print_plan, read_manifest, run_plan, ver
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments; needs no heavy import, so that `--help` is quick."""
+    """Return the parser of the command's arguments; it imports nothing heavy, so that `--help` is quick."""
     parser = argparse.ArgumentParser(prog="export_deepseek_v41", description=__doc__.splitlines()[0])
     parser.add_argument("source", help="folder or Hub id of the Engram model; it is only read")
     parser.add_argument("target", type=Path, help="new or empty folder, or one where this export was interrupted")
@@ -51,7 +51,7 @@ def plan(folder: Path, record: Path) -> Plan:
 
 
 def export(source: str, target: Path, record: str | None = None, as_json: bool = False) -> None:
-    """Export `source`, a folder or Hub id, into `target`; so is `record`."""
+    """Export `source`, a folder or Hub id, into `target`; `record` may be a Hub id, too."""
     watch = Stopwatch()
     written = run_plan(_plan(source, record), target)
     print(watch.report(target, "wrote", written, as_json))
@@ -74,7 +74,7 @@ def verify(target: Path, as_json: bool = False) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command, and return its exit code."""
     given = build_parser().parse_args(arguments)
     if given.verify_only:
         return run_command(lambda: verify(given.target, given.json))

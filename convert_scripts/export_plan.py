@@ -1,7 +1,7 @@
-"""Ours to upstream: the release's names, dtypes and shards from a model folder of ours.
+"""Plan an export: the release's names, dtypes and shards from a model folder of this package.
 
-Where the folder has the record that an import leaves (`upstream/`: the header of each shard and the release's documents) the
-export follows it, so that an unmodified conversion comes back byte for byte. Without one it follows the release's shard rule:
+If the folder has the record of an import (`upstream/`: the header of each shard and the release's documents), the export
+follows it, so that an unmodified conversion is exported byte for byte. Without a record it follows the release's shard rule:
 vision tower and embedding, one shard a layer, final norm and head, draft layers, one shard for each Engram layer.
 
 Every tensor may be in the release's quantized form, which is copied, or in floats, which are quantized by its rules.
@@ -28,7 +28,7 @@ from .streaming import Copy, OutputFile, Part, Plan, Tensor, copy_of, tensor_fil
 from .tensor_parts import cast, encoded
 from .tensor_rules import Layout, TensorMapping, UpstreamTensor, iterate_upstream
 
-# Tensors of this package's state dict that the release derives from its config.
+# The release derives these tensors of this package's state dict from its config.
 DERIVED = re.compile(r"model\.hashing\.")
 
 
@@ -45,7 +45,7 @@ class Model:
 def read_model(folder: Path, record: Path) -> Model:
     """Read the headers of a model folder; passed-through tensors come from `record`, which may be the same folder.
 
-    So do the vision tower and the draft layers where the model was saved without them.
+    The vision tower and the draft layers also come from `record` if the model was saved without them.
     """
     source = _read_weights(folder)
     shards = dict(source.shards)
@@ -64,7 +64,7 @@ def read_model(folder: Path, record: Path) -> Model:
 
 
 def _may_be_left_out(name: str) -> bool:
-    """Whether a model that is complete as one of text may have been saved without this tensor."""
+    """Return whether a complete model of text may have been saved without this tensor."""
     return name.startswith(("draft.", "model.vision_tower.", "model.image_"))
 
 
@@ -77,7 +77,7 @@ def _read_weights(folder: Path) -> Checkpoint:
 
 
 def _read_tables(folder: Path, shards: dict[str, FileHeader]) -> dict[str, TensorSpan]:
-    """The tables that the folder's manifest names, under their names in a state dict."""
+    """Return the tables that the folder's manifest names, under their names in a state dict."""
     entries = read_manifest(folder / TABLES_NAME)
     return {
         f"model.layers.{layer}.engram.table.{kind}": _read_piece(folder, entry[kind], shards)
@@ -205,9 +205,10 @@ def _recorded_part(model: Model, span: TensorSpan, sources: dict[str, tuple[Tens
 
 
 def upstream_part(model: Model, mapping: TensorMapping, tensor: UpstreamTensor, dtype: str) -> Part:
-    """The bytes of one upstream tensor: copied where ours is stored as upstream is, quantized where it is in floats.
+    """Return the bytes of an upstream tensor: copied if ours is stored in the upstream format, quantized if it is in
+    floats.
 
-    `dtype` is that of an unquantized tensor upstream.
+    `dtype` is that of an unquantized upstream tensor.
     """
     storage, ours = mapping.rule.storage, model.tensors[mapping.ours]
     if storage.block is None:
@@ -218,7 +219,7 @@ def upstream_part(model: Model, mapping: TensorMapping, tensor: UpstreamTensor, 
 
 
 def _slice(span: TensorSpan, mapping: TensorMapping, tensor: UpstreamTensor) -> TensorSpan:
-    """The rows of ours that one upstream tensor holds; scales have one row for every block of rows."""
+    """Return the rows of ours that one upstream tensor holds; scales have one row for every block of rows."""
     matrix = span if tensor.expert is None else span[tensor.expert]
     rows = matrix.shape[0] // len(mapping.rule.upstream)
     start = tensor.part * rows
@@ -236,7 +237,9 @@ def _shared(folder: Path) -> list[OutputFile]:
 
 
 def _ruled_shards(model: Model, sources: dict[str, tuple[TensorMapping, UpstreamTensor]]) -> list[OutputFile]:
-    """The release's rule: vision and embedding first, then one layer a shard, then norm and head, drafts, one Engram layer a shard."""
+    """Return shards by the release's rule: vision and embedding, one layer a shard, norm and head, drafts, one Engram
+    layer a shard.
+    """
     groups: dict[tuple[int, int], list[Tensor]] = {}
     for mapping, tensor in sources.values():
         part = upstream_part(model, mapping, tensor, tensor.dtype)

@@ -1,11 +1,11 @@
-"""Upstream to ours: which files a conversion writes and what their bytes are made of.
+"""Plan an import: the files that a conversion writes, and the sources of their bytes.
 
 The target folder holds
 
-- `model-00001-of-00044.safetensors`, ... and their index: the state dict without memory tables, the first file for what belongs to
-  no layer of the text model, the vision tower among it, then one file a layer, then one for each draft layer;
-- `engram-layer-00001.safetensors`, ...: the memory table of one layer, a copy or, linked, the upstream shard itself;
-  `engram_tables.json` says under which tensor names either way;
+- `model-00001-of-00044.safetensors`, ... and their index: the state dict without memory tables, the first file has all tensors
+  outside of the layers of the text model, including the vision tower; then follow one file a layer and one a draft layer;
+- `engram-layer-00001.safetensors`, ...: the memory table of one layer, a copy of the upstream shard or a link to it;
+  `engram_tables.json` has the names of its tensors in both cases;
 - `carried-00001-of-00005.safetensors`, ...: upstream tensors the model does not use, under upstream names and in no index;
 - `upstream/`: the release's documents and the header of each of its shards, from which an export rebuilds it.
 """
@@ -25,7 +25,7 @@ from .tensor_parts import cast, decoded
 from .tensor_rules import Layout, TensorMapping
 
 RECORD_FOLDER = "upstream"
-# Documents that every loader looks for beside the weights.
+# Every loader looks for these documents beside the weights.
 SHARED_DOCUMENTS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,7 +38,7 @@ DTYPES = {"keep": None, "bfloat16": "BF16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the user chose.
+    """The options of a conversion.
 
     Args:
         dtype: `"keep"` leaves quantized weights as they are, `"bfloat16"` and `"float32"` dequantize them. Tensors which the
@@ -62,10 +62,10 @@ class ImportOptions:
 
     @classmethod
     def from_record(cls, record) -> "ImportOptions":
-        """Options as a finished conversion recorded them.
+        """Return the options that a finished conversion recorded.
 
         Raises:
-            ConversionError: they are none of this release.
+            ConversionError: they are not options of this version.
         """
         names = [field.name for field in fields(cls)]
         if not isinstance(record, dict) or not set(record) <= set(names):
@@ -76,7 +76,7 @@ class ImportOptions:
         return cls(**record)
 
     def target_dtype(self, mapping: TensorMapping) -> str | None:
-        """The dtype a mapping's values are converted to; None where they keep the release's."""
+        """Return the dtype of a mapping's converted values; None if they keep the release's."""
         if mapping.rule.file == "table" and not self.dequantize_tables:
             return None
         return DTYPES[self.dtype]
@@ -84,12 +84,12 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class Additions:
-    """What of ours no upstream tensor makes.
+    """The parts of a converted model that no upstream tensor gives.
 
     Args:
         documents: files beside the weights: config, chat template, token map.
-        tensors: of the state dict: the constants of the hash.
-        tables: what each layer's table says about itself.
+        tensors: tensors of the state dict: the constants of the hash.
+        tables: the description of each layer's table.
     """
 
     documents: Mapping[str, bytes]
@@ -131,7 +131,7 @@ def plan_import(
 
 
 def describe_source(source: Checkpoint) -> dict[str, dict]:
-    """Size and header digest of every shard read, digests of the documents: what tells two sources apart."""
+    """Return size and header digest of every shard read, and digests of the documents, which identify a source."""
     shards = {
         file: {"size": shard.size, "header_sha256": hashlib.sha256(shard.head).hexdigest()}
         for file, shard in source.shards.items()
@@ -157,7 +157,7 @@ _FIRST_FILE = (0, 0)
 
 
 def _file_of(mapping: TensorMapping) -> tuple[int, int]:
-    """Which file a tensor goes into: the first one, its layer's, or its draft layer's."""
+    """Return a sort key of a tensor's file: the first one, its layer's, or its draft layer's."""
     if mapping.rule.file == "draft":
         return 2, mapping.layer or 0
     is_of_a_layer = mapping.layer is not None and mapping.rule.where != "vision"
@@ -165,12 +165,14 @@ def _file_of(mapping: TensorMapping) -> tuple[int, int]:
 
 
 def aligned(tensors: list[Tensor]) -> list[Tensor]:
-    """Tensors in the order of safetensors' own writer: wide dtypes first, so that every one is aligned; then by name."""
+    """Return tensors in the order of safetensors' own writer: wide dtypes first, which aligns each tensor; then by
+    name.
+    """
     return sorted(tensors, key=lambda tensor: (-ITEM_BITS[tensor.dtype], tensor.name))
 
 
 def import_tensors(source: Checkpoint, mapping: TensorMapping, options: ImportOptions) -> list[Tensor]:
-    """Our tensor of a mapping, with its scale where it stays quantized."""
+    """Return our tensor of a mapping, with its scale if it stays quantized."""
     storage, dtype = mapping.rule.storage, options.target_dtype(mapping)
     weights = [source.tensors[tensor.name] for tensor in mapping.weights]
     scales = [source.tensors[tensor.name] for tensor in mapping.scales]
@@ -195,7 +197,7 @@ def _decoded(mapping: TensorMapping, weights: list[TensorSpan], scales: list[Ten
 def _table_files(
     source: Checkpoint, mappings: list[TensorMapping], options: ImportOptions, tables: Mapping[int, TableDescription]
 ) -> tuple[list[OutputFile], dict[str, dict]]:
-    """The table files and the entries of their manifest (`docs/engram-table-format.md`)."""
+    """Return the table files and the entries of their manifest (`docs/engram-table-format.md`)."""
     files, entries = [], {}
     for mapping in mappings:
         if mapping.rule.file == "table":
@@ -215,7 +217,7 @@ def _table_name(mapping: TensorMapping) -> str:
 def _copied_table(
     source: Checkpoint, mapping: TensorMapping, options: ImportOptions, description: TableDescription
 ) -> tuple[OutputFile, dict[str, str], dict]:
-    """A file in the table format: rows first, on a page; then their scales."""
+    """Return a file in the table format: rows first, aligned to a page; then their scales."""
     tensors = import_tensors(source, mapping, options)
     described = ((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
     head = header_bytes(described, {METADATA_KEY: description.to_json()}, PAGE)
@@ -225,7 +227,7 @@ def _copied_table(
 def _linked_table(
     source: Checkpoint, mapping: TensorMapping, options: ImportOptions, description: TableDescription
 ) -> tuple[OutputFile, dict[str, str], dict]:
-    """The upstream shard as it is; the manifest says what the file does not."""
+    """Return the unchanged upstream shard; the manifest has the description that the file lacks."""
     weight, scale = source.tensors[mapping.weights[0].name], source.tensors[mapping.scales[0].name]
     if weight.path != scale.path:
         raise ConversionError(
@@ -247,7 +249,7 @@ def _index(models: list[OutputFile]) -> bytes:
 
 
 def _keep_tensors(source: Checkpoint, is_kept) -> dict[str, FileHeader]:
-    """The shards with the tensors the target corresponds to; a shard that loses some gets a new header."""
+    """Return the shards with the tensors of the target; a shard that loses some gets a new header."""
     kept = {}
     for file, shard in source.shards.items():
         spans = sorted((span for span in shard.tensors.values()), key=lambda span: span.offset)
@@ -276,7 +278,7 @@ def _shared_documents(source: Checkpoint) -> dict[str, bytes]:
 
 
 def _record_files(source: Checkpoint) -> list[OutputFile]:
-    """The release's other files, whatever they are: licence, encoder, model card."""
+    """Return the release's other files, of any kind: licence, encoder, model card."""
     files = []
     for path in sorted(source.folder.rglob("*")):
         relative = path.relative_to(source.folder)

@@ -8,7 +8,7 @@ least `max(a, floor) / limit` (found from the float's exponent bits, not by a lo
 the limit, and rounded to the nearest code, ties to the even code.
 
 Shapes: values `[R, C]`, weights `[R, C]` (E4M3) or `[R, C / 2]` (E2M1), scales `[ceil(R / block rows), ceil(C / block columns)]`;
-weights and scales are passed as the bytes they are stored in, `uint8`.
+weights and scales are passed as their stored bytes, `uint8`.
 """
 
 import torch
@@ -23,25 +23,25 @@ SMALLEST_NORMAL = 2.0**-126
 
 
 def decode(weight: torch.Tensor, scale: torch.Tensor, storage: Storage) -> torch.Tensor:
-    """Values `[R, C]` in float32 of quantized bytes."""
+    """Return values `[R, C]` in float32 of quantized bytes."""
     codes = _unpack_e2m1(weight) if storage.is_packed else weight.view(torch.float8_e4m3fn).float()
     factors = scale.view(torch.float8_e8m0fnu).float()
     return codes * _spread(factors, storage.block, codes.shape)
 
 
 def encode(values: torch.Tensor, storage: Storage, floor: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantized bytes of `values` `[R, C]`, float32: weight and scale. `floor` as in `encode_scale`."""
+    """Return the quantized bytes of `values` `[R, C]`, float32: weight and scale. `floor` is as in `encode_scale`."""
     scale = encode_scale(values, storage, floor)
     return encode_weight(values, scale, storage), scale
 
 
 def encode_scale(values: torch.Tensor, storage: Storage, floor: float | None = None) -> torch.Tensor:
-    """The scales of `values`.
+    """Return the scales of `values`.
 
     Args:
         values: `[R, C]`, float32.
         storage: a quantized storage.
-        floor: the least maximum a block is taken to have; by default the least that has a normal scale. The release's FP8
+        floor: lower limit for the maximum of a block; by default the smallest with a normal scale. The release's FP8
             activations use 1e-4.
     """
     limit = _limit(storage)
@@ -51,7 +51,7 @@ def encode_scale(values: torch.Tensor, storage: Storage, floor: float | None = N
 
 
 def encode_weight(values: torch.Tensor, scale: torch.Tensor, storage: Storage) -> torch.Tensor:
-    """The weight bytes of `values` `[R, C]` under given scales."""
+    """Return the weight bytes of `values` `[R, C]` under given scales."""
     limit = _limit(storage)
     factors = scale.view(torch.float8_e8m0fnu).float()
     scaled = (values / _spread(factors, storage.block, values.shape)).clamp(-limit, limit)
@@ -68,7 +68,7 @@ def _spread(factors: torch.Tensor, block: tuple[int, int], shape: torch.Size) ->
 
 
 def _block_maximum(values: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Largest magnitude of every block; a block cut off by the edge is filled up with zeros."""
+    """Return the largest magnitude of every block; a block that is cut off by the edge is padded with zeros."""
     rows, columns = values.shape
     padded = F.pad(values.abs(), (0, -columns % block[1], 0, -rows % block[0]))
     return padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).amax(dim=(1, 3))

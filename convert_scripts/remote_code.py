@@ -7,7 +7,7 @@ _ROOT = Path(__file__).parents[1]
 
 
 def code_files(entry: str) -> list[Path]:
-    """The flat file `entry` and all that it imports, directly or not, in the order of their names.
+    """Return the flat file `entry` and all files that it imports, directly or not, in the order of their names.
 
     Flat files import each other only as `from .name import ...`, the one form that transformers follows.
     """

@@ -1,4 +1,5 @@
-"""Checkpoints read as untrusted input: the index and the headers of its shards are checked, tensor data is never loaded.
+"""Read checkpoints as untrusted input: the index and the headers of its shards are checked, tensor data is never
+loaded.
 
 A checkpoint of several safetensors files has an index, `model.safetensors.index.json`, which names the file of every tensor.
 
@@ -15,15 +16,16 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 class ConversionError(EngramError):
-    """Input that cannot be converted, said in one sentence: what is wrong, what was expected, what to do."""
+    """Input that cannot be converted; the message says in one sentence what is wrong, what was expected, what to do."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of checked shards: every tensor of the index in exactly the file the index names, and no other tensor.
+    """A folder of checked shards: every tensor of the index is in exactly the file the index names, and no other
+    tensor is.
 
     Args:
-        elsewhere: tensors that the index places in shards which were not wanted, and not read.
+        elsewhere: tensors that the index places in shards that were not read.
     """
 
     folder: Path
@@ -51,7 +53,7 @@ def require_torch(shard: FileHeader) -> FileHeader:
 
 
 def read_listed_shard(path: Path) -> FileHeader:
-    """As `read_shard`, of a file that the index of its folder names."""
+    """Read a shard as `read_shard` does; its folder's index names the file."""
     if not path.is_file():
         raise ConversionError(
             f"{path.parent / INDEX_NAME} names {path.name}, which is not in the folder; fetch the missing file."
@@ -64,11 +66,11 @@ def read_checkpoint(
     is_wanted: Callable[[str], bool] = lambda name: True,
     read: Callable[[Path], FileHeader] = read_listed_shard,
 ) -> Checkpoint:
-    """Read the index and headers of a checkpoint and check that they say the same.
+    """Read the index and headers of a checkpoint, and check that they agree.
 
     Args:
-        is_wanted: tells by a tensor's name whether the shard that holds it is read.
-        read: the checked header of a shard.
+        is_wanted: returns whether the shard with the tensor of a given name is read.
+        read: returns the checked header of a shard.
     """
     weight_map = read_weight_map(folder / INDEX_NAME)
     wanted = sorted({file for name, file in weight_map.items() if is_wanted(name)})
@@ -102,7 +104,7 @@ def _misplaced(name: str, file: str, expected: str | None, folder: Path) -> str:
 
 
 def enumerate_names(names: Iterable[str], most: int = 3) -> str:
-    """A readable list of the first few of `names`."""
+    """Return a readable list of the first few of `names`."""
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(repr(name) for name in ordered[:most]) + more

@@ -1,13 +1,15 @@
-"""How the release stores a tensor: its dtype, and the block of numbers that shares a scale. Planning needs no more, and no torch."""
+"""Storage of the release's tensors: dtype, and the block of numbers that shares a scale. Planning needs only this, and
+no torch.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How a matrix is stored: the weight's dtype and, if it is quantized, the block that shares one E8M0 scale.
+    """The storage of a matrix: the weight's dtype and, if it is quantized, the block that shares one E8M0 scale.
 
-    Where `is_certain` is false, the release's own header was not read: the other of BF16 and F32 is taken too.
+    Where `is_certain` is false, the release's own header was not read: both BF16 and F32 are accepted.
     """
 
     dtype: str
@@ -16,19 +18,19 @@ class Storage:
 
     @property
     def is_packed(self) -> bool:
-        """Two E2M1 codes in a byte."""
+        """Whether a byte holds two E2M1 codes."""
         return self.dtype == "I8"
 
     def takes(self, dtype: str) -> bool:
-        """Whether a weight may be stored as `dtype`."""
+        """Return whether a weight may be stored as `dtype`."""
         return dtype == self.dtype or (not self.is_certain and dtype in ("BF16", "F32"))
 
     def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in which values of `shape` are stored."""
+        """Return the shape in which values of `shape` are stored."""
         return (*shape[:-1], shape[-1] // 2) if self.is_packed else shape
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales of values of `shape`."""
+        """Return the shape of the scales of values of `shape`."""
         rows, columns = self.block
         return (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns))
 

@@ -5,8 +5,8 @@ bytes (dequantization) produced chunk by chunk. Nothing ever holds a whole tenso
 and renamed; only then its size and checksum go into a journal. A conversion that was killed and is started again keeps
 the journalled files and rewrites the others, so the result does not depend on where it stopped. The manifest, written last, replaces the journal.
 
-Checksums are CRC-32: they find damage, not malice, and cost a fraction of the copying. (SHA-256 was measured to halve the throughput
-on a machine with two busy cores.)
+Checksums are CRC-32: they detect damage, not manipulation, and cost a fraction of the copying. (SHA-256 halved the
+throughput on a machine with two busy cores.)
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Part(Protocol):
     size: int
 
     def chunks(self) -> Iterator[bytes | memoryview]:
-        """Produce exactly `size` bytes; a chunk is valid until the next one is asked for."""
+        """Produce exactly `size` bytes; a chunk is valid until the next one is requested."""
         ...
 
 
@@ -81,7 +81,7 @@ class Copy:
     size: int
 
     def chunks(self) -> Iterator[memoryview]:
-        """Read with `pread`, not through a memory map: a file that shrinks meanwhile is an error, not a crash."""
+        """Read with `pread`, not through a memory map: a file that shrinks meanwhile causes an error, not a crash."""
         buffer = memoryview(bytearray(min(CHUNK_BYTES, self.size)))
         with self.path.open("rb") as file:
             done = 0
@@ -107,13 +107,13 @@ class Computed:
 
 
 def copy_of(span: TensorSpan) -> Copy:
-    """The bytes of a tensor, unchanged."""
+    """Return the unchanged bytes of a tensor."""
     return Copy(span.path, span.offset, span.size)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of an output file and the parts its bytes are made of."""
+    """A tensor of an output file, and the parts that give its bytes."""
 
     name: str
     dtype: str
@@ -123,9 +123,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to write: `parts` in order, or `link`, the file they are all of, to be linked instead of copied.
+    """A file to write: `parts` in order, or `link`, the file with the same bytes, which is linked instead of copied.
 
-    `tensors` is what a reader finds in it: name -> (dtype, shape).
+    `tensors` lists its contents for readers: name -> (dtype, shape).
     """
 
     name: str
@@ -139,7 +139,7 @@ class OutputFile:
 
 
 def tensor_file(name: str, tensors: list[Tensor], head: bytes | None = None) -> OutputFile:
-    """A safetensors file with the given tensors in this order; `head` overrides the header, byte for byte."""
+    """Return a safetensors file with the given tensors in this order; `head` overrides the header, byte for byte."""
     if head is None:
         head = header_bytes((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
     parts: list[Part] = [Literal(head), *(part for tensor in tensors for part in tensor.parts)]
@@ -148,10 +148,11 @@ def tensor_file(name: str, tensors: list[Tensor], head: bytes | None = None) -> 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole conversion: large `files` that are streamed, `documents` written after them, and the `provenance` of these.
+    """A whole conversion: large `files` that are streamed, `documents` written after them, and the `provenance` of
+    both.
 
-    `provenance` (source, options, shapes: anything that decides the bytes) identifies the conversion: it resumes, or verifies,
-    only where the same provenance is on record.
+    `provenance` (source, options, shapes: all that determines the bytes) identifies the conversion: it resumes, or verifies,
+    only if the same provenance is recorded.
     """
 
     files: list[OutputFile]
@@ -168,7 +169,7 @@ class Plan:
 
 
 def run_plan(plan: Plan, target: Path) -> int:
-    """Execute `plan` in `target`, an empty or new folder or one where the same plan was interrupted.
+    """Execute `plan` in `target`, an empty or new folder, or a folder in which the same plan was interrupted.
 
     Returns:
         The number of bytes written: 0 if the folder is a finished conversion of the same plan already.
@@ -192,7 +193,7 @@ def run_plan(plan: Plan, target: Path) -> int:
 
 
 def _remove_abandoned_claim(target: Path) -> None:
-    """Take away the claim of a process that was killed between its last file and its end, if that is possible."""
+    """Remove the claim of a process that was killed between its last file and its end, if that is possible."""
     if (target / LOCK_NAME).exists():
         with contextlib.suppress(OSError, FolderInUseError), FolderClaim(target):
             pass
@@ -200,7 +201,7 @@ def _remove_abandoned_claim(target: Path) -> None:
 
 def _run_claimed(plan: Plan, target: Path) -> int:
     if _is_finished(plan, target):
-        if _is_whole(plan, target):  # another process has finished it in the meantime
+        if _is_whole(plan, target):  # Another process has finished it in the meantime.
             return 0
         _reopen(plan, target)
     with _Journal(plan, target) as journal:
@@ -222,14 +223,14 @@ def _is_finished(plan: Plan, target: Path) -> bool:
 
 
 def _is_whole(plan: Plan, target: Path) -> bool:
-    """Whether a finished conversion still has its files; documents may have been edited since."""
+    """Return whether a finished conversion still has its files; documents may have been edited since."""
     files = read_manifest(target)["files"]
     documents = all((target / name).is_file() for name in plan.documents)
     return documents and all(_is_done(file, target, files) for file in plan.files)
 
 
 def _reopen(plan: Plan, target: Path) -> None:
-    """Make a finished conversion that lost files an interrupted one, which goes on with the files that are there."""
+    """Make a finished conversion that lost files an interrupted one, which continues with the remaining files."""
     files = read_manifest(target)["files"]
     kept = [{"name": file.name, **files[file.name]} for file in plan.files if _is_done(file, target, files)]
     lines = [{"fingerprint": plan.fingerprint}, *kept]
@@ -238,7 +239,7 @@ def _reopen(plan: Plan, target: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a finished conversion."""
+    """Return the manifest of a finished conversion."""
     manifest = read_json(folder / MANIFEST_NAME)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ConversionError(
@@ -255,7 +256,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def _is_record(name, record) -> bool:
-    """Whether parsed JSON names a file below the folder, its size, and its checksum if it has one."""
+    """Return whether parsed JSON names a file below the folder, its size, and its checksum if it has one."""
     return (
         isinstance(name, str)
         and all(map(is_file_name, name.split("/")))
@@ -267,7 +268,7 @@ def _is_record(name, record) -> bool:
 
 
 class _Journal:
-    """The record of finished files of a claimed folder. A torn last line counts as absent."""
+    """The record of finished files in a claimed folder. An incomplete last line counts as absent."""
 
     def __init__(self, plan: Plan, target: Path):
         self.path = target / JOURNAL_NAME
@@ -290,7 +291,7 @@ class _Journal:
         self._file.close()
 
     def _strangers(self) -> list[str]:
-        """What the folder holds that is not there for this module alone."""
+        """Return names of files in the folder that this module did not write."""
         names = sorted(path.name for path in self.path.parent.iterdir() if path.name not in (JOURNAL_NAME, LOCK_NAME))
         return [name for name in names if not (name.startswith(JOURNAL_NAME) and name.endswith(UNFINISHED))]
 
@@ -338,7 +339,7 @@ class _removed_on_error:
 
 
 def free_bytes(target: Path) -> int:
-    """Free space on the disk where `target` is or will be."""
+    """Return the free space on the disk where `target` is or will be."""
     existing = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
@@ -422,7 +423,9 @@ def _write_all(descriptor: int, chunk: bytes | memoryview) -> None:
 
 
 def _link(source: Path, path: Path) -> None:
-    """Hard link, so that the target outlives the source folder; a symbolic link where another disk forbids it."""
+    """Hard-link `path` to `source`, so that the target outlives the source folder; on another disk, link it
+    symbolically.
+    """
     source = source.resolve()
     path.unlink(missing_ok=True)
     try:
@@ -434,7 +437,7 @@ def _link(source: Path, path: Path) -> None:
 
 
 def _write_documents(plan: Plan, target: Path, done: dict[str, dict]) -> None:
-    """Documents after the data, the manifest after the documents: a folder with a manifest is complete."""
+    """Write documents after the data, and the manifest after the documents: a folder with a manifest is complete."""
     for name, data in plan.documents.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(target / name, data)
@@ -466,12 +469,12 @@ def _explain(error: OSError, target: Path) -> ConversionError:
 
 
 def verify_files(folder: Path, manifest: dict) -> int:
-    """Read every file again and compare it with the manifest; the number of bytes read.
+    """Read every file again and compare it with the manifest; return the number of bytes read.
 
-    Linked files are the source's own: only their size is compared.
+    Linked files belong to the source: only their size is compared.
 
     Raises:
-        ConversionError: names a file that is missing or differs.
+        ConversionError: a file is missing or differs; the message names it.
     """
     from tqdm import tqdm
 
@@ -510,7 +513,7 @@ def _verify_file(path: Path, record: dict, stop: threading.Event) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """A byte count for people, in powers of ten."""
+    """Return a byte count for people, in powers of ten."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.4g} {unit}"
@@ -519,13 +522,13 @@ def format_bytes(count: float) -> str:
 
 
 class Stopwatch:
-    """Seconds since it was made, for the line that reports a rate."""
+    """Seconds since its creation, for the line that reports a rate."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
 
     def report(self, target: Path, done: str, count: int, as_json: bool = False) -> str:
-        """What was `done` to the `count` bytes of `target`, for people or as JSON."""
+        """Return what was `done` to the `count` bytes of `target`, for people or as JSON."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         if as_json:
             return json.dumps({"target": str(target), f"bytes_{done}": count, "seconds": seconds}, indent=2)
@@ -535,7 +538,7 @@ class Stopwatch:
 
 
 def print_plan(plan: Plan, target: Path, as_json: bool = False) -> None:
-    """The files that `plan` would write to `target`, and the disk they need."""
+    """Print the files that `plan` would write to `target`, and the disk space they need."""
     needed, free = plan.bytes_to_write, free_bytes(target)
     if as_json:
         files = [

@@ -1,4 +1,4 @@
-"""The bytes of decoded, cast and encoded tensors, chunk by chunk.
+"""Produce the bytes of decoded, cast and encoded tensors, chunk by chunk.
 
 A chunk covers whole quantization blocks, so that memory does not depend on the tensor's size, and is small enough for the
 processor's cache: decoding is five times as fast as with chunks of 16 MB.
@@ -21,9 +21,9 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class _OneThread:
-    """Keeps torch to one thread while tensors are computed.
+    """A context in which torch uses one thread while tensors are computed.
 
-    Files are written side by side already; several threads for each small chunk would only wait for each other.
+    Several files are written at once; several threads for each small chunk would only wait for each other.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ _ONE_THREAD = _OneThread()
 def decode_chunks(
     weight: TensorSpan, scale: TensorSpan, storage: Storage, shape: tuple[int, ...], dtype: str
 ) -> Iterator[memoryview]:
-    """The bytes of [`~tensor_parts.decoded`]."""
+    """Yield the bytes of [`~tensor_parts.decoded`]."""
     for start, stop in _row_chunks(shape, storage.block[0]):
         scale_rows = scale.rows(start // storage.block[0], -(-stop // storage.block[0]))
         values = decode(_read(weight.rows(start, stop)), _read(scale_rows), storage)
@@ -57,14 +57,14 @@ def decode_chunks(
 
 
 def cast_chunks(span: TensorSpan, dtype: str) -> Iterator[memoryview]:
-    """The bytes of [`~tensor_parts.cast`]."""
+    """Yield the bytes of [`~tensor_parts.cast`]."""
     flat = _flat(span)
     for start, stop in _row_chunks(flat.shape, 1):
         yield _to_bytes(_read_values(flat.rows(start, stop)).to(FLOATS[dtype]))
 
 
 def encode_chunks(span: TensorSpan, storage: Storage, scales: bool) -> Iterator[memoryview]:
-    """The bytes of [`~tensor_parts.encoded`].
+    """Yield the bytes of [`~tensor_parts.encoded`].
 
     Raises:
         ConversionError: the tensor holds a number that has no quantized form.
@@ -89,12 +89,12 @@ def _row_chunks(shape: tuple[int, ...], multiple: int) -> Iterator[tuple[int, in
 
 
 def _flat(span: TensorSpan) -> TensorSpan:
-    """The span as a matrix of one column, so that vectors and scalars are cut like matrices."""
+    """Return the span as a matrix of one column, so that vectors and scalars are cut like matrices."""
     return TensorSpan(span.path, span.name, span.dtype, (math.prod(span.shape), 1), span.offset)
 
 
 def _read(span: TensorSpan) -> torch.Tensor:
-    """The stored bytes of a matrix, uint8 `[R, row bytes]`."""
+    """Return the stored bytes of a matrix, uint8 `[R, row bytes]`."""
     data = bytearray(span.size)
     done = 0
     for chunk in Copy(span.path, span.offset, span.size).chunks():

@@ -1,6 +1,6 @@
-"""The parts a converted tensor is made of: bytes copied, decoded or encoded.
+"""The parts of a converted tensor: bytes that are copied, decoded or encoded.
 
-Planning needs their sizes alone, so torch is imported when the first computed part is written.
+Planning needs only their sizes, so torch is imported when the first computed part is written.
 """
 
 import math
@@ -12,7 +12,7 @@ from .streaming import Computed, Part, copy_of
 
 
 def decoded(weight: TensorSpan, scale: TensorSpan, storage: Storage, shape: tuple[int, ...], dtype: str) -> Part:
-    """Quantized `weight` and `scale` as floats of `dtype`; `shape` `[R, C]` is that of the values."""
+    """Return quantized `weight` and `scale` as floats of `dtype`; `shape` `[R, C]` is that of the values."""
 
     def produce() -> Iterator[memoryview]:
         from .tensor_chunks import decode_chunks
@@ -23,7 +23,7 @@ def decoded(weight: TensorSpan, scale: TensorSpan, storage: Storage, shape: tupl
 
 
 def cast(span: TensorSpan, dtype: str) -> Part:
-    """A float tensor as floats of `dtype`; the same bytes where it is that already."""
+    """Return a float tensor as floats of `dtype`; its bytes are unchanged if it has this dtype."""
     if span.dtype == dtype:
         return copy_of(span)
 
@@ -36,7 +36,7 @@ def cast(span: TensorSpan, dtype: str) -> Part:
 
 
 def encoded(span: TensorSpan, storage: Storage, scales: bool) -> Part:
-    """A float matrix `[R, C]`, quantized: the bytes of its weight, or with `scales` those of its scales."""
+    """Return a quantized float matrix `[R, C]`: the bytes of its weight, or with `scales` those of its scales."""
     shape = storage.scale_shape(span.shape) if scales else storage.weight_shape(span.shape)
 
     def produce() -> Iterator[memoryview]:

@@ -1,12 +1,12 @@
 """Tensor rules: one declarative table that import, export, verification and direct loading all read.
 
-A `Rule` says which upstream tensors make one of ours, on which layers it exists, how wide it is in terms of the config, and
-how the release stores it. A `Layout` is a table of rules with the dimensions that they name. Another upstream layout is another
-`Layout`; the code here does not change. `map_tensors` fills the placeholders in for one config; what it returns, `TensorMapping`s, lists
-every tensor that must exist, with dtype and shape.
+A `Rule` gives the upstream tensors of one of ours, the layers that have it, its shape in terms of the config, and its storage
+in the release. A `Layout` is a table of rules with the dimensions that they name. Another upstream layout is another
+`Layout`; the code here does not change. `map_tensors` fills in the placeholders for one config; the `TensorMapping`s that it
+returns list every tensor that must exist, with dtype and shape.
 
-Placeholders in names: `{layer}`; for experts which we keep stacked in one tensor, `{expert}`; upstream, for what the last draft
-layer holds for all of them, `{last_draft}`.
+Names have the placeholders `{layer}`; `{expert}`, for experts that are stacked in one tensor of ours; and `{last_draft}`,
+for upstream tensors that the last draft layer holds for all draft layers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +21,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor of ours and the upstream tensors it is made of.
+    """A tensor of this package and the upstream tensors that give it.
 
     Args:
         ours: our name of the weight.
-        upstream: upstream names of the weight's parts. Several parts stand one after another in rows; if the names hold
+        upstream: upstream names of the weight's parts. The rows of several parts follow one another; if the names hold
             `{expert}`, each expert's parts are joined like that and the experts stacked in front.
         shape: dimensions of *one* part, as names that the layout's `dimensions` know.
         storage: how the release stores a part; a quantized weight has a scale beside it.
@@ -48,7 +48,7 @@ class Rule:
 
     @property
     def ours_scale(self) -> str | None:
-        """Our name of the scale: what transformers' FP8 modules call it; a table keeps a `scale` beside its `weight`."""
+        """Our name of the scale, the one in transformers' FP8 modules; a table keeps a `scale` beside its `weight`."""
         if self.storage.block is None:
             return None
         return self.ours.removesuffix("weight") + "scale" if self.file == "table" else f"{self.ours}_scale_inv"
@@ -56,7 +56,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What a config means for a table: sizes of named dimensions (a list: one per entry of `engram` layers) and layer sets."""
+    """The dimensions of a config: sizes by name (a list has one entry per Engram layer) and layer sets."""
 
     sizes: Mapping[str, int | Mapping[int, int]]
     layer_sets: Mapping[str, tuple[int, ...]]
@@ -83,13 +83,13 @@ class Layout:
     dimensions: Callable[[Mapping], Dimensions] = field(repr=False)
 
     def may_pass_through(self, name: str) -> bool:
-        """Whether a tensor without a rule of its own is kept as it is."""
+        """Return whether a tensor without a rule is kept unchanged."""
         return name.startswith(self.passed_through)
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamTensor:
-    """An upstream tensor as the table expects it. It is the `part`-th of equal runs of rows of our tensor, after `expert` is chosen."""
+    """An upstream tensor that the table expects: the `part`-th of equal runs of rows of our tensor, in its `expert`."""
 
     name: str
     dtype: str
@@ -100,14 +100,14 @@ class UpstreamTensor:
     storage: Storage
 
     def matches(self, span: TensorSpan) -> bool:
-        """Whether a tensor found under this name is the one that is expected."""
+        """Return whether a tensor with this name has the expected dtype and shape."""
         takes = span.dtype == self.dtype if self.is_scale else self.storage.takes(span.dtype)
         return takes and span.shape == self.shape
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMapping:
-    """A rule on one layer: our tensor, and its upstream weights and scales in the order of ours' bytes."""
+    """A rule on one layer: our tensor, and its upstream weights and scales in the order of our bytes."""
 
     rule: Rule
     layer: int | None
@@ -124,9 +124,9 @@ class TensorMapping:
 
 
 def map_tensors(layout: Layout, config: Mapping) -> list[TensorMapping]:
-    """All tensors that a checkpoint with this upstream config has, in the order of layers and of the table.
+    """Return all tensors of a checkpoint with this upstream config, in the order of layers and of the table.
 
-    A rule for no layer in particular holds where its set of layers is not empty.
+    A rule that names no layer applies if its set of layers is not empty.
     """
     dimensions = layout.dimensions(config)
     flat = [
@@ -169,7 +169,7 @@ def _map_one(rule: Rule, dimensions: Dimensions, layer: int | None) -> TensorMap
 
 
 def scale_name(weight_name: str) -> str:
-    """The upstream name of a quantized weight's scale."""
+    """Return the upstream name of a quantized weight's scale."""
     return weight_name.removesuffix("weight") + "scale"
 
 
@@ -179,10 +179,10 @@ def check_tensors(
     tensors: Mapping[str, TensorSpan],
     elsewhere: frozenset[str] = frozenset(),
 ) -> None:
-    """Check that the tensors are exactly those the table asks for, in dtype and shape, plus well-formed passed-through ones.
+    """Check that the tensors are exactly those of the table, in dtype and shape, plus well-formed passed-through ones.
 
     Args:
-        elsewhere: tensors in shards that were not read, of which the index tells the names alone.
+        elsewhere: names of tensors in shards that were not read.
     """
     _check_scales_and_weights(tensors, elsewhere)
     expected = {tensor.name: tensor for mapping in mappings for tensor in mapping.upstream}
@@ -211,7 +211,9 @@ def _check_tensor(expected: UpstreamTensor, found: TensorSpan) -> None:
 
 
 def _check_scales_and_weights(tensors: Mapping[str, TensorSpan], elsewhere: frozenset[str]) -> None:
-    """A scale has its weight and a quantized weight its scale: among passed-through tensors too, which no table describes."""
+    """Check that each scale has its weight and each quantized weight its scale, also among passed-through tensors,
+    which have no table.
+    """
     present = tensors.keys() | elsewhere
     known = {"BF16", "F32", "F8_E4M3", "F8_E8M0", "I8"}
     for name, span in tensors.items():
@@ -231,7 +233,8 @@ _LINEAR = ("_proj.weight", "head.weight", "patch_embedding.weight", "linear_1.we
 
 
 def unquantized_modules(layout: Layout) -> list[str]:
-    """Names, relative to a decoder layer or the model, of linear modules the release keeps in full precision.
+    """Return names, relative to a decoder layer or the model, of linear modules that the release keeps in full
+    precision.
 
     transformers' FP8 quantizer replaces every other linear module.
     """
@@ -240,7 +243,7 @@ def unquantized_modules(layout: Layout) -> list[str]:
 
 
 def iterate_upstream(mappings: list[TensorMapping]) -> Iterator[tuple[TensorMapping, UpstreamTensor]]:
-    """Every upstream tensor with the mapping it belongs to."""
+    """Yield every upstream tensor with the mapping it belongs to."""
     for mapping in mappings:
         for tensor in mapping.upstream:
             yield mapping, tensor
