@@ -1,4 +1,6 @@
-"""What a `transformers.Trainer` user needs beyond the model: optimizer groups, adapters of rows, and facts in rows."""
+"""Additions for users of `transformers.Trainer`: optimizer groups, row adapters, sparse gradients, shards, and facts
+in rows.
+"""
 
 from .callback import EngramTrainingCallback
 from .fact_report import FactReport

@@ -1,4 +1,4 @@
-"""What the memory does while a `Trainer` trains: `EngramTrainingCallback`.
+"""Log the memory's state while a `Trainer` trains: `EngramTrainingCallback`.
 
 Shape letters: R rows of a table, W channels of a row.
 """
@@ -17,7 +17,7 @@ from .sparse_gradients import rows_of_gradient, shard_of
 
 
 class _LayerWatch:
-    """What one layer's memory did since the last log.
+    """The statistics of one layer's memory since the last log.
 
     Args:
         memory: the `EngramMemory`.
@@ -26,7 +26,7 @@ class _LayerWatch:
 
     def __init__(self, memory: Any, index: int):
         self.memory, self.index = memory, index
-        weight = getattr(memory.table, "weight", None)  # that of a table in a file is no parameter
+        weight = getattr(memory.table, "weight", None)  # The weight of a table in a file is not a parameter.
         self.shard = shard_of(weight) if weight is not None and weight.requires_grad else None
         count = memory.table.num_rows if self.shard is None else self.shard.stop - self.shard.first
         self.ever = torch.zeros(count, dtype=torch.bool)
@@ -34,14 +34,14 @@ class _LayerWatch:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew after a log."""
+        """Reset the statistics after a log."""
         self.gates: torch.Tensor | float = 0.0
         self.positions: torch.Tensor | float = 0.0
         self.steps, self.rows, self.squares = 0, 0, 0.0
 
     @torch.compiler.disable
     def note_rows(self, memory: nn.Module, args: tuple) -> None:
-        """A pre-hook of the memory: the rows that valid positions read."""
+        """Record the rows that valid positions read (a forward pre-hook of the memory)."""
         if memory.training:
             inputs = args[1]
             row_ids = inputs.row_ids[self.index]
@@ -49,7 +49,7 @@ class _LayerWatch:
 
     @torch.compiler.disable
     def note_gates(self, gate: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        """A hook of the gate, whose output is zero at positions without memory."""
+        """Record the gate's output, which is zero at positions without memory (a forward hook of the gate)."""
         if gate.training:
             valid = args[1] if len(args) > 1 else None
             count = output[..., 0].numel() if valid is None else valid.expand(output.shape[:2]).sum()
@@ -57,7 +57,9 @@ class _LayerWatch:
             self.positions = self.positions + count
 
     def take_step_rows(self) -> torch.Tensor:
-        """The rows that were read since the last step, ascending; of a shard, from its first row, all that any process read."""
+        """Return the rows that were read since the last step, ascending; for a shard, those that any process read,
+        counted from its first row.
+        """
         if self.shard is not None:
             self.step_rows.clear()
             gradient = rows_of_gradient(self.memory.table.weight)
@@ -67,12 +69,12 @@ class _LayerWatch:
         return rows
 
     def count_step(self, rows: torch.Tensor, update: float) -> None:
-        """Note the rows of a step and the norm of their update."""
+        """Count the rows of a step and the norm of their update."""
         self.ever[rows.cpu()] = True
         self.steps, self.rows, self.squares = self.steps + 1, self.rows + rows.numel(), self.squares + update**2
 
     def values(self) -> dict[str, float]:
-        """What is logged."""
+        """Return the values for the log."""
         touched, steps = int(self.ever.sum()), max(self.steps, 1)
         return {
             "gate": float(self.gates / max(float(self.positions), 1.0)),
@@ -84,23 +86,26 @@ class _LayerWatch:
 
 
 class EngramTrainingCallback(TrainerCallback):
-    """Adds what the memory does to every log of a `Trainer`: to the progress bar's, and to whatever `report_to` names.
+    """Adds statistics of the memory to every log of a `Trainer`, in the progress bar and in all services of `report_to`.
 
         trainer.add_callback(EngramTrainingCallback(trainer))
 
-    For every layer with memory, a log gets under `engram/layer_N/`, over the steps since the last one:
+    For every layer with memory, a log gets these values of the steps since the last log, under `engram/layer_N/`:
 
-    - `gate`: how far the gate opened, 0 to 1, on average over the positions that have memory;
-    - `rows_per_step`: how many different rows of the table a step read, on average;
-    - `rows_touched`, `rows_never_touched`: how many were read so far, and the share of the table that was not. A resumed run
-      knows of earlier rows if the optimizer is [`SparseAdamW`], which has saved them; with others it begins at zero;
-    - `update_norm`: the norm of what a step changed in the rows that it read (or in row adapters), root mean square.
+    - `gate`: the mean of the gate, 0 to 1, over the positions that have memory;
+    - `rows_per_step`: the mean number of distinct rows of the table that a step read;
+    - `rows_touched`, `rows_never_touched`: the number of rows read so far, and the share of the table that was not read. A
+      resumed run knows earlier rows if the optimizer is [`SparseAdamW`], which saves them; with other optimizers it begins
+      at zero;
+    - `update_norm`: the norm of a step's change of the rows that it read (or of row adapters), as root mean square over
+      steps.
 
-    It counts what this process reads; of tables in shards, the rows that it has and any process reads. It keeps one byte for each row of a table, and, during a step, a copy of the rows read.
+    The callback counts the rows that this process reads; for tables in shards, it counts those of this process's rows that
+    any process reads. It keeps one byte for each row of a table and, during a step, a copy of the rows read.
 
     Args:
-        trainer: the trainer to which it is added. It moves itself in front of the other callbacks, which would report a log
-            before it is complete.
+        trainer: the trainer to which it is added. The callback moves itself in front of the others, which would report a
+            log before it is complete.
     """
 
     def __init__(self, trainer: Any):
@@ -110,11 +115,11 @@ class EngramTrainingCallback(TrainerCallback):
         self._before: list[tuple[_LayerWatch, torch.Tensor, Callable[[], torch.Tensor], torch.Tensor]] = []
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        """Begin to watch the memory of the model."""
+        """Start to watch the memory of the model."""
         callbacks = self.trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
         self._stop()
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # This removes accelerate's wrapper.
         for index, (layer, memory) in enumerate(find_engram(model).memories().items()):
             watch = self._watches[layer] = _LayerWatch(memory, index)
             self._hooks += [
@@ -127,20 +132,20 @@ class EngramTrainingCallback(TrainerCallback):
                     watch.ever[optimizer.rows_of(table).cpu() - first] = True
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Keep what the step is going to change."""
+        """Copy the rows that the step may change."""
         for watch in self._watches.values():
             rows = watch.take_step_rows()
             read = _reader(watch.memory.table, rows)
             self._before.append((watch, rows, read, read()))
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        """Compare with what the step has changed."""
+        """Compare the copied rows with the changed ones."""
         for watch, rows, read, before in self._before:
             watch.count_step(rows, float((read() - before).norm()) if before.numel() else 0.0)
         self._before.clear()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Add to the log of training steps."""
+        """Add the statistics to the log of training steps."""
         if logs is None or "loss" not in logs:
             return
         found: dict[str, float] = {}
@@ -151,7 +156,7 @@ class EngramTrainingCallback(TrainerCallback):
         state.log_history[-1].update(found)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Leave the model as it was."""
+        """Remove the hooks from the model."""
         self._stop()
 
     def _stop(self) -> None:
@@ -163,7 +168,9 @@ class EngramTrainingCallback(TrainerCallback):
 
 
 def _reader(table: nn.Module, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """What gives a float copy of all that a step may change of a table: trainable rows `[n, W]`, or row adapters."""
+    """Return a function that copies, as floats, all values of a table that a step may change: trainable rows `[n, W]`,
+    or row adapters.
+    """
     trained = [parameter for parameter in table.parameters() if parameter.requires_grad]
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What writing facts did: measured on the facts themselves, and on texts that were to stay as they are.
+"""The report of written facts: measurements on the facts themselves, and on protected texts.
 
 Shape letters: B batch, S positions, V vocabulary.
 """
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
 
 _BATCH = 32
-# The upper bounds of the classes of distances.
+# These are the upper bounds of the classes of distances.
 _DISTANCES = (0, 1, 3, 7, 15, 31)
 
 
 class Recall(NamedTuple):
-    """How a model continues a prompt.
+    """The model's continuation of a prompt.
 
     Args:
-        probability: of the whole target, given the prompt.
+        probability: the probability of the whole target, given the prompt.
         rank: the worst rank of a target token, each given those before it: 1 if greedy decoding gives the target.
     """
 
@@ -42,10 +42,10 @@ class FactResult:
     """The results of one fact before and after the training.
 
     Args:
-        prompt, target: its texts.
+        prompt, target: the texts of the fact.
         probability_before, probability_after, rank_before, rank_after: see [`Recall`].
-        rows, bytes: that the adapter holds for it.
-        shared_rows: those of them that other facts have too.
+        rows, bytes: the numbers of rows and bytes that the adapter has for it.
+        shared_rows: the number of these rows that other facts have too.
     """
 
     prompt: str
@@ -61,16 +61,16 @@ class FactResult:
 
 @dataclass
 class Disturbance:
-    """What became of texts that were to stay as they are.
+    """The effect of the written facts on protected texts.
 
     Args:
-        texts, positions: how many there are.
-        reading: positions that read a written row.
-        untouched_texts: texts none of whose positions does.
-        untouched_positions: all positions of those, and the positions before the first such read in the others.
-        changed_untouched: how many of these have logits that changed in any bit; to be 0.
-        loss_before, loss_after: nats a token over all of the texts.
-        kl_by_distance: mean KL divergence from before to after, in nats, by how far a position is behind the last written
+        texts, positions: their numbers.
+        reading: the number of positions that read a written row.
+        untouched_texts: the number of texts without such a position.
+        untouched_positions: the number of their positions, and of those before the first such position in the others.
+        changed_untouched: the number of untouched positions whose logits changed in any bit; it should be 0.
+        loss_before, loss_after: the loss over all of the texts, in nats per token.
+        kl_by_distance: mean KL divergence from before to after, in nats, by the distance of a position from the last written
             row that was read.
     """
 
@@ -87,16 +87,16 @@ class Disturbance:
 
 @dataclass
 class FactReport:
-    """What [`write_facts`] did; `print` shows a table.
+    """The result of [`write_facts`]; `print` shows a table.
 
     Args:
-        name: of the adapter.
-        facts: one result each, in the order in which they were given.
-        layers, orders: of the rows.
-        rows, bytes: of the adapter, each row counted once.
-        steps, seconds: of the training.
-        protected: what became of the texts to be protected; None if there were none.
-        notes: conflicts, a sentence each.
+        name: name of the adapter.
+        facts: one result each, in the given order.
+        layers, orders: the layers and n-gram orders of the rows.
+        rows, bytes: their numbers in the adapter, each row counted once.
+        steps, seconds: the length of the training.
+        protected: the effect on the protected texts; None without such texts.
+        notes: conflicts between facts, a sentence each.
     """
 
     name: str
@@ -112,11 +112,11 @@ class FactReport:
 
     @property
     def recall(self) -> float:
-        """Share of the facts whose target greedy decoding gives."""
+        """The share of the facts whose target greedy decoding gives."""
         return sum(fact.rank_after == 1 for fact in self.facts) / len(self.facts)
 
     def to_json(self) -> str:
-        """The report as one JSON document."""
+        """Return the report as one JSON document."""
         return json.dumps({**asdict(self), "recall": self.recall}, indent=2, ensure_ascii=False)
 
     def __str__(self) -> str:
@@ -131,7 +131,7 @@ class FactReport:
 
 
 def fact_lines(facts: Sequence[FactResult]) -> str:
-    """A table of facts, with what they are before and after."""
+    """Return a table of facts, with their results before and after the training."""
     title = f"{'fact':<46}  {'probability':>18}  {'rank':>13}  {'rows':>5}  {'shared':>6}"
     lines = [title]
     for index, fact in enumerate(facts):
@@ -156,7 +156,7 @@ def _protected_lines(found: Disturbance) -> str:
 
 @torch.no_grad()
 def measure_facts(model: nn.Module, facts: Sequence[Fact]) -> list[Recall]:
-    """How `model`, as it is now, continues every prompt."""
+    """Return the continuation of every prompt by `model` in its present state."""
     found = []
     for first in range(0, len(facts), _BATCH):
         some = facts[first : first + _BATCH]
@@ -170,7 +170,7 @@ def measure_facts(model: nn.Module, facts: Sequence[Fact]) -> list[Recall]:
 
 
 def batch_of(facts: Sequence[Fact], model: nn.Module) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` `[B, S]`, padded on the right, on the model's device."""
+    """Return `input_ids` and `attention_mask` `[B, S]`, padded on the right, on the model's device."""
     device = next(model.parameters()).device
     ids = [fact.input_ids for fact in facts]
     pad = torch.nn.utils.rnn.pad_sequence
@@ -181,7 +181,7 @@ def batch_of(facts: Sequence[Fact], model: nn.Module) -> dict[str, torch.Tensor]
 
 
 def logits_of(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """`[B, S, V]`, without a cache."""
+    """Return the logits `[B, S, V]`, computed without a cache."""
     return model(**batch, use_cache=False).logits
 
 
@@ -209,13 +209,13 @@ def measure_protected(
     written: Mapping[int, torch.Tensor],
     without: Callable[[], AbstractContextManager],
 ) -> Disturbance:
-    """Compare a model with itself without an adapter, one text at a time, so that no text's shape depends on others.
+    """Compare a model with and without an adapter, one text at a time, so that no text's shape depends on other texts.
 
     Args:
-        model: with the adapter.
-        texts: batches with `input_ids` and what else the model takes.
-        written: by layer, the rows of the adapter.
-        without: within it, the model is without the adapter.
+        model: the model with the adapter.
+        texts: batches with `input_ids` and other inputs of the model.
+        written: the rows of the adapter, by layer.
+        without: returns a context manager in which the adapter is off.
     """
     engram, sums = find_engram(model), _Sums()
     for batch in logging.tqdm(texts, desc="Comparing protected texts", delay=1):
@@ -240,7 +240,7 @@ def _compare(
     before: torch.Tensor,
     after: torch.Tensor,
 ) -> None:
-    """Add what became of one text, whose logits `[S, V]` were `before` and are `after`."""
+    """Add the result of one text, whose logits `[S, V]` were `before` and are `after`."""
     read = read_rows_of(engram, text)
     valid = read.valid[0]
     hits = torch.zeros_like(valid)

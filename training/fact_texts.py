@@ -1,4 +1,4 @@
-"""Facts as token ids: what `write_facts` takes, checked, and which positions of a fact are to be written.
+"""Facts as token ids: check the input of `write_facts`, and choose the positions of a fact whose rows are written.
 
 Shape letters: S positions of a fact, L Engram layers, T heads of all n-gram orders.
 """
@@ -16,17 +16,17 @@ from .memory import heads_of_orders, read_rows_of
 if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
 
-# The number of written n-grams that a prompt should share with no other prompt.
+# A prompt should have this number of written n-grams that no other prompt reads.
 _OWN_NGRAMS = 2
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A prompt, and the target that is to follow it.
+    """A prompt, and the target that should follow it.
 
     Args:
-        prompt, target: as texts.
-        prompt_ids, target_ids: as token ids, neither of them empty.
+        prompt, target: their texts.
+        prompt_ids, target_ids: their token ids, neither of them empty.
     """
 
     prompt: str
@@ -41,19 +41,19 @@ class Fact:
 
     @property
     def predicting(self) -> range:
-        """Positions whose next token is one of the target."""
+        """Positions whose next token belongs to the target."""
         first = len(self.prompt_ids) - 1
         return range(first, first + len(self.target_ids))
 
 
 @dataclass(frozen=True)
 class WrittenFact:
-    """A fact of an adapter, and where its rows are.
+    """A fact of an adapter, and the places of its rows.
 
     Args:
         fact: the fact.
-        positions: those of its positions whose rows are written, ascending.
-        layers, orders: of the rows.
+        positions: the positions whose rows are written, ascending.
+        layers, orders: the layers and n-gram orders of the rows.
     """
 
     fact: Fact
@@ -62,12 +62,12 @@ class WrittenFact:
     orders: tuple[int, ...]
 
     def rows(self, engram: "EngramModel") -> dict[int, torch.Tensor]:
-        """The distinct rows that these positions read, by layer."""
+        """Return the distinct rows that these positions read, by layer."""
         row_ids = _row_ids(engram, self.fact)[:, list(self.positions)][..., heads_of_orders(engram, self.orders)]
         return {layer: torch.unique(row_ids[engram.hashing.layer_ids.index(layer)]) for layer in self.layers}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the fact as JSON values."""
         return {
             "prompt": self.fact.prompt,
             "target": self.fact.target,
@@ -80,10 +80,10 @@ class WrittenFact:
 
     @classmethod
     def from_dict(cls, values: Any) -> "WrittenFact":
-        """What `to_dict` gave.
+        """Return the fact that `to_dict` was called on.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: the values are not the result of `to_dict`.
         """
         try:
             numbers = {name: tuple(values[name]) for name in ("positions", "layers", "orders")}
@@ -114,7 +114,7 @@ def parse_facts(facts: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Fact
         tokenizer: the model's.
 
     Raises:
-        ValueError: there are none; one lacks a field or has a target without tokens; or two contradict each other.
+        ValueError: there are no facts; a fact lacks a field or has a target without tokens; or two facts contradict each other.
     """
     if isinstance(facts, (str, bytes, Mapping)):
         raise EngramError(
@@ -156,7 +156,9 @@ def _parse(index: int, item: Any, tokenizer: Any) -> Fact:
 
 
 def _tokenize(tokenizer: Any, prompt: str, target: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids of a prompt as it will be asked, and of the target behind it; a space stands between them if there is none."""
+    """Return the ids of a prompt as it will be asked, and of the target behind it, with a space between them if there
+    is none.
+    """
     space = "" if prompt[-1].isspace() or target[0].isspace() else " "
     prompt_ids, both = (tuple(tokenizer(text)["input_ids"]) for text in (prompt, prompt + space + target))
     if both[: len(prompt_ids)] == prompt_ids:
@@ -172,16 +174,16 @@ def choose_positions(
     orders: Sequence[int],
     protected: Mapping[int, torch.Tensor],
 ) -> list[tuple[int, ...]]:
-    """The positions of every fact whose rows are written.
+    """Return the positions of every fact whose rows are written.
 
     These are the positions that predict its target, and before them the last `_OWN_NGRAMS` n-grams of the prompt that no other
-    fact reads and that are not protected: what two facts share cannot tell them apart. N-grams that the beginning of the text cuts
+    fact reads and that are not protected: a shared n-gram cannot distinguish facts. N-grams that the beginning of the text cuts
     off are written only if there is no other.
 
     Args:
-        engram, layers, orders: which rows.
-        facts: all that are written together.
-        protected: by layer, rows that must not be written.
+        engram, layers, orders: the model, and the layers and n-gram orders to choose.
+        facts: all facts that are written together.
+        protected: rows that must not be written, by layer.
     """
     heads = heads_of_orders(engram, orders)
     ngrams, free = [], []
@@ -210,7 +212,9 @@ def choose_positions(
 
 
 def say_conflicts(engram: "EngramModel", facts: Sequence[Fact], orders: Sequence[int]) -> list[str]:
-    """What of these facts memory cannot tell apart, or reads as something shorter; a sentence each."""
+    """Return a sentence for each group of facts that memory cannot distinguish, and each prompt that it reads as a
+    shorter one.
+    """
     notes = []
     compressed: dict[tuple[int, ...], int] = {}
     for index, fact in enumerate(facts):
@@ -230,5 +234,5 @@ def say_conflicts(engram: "EngramModel", facts: Sequence[Fact], orders: Sequence
 
 
 def _row_ids(engram: "EngramModel", fact: Fact) -> torch.Tensor:
-    """Int64 `[L, S, T]`."""
+    """Return the row ids, int64 `[L, S, T]`."""
     return read_rows_of(engram, {"input_ids": fact.input_ids.unsqueeze(0)}).row_ids[:, 0]

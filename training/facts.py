@@ -1,6 +1,6 @@
-"""Facts written into rows of memory, and taken out again: `write_facts` and `forget_facts`.
+"""Write facts into rows of memory, and remove them: `write_facts` and `forget_facts`.
 
-Which rows a prompt reads is known before anything runs, so a fact can be trained into those rows alone. Text that reads
+The rows that a prompt reads are known in advance, so a fact can be trained into these rows alone. A text that reads
 none of them is computed as before, to the last bit.
 """
 
@@ -56,29 +56,29 @@ def write_facts(
 ) -> tuple[PeftModel, FactReport]:
     """Train the rows that facts are read from until the model recalls them; everything else is frozen.
 
-    The same facts give the same rows: nothing here is random. Adapters that were active stay so, and are trained around.
+    The same facts give the same rows: nothing here is random. Active adapters stay active during the training.
 
     Args:
-        model: an Engram model with a head, in eval mode or not. A `PeftModel` gets one more adapter; one of another method
-            (LoRA) stays in front of the rows.
-        tokenizer: the model's.
+        model: an Engram model with a head, in eval mode or not. A `PeftModel` gets one more adapter; an adapter of another method
+            (LoRA) stays active.
+        tokenizer: the model's tokenizer.
         facts: dictionaries with `prompt` and `target`; or with `subject`, `relation` (a template with `{}` for the
             subject) and `target`.
-        name: of the new adapter.
-        protect: texts to stay as they are (see `data` of [`scan_rows`]): rows that they read are not written.
-        max_protected_reads: how often `protect` may read a row that is written nevertheless.
-        steps: at most; training ends when every fact is recalled with certainty.
-        learning_rate: of Adam, in units of the rows' own root mean square.
-        layers: decoder layers whose rows are written; None for the first that has memory, or, if some fact is not recalled from that
-            alone, for all that have.
-        orders: of the n-grams; None for the largest alone, which is the most specific.
+        name: name of the new adapter.
+        protect: texts whose predictions should not change (see `data` of [`scan_rows`]): rows that they read are not written.
+        max_protected_reads: a row is written nevertheless if `protect` reads it at most this number of times.
+        steps: maximum number of steps; training ends when every fact is recalled with certainty.
+        learning_rate: learning rate of Adam, in units of the rows' own root mean square.
+        layers: decoder layers whose rows are written; None for the first with memory or, if a fact is not recalled from it
+            alone, for all with memory.
+        orders: n-gram orders; None for the largest alone, which is the most specific.
 
     Returns:
-        A `PeftModel` with the adapter, active; and what was done.
+        A `PeftModel` with the active adapter, and the report.
 
     Raises:
         ValueError: a fact is incomplete or contradicts another; all rows are protected; or the memory cannot learn. The
-            model is as it was.
+            model is unchanged.
     """
     engram = find_engram(model)
     require_tokenizer_of(engram, tokenizer)
@@ -97,14 +97,14 @@ def write_facts(
     settings = _Settings(name, max_protected_reads, steps, learning_rate, tuple(chosen_orders))
     chosen_layers = check_layers(engram, layers)
     if layers is None and len(chosen_layers) > 1:
-        # One layer takes the fewest bytes, and changes the least; what goes wrong with it is said by the second try.
+        # One layer takes the fewest bytes, and changes the least; an error here is raised again by the second try.
         with contextlib.suppress(EngramError):
             return _write(model, tokenizer, parsed, texts, settings, chosen_layers[:1], is_trial=True)
     return _write(model, tokenizer, parsed, texts, settings, chosen_layers)
 
 
 class _Settings(NamedTuple):
-    """What [`write_facts`] was told."""
+    """The arguments of [`write_facts`]."""
 
     name: str
     max_protected_reads: int
@@ -122,10 +122,10 @@ def _write(
     layers: Sequence[int],
     is_trial: bool = False,
 ) -> tuple[PeftModel, FactReport]:
-    """Write facts into some layers; as a trial, only if all are recalled then.
+    """Write facts into some layers; a trial keeps them only if all are recalled.
 
     Raises:
-        ValueError: as of [`write_facts`]; or a fact of a trial is not recalled. The model is as it was.
+        ValueError: as in [`write_facts`]; or a fact of a trial is not recalled. The model is unchanged.
     """
     engram, name, chosen_orders, chosen_layers = find_engram(model), settings.name, settings.orders, tuple(layers)
     protected: dict[int, torch.Tensor] = {}
@@ -170,18 +170,18 @@ def _write(
 
 
 def forget_facts(model: PeftModel, name: str, which: int | Iterable[int]) -> int:
-    """Take single facts out of an adapter: rows that only they have are as they were, to the last bit.
+    """Remove single facts from an adapter: rows that only these facts have become unchanged again, to the last bit.
 
-    Rows that other facts of the adapter have too stay; that is said in a warning. An adapter without facts left changes
-    nothing any more. Save the adapter again afterwards.
+    Rows that other facts of the adapter have too stay, with a warning. An adapter without facts changes
+    nothing. Save the adapter again afterwards.
 
     Args:
         model: a `PeftModel` with the adapter.
-        name: of the adapter.
-        which: indices of the facts, in the order in which they were written.
+        name: name of the adapter.
+        which: indices of the facts, in the order of writing.
 
     Returns:
-        How many rows were taken out.
+        The number of removed rows.
 
     Raises:
         ValueError: there is no such adapter or fact. Nothing is changed.
@@ -214,10 +214,10 @@ def forget_facts(model: PeftModel, name: str, which: int | Iterable[int]) -> int
 
 
 def facts_of(model: nn.Module, name: str) -> list[WrittenFact]:
-    """The facts that an adapter of a model says it holds.
+    """Return the facts that an adapter of a model lists.
 
     Raises:
-        ValueError: there is no adapter of this name, or it holds no facts.
+        ValueError: there is no adapter of this name, or it has no facts.
     """
     config = getattr(model, "peft_config", {}).get(name)
     if not getattr(config, "facts", None):
@@ -227,7 +227,7 @@ def facts_of(model: nn.Module, name: str) -> list[WrittenFact]:
 
 
 def rows_layers(model: nn.Module, name: str) -> dict[int, RowsLayer]:
-    """The tables that have rows of an adapter, by decoder layer."""
+    """Return the tables that have rows of an adapter, by decoder layer."""
     tables = {layer: memory.table for layer, memory in find_engram(model).memories().items()}
     return {
         layer: table
@@ -237,7 +237,7 @@ def rows_layers(model: nn.Module, name: str) -> dict[int, RowsLayer]:
 
 
 def results_of(model: PeftModel, name: str) -> list[FactResult]:
-    """Every fact of an adapter, without and with it, as the model is now."""
+    """Return the results of every fact of an adapter, without and with it, for the model in its present state."""
     engram, facts = find_engram(model), facts_of(model, name)
     held = {layer: table.engram_rows_adapter[name].rows.cpu() for layer, table in rows_layers(model, name).items()}
     rows = [
@@ -261,7 +261,7 @@ def _task_type(model: nn.Module) -> str:
 def _rows_to_write(
     model: nn.Module, written: Sequence[WrittenFact], protected: Mapping[int, torch.Tensor]
 ) -> tuple[list[dict[int, torch.Tensor]], list[str]]:
-    """Rows of every fact by layer, without those that are protected; and what there is to be said."""
+    """Return rows of every fact by layer, without protected rows; and notes about conflicts."""
     engram, notes = find_engram(model), []
     rows = [
         {layer: ids[~torch.isin(ids, protected.get(layer, ids[:0]))] for layer, ids in fact.rows(engram).items()}
@@ -308,7 +308,7 @@ def _union(rows: Sequence[Mapping[int, torch.Tensor]]) -> dict[int, torch.Tensor
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Turn dropout off; afterwards every module is in its former mode."""
+    """Turn dropout off, and restore the mode of every module afterwards."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -320,7 +320,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _adapter(model: nn.Module, config: EngramRowsConfig, name: str) -> Iterator[PeftModel]:
-    """A `PeftModel` with a new adapter, active beside those that were; taken off again if anything fails."""
+    """Yield a `PeftModel` with a new adapter, active beside the other active ones; remove it if anything fails."""
     active = _active_rows(model)
     had_gradients = [parameter for parameter in model.parameters() if parameter.requires_grad]
     is_rows = isinstance(model, PeftModel) and model.peft_type == NAME
@@ -330,7 +330,7 @@ def _adapter(model: nn.Module, config: EngramRowsConfig, name: str) -> Iterator[
     else:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about adapters of another method, which are intended here
+            warnings.simplefilter("ignore")  # These warn about adapters of another method, which are intended here.
             peft_model = get_peft_model(base, config, adapter_name=name)
     try:
         peft_model.base_model.set_adapter([*active, name])
@@ -356,7 +356,7 @@ def _active_rows(model: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def _without(model: nn.Module, name: str) -> Iterator[None]:
-    """The model with all of its active adapters but one."""
+    """Turn off one of the model's active adapters within the context."""
     tables = [module for module in model.modules() if isinstance(module, RowsLayer)]
     active = [list(table.active_adapters) for table in tables]
     for table, names in zip(tables, active, strict=True):
@@ -369,7 +369,7 @@ def _without(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def _train(model: PeftModel, name: str, facts: Sequence[Fact], steps: int, learning_rate: float) -> int:
-    """Train the differences of one adapter; returns how many steps were taken."""
+    """Train the differences of one adapter, and return the number of steps."""
     adapters = {layer: table.engram_rows_adapter[name] for layer, table in rows_layers(model, name).items()}
     deltas = [adapter.delta for adapter in adapters.values()]
     groups = [
@@ -394,11 +394,11 @@ def _train(model: PeftModel, name: str, facts: Sequence[Fact], steps: int, learn
         bar.close()
         for adapter in adapters.values():
             adapter.delta.grad = None
-            adapter.round()  # bfloat16 takes half the bytes, and the report measures what is saved
+            adapter.round()  # In bfloat16, the adapter takes half the bytes, and the report measures the saved values.
 
 
 def _accumulate(model: PeftModel, facts: Sequence[Fact], deltas: Sequence[nn.Parameter]) -> list[float]:
-    """Gradients of the mean loss of all facts; and of each, by how many nats its target leads where it leads least."""
+    """Add the gradients of the mean loss of all facts; return the smallest lead of each fact's target, in nats."""
     leads = []
     for delta in deltas:
         delta.grad = torch.zeros_like(delta)
@@ -417,13 +417,13 @@ def _accumulate(model: PeftModel, facts: Sequence[Fact], deltas: Sequence[nn.Par
 
 
 def _loss(fact: Fact, logits: torch.Tensor) -> torch.Tensor:
-    """Mean over the target's tokens, of logits `[S, V]`."""
+    """Return the mean loss over the target's tokens, for logits `[S, V]`."""
     targets = torch.tensor(fact.target_ids, device=logits.device)
     return F.cross_entropy(logits[list(fact.predicting)].float(), targets)
 
 
 def _lead(fact: Fact, logits: torch.Tensor) -> float:
-    """The smallest lead of a target's token over all others, in logits `[S, V]`."""
+    """Return the smallest lead of a target's token over all others, in logits `[S, V]`."""
     there = logits[list(fact.predicting)].float()
     targets = torch.tensor(fact.target_ids, device=logits.device).unsqueeze(1)
     right = there.gather(1, targets).squeeze(1)
@@ -443,7 +443,7 @@ def _require_gradient(deltas: Sequence[nn.Parameter], step: int) -> None:
 
 @torch.no_grad()
 def _size_of_rows(model: nn.Module, layer: int, adapter: RowDifferences) -> float:
-    """Root mean square of the channels of the adapted rows, as the table has them; 1 if they are all zero."""
+    """Return the root mean square of the channels of the adapted rows in the table; 1 if they are all zero."""
     base = find_engram(model).memories()[layer].table.get_base_layer()
     rows = base(adapter.rows.unsqueeze(-1), dtype=torch.float32).float()
     return float(rows.square().mean().sqrt()) or 1.0
@@ -493,5 +493,5 @@ def _results(
 
 
 def _bytes(engram: Any, rows: int, layer: int) -> int:
-    """Bytes of the row numbers and differences, as they are saved."""
+    """Return the bytes of the saved row numbers and differences."""
     return rows * (8 + 2 * engram.memories()[layer].table.width)

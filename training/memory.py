@@ -1,4 +1,4 @@
-"""Finding a model's memory under any wrapping, and which rows token ids read.
+"""Find a model's memory inside of any wrapper, and the rows that token ids read.
 
 Shape letters: B batch, S positions, L Engram layers, T heads of all n-gram orders.
 """
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from ..layer_engram import EngramMemory
     from ..modeling_engram import EngramModel
 
-# The inputs that `prepare_memory` takes besides the ids, by the names that collators use.
+# `prepare_memory` takes these inputs besides the ids; collators use the same names.
 _BESIDE_IDS = ("attention_mask", "position_ids", "image_mask", "seq_idx")
 
 
 class ReadRows(NamedTuple):
-    """What a batch reads from memory.
+    """The rows that a batch reads from memory.
 
     Args:
         row_ids: int64 `[L, B, S, T]`, on the CPU.
-        valid: bool `[B, S]`, False where nothing is read.
+        valid: bool `[B, S]`, False at positions that read nothing.
     """
 
     row_ids: torch.Tensor
@@ -33,10 +33,10 @@ class ReadRows(NamedTuple):
 
 
 def find_engram(model: nn.Module) -> "EngramModel":
-    """The `EngramModel` inside of any wrapping, the installed class or one that came as remote code.
+    """Return the `EngramModel` inside of any wrapper; its class is the installed one or comes from remote code.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no memory.
     """
     found = next((module for module in model.modules() if hasattr(type(module), "prepare_memory")), None)
     if found is None:
@@ -45,10 +45,10 @@ def find_engram(model: nn.Module) -> "EngramModel":
 
 
 def memory_of_layer(engram: "EngramModel", layer: int) -> "EngramMemory":
-    """The memory of a decoder layer.
+    """Return the memory of a decoder layer.
 
     Raises:
-        ValueError: this layer has none.
+        ValueError: this layer has no memory.
     """
     memories = engram.memories()
     if layer not in memories:
@@ -57,11 +57,11 @@ def memory_of_layer(engram: "EngramModel", layer: int) -> "EngramMemory":
 
 
 def read_rows_of(engram: "EngramModel", batch: Mapping[str, torch.Tensor]) -> ReadRows:
-    """The rows that a batch reads, from its token ids alone: no layer of the backbone runs.
+    """Return the rows that a batch reads, from its token ids alone: no layer of the backbone runs.
 
     Args:
         engram: the model.
-        batch: `input_ids` `[B, S]` and, where the model will get them, `attention_mask`, `position_ids`, `seq_idx` and
+        batch: `input_ids` `[B, S]` and, if the model will get them, `attention_mask`, `position_ids`, `seq_idx` and
             `image_mask`. Labels and anything else are ignored.
     """
     device = cast(torch.Tensor, engram.hashing.multipliers).device
@@ -78,7 +78,7 @@ def require_tokenizer_of(engram: "EngramModel", tokenizer: Any) -> None:
     """Refuse a tokenizer whose compressed ids are not those that the model hashes.
 
     Raises:
-        ValueError: says so. A tokenizer without compressed ids cannot be compared.
+        ValueError: the compressed ids differ. A tokenizer without compressed ids is not compared.
     """
     own, theirs = cast(torch.Tensor | None, engram.hashing.token_map), getattr(tokenizer, "token_map", None)
     if own is None or theirs is None:
@@ -92,10 +92,10 @@ def require_tokenizer_of(engram: "EngramModel", tokenizer: Any) -> None:
 
 
 def check_layers(engram: "EngramModel", layers: Iterable[int] | None) -> list[int]:
-    """The decoder layers that were asked for, ascending; all that have memory if None.
+    """Return the requested decoder layers, ascending; all with memory if None.
 
     Raises:
-        ValueError: a layer has none, or there are none.
+        ValueError: a layer has no memory, or the list is empty.
     """
     if layers is None:
         return sorted(engram.memories())
@@ -108,10 +108,10 @@ def check_layers(engram: "EngramModel", layers: Iterable[int] | None) -> list[in
 
 
 def check_orders(engram: "EngramModel", orders: Iterable[int] | None) -> list[int]:
-    """The n-gram orders that were asked for, ascending; all of the model if None.
+    """Return the requested n-gram orders, ascending; all orders of the model if None.
 
     Raises:
-        ValueError: the model has no n-grams of an order, or there are none.
+        ValueError: the model has no n-grams of an order, or the list is empty.
     """
     known = list(range(2, engram.hashing.max_ngram + 1))
     chosen = known if orders is None else sorted(set(orders))
@@ -123,13 +123,13 @@ def check_orders(engram: "EngramModel", orders: Iterable[int] | None) -> list[in
 
 
 def heads_of_orders(engram: "EngramModel", orders: Sequence[int]) -> list[int]:
-    """Positions of the heads of some orders among the T of a row id."""
+    """Return positions of the heads of some orders among the T of a row id."""
     heads = engram.hashing.heads
     return [(order - 2) * heads + head for order in orders for head in range(heads)]
 
 
 def rows_of_orders(engram: "EngramModel", layer: int) -> dict[int, tuple[int, int]]:
-    """The first row of a layer's table that the heads of each order read, and the row after the last, by order."""
+    """Return, by order, the first row of a layer's table that its heads read, and the row after the last."""
     hashing = engram.hashing
     primes = cast(torch.Tensor, hashing.primes)[hashing.layer_ids.index(layer)]
     ends = [0, *primes.sum(1).cumsum(0).tolist()]

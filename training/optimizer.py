@@ -1,4 +1,4 @@
-"""Optimizer groups as in the Engram paper: tables learn faster than the backbone and do not decay."""
+"""Optimizer groups as in the Engram paper: tables have a higher learning rate than the backbone, and no weight decay."""
 
 import re
 
@@ -17,7 +17,7 @@ _TABLE = re.compile(r"(^|\.)engram\.table\.")
 def engram_parameter_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, table_lr_scale: float = TABLE_LR_SCALE
 ) -> list[dict]:
-    """Parameter groups for an Adam-like optimizer; parameters that are frozen now are left out.
+    """Return parameter groups for an Adam-like optimizer; parameters that are frozen now are left out.
 
         groups = engram_parameter_groups(model, lr=3e-4, weight_decay=0.1)
         trainer = Trainer(model, args, train_dataset=..., optimizers=(torch.optim.AdamW(groups), None))
@@ -28,11 +28,11 @@ def engram_parameter_groups(
     Args:
         model: an Engram model, plain or wrapped (PEFT, DDP, compiled).
         lr: learning rate of the backbone and of the memory's projections, norms and convolution.
-        weight_decay: of the matrices.
+        weight_decay: weight decay of the matrices.
         table_lr_scale: learning rate of the tables, in units of `lr`.
 
     Raises:
-        ValueError: the model has nothing to train, or the rows of a quantized table are to be.
+        ValueError: the model has nothing to train, or rows of a quantized table are trainable.
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []

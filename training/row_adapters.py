@@ -1,4 +1,4 @@
-"""Trainable differences for chosen rows of a table, and the layer that adds them to what the table gives.
+"""Trainable differences for chosen rows of a table, and the layer that adds them to the table's rows.
 
 Shape letters: n adapted rows of a table, W channels of a row, T heads a position reads.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def rows_digest(rows: torch.Tensor) -> str:
-    """SHA-256 of row numbers, int64 `[n]`, in hexadecimal."""
+    """Return the SHA-256 of row numbers, int64 `[n]`, in hexadecimal."""
     return hashlib.sha256(rows.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
@@ -32,14 +32,14 @@ class RowDifferences(nn.Module):
         count: n.
         num_rows: rows of the table.
         width: W.
-        device: of the parameters.
-        digest: what [`rows_digest`] gives of the rows; None if that is not known.
+        device: device of the parameters.
+        digest: the result of [`rows_digest`] for the rows; None if it is not known.
 
     Attributes:
-        rows: buffer, saved with the differences: these mean nothing without the rows they belong to.
-        delta: float32 parameter `[n, W]`, zero at first, so that adding an adapter changes nothing; not a number until a
-            checkpoint gives them, so that differences that are missing there are noticed. It is float32 whatever the
-            table is, so that small updates of a low-precision table are not lost.
+        rows: buffer, saved with the differences, which mean nothing without their row numbers.
+        delta: float32 parameter `[n, W]`, zero at first, so that adding an adapter changes nothing; NaN until a
+            checkpoint gives it, so that missing differences are noticed. It is float32 for a table of any dtype, so that
+            small updates of a low-precision table are not lost.
     """
 
     rows: torch.Tensor
@@ -72,9 +72,9 @@ class RowDifferences(nn.Module):
         and differences that were not loaded.
 
         Raises:
-            ValueError: says so.
+            ValueError: row numbers or differences are wrong.
         """
-        if self._checked is self.rows:  # moving and loading replace the tensor, or call the hook
+        if self._checked is self.rows:  # Moving and loading replace the tensor, or call the hook.
             return
         rows = self.rows
         is_fine = rows.dtype == torch.int64 and bool((rows[1:] > rows[:-1]).all())
@@ -96,10 +96,12 @@ class RowDifferences(nn.Module):
         self._checked = rows
 
     def forward(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Differences `[..., T, W]` of row ids `[..., T]`, and where there are any, bool `[..., T, 1]`; elsewhere they mean nothing."""
+        """Return the differences `[..., T, W]` of row ids `[..., T]`, and their mask, bool `[..., T, 1]`; where it is
+        False, differences have no meaning.
+        """
         if not torch.compiler.is_compiling():
             self.require_rows()
-        if not self.rows.numel():  # all rows were removed again
+        if not self.rows.numel():  # All rows were removed again.
             adapted = torch.zeros_like(row_ids, dtype=torch.bool).unsqueeze(-1)
             return self.delta.new_zeros((*row_ids.shape, self.delta.shape[1])), adapted
         place = torch.searchsorted(self.rows, row_ids.contiguous()).clamp_max(self.rows.numel() - 1)
@@ -108,31 +110,31 @@ class RowDifferences(nn.Module):
 
     @torch.no_grad()
     def round(self) -> None:
-        """Round the differences to bfloat16, in which they are saved from now on, until they are trained again."""
+        """Round the differences to bfloat16, the dtype of saving from now on, until they are trained again."""
         self.delta.copy_(self.delta.to(torch.bfloat16))
         self.is_rounded = True
 
     def keep(self, chosen: torch.Tensor) -> None:
-        """Keep only the rows where bool `chosen` `[n]` is True."""
+        """Remove all rows where bool `chosen` `[n]` is False."""
         chosen = chosen.to(self.rows.device)
         self.delta = nn.Parameter(self.delta.detach()[chosen], requires_grad=self.delta.requires_grad)
         self.rows = self.rows[chosen]
         self.digest = rows_digest(self.rows)
 
     def extra_repr(self) -> str:
-        """Rows and channels, for `print(model)`."""
+        """Return numbers of rows and channels, for `print(model)`."""
         return f"{self.delta.shape[0]}, {self.delta.shape[1]}"
 
 
 def _shorten(adapter: RowDifferences, state: dict[str, torch.Tensor], prefix: str, _metadata: Any) -> None:
-    """Save rounded differences in half the bytes, as long as they are what `round` made of them."""
+    """Save rounded differences in half the bytes, if they still have the values that `round` gave them."""
     delta = state.get(prefix + "delta")
     if adapter.is_rounded and delta is not None and torch.equal(delta.to(torch.bfloat16).to(delta.dtype), delta):
         state[prefix + "delta"] = delta.to(torch.bfloat16)
 
 
 def _lengthen(adapter: RowDifferences, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
-    """Undo `_shorten`: what is loaded may replace the parameter, dtype and all."""
+    """Undo `_shorten`: loading may replace the parameter, including its dtype."""
     delta = state.get(prefix + "delta")
     if delta is not None and delta.dtype == torch.bfloat16:
         state[prefix + "delta"] = delta.to(torch.float32)
@@ -147,16 +149,16 @@ def _check_loaded_rows(adapter: RowDifferences, _incompatible_keys: Any) -> None
 
 @torch.compiler.disable
 def _release_pages(table: "EngramTable") -> None:
-    """Give back the pages of a mapped table that a step of training read.
+    """Release the pages of a mapped table that a step of training read.
 
-    Its corpus seldom reads the same rows soon again, and the process would come to hold a page for each of them.
+    A corpus seldom reads the same rows again soon, and the process would keep a page for each of them in memory.
     """
     if (release := getattr(table.source, "release", None)) is not None:
         release()
 
 
 def combine(parts: Iterable[tuple[RowDifferences, float]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `[n]`, ascending, and the weighted sum of their differences, float32 `[n, W]`."""
+    """Return rows `[n]`, ascending, and the weighted sum of their differences, float32 `[n, W]`."""
     parts = list(parts)
     rows = torch.unique(torch.cat([adapter.rows for adapter, _ in parts]))
     delta = torch.zeros(rows.numel(), parts[0][0].delta.shape[1], device=rows.device)
@@ -167,14 +169,14 @@ def combine(parts: Iterable[tuple[RowDifferences, float]]) -> tuple[torch.Tensor
 
 
 class RowsLayer(nn.Module, BaseTunerLayer):
-    """A table with row adapters: what the table gives, plus the differences of every active adapter.
+    """A table with row adapters: the table's rows, plus the differences of every active adapter.
 
-    Rows that no active adapter has stay as they are to the last bit. What was fetched ahead for the table is used as
-    without adapters. Everything else that is asked of a table is answered by the table.
+    Rows that no active adapter has are unchanged to the last bit. Prefetched rows of the table are used as
+    without adapters. All other attributes are those of the table.
 
     Args:
         base_layer: the `EngramTable`, of any dtype, resident or not.
-        device: where the rows arrive, and so the adapters live: a mapped table itself stays on the host.
+        device: the device of the looked-up rows, and so of the adapters: a mapped table itself stays on the host.
     """
 
     adapter_layer_names = ("engram_rows_adapter",)
@@ -205,7 +207,7 @@ class RowsLayer(nn.Module, BaseTunerLayer):
     def forward(
         self, row_ids: torch.Tensor, dtype: torch.dtype | None = None, source: "RowReader | None" = None
     ) -> torch.Tensor:
-        """As of the table: rows of `row_ids` `[..., T]`, side by side, `[..., T * W]`."""
+        """Return rows of `row_ids` `[..., T]`, side by side, `[..., T * W]`, as a table does."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         rows = self.base_layer(row_ids, dtype=dtype, source=source)
@@ -226,10 +228,10 @@ class RowsLayer(nn.Module, BaseTunerLayer):
         return [name for name in names if name in self.engram_rows_adapter and name not in self.merged_adapters]
 
     def require_mergeable(self) -> None:
-        """Refuse a table that cannot take differences exactly.
+        """Refuse a table to which differences cannot be added exactly.
 
         Raises:
-            ValueError: it is not resident, or quantized.
+            ValueError: the table is not resident, or is quantized.
         """
         table = self.base_layer
         if isinstance(getattr(table, "weight", None), DTensor):
@@ -250,14 +252,14 @@ class RowsLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the differences into the table, which then gives to the bit what this layer gave.
+        """Write the differences into the table, whose rows then equal those of this layer to the bit.
 
         Args:
-            safe_merge: whether to refuse rows that are no finite numbers.
-            adapter_names: None for those that are active.
+            safe_merge: whether to refuse rows that are not finite.
+            adapter_names: None for the active ones.
 
         Raises:
-            ValueError: the table cannot take them, or they are not finite.
+            ValueError: the table is not resident or is quantized, or the rows are not finite.
         """
         names = self._unmerged(self.active_adapters if adapter_names is None else adapter_names)
         if not names:
@@ -280,7 +282,7 @@ class RowsLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Give the table the rows back that it had, to the bit."""
+        """Restore the rows that the table had before, to the bit."""
         weight = self.base_layer.weight.data
         while self._before_merges:
             rows, before = self._before_merges.pop()
@@ -288,7 +290,7 @@ class RowsLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Differences of rows are no product of two small matrices."""
+        """Return False: differences of rows are not a product of two small matrices."""
         return False
 
     # PEFT would give differences the dtype of the table, which may be float8 or int8.

@@ -1,4 +1,4 @@
-"""Which rows of memory a corpus reads, and how often: `scan_rows`."""
+"""Find the rows of memory that a corpus reads, and their counts: `scan_rows`."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class _Counter:
             self.settle()
 
     def settle(self) -> None:
-        """Sort what is waiting into `rows` `[n]`, ascending, and `counts` `[n]`."""
+        """Sort the pending reads into `rows` `[n]`, ascending, and `counts` `[n]`."""
         waiting, more = torch.unique(torch.cat([*self._pending, self.rows[:0]]), return_counts=True)
         self.rows, place = torch.unique(torch.cat([self.rows, waiting]), return_inverse=True)
         counts = torch.cat([self.counts, more])
@@ -57,13 +57,13 @@ class _Counter:
 class RowScan(Mapping):
     """Rows that a corpus reads, by decoder layer: a mapping that [`EngramRowsConfig`] takes as `rows`.
 
-    Layers of which no row is left are not in it. `print` shows a table.
+    Layers without a remaining row are not in it. `print` shows a table.
 
     Args:
-        rows: by layer, int64 `[n]`, ascending.
-        counts: by layer, how often each is read, int64 `[n]`.
-        positions: how many positions were scanned.
-        summary: for every layer and order the rows that were read, those that were kept, and those the table has.
+        rows: the rows by layer, int64 `[n]`, ascending.
+        counts: the number of reads of each row, by layer, int64 `[n]`.
+        positions: the number of scanned positions.
+        summary: for every layer and order, the numbers of rows that were read, that were kept, and that the table has.
     """
 
     rows: dict[int, torch.Tensor]
@@ -107,12 +107,12 @@ def scan_rows(
     Args:
         data: a `DataLoader` or any other iterable of batches, a `datasets.Dataset` with a column `input_ids` or `text`, or
             a list of strings.
-        tokenizer: for texts; may be None for token ids.
+        tokenizer: the tokenizer of texts; it may be None for token ids.
         model: an Engram model, plain or wrapped.
         min_count: leave out rows that are read less often.
-        orders: of n-grams; None for all.
+        orders: n-gram orders; None for all.
         layers: decoder layers; None for all that have memory.
-        exclude: by layer, rows to leave out, such as another scan.
+        exclude: rows to leave out, by layer, such as another scan.
 
     Returns:
         The rows by layer.
@@ -174,10 +174,10 @@ def _summary(
 
 
 class Batches:
-    """Batches of token ids from whatever holds texts or tokens; see `data` of [`scan_rows`].
+    """Batches of token ids from any container of texts or tokens; see `data` of [`scan_rows`].
 
     Raises:
-        ValueError: `data` is one string, or holds neither.
+        ValueError: `data` is one string, or has neither texts nor tokens.
     """
 
     def __init__(self, data: Iterable[Any], tokenizer: Any):
@@ -228,7 +228,7 @@ def _describe(item: Any) -> str:
 
 
 def _as_batch(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` `[B, S]`, padded on the right."""
+    """Return `input_ids` and `attention_mask` `[B, S]`, padded on the right."""
     pad = torch.nn.utils.rnn.pad_sequence
     masks = [torch.ones_like(ids) for ids in rows]
     return {"input_ids": pad(rows, batch_first=True), "attention_mask": pad(masks, batch_first=True)}

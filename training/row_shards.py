@@ -1,7 +1,7 @@
-"""Rows of a table that is spread over the processes of a group: who has which, how they travel, and their gradient.
+"""Rows of a table that is spread over the processes of a group: their owners, their exchange, and their gradient.
 
-Every process has the rows of one range. It asks the others for the rows that it reads, each once, and sends their gradients
-back to where the rows are; both by torch's all-to-all. Nothing ever holds a table, or a gradient or moments of its size.
+Every process has the rows of one range. It requests from the others the rows that it reads, each once, and sends their gradients
+to the rows' owners; both by torch's all-to-all. No process ever holds a table, or a gradient or moments of its size.
 
 Shape letters: R rows of a table, W channels of a row, P processes, N distinct rows that a process reads, M rows that it is
 asked for, n distinct rows of a gradient.
@@ -19,7 +19,7 @@ from ..safetensors_engram import EngramError
 
 
 class RowShard(NamedTuple):
-    """The rows that this process has of a table, as torch's `Shard(0)` divides it.
+    """The rows of a table that this process owns, as torch's `Shard(0)` divides them.
 
     Args:
         num_rows: R.
@@ -34,38 +34,39 @@ class RowShard(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Rows of every process but the last ones."""
+        """The number of rows of every process except the last ones."""
         return math.ceil(self.num_rows / self.processes)
 
     @property
     def first(self) -> int:
-        """Number of its first row."""
+        """The number of its first row."""
         return min(self.rank * self.step, self.num_rows)
 
     @property
     def stop(self) -> int:
-        """Number of the row behind its last one."""
+        """The number of the row behind its last one."""
         return min(self.first + self.step, self.num_rows)
 
 
 def own_rows(table: torch.Tensor) -> torch.Tensor:
-    """The rows of a table that this process has: all, unless it is in shards. It is no copy."""
+    """Return the rows of a table that this process owns, without a copy: all rows, unless the table is in shards."""
     table = table.detach()
     return table.to_local() if isinstance(table, DTensor) else table
 
 
 class Exchange:
-    """One look-up: which distinct rows this process asks of which, and for which rows it is asked.
+    """One look-up: the distinct rows that this process requests of each process, and the rows that are requested of
+    it.
 
-    Every process of the group makes one at the same time, with any number of rows.
+    Every process of the group creates one at the same time, with any number of rows.
 
     Args:
-        shard: what this process has.
+        shard: the rows of this process.
         row_ids: int64, of any shape.
 
     Attributes:
-        place: in the shape of `row_ids`, where each of them is among the N rows.
-        rows: int64 `[M]`, the rows that are asked for, counted from the first that this process has.
+        place: the index of each row id among the N rows, in the shape of `row_ids`.
+        rows: int64 `[M]`, the requested rows, counted from the first row of this process.
 
     Raises:
         ValueError: a row does not exist.
@@ -87,15 +88,15 @@ class Exchange:
         self.rows = self._swap(asked, self._asked, self._given) - shard.first
 
     def to_askers(self, rows: torch.Tensor) -> torch.Tensor:
-        """What others have of the N rows, of `rows` `[M, ...]` that this process has."""
+        """Send the requested ones of this process's `rows` `[M, ...]`, and return the N rows that it requested."""
         return self._swap(rows, self._given, self._asked)
 
     def to_owners(self, gradients: torch.Tensor) -> torch.Tensor:
-        """What others found for the M rows, of `gradients` `[N, ...]` that this process found."""
+        """Send `gradients` `[N, ...]` to the owners of the rows, and return those of the M requested rows."""
         return self._swap(gradients, self._asked, self._given)
 
     def _swap(self, tensor: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
-        # As bytes, since no backend knows every dtype that rows are stored in.
+        # The rows are exchanged as bytes, because no backend knows every dtype of stored rows.
         data = tensor.contiguous().view(torch.uint8) if tensor.dim() > 1 else tensor.contiguous()
         result = data.new_empty((sum(received), *data.shape[1:]))
         dist.all_to_all_single(result, data, list(received), list(sent), group=self.shard.group)
@@ -103,14 +104,14 @@ class Exchange:
 
 
 class ShardGradient(torch.Tensor):
-    """The gradient of a table `[R, W]` in shards: of those of this process's rows that any process read, and no others.
+    """The gradient of a table `[R, W]` in shards: of those rows of this process that any process read, and no others.
 
-    It is what autograd accumulates and what gradient clipping measures and scales; the norm is that over all processes.
+    Autograd accumulates it, and gradient clipping measures and scales it; the norm is that over all processes.
 
     Args:
-        shard: what this process has.
+        shard: the rows of this process.
         rows: int64 `[n]`, counted from the first row of this process.
-        values: `[n, W]`; where `rows` has one more than once, they are summed.
+        values: `[n, W]`; the values of a repeated row are summed.
     """
 
     shard: RowShard
@@ -128,7 +129,7 @@ class ShardGradient(torch.Tensor):
     def __init__(self, shard: RowShard, rows: torch.Tensor, values: torch.Tensor):
         super().__init__()
 
-    # torch's own would ask for all rows.
+    # The representation by torch would need all rows.
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self.rows.numel()} of {self.shard.num_rows} rows)"
 
@@ -146,7 +147,7 @@ class ShardGradient(torch.Tensor):
 
 
 def _summed(rows: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct rows, ascending, and the sums of their values; in float32 at least, and rounded once."""
+    """Return distinct rows, ascending, and the sums of their values; sums are in float32 at least, and rounded once."""
     distinct, place = torch.unique(rows, return_inverse=True)
     sums = values.new_zeros(
         (distinct.numel(), values.shape[1]), dtype=torch.promote_types(values.dtype, torch.float32)
@@ -173,7 +174,9 @@ def _norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Of all elements, over all processes; those that are not stored are zero, which no positive order counts."""
+    """Return the norm of all elements, over all processes; elements that are not stored are zero, which no positive
+    order counts.
+    """
     if dim is not None or order <= 0:
         raise NotImplementedError("The norm of a gradient in shards is that of all its elements, of a positive order.")
     values, is_largest = gradient.row_values, math.isinf(order)
@@ -195,7 +198,7 @@ def _scale(apply: Callable[[torch.Tensor, Any], Any]) -> Callable[[ShardGradient
 
 
 _ATEN = torch.ops.aten
-# What autograd and clipping do to a gradient.
+# Autograd and clipping apply these operations to a gradient.
 _HANDLED: dict[Any, Callable[..., Any]] = {
     _ATEN.add_.Tensor: _accumulate,
     _ATEN.add.Tensor: lambda one, other: _accumulate(_copy(one), other),
@@ -210,20 +213,20 @@ _HANDLED: dict[Any, Callable[..., Any]] = {
 
 
 class LookUp(torch.autograd.Function):
-    """The N rows of an exchange, `[N, W]`; their gradients go to where the rows are, averaged over the processes.
+    """The N rows of an exchange, `[N, W]`; their gradients are sent to the rows' owners, averaged over the processes.
 
-    That is what DDP and FSDP do with all other gradients.
+    DDP and FSDP average all other gradients in the same way.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: DTensor, exchange: Exchange) -> torch.Tensor:
-        """`weight` is the table."""
+        """Return the N rows of the table `weight`."""
         ctx.exchange = exchange
         return exchange.to_askers(weight.to_local().index_select(0, exchange.rows))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[ShardGradient, None]:
-        """`gradient` `[N, W]` is that of this process's loss."""
+        """Return the gradient of the table; `gradient` `[N, W]` is that of this process's loss."""
         exchange = ctx.exchange
         values = exchange.to_owners(gradient / exchange.shard.processes)
         return ShardGradient(exchange.shard, exchange.rows, values), None

@@ -3,7 +3,7 @@
     found = scan_rows(texts, tokenizer, model)
     model = get_peft_model(model, EngramRowsConfig(rows=found))
 
-An adapter holds rows, their numbers and what the model's hash is made of: under another hash the same numbers are other
+An adapter holds rows, their numbers and the parameters of the model's hash: under another hash the same numbers mean other
 n-grams, so another model refuses it.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..modeling_engram import EngramModel
 
 NAME = "ENGRAM_ROWS"
-# The members of a hash besides the token map, as in a table file (docs/engram-table-format.md).
+# These are the members of a hash besides the token map, as in a table file (docs/engram-table-format.md).
 _OF_THE_HASH = ("primes", "multipliers", "vocab_size", "pad_id")
 _LOADING = """
 ## Loading
@@ -52,12 +52,12 @@ class EngramRowsConfig(PeftConfig):
     """Train differences for some rows of the memory's tables; everything else is frozen.
 
     Args:
-        rows: by decoder layer, the rows to train, int64 `[n]` without repetitions: what [`scan_rows`] returns. They are
+        rows: the rows to train by decoder layer, int64 `[n]` without repetitions: the result of [`scan_rows`]. They are
             saved with the weights, not in `adapter_config.json`.
-        memory: by decoder layer, how many rows there are, their digest, which layers
-            have rows, and what the hash is made of. It is filled in when the adapter
+        memory: by decoder layer, the number of rows, their digest, the layers
+            with rows, and the parameters of the hash. It is filled in when the adapter
             is added to a model, and compared when the adapter is loaded.
-        facts: what [`write_facts`] wrote, one dictionary each.
+        facts: the facts that [`write_facts`] wrote, one dictionary each.
         task_type: as in PEFT; a causal language model if not given.
     """
 
@@ -80,7 +80,7 @@ class EngramRowsConfig(PeftConfig):
         self.target_modules = [f"{layer}.engram.table" for layer in layers]
 
     def to_dict(self) -> dict[str, Any]:
-        """What `adapter_config.json` holds: everything but the row numbers."""
+        """Return the contents of `adapter_config.json`: all fields except the row numbers."""
         rows, self.rows = self.rows, None
         try:
             return super().to_dict()
@@ -91,12 +91,14 @@ class EngramRowsConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs
     ) -> "EngramRowsConfig":
-        """As in PEFT; a folder to which `engram facts write` was killed at the very end is refused."""
+        """Load a config as in PEFT; a folder is refused if `engram facts write` was killed at the very end of writing
+        it.
+        """
         require_settled(Path(pretrained_model_name_or_path, subfolder or ""))
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As in PEFT; the README beside it says what has to be imported before the adapter is loaded."""
+        """Save the config as in PEFT; the README beside it says what to import before the adapter is loaded."""
         super().save_pretrained(save_directory, **kwargs)
         readme = Path(save_directory) / "README.md"
         text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
@@ -105,19 +107,19 @@ class EngramRowsConfig(PeftConfig):
 
 
 class EngramRowsModel(BaseTuner):
-    """Puts row adapters around the tables of a model; made by PEFT, from an [`EngramRowsConfig`]."""
+    """Puts row adapters around the tables of a model; PEFT creates it from an [`EngramRowsConfig`]."""
 
     prefix = "engram_rows_"
     tuner_layer_cls = RowsLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # a config names its tables itself
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # A config names its tables itself.
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-        """Add an adapter with the rows of several: the weighted sum of their differences.
+        """Add an adapter with the rows of several adapters: the weighted sum of their differences.
 
         Args:
             adapters: names of adapters of this model.
-            weights: one for each.
-            adapter_name: of the new adapter, which is not made active.
+            weights: one weight for each adapter.
+            adapter_name: name of the new adapter, which is not activated.
 
         Raises:
             ValueError: a name is unknown or taken, or there is not one weight for each.
@@ -173,7 +175,7 @@ class EngramRowsModel(BaseTuner):
             require_same_memory(engram, layer, described)
         layers = sorted(map(int, peft_config.memory))
         for described in peft_config.memory.values():
-            # PEFT ignores tensors that it has no place for, without a warning.
+            # PEFT ignores tensors without a place in the model, and does not warn.
             if described.get("layers", layers) != layers:
                 raise EngramError(
                     f"adapter_config.json describes rows of the layers {layers}, but this adapter has rows of the layers "
@@ -208,19 +210,19 @@ class EngramRowsModel(BaseTuner):
 
 
 def hotswap_rows(model: PeftModel, model_name_or_path: str, adapter_name: str = "default", **kwargs: Any) -> None:
-    """Put a saved row adapter in the place of one that a model has, as `peft.utils.hotswap.hotswap_adapter` does for LoRA.
+    """Replace a row adapter of a model by a saved one, as `peft.utils.hotswap.hotswap_adapter` does for LoRA.
 
-    The adapter keeps its name and stays active or not, and neither the model nor its tables are touched. The number of rows may be
-    another one, and so may the layers.
+    The adapter keeps its name and stays active or inactive, and neither the model nor its tables change. The number of rows may
+    differ, and so may the layers.
 
     Args:
-        model: with a row adapter `adapter_name`.
+        model: a model with a row adapter `adapter_name`.
         model_name_or_path: folder or Hub id of the adapter.
-        adapter_name: which adapter is replaced.
-        kwargs: as of `PeftModel.load_adapter`; without `is_trainable=True`, the new rows are frozen.
+        adapter_name: the adapter to replace.
+        kwargs: as in `PeftModel.load_adapter`; without `is_trainable=True`, the new rows are frozen.
 
     Raises:
-        ValueError: there is no such adapter, it is merged, or the saved one is for another memory. The model is as it was.
+        ValueError: there is no such adapter, it is merged, or the saved one is for another memory. The model is unchanged.
     """
     if getattr(getattr(model, "peft_config", {}).get(adapter_name), "peft_type", None) != NAME:
         raise EngramError(
@@ -251,7 +253,7 @@ def hotswap_rows(model: PeftModel, model_name_or_path: str, adapter_name: str = 
 
 
 def _checked_rows(engram: "EngramModel", layer: int, rows: torch.Tensor) -> torch.Tensor:
-    """`rows` in ascending order."""
+    """Return `rows` in ascending order."""
     num_rows = memory_of_layer(engram, layer).table.num_rows
     rows = torch.as_tensor(rows)
     distinct = torch.unique(rows)
@@ -269,7 +271,9 @@ def _checked_rows(engram: "EngramModel", layer: int, rows: torch.Tensor) -> torc
 
 
 def describe_memory(engram: "EngramModel", layer: int, rows: int) -> dict[str, Any]:
-    """The description of the memory that an adapter is for, with the adapter's number of rows in each layer, as JSON values."""
+    """Return the description of the memory that an adapter is for, with the adapter's number of rows in each layer, as
+    JSON values.
+    """
     width = memory_of_layer(engram, layer).table.width
     own = describe_table(engram.hashing, engram.hashing.layer_ids.index(layer), width=width, dtype="F32")
     described = {name: getattr(own, name) for name in (*_OF_THE_HASH, "token_map_sha256", "token_map_ids")}
@@ -281,11 +285,11 @@ def require_same_memory(engram: "EngramModel", layer: str, described: dict[str, 
 
     Args:
         engram: the model.
-        layer: number of a decoder layer, as JSON keys are.
-        described: what [`describe_memory`] said when the adapter was made.
+        layer: number of a decoder layer, as a string (a JSON key).
+        described: the result of [`describe_memory`] at the adapter's creation.
 
     Raises:
-        ValueError: names what differs, or says that the description is damaged.
+        ValueError: the memory differs, or the description is damaged.
     """
     names = {"rows", "width", *_OF_THE_HASH, "token_map_sha256", "token_map_ids"}
     if not layer.isdecimal() or not isinstance(described, dict) or not names <= described.keys():
@@ -315,14 +319,14 @@ def require_same_memory(engram: "EngramModel", layer: str, described: dict[str, 
 
 
 def _same_token_map(engram: "EngramModel", own: dict[str, Any], described: dict[str, Any]) -> bool:
-    """Whether one token map begins with the other: tokens may have been added since."""
+    """Return whether one token map begins with the other: tokens may have been added since."""
     if own["token_map_sha256"] == described["token_map_sha256"]:
         return True
     token_map, ids = engram.hashing.token_map, described["token_map_ids"]
     if token_map is None or type(ids) is not int:
         return False
     covered = _Covered(described["token_map_sha256"], ids)
-    return covers_token_map(covered, token_map)  # the function reads only these two attributes
+    return covers_token_map(covered, token_map)  # The function reads only these two attributes.
 
 
 @dataclass
@@ -337,7 +341,7 @@ def _short(value: Any) -> str:
 
 
 def register() -> None:
-    """Make the method known to PEFT, once a process."""
+    """Register the method with PEFT, once a process."""
     if NAME in PeftType.__members__:
         return
     # PEFT registers methods of other packages only under names of its closed enumeration.
@@ -348,7 +352,7 @@ def register() -> None:
     if not hasattr(PeftType, NAME):
         type.__setattr__(PeftType, NAME, member)
     register_peft_method(name=NAME.lower(), config_cls=EngramRowsConfig, model_cls=EngramRowsModel)
-    # PEFT would only list what its mixed model takes. Without this name, PEFT's own refusal stays.
+    # PEFT would only list the methods that its mixed model takes. Without this name, PEFT's own refusal stays.
     if (refuse := getattr(mixed_model, "_check_config_compatible", None)) is not None:
         mixed_model._check_config_compatible = partial(_refuse_rows_in_a_mixed_model, refuse)
 

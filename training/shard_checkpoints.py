@@ -1,7 +1,8 @@
-"""Checkpoints of models with tables in shards, and ordinary folders made of them: every process writes and reads its own rows.
+"""Checkpoints of models with tables in shards, and ordinary folders made from them: every process writes and reads its
+own rows.
 
-Files are written by torch.distributed.checkpoint, as safetensors: `engram_shards.json` names them and says what belongs to them,
-and another number of processes reads from each what it needs. Every save is put in place as a whole; see `saving_engram`.
+Files are written by torch.distributed.checkpoint, as safetensors: `engram_shards.json` names them and describes their contents,
+and any number of processes can read parts of each. Every save replaces the former one as a whole; see `saving_engram`.
 
 Shape letters: K rows of a table that ever had a gradient in one process, W channels of a row.
 """
@@ -48,16 +49,16 @@ def save_shards(
 ) -> None:
     """Write a checkpoint of a model with tables in shards. Every process calls this, and writes its own part.
 
-    The folder, which all processes see, holds the old checkpoint until the new one is whole.
+    The folder, which all processes see, holds the old checkpoint until the new one is complete.
 
     Args:
-        model: on which [`shard_tables`] was called, plain or wrapped by PEFT, DDP or FSDP2.
-        folder: of the checkpoint.
-        optimizer: whose moments are saved too.
-        progress: what else is to be known when training goes on, such as the step, as JSON values.
+        model: a model after [`shard_tables`], plain or wrapped by PEFT, DDP or FSDP2.
+        folder: folder of the checkpoint.
+        optimizer: the optimizer whose moments are saved too.
+        progress: other values needed to resume training, such as the step, as JSON values.
 
     Raises:
-        EngramError: in every process, if one could not write its part; the old checkpoint is as it was.
+        EngramError: in every process, if one could not write its part; the old checkpoint is unchanged.
     """
     model = _unwrapped(model)
     shards = _shards(model)
@@ -79,15 +80,15 @@ def load_shards(model: nn.Module, folder: str | os.PathLike, optimizer: SparseAd
     """Fill a model with tables in shards from a checkpoint, which any number of processes may have written.
 
     Args:
-        model: on which [`shard_tables`] was called, built as the one that was saved.
-        folder: of the checkpoint.
-        optimizer: filled too; of the same parameters.
+        model: a model after [`shard_tables`], built like the saved one.
+        folder: folder of the checkpoint.
+        optimizer: an optimizer of the same parameters, which is filled too.
 
     Returns:
-        What `progress` was when it was saved.
+        The saved value of `progress`.
 
     Raises:
-        EngramError: in every process, if the checkpoint is damaged, or of another model. What was filled by then stays so.
+        EngramError: in every process, if the checkpoint is damaged, or of another model. Tensors that were filled by then stay filled.
     """
     model = _unwrapped(model)
     shard = next(iter(_shards(model).values()))
@@ -103,14 +104,14 @@ def load_shards(model: nn.Module, folder: str | os.PathLike, optimizer: SparseAd
 def export_model(model: nn.Module, folder: str | os.PathLike) -> None:
     """Save a model with tables in shards as an ordinary folder for `from_pretrained`. Every process calls this.
 
-    Each writes its rows to a file of its own; the first process writes everything else, of which it gathers what is sharded.
+    Each writes its rows to a file of its own; the first process writes everything else, and gathers sharded tensors for it.
 
     Args:
-        model: on which [`shard_tables`] was called, plain or wrapped by DDP or FSDP2.
-        folder: which all processes see.
+        model: a model after [`shard_tables`], plain or wrapped by DDP or FSDP2.
+        folder: a folder that all processes see.
 
     Raises:
-        EngramError: in every process, if one could not write its part; the folder is as it was.
+        EngramError: in every process, if one could not write its part; the folder is unchanged.
     """
     model = _unwrapped(model)
     if not isinstance(model, PreTrainedModel):
@@ -126,7 +127,7 @@ def export_model(model: nn.Module, folder: str | os.PathLike) -> None:
     }
     with _staged(folder, shard) as (path, _):
         _together(shard, "write its rows", lambda: _write_rows(engram, path))
-        # Not published: what is saved now links these files.
+        # These files are not published: the saved model links them.
         if_first = (lambda: _save_around(model, path, folder, others)) if shard.rank == 0 else (lambda: None)
         _together(shard, "save the model", if_first)
 
@@ -143,7 +144,7 @@ def _write_rows(engram: Any, path: Path) -> None:
 
 
 def _save_around(model: Any, path: Path, folder: str | os.PathLike, others: dict[str, torch.Tensor]) -> None:
-    """Save a model whose rows lie in `path`, by the way in which models with mapped tables are saved."""
+    """Save a model whose rows are in `path`, in the same way as models with mapped tables."""
     engram, entries = find_engram(model), {}
     for index, memory in enumerate(engram.memories().values()):
         shard, description = cast(RowShard, memory.table.shard), _describe(engram, index, memory.table)
@@ -181,7 +182,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _shards(model: nn.Module) -> dict[str, RowShard]:
-    """By name of its weight, what this process has of every table."""
+    """Return the shard of every table in this process, by the name of its weight."""
     shards = {
         f"{name}.weight": module.shard for name, module in model.named_modules() if isinstance(module, TableInShards)
     }
@@ -191,14 +192,14 @@ def _shards(model: nn.Module) -> dict[str, RowShard]:
 
 
 def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters, each once, and buffers that are saved; the hash is compared and not loaded."""
+    """Return parameters, each once, and buffers that are saved; the hash is compared and not loaded."""
     kept = model.state_dict(keep_vars=True)
     tensors = {id(tensor): (name, tensor) for name, tensor in reversed(kept.items()) if ".hashing." not in f".{name}"}
     return {f"model.{name}": tensor.detach() for name, tensor in tensors.values()}
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: SparseAdamW) -> dict[str, torch.Tensor]:
-    """The state of every parameter. That of rows is a tensor of its own for every process, in ascending order of the rows."""
+    """Return the state of every parameter. A table's is one tensor for every process, in ascending order of its rows."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         state, shard = optimizer.state.get(parameter, {}), shard_of(parameter)
@@ -217,13 +218,13 @@ def _moments_name(name: str, kind: str, rank: int) -> str:
 
 
 def _table_of(name: str) -> str:
-    """The weight that a tensor belongs to, if it is one of a table: its moments lie in the same file."""
+    """Return the name of the table's weight whose file has a tensor (its moments, too); empty if it is not a table's."""
     match = re.match(r"(?:model|optimizer)\.(.*\.table)\.(?:weight|scale)", name)
     return "" if match is None else f"{match[1]}.weight"
 
 
 def _all_names(tensors: dict[str, torch.Tensor], shard: RowShard) -> list[str]:
-    """Names of the tensors of all processes."""
+    """Return the names of the tensors of all processes."""
     found: list[Any] = [None] * shard.processes
     dist.all_gather_object(found, list(tensors), group=shard.group)
     return sorted({name for names in found for name in names})
@@ -260,7 +261,7 @@ def _groups(model: nn.Module, optimizer: SparseAdamW) -> list[dict[str, Any]]:
 
 
 def _read_manifest(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """The checked manifest of a checkpoint of this model."""
+    """Return the checked manifest of a checkpoint of this model."""
     require_settled(folder)
     manifest = read_json(folder / MANIFEST_NAME)
     files, tables = manifest.get("files"), manifest.get("tables")
@@ -287,7 +288,7 @@ def _read_manifest(folder: Path, model: nn.Module) -> dict[str, Any]:
 def _save(tensors: dict[str, torch.Tensor], writer: Any, shard: RowShard) -> None:
     try:
         dcp.save(tensors, storage_writer=writer, process_group=shard.group)
-    except dcp.CheckpointException as error:  # raised in all processes
+    except dcp.CheckpointException as error:  # The error is raised in all processes.
         own = error.failures.get(shard.rank)
         if own is not None:
             raise own[0] from error
@@ -296,7 +297,7 @@ def _save(tensors: dict[str, torch.Tensor], writer: Any, shard: RowShard) -> Non
 
 
 def _load(tensors: dict[str, torch.Tensor], reader: Any) -> None:
-    """Read what this process needs of each tensor into it."""
+    """Read this process's part of each tensor into it."""
     found = reader.read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
         stored = found.get(name)
@@ -304,14 +305,14 @@ def _load(tensors: dict[str, torch.Tensor], reader: Any) -> None:
             what = "lacks" if stored is None else f"has {list(stored.size)} of {list(tensor.shape)}"
             raise EngramError(f"The checkpoint {what} {name}; it is of another model, or of one with other adapters.")
         _require_tiled(name, stored)
-    # What each process reads is its own affair; the others may have nothing to read.
+    # The processes read different tensors, and some may read none.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load({name: some for name, some in tensors.items() if some.numel()}, storage_reader=reader, no_dist=True)
 
 
 def _require_tiled(name: str, stored: Any) -> None:
-    """Refuse a tensor whose parts leave rows out, which would stay as they are."""
+    """Refuse a tensor whose parts leave rows out, which would stay unchanged."""
     end = 0
     for chunk in sorted(stored.chunks, key=lambda chunk: tuple(chunk.offsets)):
         if tuple(chunk.offsets[1:]) != (0,) * (len(stored.size) - 1) or chunk.sizes[1:] != stored.size[1:]:
@@ -361,7 +362,7 @@ def _empty(stored: Any, parameter: torch.Tensor) -> torch.Tensor:
 def _read_moments(
     name: str, shard: RowShard, processes: int, reader: Any, found: dict[str, Any]
 ) -> dict[str, torch.Tensor] | None:
-    """Moments of the rows that this process has now, out of those that each process had then."""
+    """Return moments of this process's present rows, from those of the rows that each process had before."""
     if f"optimizer.{name}.step" not in found:
         return None
     parts: dict[str, list[torch.Tensor]] = {kind: [] for kind in _MOMENTS}
@@ -388,10 +389,10 @@ def _read_moments(
 
 
 def _together(shard: RowShard, what: str, act: Callable[[], Any]) -> Any:
-    """Do something in every process; if it fails in one, all of them say so.
+    """Call a function in every process; if it fails in one, raise an error in all of them.
 
     Raises:
-        EngramError: names the process that failed, and how.
+        EngramError: a process failed; the message names it and its error.
     """
     result, failure = None, None
     try:
@@ -411,7 +412,9 @@ def _together(shard: RowShard, what: str, act: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def _staged(folder: str | os.PathLike, shard: RowShard) -> Iterator[tuple[Path, Callable[..., None]]]:
-    """A hidden folder inside of `folder`, which all processes write to, and what puts its files in place in the end."""
+    """Yield a hidden folder inside of `folder`, which all processes write to, and a function that puts its files in
+    place.
+    """
     with contextlib.ExitStack() as stack:
         writer = None
 

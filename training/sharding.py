@@ -1,4 +1,4 @@
-"""Tables sharded by row over the processes of a group, so that no process holds a whole one: `shard_tables`.
+"""Shard tables by row over the processes of a group, so that no process holds a whole one: `shard_tables`.
 
     model = EngramForCausalLM.from_pretrained(folder, engram_residency="mapped")  # reads no rows
     shard_tables(model)  # this process's rows are read
@@ -34,7 +34,7 @@ _BLOCK = 65_536
 
 
 class TableInShards(RuntimeSubclass):
-    """Goes in front of a table's class: its parameters are DTensors, of which this process has the rows of `shard`."""
+    """Precedes a table's class: its parameters are DTensors, of which this process has the rows of `shard`."""
 
     shard: RowShard
     source: Any
@@ -42,14 +42,16 @@ class TableInShards(RuntimeSubclass):
     scale: nn.Parameter | None
 
     def forward(self, row_ids: torch.Tensor, dtype: torch.dtype | None = None, source: Any = None) -> torch.Tensor:
-        """As of a table. All processes call it together, each with the rows that it needs, which may be none."""
+        """Look rows up as a table does. All processes call it together, each with the rows that it needs, possibly
+        none.
+        """
         return _look_up(self, row_ids, dtype)
 
     def require_whole(self) -> None:
-        """Refuse to be saved as a whole.
+        """Refuse to be saved as a whole table.
 
         Raises:
-            ValueError: always, unless the rows are in a file.
+            ValueError: the rows are not in a file.
         """
         if self.source is None:
             raise EngramError(
@@ -59,13 +61,13 @@ class TableInShards(RuntimeSubclass):
             )
 
     def _apply(self, fn, recurse=True):
-        # torch exchanges a DTensor for what has none of its attributes.
+        # The attributes are set again, because torch replaces a DTensor by one that has none of them.
         super()._apply(fn, recurse)  # type: ignore[misc]  # of the table's class
         mark_sparse(self.weight, self.shard)
         return self
 
 
-# Compilers know no exchange whose sizes depend on the data; the rest of the model is compiled around this.
+# Compilers do not support exchanges whose sizes depend on the data; the rest of the model is compiled around this.
 @torch.compiler.disable
 def _look_up(table: Any, row_ids: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     exchange = Exchange(table.shard, row_ids)
@@ -75,7 +77,7 @@ def _look_up(table: Any, row_ids: torch.Tensor, dtype: torch.dtype | None) -> to
         else:
             rows = exchange.to_askers(own_rows(table.weight).index_select(0, exchange.rows))
         return F.embedding(exchange.place, rows).flatten(-2)
-    # Bytes travel as they are stored, and are decoded where they are needed.
+    # Bytes are exchanged in their stored form, and are decoded by the receiver.
     stored = (own_rows(some).view(torch.uint8).index_select(0, exchange.rows) for some in (table.weight, table.scale))
     values, scale = (exchange.to_askers(some) for some in stored)
     scales = apply_global_scale(scale.view(table.scale.dtype), table.global_scale)
@@ -85,13 +87,13 @@ def _look_up(table: Any, row_ids: torch.Tensor, dtype: torch.dtype | None) -> to
 
 @contextlib.contextmanager
 def tables_on_meta() -> Iterator[None]:
-    """Within it, the tables of models that are built take no memory until [`shard_tables`] fills them.
+    """While it is active, tables of new models take no memory until [`shard_tables`] fills them.
 
         with tables_on_meta():
             model = EngramForCausalLM.from_backbone(name, tokenizer, layer_ids=[1, 15], rows=200_000_000)
         shard_tables(model)
 
-    Other threads build no models meanwhile.
+    Other threads must not build models meanwhile.
     """
     make = EngramTable.__init__
 
@@ -106,14 +108,14 @@ def tables_on_meta() -> Iterator[None]:
 
 
 def shard_tables(model: nn.Module) -> set[nn.Parameter]:
-    """Spread every table of a model by row over all processes. Each calls this, with the same model.
+    """Spread every table of a model by row over all processes. Every process calls this, with the same model.
 
     Rows of mapped tables are read from the ranges of their files that belong to this process, and those of tables on the meta
-    device (see [`tables_on_meta`]) are drawn at random, the same ones whatever the number of processes. Of resident
-    tables the others are given up. Tables in floats can be trained, by [`SparseAdamW`] alone; others are frozen.
+    device (see [`tables_on_meta`]) are drawn at random, independently of the number of processes. The other rows of resident
+    tables are released. Float tables can be trained, by [`SparseAdamW`] only; other tables are frozen.
 
-    Call it after `get_peft_model`, and when the model is where it is to be; then wrap it in DDP, or call `fully_shard` with what
-    this returns. From then on a forward or backward pass of one process needs one of every other.
+    Call it after `get_peft_model` and after moving the model to its device; then wrap it in DDP, or call `fully_shard` with the
+    result. From then on, all processes run each forward and backward pass together.
 
     Args:
         model: an Engram model, plain or wrapped by PEFT, equal in all processes.
@@ -123,7 +125,7 @@ def shard_tables(model: nn.Module) -> set[nn.Parameter]:
 
     Raises:
         ValueError: there is no process group; or a table is in shards already, wrapped, or has fewer rows than there are
-            processes. The model is as it was.
+            processes. The model is unchanged.
     """
     engram = find_engram(model)
     memories = engram.memories()
@@ -134,7 +136,7 @@ def shard_tables(model: nn.Module) -> set[nn.Parameter]:
         )
     for layer, memory in memories.items():
         _require_shardable(layer, memory, dist.get_world_size())
-    # Of their own, so that nothing that DDP or FSDP exchanges meanwhile comes between.
+    # The tables have a group of their own, so that exchanges of DDP or FSDP cannot mix with theirs.
     group = dist.new_group()
     std = getattr(engram.config, "initializer_range", None) or 0.02
     for layer, memory in memories.items():
@@ -142,7 +144,8 @@ def shard_tables(model: nn.Module) -> set[nn.Parameter]:
         _shard(memory, layer, shard, std)
     engram.prefetcher = None
     names = [name for name, _ in model.named_parameters() if ".engram.table." in f".{name}"]
-    # PEFT and torch.compile answer for the model inside of them, whose names they lengthen; row adapters wrap a table.
+    # PEFT and torch.compile forward attributes to the model inside of them, and lengthen its names; row adapters wrap
+    # a table.
     names += [name.replace(".engram.table.", ".engram.table.base_layer.") for name in names]
     longer = [f"{front}{name}" for front in ("base_model.model.", "_orig_mod.") for name in names]
     cast(Any, model)._ddp_params_and_buffers_to_ignore = {*names, *longer}
@@ -191,7 +194,7 @@ def _shard(memory: "EngramMemory", layer: int, shard: RowShard, std: float) -> N
 
 
 def _read(table: Any, shard: RowShard, device: torch.device) -> dict[str, torch.Tensor]:
-    """This process's rows, a few at a time, from the files of a table."""
+    """Read this process's rows from the files of a table, a few at a time."""
     source = table.source or table.unread
     local: dict[str, torch.Tensor] = {}
     blocks = range(shard.first, shard.stop, _BLOCK)
@@ -208,7 +211,7 @@ def _read(table: Any, shard: RowShard, device: torch.device) -> dict[str, torch.
 
 
 def _cut(table: Any, shard: RowShard, device: torch.device, layer: int, std: float) -> dict[str, torch.Tensor]:
-    """This process's rows of a resident table; at random if it has none yet."""
+    """Return this process's rows of a resident table; they are random if the table has none yet."""
     if not table.weight.is_meta:
         parameters = {"weight": table.weight, "scale": table.scale}
         return {
@@ -220,7 +223,8 @@ def _cut(table: Any, shard: RowShard, device: torch.device, layer: int, std: flo
         raise EngramError(f"The table of layer {layer} is quantized and has no rows; load them from a saved model.")
     local = torch.empty((shard.stop - shard.first, table.width), dtype=table.row_dtype, device=device)
     generator = torch.Generator()
-    # Whole blocks, also where they reach over into other processes' rows, so that rows do not depend on how many there are.
+    # Whole blocks are drawn, even if they extend into other processes' rows, so that rows do not depend on the number
+    # of processes.
     for begin in range(shard.first - shard.first % _BLOCK, shard.stop, _BLOCK):
         generator.manual_seed(hash((torch.initial_seed(), layer, begin)))
         rows = torch.empty((_BLOCK, table.width)).normal_(std=std, generator=generator)

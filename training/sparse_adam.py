@@ -1,4 +1,4 @@
-"""`SparseAdamW`: AdamW whose moments of a table are those of the rows that were ever read.
+"""`SparseAdamW`: AdamW with moments only for those rows of a table that were ever read.
 
 Shape letters: R rows of a table, W channels of a row, n rows that a step read, K rows that were ever read.
 """
@@ -21,8 +21,8 @@ _GROWTH = 1.5
 class _RowSlots:
     """Gives every row the next free slot when it is first seen.
 
-    The rows are kept in sorted runs, each at least twice as long as the next, so that a new row is moved a few times only,
-    however many rows there are.
+    The rows are kept in sorted runs, each at least twice as long as the next, so that a new row is moved only a few times,
+    independently of the number of rows.
     """
 
     def __init__(self, rows: torch.Tensor):
@@ -31,7 +31,7 @@ class _RowSlots:
         self._runs = [(ordered, slots)]
 
     def find(self, rows: torch.Tensor) -> torch.Tensor:
-        """Slots `[n]` of `rows` `[n]`, -1 for those that were never seen."""
+        """Return the slots `[n]` of `rows` `[n]`, -1 for rows that were never seen."""
         found = torch.full_like(rows, -1)
         for ordered, slots in self._runs:
             if ordered.numel():
@@ -40,7 +40,7 @@ class _RowSlots:
         return found
 
     def add(self, rows: torch.Tensor) -> None:
-        """Give slots to `rows` `[n]`, ascending, of which none was seen."""
+        """Give slots to `rows` `[n]`, ascending, none of which was seen before."""
         slots = torch.arange(self.count, self.count + rows.numel(), device=rows.device)
         self.count += rows.numel()
         self._runs.append((rows, slots))
@@ -64,16 +64,16 @@ class _RowMoments:
 
     @property
     def rows(self) -> torch.Tensor:
-        """Numbers `[K]`."""
+        """The row numbers `[K]`."""
         return self._rows[: self._slots.count]
 
     @property
     def device(self) -> torch.device:
-        """Where the moments are."""
+        """The device of the moments."""
         return self._exp_avg.device
 
     def slots_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """Where the moments of `rows` `[n]`, ascending, are; those of new rows are zero."""
+        """Return the slots of the moments of `rows` `[n]`, ascending; moments of new rows are zero."""
         slots, first = self._slots.find(rows), self._slots.count
         is_new = slots < 0
         new = rows[is_new]
@@ -93,7 +93,7 @@ class _RowMoments:
         return average, square
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds: copies, since what they are cut out of may be larger."""
+        """Return the tensors of a checkpoint; they are copies, because the moments are views of larger tensors."""
         count = self._slots.count
         return {
             "rows": self._rows[:count].clone(),
@@ -117,19 +117,19 @@ class SparseAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` for models with sparse gradients of tables (see [`enable_sparse_gradients`]).
 
     A step reads and writes those rows of a table that have a gradient, and keeps moments, in float32, of rows that ever had
-    one. Where every row has a gradient in every step, this is AdamW. Elsewhere it is lazy, as `torch.optim.SparseAdam` is:
-    between two gradients of a row its moments do not decay, it does not move on, and weight decay does not act on it; the
+    one. If every row has a gradient in every step, this is AdamW. Otherwise it is lazy, as `torch.optim.SparseAdam` is:
+    between two gradients of a row, its moments do not decay, it does not move, and weight decay does not act on it; the
     correction of Adam's bias counts all steps. Every other parameter is updated by AdamW itself.
 
     A checkpoint (`state_dict`) has the moments of rows that had a gradient, and their numbers.
 
     Args:
         params: parameters or groups, such as those of [`engram_parameter_groups`].
-        lr, betas, eps, weight_decay: as of `torch.optim.AdamW`.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
 
     Raises:
-        ValueError: no table among the parameters has sparse gradients; in `step`, no table has a gradient, or one was moved
-            after its moments were made; in `load_state_dict`, the moments are not those of these tables.
+        ValueError: no table among the parameters has sparse gradients; in `step`, no table has a gradient, or a table was moved
+            after its moments were made; in `load_state_dict`, the moments do not belong to these tables.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class SparseAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As of any optimizer of torch."""
+        """Update all parameters, as any optimizer of torch does."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -170,9 +170,10 @@ class SparseAdamW(torch.optim.AdamW):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer of torch; a table has `step`, `rows` `[K]`, `exp_avg` and `exp_avg_sq` `[K, W]`.
+        """Return the state as any optimizer of torch; a table has `step`, `rows` `[K]`, `exp_avg` and `exp_avg_sq`
+        `[K, W]`.
 
-        Of tables in shards, they are those of this process; see [`save_shards`] for those of all.
+        For tables in shards, they are those of this process; see [`save_shards`] for those of all processes.
         """
         packed = super().state_dict()
         tables = {id(state): shard_of(table) for table, state in self.state.items() if "moments" in state}
@@ -183,23 +184,25 @@ class SparseAdamW(torch.optim.AdamW):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of any optimizer of torch. Nothing is changed if the moments do not fit."""
+        """Load a state as any optimizer of torch. Nothing changes if the moments do not fit."""
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
         moments = {}
-        for number, parameter in zip(saved, own, strict=False):  # torch raises the error if the numbers differ
+        for number, parameter in zip(saved, own, strict=False):  # torch raises the error if the numbers differ.
             state = state_dict["state"].get(number)
             if state is not None and has_sparse_gradients(parameter):
                 moments[parameter] = _checked(state, parameter)
         others = {number: state for number, state in state_dict["state"].items() if "rows" not in state}
-        # torch would cast the numbers of rows to the dtype of the table.
+        # Otherwise, torch would cast the numbers of rows to the dtype of the table.
         super().load_state_dict({**state_dict, "state": others})
         for parameter, state in moments.items():
             tensors = (state[name].to(parameter.device, copy=True) for name in ("rows", "exp_avg", "exp_avg_sq"))
             self.state[parameter] = {"step": state["step"].clone(), "moments": _RowMoments(*tensors)}
 
     def rows_of(self, table: nn.Parameter) -> torch.Tensor:
-        """The rows of a table that ever had a gradient, int64 `[K]`, in the order of their first; of a table in shards, this process's."""
+        """Return the rows of a table that ever had a gradient, int64 `[K]`, in the order of their first; for a table
+        in shards, this process's.
+        """
         moments = self.state.get(table, {}).get("moments")
         if moments is None:
             return torch.empty(0, dtype=torch.int64)
@@ -207,9 +210,10 @@ class SparseAdamW(torch.optim.AdamW):
         return moments.rows if shard is None else moments.rows + shard.first
 
     def moments_of(self, table: nn.Parameter) -> dict[str, torch.Tensor] | None:
-        """The `step`, `rows` `[K]`, `exp_avg` and `exp_avg_sq` `[K, W]` of a table, copied; None before its first gradient.
+        """Return copies of `step`, `rows` `[K]`, `exp_avg` and `exp_avg_sq` `[K, W]` of a table; None before its first
+        gradient.
 
-        Rows are numbered as in the whole table; of one in shards, they are this process's.
+        Rows are numbered as in the whole table; for a table in shards, they are this process's.
         """
         state = self.state.get(table, {})
         if "moments" not in state:
@@ -217,14 +221,14 @@ class SparseAdamW(torch.optim.AdamW):
         return {"step": state["step"].clone(), **state["moments"].tensors(), "rows": self.rows_of(table).clone()}
 
     def set_moments(self, table: nn.Parameter, moments: dict[str, torch.Tensor]) -> None:
-        """Replace what `moments_of` gives."""
+        """Replace the values that `moments_of` returns."""
         shard = shard_of(table)
         rows = moments["rows"] if shard is None else moments["rows"] - shard.first
         tensors = (some.to(table.device) for some in (rows, moments["exp_avg"], moments["exp_avg_sq"]))
         self.state[table] = {"step": moments["step"].clone(), "moments": _RowMoments(*tensors)}
 
     def _tables(self) -> dict[nn.Parameter, dict[str, Any]]:
-        """The tables, with the group that each is in."""
+        """Return the tables, with the group of each."""
         pairs = ((parameter, group) for group in self.param_groups for parameter in group["params"])
         return {parameter: group for parameter, group in pairs if has_sparse_gradients(parameter)}
 
@@ -278,10 +282,10 @@ def _packed(state: dict[str, Any], shard: RowShard | None) -> dict[str, torch.Te
 
 
 def _checked(state: dict[str, Any], table: nn.Parameter) -> dict[str, torch.Tensor]:
-    """The saved moments of a table, if they are that.
+    """Return the saved moments of a table, checked.
 
     Raises:
-        ValueError: says that they are not.
+        ValueError: the values are not moments of this table.
     """
     tensors: list[Any] = [state.get(name) for name in ("rows", "exp_avg", "exp_avg_sq", "step")]
     own, shard = own_rows(table), shard_of(table)

@@ -1,4 +1,5 @@
-"""Sparse gradients for tables: a training step then costs what it reads, whatever the size of the table.
+"""Sparse gradients for tables: the cost of a training step depends on the rows that it reads, not on the size of the
+table.
 
     enable_sparse_gradients(model)
     optimizer = SparseAdamW(engram_parameter_groups(model, lr=3e-4))
@@ -19,17 +20,17 @@ from ..safetensors_engram import EngramError
 from .memory import find_engram
 from .row_shards import RowShard, ShardGradient
 
-# Optimizers of torch that update the rows of a sparse gradient and leave the others as they are.
+# These optimizers of torch update the rows of a sparse gradient and leave the others unchanged.
 _OF_TORCH = (torch.optim.SparseAdam, torch.optim.SGD, torch.optim.Adagrad)
-# Those that take the gradients of tables in shards, too.
+# These also take the gradients of tables in shards.
 _TAKE_ALL: list[type] = []
-# Kernels that were registered with torch, once in a process; they live as long as this library object.
+# These kernels were registered with torch, once in a process; they exist as long as this library object.
 _kernels: list[torch.library.Library] = []
 _hooks: list[Any] = []
 
 
 class TableWithSparseGradients(RuntimeSubclass):
-    """Goes in front of a table's class: the gradient of its weight `[R, W]` has the rows that were read, and no others."""
+    """Precedes a table's class: the gradient of its weight `[R, W]` has the rows that were read, and no others."""
 
     weight: nn.Parameter
 
@@ -39,7 +40,8 @@ class TableWithSparseGradients(RuntimeSubclass):
         return super()._embed(row_ids)  # type: ignore[misc]  # of the table's class
 
 
-# Compilers trace the backward pass too, and know no sparse gradients; the rest of the model is compiled around this.
+# Compilers trace the backward pass too, and do not support sparse gradients; the rest of the model is compiled around
+# this.
 @torch.compiler.disable
 def _embed_sparsely(table: TableWithSparseGradients, row_ids: torch.Tensor) -> torch.Tensor:
     if (
@@ -55,14 +57,14 @@ def _embed_sparsely(table: TableWithSparseGradients, row_ids: torch.Tensor) -> t
         return F.embedding(row_ids, table.weight, sparse=True)
     except IndexError:
         with torch.no_grad():
-            return table._embed(row_ids)  # it raises the error for wrong ids
+            return table._embed(row_ids)  # This raises the error for wrong ids.
 
 
 def enable_sparse_gradients(model: nn.Module) -> None:
     """Give every trainable table of a model sparse gradients, which [`SparseAdamW`] takes.
 
-    `torch.nn.utils.clip_grad_norm_` takes them too from now on; each row counts once in the norm, however often it was
-    read. Call it after `get_peft_model` and before the optimizer is built. Tables that are frozen are left as they are.
+    `torch.nn.utils.clip_grad_norm_` also takes them from now on; each row counts once in the norm, however often it was
+    read. Call it after `get_peft_model` and before the optimizer is built. Frozen tables do not change.
 
     Args:
         model: an Engram model, plain or wrapped, whose trainable tables are resident and in floats.
@@ -89,16 +91,16 @@ def enable_sparse_gradients(model: nn.Module) -> None:
 
 
 def has_sparse_gradients(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a table's weight for which sparse gradients were enabled."""
+    """Return whether a parameter is a table's weight for which sparse gradients were enabled."""
     return getattr(parameter, "has_sparse_gradients", False)
 
 
 def mark_sparse(parameter: Any, shard: RowShard | None = None) -> None:
-    """Have optimizers that cannot take sparse gradients refuse a table's weight.
+    """Make optimizers that cannot take sparse gradients refuse a table's weight.
 
     Args:
         parameter: the weight.
-        shard: which of its rows this process has, if not all.
+        shard: the rows of this process, if not all.
     """
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_refuse_dense_optimizers))
@@ -106,12 +108,14 @@ def mark_sparse(parameter: Any, shard: RowShard | None = None) -> None:
 
 
 def shard_of(parameter: torch.Tensor) -> RowShard | None:
-    """Which rows of a table this process has; None if all."""
+    """Return the rows of a table that this process has; None if all."""
     return getattr(parameter, "row_shard", None)
 
 
 def rows_of_gradient(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Rows `[n]`, ascending, of a table or of this process's shard, that have a gradient, and it `[n, W]`; None if it is dense."""
+    """Return rows `[n]`, ascending, of a table or of this process's shard, and their gradient `[n, W]`; None if it is
+    dense.
+    """
     gradient = table.grad
     if isinstance(gradient, ShardGradient):
         return gradient.rows, gradient.row_values
@@ -137,13 +141,13 @@ def _require_floats_in_memory(name: str, table: Any) -> None:
 
 
 def _coalesce(parameter: torch.Tensor) -> None:
-    """Sum the gradients of a row that was read several times, by one batch or by several that are accumulated."""
+    """Sum the gradients of a row that was read several times, by one batch or by several accumulated batches."""
     if parameter.grad is not None and parameter.grad.is_sparse:
         parameter.grad = parameter.grad.coalesce()
 
 
 def _let_norms_take_sparse_gradients() -> None:
-    """Give `torch.linalg.vector_norm`, of which gradient clipping is made, a kernel for sparse tensors, if torch has none."""
+    """Give `torch.linalg.vector_norm`, which gradient clipping calls, a kernel for sparse tensors, if torch has none."""
     _kernels.append(torch.library.Library("aten", "IMPL"))
     try:
         torch.linalg.vector_norm(torch.ones(1).to_sparse())
@@ -160,7 +164,7 @@ def _sparse_vector_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Norm of all elements; those that are not stored are zero, which no positive order counts."""
+    """Return the norm of all elements; elements that are not stored are zero, which no positive order counts."""
     if dim is not None or ord <= 0:
         raise NotImplementedError("The norm of a sparse tensor is that of all its elements, of a positive order.")
     values = tensor.coalesce().values()
