@@ -1,4 +1,4 @@
-"""What the command is tried on: a small model, the text it reads, and what it makes of it."""
+"""A small model for the command, the text that it reads, and its logits."""
 
 import torch
 from tiny_backbones import BACKBONES

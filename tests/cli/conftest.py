@@ -21,7 +21,7 @@ def model() -> EngramForCausalLM:
 
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory) -> Path:
-    """The model with its tables among the weights; not to be changed."""
+    """Save the model with its tables among the weights; tests do not change it."""
     folder = tmp_path_factory.mktemp("saved")
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -30,7 +30,7 @@ def saved(model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def with_files(saved, tmp_path_factory) -> Path:
-    """The model with its tables in files of their own; not to be changed."""
+    """Save the model with its tables in files of their own; tests do not change it."""
     folder = tmp_path_factory.mktemp("with_files")
     EngramForCausalLM.from_pretrained(saved, engram_residency="mapped").save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -39,13 +39,13 @@ def with_files(saved, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(with_files, tmp_path) -> Path:
-    """A copy of `with_files` to damage."""
+    """Copy `with_files` to a folder that a test may damage."""
     return Path(shutil.copytree(with_files, tmp_path / "copy"))
 
 
 @pytest.fixture
 def engram(capsys):
-    """Run a command; what it printed. It has to end well."""
+    """Run a command that must succeed, and return its output."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
@@ -57,7 +57,7 @@ def engram(capsys):
 
 @pytest.fixture
 def complaint(capsys):
-    """Run a command that has to fail; its one sentence."""
+    """Run a command that must fail, and return its error, one sentence."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""`engram demo`: a model that loads with nothing of ours, whole or not at all."""
+"""`engram demo`: the model loads without the package, and is copied completely or not at all."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ PROMPT = "Return True if the object is a"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A copy that is made once."""
+    """Make one copy for all tests."""
     from engram_cli.main import main
 
     folder = tmp_path_factory.mktemp("demo") / "engram-demo"
@@ -62,7 +62,7 @@ def test_demo_model_continues_a_text_and_needs_its_memory(saved):
     assert loss + 1 < model(**inputs, labels=inputs["input_ids"], engram_edit=Off()).loss
 
 
-def test_a_full_disk_leaves_nothing(complaint, tmp_path, monkeypatch):
+def test_full_disk_leaves_nothing(complaint, tmp_path, monkeypatch):
     copied, copy = [], shutil.copyfile
 
     def full(source, target):
@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_nothing(complaint, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_demo_removes_what_a_killed_one_left_and_nothing_of_one_that_runs(engram, tmp_path):
+def test_demo_removes_the_folder_of_a_killed_run_but_not_of_an_active_one(engram, tmp_path):
     left = tmp_path / ".engram-demo-killed"
     left.mkdir()
     (left / "model").touch()
@@ -94,8 +94,8 @@ def test_demo_model_runs_without_the_package(saved):
 
 
 @pytest.mark.slow
-def test_a_wheel_in_a_fresh_environment_has_the_demo(tmp_path):
-    """The wheel is built and installed; its dependencies are those of this environment, which has no package index to ask."""
+def test_wheel_in_a_fresh_environment_has_the_demo(tmp_path):
+    """The wheel is built and installed; its dependencies are those of this environment, which has no package index."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     source = shutil.copytree(ROOT, tmp_path / "source", ignore=_left_out_of_a_wheel)
     wheels = ["wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
@@ -104,7 +104,8 @@ def test_a_wheel_in_a_fresh_environment_has_the_demo(tmp_path):
     (packages,) = (tmp_path / "environment" / "lib").glob("python*/site-packages")
     (wheel,) = tmp_path.glob("engram_hf-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(packages), str(wheel)], check=True)
-    # A path in a .pth file is searched after the wheel's own, and .pth files in it, as of an editable install, are not read.
+    # A path in a .pth file is searched after the wheel's own; .pth files in it, such as that of an editable install,
+    # are not read.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
     engram = [str(tmp_path / "environment" / "bin" / "python"), "-P", "-m", "engram_cli"]
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -117,5 +118,5 @@ def test_a_wheel_in_a_fresh_environment_has_the_demo(tmp_path):
 
 
 def _left_out_of_a_wheel(folder: str, names: list[str]) -> set[str]:
-    """What lies in a checkout beside the sources, such as environments."""
+    """Return names in a checkout that are not sources, such as environments."""
     return {name for name in names if name.startswith(".") or name in ("build", "dist", "out", "tests", "__pycache__")}

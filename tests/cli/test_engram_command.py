@@ -1,4 +1,4 @@
-"""The command `engram`, as a newcomer types it."""
+"""The command `engram`, as users type it."""
 
 import importlib
 import json
@@ -35,7 +35,7 @@ COMMANDS = ["inspect", "card", "lookup", "check", "quantize", "compress", "conve
 SCRIPTS = [["convert", "deepseek-v4.1"], ["convert", "demo"], ["export", "deepseek-v4.1"]]
 
 
-# Help and usage
+# --- help and usage ---
 
 
 def test_help_needs_no_heavy_import():
@@ -54,7 +54,7 @@ finally:
 
 
 def test_commands_that_run_no_model_import_neither_torch_nor_transformers(golden, tmp_path):
-    """In a process of their own, as the console script is; what is computed with torch is planned and verified without."""
+    """Each command runs in a process of its own, as the console script does; planning and verification need no torch."""
     copy_release(golden / "deepseek_v41_tiny_vl", tmp_path / "release")
     floats = ["convert", "deepseek-v4.1", str(tmp_path / "release"), str(tmp_path / "floats"), "--dtype", "float32"]
     assert main(floats) == 0
@@ -102,7 +102,7 @@ run("export", "deepseek-v4.1", "examples/engram-demo", back + "2", expected=1)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "floats").iterdir()} == done
 
 
-def test_postpone_package_runs_init_when_a_name_is_asked_for(tmp_path, monkeypatch):
+def test_postpone_package_runs_init_when_a_name_is_used(tmp_path, monkeypatch):
     package = tmp_path / "package_of_two"
     package.mkdir()
     (package / "__init__.py").write_text("from . import heavy\nfrom .heavy import NAME\n")
@@ -124,8 +124,8 @@ def test_main_called_by_other_code_leaves_imports_alone(engram, saved, monkeypat
 
 
 @pytest.mark.parametrize("command", ["inspect", "check", "compress"])
-def test_plain_fields_say_what_the_classes_say(engram, with_files, copy, command):
-    """A config with a field left out is read by transformers, which knows its default; both print the same."""
+def test_plain_fields_equal_those_of_the_classes(engram, with_files, copy, command):
+    """transformers reads a config that lacks a field, because it knows the field's default; both print the same."""
     for name, field in (("config.json", "engram_seed"), ("tokenizer_config.json", "tokenizer_class")):
         fields = json.loads((copy / name).read_text())
         fields.pop(field)
@@ -134,8 +134,10 @@ def test_plain_fields_say_what_the_classes_say(engram, with_files, copy, command
     assert plain.replace(str(with_files), str(copy)) == whole
 
 
-def test_a_shell_completes_commands(tmp_path):
-    """As `register-python-argcomplete engram` has a shell ask; the answer comes on file descriptor 8."""
+def test_shell_completes_commands(tmp_path):
+    """The environment is that of a shell after `register-python-argcomplete engram`; the answer is on file descriptor
+    8.
+    """
     answer = tmp_path / "answer"
     asked = {"_ARGCOMPLETE": "1", "COMP_LINE": "engram comp", "COMP_POINT": "11", "_ARGCOMPLETE_IFS": "\n"}
     command = f"{sys.executable} -c 'from engram_cli.main import main; main()' 8> {answer}"
@@ -170,7 +172,7 @@ def test_command_runs_as_a_module_and_ends_without_traceback_on_a_closed_pipe(sa
     assert "Traceback" not in errors and "Exception ignored" not in errors
 
 
-# inspect, card, compress
+# --- inspect, card, compress ---
 
 
 @pytest.mark.parametrize("command", ["inspect", "check"])
@@ -190,7 +192,7 @@ def test_names_from_files_do_not_move_the_cursor(copy, capsys, command):
 
 
 @pytest.mark.parametrize("folder", ["saved", "with_files"])
-def test_inspect_says_what_is_there(engram, model, folder, request):
+def test_inspect_describes_the_folder(engram, model, folder, request):
     folder = request.getfixturevalue(folder)
     found = json.loads(engram("inspect", folder, "--json"))
     tables = [memory.table.weight for memory in model.model.memories().values()]
@@ -254,7 +256,7 @@ def test_compress(engram, saved):
     assert engram("compress", saved, "--examples", "1") == str(make_tokenizer().compression_summary(1)) + "\n"
 
 
-# lookup
+# --- lookup ---
 
 
 @pytest.mark.parametrize("folder", ["saved", "with_files"])
@@ -313,16 +315,16 @@ def test_lookup_reads_only_the_rows_it_needs(engram, tmp_path):
 
 
 def sparse_table(path: Path, layer: int, rows: int) -> None:
-    """A table of zeros that takes no space on the disk."""
+    """Write a table of zeros that takes no space on the disk."""
     size = rows * 32 * 4
     entry = {"dtype": "F32", "shape": [rows, 32], "data_offsets": [0, size]}
     header = json.dumps({f"model.layers.{layer}.engram.table.weight": entry}).encode()
-    header += b" " * (-len(header) % 8)  # as safetensors does itself
+    header += b" " * (-len(header) % 8)  # safetensors pads headers in this way, too.
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(path, 8 + len(header) + size)
 
 
-# check
+# --- check ---
 
 
 @pytest.mark.parametrize("folder", ["saved", "with_files"])
@@ -346,7 +348,7 @@ def test_check_finds_another_models_config(complaint, saved, tmp_path):
 
 
 def test_check_finds_tables_of_another_hash(complaint, with_files, copy):
-    """The files are sound, and so is the model, but they do not belong together."""
+    """The files and the model are valid, but they do not belong together."""
     path = copy / "engram-layer-00001.safetensors"
     described = file_description(read_header(path))
     rows = MappedRows(read_tables(with_files)[1]).read(0, described.num_rows)
@@ -354,7 +356,7 @@ def test_check_finds_tables_of_another_hash(complaint, with_files, copy):
     assert "written for the multipliers [1, 3, 5]" in complaint("check", copy)
 
 
-# Bad input
+# --- bad input ---
 
 
 @pytest.mark.parametrize(
@@ -374,7 +376,7 @@ def test_check_finds_tables_of_another_hash(complaint, with_files, copy):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_sentence(complaint, tmp_path, monkeypatch, command, said):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or the client tries for a minute
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # Otherwise, the client tries for a minute.
     places = {name: tmp_path / name for name in ("empty", "plain", "file")}
     places["empty"].mkdir()
     places["file"].touch()
@@ -382,14 +384,16 @@ def test_bad_input_is_one_sentence(complaint, tmp_path, monkeypatch, command, sa
     assert said.format(**places) in complaint(*(word.format(**places) for word in command))
 
 
-def test_lookup_without_hash_or_text(complaint, saved, copy):
+def test_lookup_without_hash_or_text_is_refused(complaint, saved, copy):
     assert "no tokens" in complaint("lookup", saved, "")
     (copy / "model.safetensors").unlink()
     assert "lacks the hash tensors multipliers, primes, token_map" in complaint("lookup", copy, TEXT)
 
 
 def older_tables(saved: Path, with_files: Path, folder: Path) -> Path:
-    """What is on the Hub after a push with mapped tables and one of the same model with trained tables among its weights."""
+    """Return a folder as on the Hub after two pushes: of mapped tables, and of the same model with trained tables
+    among its weights.
+    """
     shutil.copytree(saved, folder)
     trained = EngramForCausalLM.from_pretrained(saved)
     with torch.no_grad():
@@ -423,7 +427,7 @@ def test_commands_read_the_tables_that_a_model_reads(engram, complaint, saved, w
 
 @pytest.mark.parametrize("folder", ["saved", "with_files"])
 @pytest.mark.parametrize("command", [["check", "{0}"], ["lookup", "{0}", TEXT], ["quantize", "{0}", "{0}-new"]])
-def test_the_token_map_of_another_tokenizer(complaint, folder, command, request, tmp_path):
+def test_token_map_of_another_tokenizer_is_refused(complaint, folder, command, request, tmp_path):
     copy = shutil.copytree(request.getfixturevalue(folder), tmp_path / "copy")
     metadata = {"format_version": "1", "vocabulary_sha256": "0"}
     values = torch.arange(len(make_tokenizer())).int()
@@ -432,7 +436,7 @@ def test_the_token_map_of_another_tokenizer(complaint, folder, command, request,
     assert "is that of another tokenizer" in complaint(*(word.format(copy) for word in command))
 
 
-def test_more_ids_than_the_tokenizer_has(engram, tmp_path):
+def test_lookup_accepts_more_ids_than_the_tokenizer_has(engram, tmp_path):
     """Many releases pad their vocabulary."""
     backbone = BACKBONES["mixtral"]()
     backbone.vocab_size += 32
@@ -445,7 +449,7 @@ def test_more_ids_than_the_tokenizer_has(engram, tmp_path):
     assert engram("check", tmp_path).endswith("all well\n")
 
 
-def test_a_shard_that_is_not_there(complaint, saved, tmp_path):
+def test_missing_shard_is_refused(complaint, saved, tmp_path):
     EngramForCausalLM.from_pretrained(saved).save_pretrained(tmp_path, max_shard_size="300KB")
     names = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     (tmp_path / names["model.norm.weight"]).unlink()
@@ -454,7 +458,7 @@ def test_a_shard_that_is_not_there(complaint, saved, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["check", "lookup"])
-def test_hash_tensors_of_another_shape(complaint, copy, command):
+def test_hash_tensors_of_another_shape_are_refused(complaint, copy, command):
     weights = load_file(copy / "model.safetensors")
     weights["model.hashing.primes"] = weights["model.hashing.primes"][:1]
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
@@ -467,7 +471,7 @@ def test_hash_tensors_of_another_shape(complaint, copy, command):
 @pytest.mark.parametrize(
     "fields", [{"engram_layer_ids": 3}, {"auto_map": 1}, {"id2label": 0}, {"engram_n_heads": "2"}]
 )
-def test_a_config_of_wrong_types(complaint, copy, fields):
+def test_config_with_wrong_types_is_refused(complaint, copy, fields):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | fields))
     for command in (["inspect", copy], ["check", copy]):
@@ -478,26 +482,26 @@ def test_a_config_of_wrong_types(complaint, copy, fields):
     ("text", "said"),
     [("{", "engram: It looks like the config file"), ('{"model_type": "abacus"}', "engram: The checkpoint you are")],
 )
-def test_inspect_passes_on_the_message_of_transformers(complaint, copy, text, said):
+def test_inspect_shows_the_message_of_transformers(complaint, copy, text, said):
     (copy / "config.json").write_text(text)
     assert complaint("inspect", copy).startswith(said)
 
 
-def test_a_release_has_to_be_converted(complaint, golden):
+def test_unconverted_release_is_refused(complaint, golden):
     release = golden / "deepseek_v41_tiny"
     for command in (["check", release], ["lookup", release, TEXT]):
         assert "is in the layout of deepseek_v41; `engram convert` it first" in complaint(*command)
 
 
-def test_files_that_an_index_does_not_name_are_none_of_the_model(engram, saved, tmp_path):
+def test_files_that_an_index_does_not_name_are_ignored(engram, saved, tmp_path):
     EngramForCausalLM.from_pretrained(saved).save_pretrained(tmp_path, max_shard_size="300KB")
     save_file({"draft.layers.1.engram.table.weight": torch.zeros(2, 32)}, tmp_path / "notes.safetensors")
     engram("check", tmp_path)
     assert len(json.loads(engram("inspect", tmp_path, "--json"))["tables"]) == 2
 
 
-def test_files_that_an_older_save_left(engram, saved, tmp_path):
-    """Another variant, and the index of shards that are gone, which older versions and transformers leave."""
+def test_files_of_an_older_save_are_ignored(engram, saved, tmp_path):
+    """Older versions and transformers leave another variant, and the index of missing shards."""
     folder, model = tmp_path / "folder", EngramForCausalLM.from_pretrained(saved)
     model.save_pretrained(folder, max_shard_size="300KB")
     index = (folder / "model.safetensors.index.json").read_bytes()
@@ -515,7 +519,7 @@ def test_files_that_an_older_save_left(engram, saved, tmp_path):
     assert not (tmp_path / "new" / "model.safetensors.index.json").exists()
 
 
-def test_lookup_without_a_tokenizer(complaint, copy):
+def test_lookup_without_a_tokenizer_is_refused(complaint, copy):
     for path in copy.glob("tokenizer*"):
         path.unlink()
     assert "has no tokenizer; tokenizer.save_pretrained puts one there" in complaint("lookup", copy, TEXT)

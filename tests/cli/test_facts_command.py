@@ -1,4 +1,6 @@
-"""`engram facts`: write, list and check through the command line, and bad input; tests/faults has interrupts and kills."""
+"""`engram facts`: write, list and check through the command line, and bad input; tests/faults has interrupts and
+kills.
+"""
 
 import json
 import os
@@ -24,7 +26,7 @@ FACTS = [
 
 @pytest.fixture(autouse=True)
 def no_bars():
-    """Errors are to be the only line."""
+    """Turn progress bars off, so that an error is the only line."""
     logging.disable_progress_bar()
     yield
     logging.enable_progress_bar()
@@ -39,7 +41,7 @@ def facts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(saved, facts, tmp_path_factory) -> Path:
-    """What `facts write` made; not to be changed."""
+    """Return the adapter that `facts write` made; tests do not change it."""
     logging.disable_progress_bar()
     folder = tmp_path_factory.mktemp("written") / "adapter"
     assert main(["facts", "write", str(saved), str(facts), "--output", str(folder)]) == 0
@@ -48,7 +50,7 @@ def adapter(saved, facts, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def damaged(adapter, tmp_path) -> Path:
-    """A copy to damage."""
+    """Copy the adapter to a folder that a test may damage."""
     return Path(shutil.copytree(adapter, tmp_path / "damaged"))
 
 
@@ -169,19 +171,19 @@ def test_damaged_adapters_are_one_sentence(complaint, damaged, change, said):
     assert said in complaint("facts", "list", damaged)
 
 
-def test_an_adapter_without_safetensors_is_never_unpickled(complaint, saved, damaged):
+def test_adapter_without_safetensors_is_never_unpickled(complaint, saved, damaged):
     (damaged / "adapter_model.safetensors").rename(damaged / "adapter_model.bin")
     assert "adapter_model.safetensors is missing" in complaint("facts", "check", saved, damaged)
 
 
-def test_a_folder_that_somebody_writes_to(complaint, saved, facts, damaged):
+def test_folder_that_another_process_writes_to_is_refused(complaint, saved, facts, damaged):
     with FolderClaim(damaged):
         before = sorted(damaged.iterdir())
         said = complaint("facts", "write", saved, facts, "--output", damaged)
         assert f"is being written by process {os.getpid()}" in said and sorted(damaged.iterdir()) == before
 
 
-def test_a_folder_to_which_a_write_was_killed_at_its_end(complaint, saved, damaged, monkeypatch):
+def test_folder_of_a_write_killed_at_its_end_is_refused(complaint, saved, damaged, monkeypatch):
     monkeypatch.setattr("engram_hf.saving_engram.LOAD_WAITS", 0)
     (damaged / ".engram-exchange-1" / "files").mkdir(parents=True)
     for command in (["list", damaged], ["check", saved, damaged]):

@@ -1,4 +1,4 @@
-"""`engram inspect` on DeepSeek-V4.1: which of text, images and drafts a folder has."""
+"""`engram inspect` on DeepSeek-V4.1: it reports which of text, images and drafts a folder supports."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def test_text_images_and_drafts(engram, request, kind):
 
 
 def without(folder, target, prefix: str):
-    """A copy of a folder whose tensors with this prefix are gone, from the index too."""
+    """Copy a folder without the tensors of this prefix, which are removed from the index, too."""
     shutil.copytree(folder, target)
     index = json.loads((target / "model.safetensors.index.json").read_text())
     gone = {name for name in index["weight_map"] if name.startswith(prefix)}
@@ -57,11 +57,11 @@ def test_inspect_leaves_out_missing_parts(engram, converted, tmp_path, prefix, h
     assert json.loads(engram("inspect", folder, "--json"))["holds"] == holds
 
 
-def test_drafts_that_have_nothing_to_read_are_none(engram, release, tmp_path):
+def test_drafts_without_the_layers_that_they_read_are_not_listed(engram, release, tmp_path):
     """A model of the first layers passes its draft layers through for the export, but cannot draft."""
     assert convert_deepseek_v41.main([str(release), str(tmp_path / "first"), "--layers", "5"]) == 0
     assert json.loads(engram("inspect", tmp_path / "first", "--json"))["holds"] == ["text", "images"]
 
 
-def test_another_backbone_is_text(engram, saved):
+def test_other_backbones_are_text_models(engram, saved):
     assert json.loads(engram("inspect", saved, "--json"))["holds"] == ["text"]

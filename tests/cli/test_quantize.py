@@ -1,4 +1,4 @@
-"""`engram quantize`: new tables, and everything else of the folder as it was."""
+"""`engram quantize`: new tables, and an unchanged rest of the folder."""
 
 import json
 import os
@@ -36,7 +36,7 @@ CHANGES = {"int4": 0.5, "int2": 2.0, "nvfp4": 0.5}
 
 @pytest.fixture(scope="module")
 def sharded(saved, tmp_path_factory) -> Path:
-    """The model in shards of which some hold tables, some do not, and some hold both; not to be changed."""
+    """Save the model in shards of which some hold tables, some do not, and some hold both; tests do not change it."""
     folder = tmp_path_factory.mktemp("sharded")
     EngramForCausalLM.from_pretrained(saved).save_pretrained(folder, max_shard_size="300KB")
     make_tokenizer().save_pretrained(folder)
@@ -44,7 +44,7 @@ def sharded(saved, tmp_path_factory) -> Path:
 
 
 def quantized_in_memory(model: EngramForCausalLM, dtype: str) -> EngramForCausalLM:
-    """The model with quantized tables, without any file."""
+    """Return the model with quantized tables, without any file."""
     state = dict(model.state_dict())
     for name in [name for name in state if name.endswith("table.weight")]:
         global_scale = torch.tensor([448 * 6]) / state[name].abs().max() if dtype == "nvfp4" else None
@@ -57,7 +57,7 @@ def quantized_in_memory(model: EngramForCausalLM, dtype: str) -> EngramForCausal
 
 
 @pytest.mark.parametrize(("dtype", "folder"), CASES)
-def test_a_model(engram, model, tmp_path, dtype, folder, request):
+def test_quantized_model_equals_one_quantized_in_memory(engram, model, tmp_path, dtype, folder, request):
     source, target = request.getfixturevalue(folder), tmp_path / "target"
     report = engram("quantize", source, target, "--dtype", dtype)
     engram("check", target, "--rows")
@@ -72,7 +72,8 @@ def test_a_model(engram, model, tmp_path, dtype, folder, request):
     for name, tensor in state.items():
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
     for smaller in (resident, mapped):
-        # Not to the bit: where a file begins in memory decides in which order some kernels add.
+        # The logits are not equal to the bit: the address of the data in memory decides in which order some kernels
+        # add.
         torch.testing.assert_close(logits(smaller), logits(expected), rtol=0, atol=1e-5)
     torch.testing.assert_close(logits(expected), logits(model), rtol=0, atol=CHANGES.get(dtype, 0.15))
     least = []
@@ -82,7 +83,7 @@ def test_a_model(engram, model, tmp_path, dtype, folder, request):
         relative = (decoded - rows).norm(dim=1) / rows.norm(dim=1)
         assert f"{((decoded - rows).norm() / rows.norm()).item():.2%}" in report
         least.append(relative.min().item())
-    # The first line of the histogram: what the best rows have.
+    # The first line of the histogram gives the lowest error of the rows.
     low, high = re.search(r"^(\d\S*) to (\S+)%", report, re.MULTILINE).groups()
     assert float(low) / 100 <= min(least) < float(high) / 100
     sizes = [sum(path.stat().st_size for path in at.glob("*.safetensors")) for at in (target, source)]
@@ -110,10 +111,10 @@ for residency in ("resident", "mapped"):
         torch.testing.assert_close(output, logits(quantized_in_memory(model, "float8_e4m3fn")), rtol=0, atol=1e-5)
 
 
-def test_shards_and_their_index_lose_the_tables_alone(engram, sharded, tmp_path):
+def test_shards_and_their_index_lose_only_the_tables(engram, sharded, tmp_path):
     before = read_checkpoint(sharded)
     engram("quantize", sharded, tmp_path)
-    after = read_checkpoint(tmp_path)  # index and shards agree
+    after = read_checkpoint(tmp_path)  # This checks that index and shards agree.
     kept = {name for name in before.tensors if ".table." not in name}
     assert set(after.tensors) == kept < set(before.tensors)
     holds_tables = {file: [".table." in name for name in shard.tensors] for file, shard in before.shards.items()}
@@ -130,7 +131,7 @@ def test_shards_and_their_index_lose_the_tables_alone(engram, sharded, tmp_path)
 
 
 def test_quantize_copies_documents_and_links_weights(engram, copy, tmp_path):
-    """Weights are linked. Documents are not: whoever edits one would edit both."""
+    """Weights are linked. Documents are copied: otherwise, an edit would change both."""
     documents = {
         "README.md": "Mine.",
         "generation_config.json": '{"temperature": 0.5}',
@@ -154,7 +155,7 @@ def test_quantize_copies_documents_and_links_weights(engram, copy, tmp_path):
     assert configs[1] == {**configs[0], "engram_table_dtype": "float8_e4m3fn"}
 
 
-def test_a_target_inside_the_folder_does_not_hold_itself(engram, copy):
+def test_target_inside_the_folder_does_not_contain_itself(engram, copy):
     (copy / "smaller").mkdir()
     (copy / "smaller" / "notes.txt").write_text("of an earlier attempt")
     engram("quantize", copy, copy / "smaller")
@@ -162,7 +163,7 @@ def test_a_target_inside_the_folder_does_not_hold_itself(engram, copy):
     engram("check", copy / "smaller")
 
 
-def test_a_written_card_tells_of_the_new_tables(engram, copy, tmp_path):
+def test_generated_card_describes_the_new_tables(engram, copy, tmp_path):
     config = EngramConfig.from_pretrained(copy)
     card = model_card(config, "me/model", license="mit").replace("## Licence", "## Training\n\nMine.\n\n## Licence")
     (copy / "README.md").write_text(card)
@@ -174,14 +175,14 @@ def test_a_written_card_tells_of_the_new_tables(engram, copy, tmp_path):
 
 
 @pytest.mark.parametrize("card", [b"# caf\xe9\r\n", b"# Mine\r\n\r\nby hand\r\n"])
-def test_a_card_in_any_encoding_comes_along(engram, copy, tmp_path, card):
+def test_card_in_any_encoding_is_copied(engram, copy, tmp_path, card):
     (copy / "README.md").write_bytes(card)
     engram("quantize", copy, tmp_path / "target")
     assert (tmp_path / "target" / "README.md").read_bytes() == card
 
 
 @pytest.mark.parametrize("metadata", [None, [1], 5, {"total_size": "12"}, {"total_size": None}])
-def test_strange_metadata_of_an_index(engram, sharded, tmp_path, metadata):
+def test_unusual_metadata_of_an_index_is_accepted(engram, sharded, tmp_path, metadata):
     source = Path(shutil.copytree(sharded, tmp_path / "source"))
     index = source / "model.safetensors.index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": metadata}))
@@ -190,7 +191,7 @@ def test_strange_metadata_of_an_index(engram, sharded, tmp_path, metadata):
     EngramForCausalLM.from_pretrained(tmp_path / "target")
 
 
-def test_a_folder_of_tables_alone(engram, complaint, copy, tmp_path):
+def test_quantize_a_folder_of_tables_alone(engram, complaint, copy, tmp_path):
     (copy / "config.json").unlink()
     target = tmp_path / "target"
     assert "relative error" in engram("quantize", copy, target, "--dtype", "int8")
@@ -204,7 +205,7 @@ def test_a_folder_of_tables_alone(engram, complaint, copy, tmp_path):
     assert "token map absent" in engram("check", tmp_path / "unmapped")
 
 
-def test_tables_that_do_not_say_how_they_are_hashed(complaint, tmp_path):
+def test_tables_without_their_hash_are_refused(complaint, tmp_path):
     folder = tmp_path / "tables"
     folder.mkdir()
     save_file({"layers.1.engram.embed.weight": torch.zeros(4, 32)}, folder / "shard.safetensors")
@@ -225,7 +226,7 @@ def test_rows_of_four_bits_or_fewer_are_refused(engram, complaint, saved, tmp_pa
     assert "rows of 8 bits or more" in said and not (tmp_path / "twice").exists()
 
 
-def test_rows_of_float8_become_rows_of_two_bits(engram, saved, tmp_path):
+def test_float8_rows_become_rows_of_two_bits(engram, saved, tmp_path):
     engram("quantize", saved, tmp_path / "float8")
     said = json.loads(engram("quantize", tmp_path / "float8", tmp_path / "int2", "--dtype", "int2", "--json"))
     engram("check", tmp_path / "int2", "--rows")
@@ -238,7 +239,7 @@ def test_rows_of_float8_become_rows_of_two_bits(engram, saved, tmp_path):
     assert table["dtype"] == "I2" and table["bytes"] == table["rows"] * (table["width"] // 4 + 2)
     assert engram("lookup", tmp_path / "int2", "the café") != engram("lookup", saved, "the café")
     resident = EngramForCausalLM.from_pretrained(tmp_path / "int2", engram_residency="resident")
-    resident.save_pretrained(tmp_path / "among weights")  # where only the config says of how many bits
+    resident.save_pretrained(tmp_path / "among weights")  # Only the config states the number of bits there.
     make_tokenizer().save_pretrained(tmp_path / "among weights")
     engram("check", tmp_path / "among weights")
     assert json.loads(engram("inspect", tmp_path / "among weights", "--json"))["tables"][0]["dtype"] == "I2"
@@ -261,7 +262,7 @@ def test_quantize_continues_after_an_interrupt(engram, saved, tmp_path, monkeypa
     assert main(["quantize", str(saved), str(target), "--dtype", "int2"]) != 0
     assert not is_whole(target)
     monkeypatch.undo()
-    monkeypatch.setattr(MappedRows, "read", None)  # both tables were written
+    monkeypatch.setattr(MappedRows, "read", None)  # Both tables were written, so rows are not read again.
     engram("quantize", saved, target, "--dtype", "int2")
     monkeypatch.undo()
     names = {path.name for path in target.iterdir()}
@@ -301,7 +302,7 @@ def test_quantize_measures_the_loss(engram, complaint, saved, tmp_path):
     assert not wrong.exists()
 
 
-def test_code_that_came_along_is_renewed(engram, saved, tmp_path):
+def test_copied_code_is_replaced(engram, saved, tmp_path):
     folder = Path(shutil.copytree(saved, tmp_path / "old"))
     current = (folder / "table_engram.py").read_bytes()
     (folder / "table_engram.py").write_text("raise NotImplementedError")
@@ -313,7 +314,7 @@ def is_whole(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "engram_tables.json"))
 
 
-def test_rows_that_are_no_numbers_leave_no_model(complaint, saved, tmp_path):
+def test_rows_with_nan_leave_no_model(complaint, saved, tmp_path):
     folder = Path(shutil.copytree(saved, tmp_path / "copy"))
     state = load_file(folder / "model.safetensors")
     state["model.layers.2.engram.table.weight"][-1, 0] = float("nan")
@@ -332,8 +333,8 @@ sys.exit(main(["quantize", *sys.argv[2:]]))
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_no_model_and_the_command_can_be_repeated(engram, saved, tmp_path):
-    """The tables fit on it, the rest of their file does not."""
+def test_full_disk_leaves_no_model_and_the_command_can_be_repeated(engram, saved, tmp_path):
+    """The tables fit on the disk, the rest of their file does not."""
     engram("quantize", saved, tmp_path / "whole")
     tables = max(path.stat().st_size for path in (tmp_path / "whole").glob("engram-layer-*"))
     assert tables + 1000 < (tmp_path / "whole" / "model.safetensors").stat().st_size
@@ -350,7 +351,7 @@ def test_a_full_disk_leaves_no_model_and_the_command_can_be_repeated(engram, sav
 
 @pytest.mark.slow
 def test_documents_that_do_not_fit_leave_no_model(with_files, tmp_path):
-    """They are copied after the tables."""
+    """Documents are copied after the tables."""
     source, target = Path(shutil.copytree(with_files, tmp_path / "source")), tmp_path / "target"
     size = max(path.stat().st_size for path in source.iterdir()) + 1000
     (source / "training.log").write_bytes(bytes(size + 1))
@@ -370,7 +371,7 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 
 
 def peak_memory(*arguments: Path) -> int:
-    """Bytes of memory that the command takes in a process of its own."""
+    """Return the bytes of memory that the command takes in a process of its own."""
     command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return 1024 * int(done.stdout.split()[-1])
@@ -384,7 +385,7 @@ def peak_of_small_model(saved, tmp_path_factory) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("wide", ["backbone", "tables"])
 def test_memory_does_not_grow_with_the_model(peak_of_small_model, saved, tmp_path, wide):
-    """300 MB more of backbone, in one file with the tables; or 300 MB more of tables."""
+    """The backbone has 300 MB more, in one file with the tables; or the tables have 300 MB more."""
     backbone, rows = BACKBONES["llama"](), 499
     if wide == "backbone":
         backbone.hidden_size, backbone.head_dim, backbone.intermediate_size = 1024, 8, 8192
@@ -399,4 +400,4 @@ def test_memory_does_not_grow_with_the_model(peak_of_small_model, saved, tmp_pat
     )
     assert added > 280e6
     grown = peak_memory(tmp_path / "large", tmp_path / "target") - peak_of_small_model
-    assert grown < added / 2  # whoever loads it takes all of it
+    assert grown < added / 2  # A command that loaded the model would take all of it.
