@@ -1,4 +1,4 @@
-"""Small things to train on: a corpus, a tokenizer, and the shortest way to a Trainer."""
+"""Small training inputs: a corpus, a tokenizer, and a function that makes a Trainer."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 """
 
-# What transformers 5.24 calls gradient checkpointing.
+# transformers 5.24 has this name for gradient checkpointing.
 CHECKPOINTING = "activation_checkpointing"
 
 
@@ -34,7 +34,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def tokenizer() -> EngramTokenizer:
-    """Words of TEXTS, some of which share a compressed id (`the` and `The`)."""
+    """Return a tokenizer of the words of TEXTS, some of which share a compressed id (`the` and `The`)."""
     words = sorted({word for text in TEXTS for word in text.split()})
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<bos>", "<eos>", *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
@@ -47,13 +47,13 @@ def tokenizer() -> EngramTokenizer:
 
 @pytest.fixture
 def corpus() -> list[dict]:
-    """Eight short sequences that are easy to memorize."""
+    """Return eight short sequences that are easy to memorize."""
     return [{"input_ids": row, "labels": row} for row in random_ids(8, 12, seed=7)]
 
 
 @pytest.fixture
 def trainer(tmp_path, corpus):
-    """Make a stock Trainer for a model; keyword arguments of `TrainingArguments` override what is set here."""
+    """Make a stock Trainer for a model; keyword arguments override the `TrainingArguments` that are set here."""
 
     def make(model, *, train_dataset=corpus, optimizers=(None, None), data_collator=None, **fields) -> Trainer:
         settings = {
@@ -84,7 +84,7 @@ def trainer(tmp_path, corpus):
 
 @pytest.fixture
 def run_without_the_package(tmp_path):
-    """Run code in a fresh process that cannot import `engram_hf`; returns the JSON of the last line it prints."""
+    """Run code in a fresh process that cannot import `engram_hf`, and return the JSON of the last line it prints."""
 
     def run(code: str) -> dict:
         environment = {"PATH": "", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

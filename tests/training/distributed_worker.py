@@ -1,4 +1,5 @@
-"""What every process of the distributed tests runs; started by `torchrun`, results written by the first process.
+"""The program of every process in the distributed tests; `torchrun` starts it, and the first process writes the
+results.
 
 torchrun --nproc-per-node 2 distributed_worker.py FOLDER
 """
@@ -25,20 +26,20 @@ LEARNING_RATE = 0.5
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor, gathered if it is sharded."""
+    """Return a copy of a tensor, gathered if it is sharded."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone().contiguous()
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes, in order."""
+    """Return the rows of all processes, in order."""
     parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
     distributed.all_gather(parts, tensor.detach().contiguous())
     return torch.cat(parts)
 
 
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Gradients and values of all parameters."""
+    """Return gradients and values of all parameters."""
     found = {}
     for name, parameter in model.named_parameters():
         found[f"after.{name}"] = whole(parameter)
@@ -48,7 +49,7 @@ def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def accelerate_loop(model: EngramForCausalLM, rows: list[dict], folder: Path) -> dict[str, torch.Tensor]:
-    """One step of a plain accelerate loop, which is DDP with more than one process."""
+    """Run one step of a plain accelerate loop, which is DDP with more than one process."""
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.SGD(engram_parameter_groups(model, LEARNING_RATE))
     loader = DataLoader(rows, batch_size=len(rows) // accelerator.num_processes)
@@ -61,13 +62,13 @@ def accelerate_loop(model: EngramForCausalLM, rows: list[dict], folder: Path) ->
 
 
 def row_adapters(model: EngramForCausalLM, rows: list[dict], folder: Path) -> dict[str, torch.Tensor]:
-    """The same loop, which trains row adapters alone."""
+    """Run the same loop, and train only row adapters."""
     found = scan_rows([{"input_ids": torch.stack([row["input_ids"] for row in rows])}], None, model)
     return accelerate_loop(get_peft_model(model, EngramRowsConfig(rows=found)), rows, folder)
 
 
 def trainer(model: EngramForCausalLM, rows: list[dict], folder: Path) -> dict[str, torch.Tensor]:
-    """Three steps of a Trainer."""
+    """Run three steps of a Trainer."""
     arguments = TrainingArguments(
         output_dir=str(folder / "run"),
         use_cpu=True,
@@ -85,9 +86,9 @@ def trainer(model: EngramForCausalLM, rows: list[dict], folder: Path) -> dict[st
 
 
 def fsdp2(model: EngramForCausalLM, rows: list[dict], folder: Path) -> dict[str, torch.Tensor]:
-    """One step with every parameter sharded, by the modules that the model names itself.
+    """Run one step with every parameter sharded, by the modules that the model names itself.
 
-    This is torch's own call, which accelerate makes on accelerators only.
+    This is torch's own call; accelerate makes it on accelerators only.
     """
     for module in model.modules():
         if type(module).__name__ in model._no_split_modules:
@@ -109,7 +110,7 @@ def fsdp2(model: EngramForCausalLM, rows: list[dict], folder: Path) -> dict[str,
 
 @torch.no_grad()
 def tensor_parallel(model: EngramForCausalLM, rows: list[dict], folder: Path) -> dict[str, torch.Tensor]:
-    """A forward of every process over all rows, with the weights split as the backbone and its head say."""
+    """Run a forward pass of every process over all rows; the plans of the backbone and its head split the weights."""
     logits = model(torch.stack([row["input_ids"] for row in rows])).logits
     local = {
         f"local.{name}": torch.tensor((one.to_local() if isinstance(one, DTensor) else one).shape[0])
@@ -130,7 +131,8 @@ def main() -> None:
             save_file(tensors, folder / f"{run.__name__}_{distributed.get_world_size()}.safetensors")
     distributed.barrier()
     distributed.destroy_process_group()
-    # All is written. Gloo's threads that still hold tensors may abort a process whose interpreter shuts down (pytorch 179291).
+    # All results are written. Gloo's threads that still hold tensors may abort a process whose interpreter shuts down
+    # (pytorch 179291).
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""What every process of the tests of tables in shards runs; see `test_sharding.py`."""
+"""The program of every process in the tests of tables in shards; see `test_sharding.py`."""
 
 import os
 import resource
@@ -32,7 +32,7 @@ from engram_hf.training import (
 )
 
 BATCH = 4
-# What takes long to import.
+# The import of these modules takes long.
 PRELOADED = [
     "engram_hf.adding_engram",
     "engram_hf.training",
@@ -43,18 +43,18 @@ PRELOADED = [
 
 
 def optimizer_of(model):
-    """Of a large epsilon, so that rounding of gradients that are nearly zero does not become a step."""
+    """Return an optimizer with a large epsilon, so that the rounding of gradients near zero does not become a step."""
     return SparseAdamW(engram_parameter_groups(model, lr=1e-2, weight_decay=0.1), eps=1e-3)
 
 
 def own_share(ids: torch.Tensor) -> torch.Tensor:
-    """The sequences of a batch that this process is to see."""
+    """Return the sequences of a batch for this process."""
     share = len(ids) // dist.get_world_size() if dist.is_initialized() else len(ids)
     return ids.split(share)[dist.get_rank() if dist.is_initialized() else 0]
 
 
 def mean(number: torch.Tensor) -> float:
-    """Over all processes."""
+    """Return the mean over all processes."""
     number = number.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(number)
@@ -63,7 +63,7 @@ def mean(number: torch.Tensor) -> float:
 
 
 def train(model, optimizer, seeds, wrapped=None) -> dict[str, torch.Tensor]:
-    """Steps of two accumulated batches with clipping: the losses of both, and the norm."""
+    """Run steps of two accumulated batches with clipping; return the losses of both, and the norm."""
     losses, norms = [], []
     for seed in seeds:
         for half in range(2):
@@ -80,12 +80,12 @@ def train(model, optimizer, seeds, wrapped=None) -> dict[str, torch.Tensor]:
 
 
 def later(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `train` gave, under other names."""
+    """Return the results of `train` under other names."""
     return {f"later.{name}": value for name, value in found.items()}
 
 
 def values(model) -> dict[str, torch.Tensor]:
-    """All parameters, gathered."""
+    """Return all parameters, gathered."""
     whole = {}
     for name, parameter in model.named_parameters():
         parameter = parameter.detach()
@@ -99,11 +99,11 @@ def in_shards(seed=0, name="llama"):
     return model, optimizer_of(model), DistributedDataParallel(model)
 
 
-# --- what is tried, with any number of processes
+# --- scenarios, for any number of processes ---
 
 
 def ddp(folder: Path) -> dict[str, torch.Tensor]:
-    """Training, a checkpoint and an ordinary folder half-way, and what comes of going on."""
+    """Train, save a checkpoint and an ordinary folder half-way, and train further."""
     model, optimizer, wrapped = in_shards()
     found = train(model, optimizer, range(2), wrapped)
     half = {f"half.{name}": value for name, value in values(model).items()}
@@ -115,7 +115,7 @@ def ddp(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def resumed(folder: Path) -> dict[str, torch.Tensor]:
-    """What two processes saved, gone on with."""
+    """Resume the training that two processes saved."""
     model, optimizer, wrapped = in_shards(seed=1)
     progress = load_shards(wrapped, folder / "checkpoint-2", optimizer)
     assert progress == {"step": 2}
@@ -123,7 +123,7 @@ def resumed(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def fsdp2(folder: Path) -> dict[str, torch.Tensor]:
-    """The same training with everything else sharded by FSDP2, and its checkpoint."""
+    """Run the same training with all other parameters sharded by FSDP2, and save its checkpoint."""
     model = build("llama")
     tables = shard_tables(model)
     for module in model.modules():
@@ -143,7 +143,7 @@ def fsdp2(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def mapped(folder: Path) -> dict[str, torch.Tensor]:
-    """A model whose tables are in files: every process reads its own rows, and no others."""
+    """Load a model whose tables are in files: every process reads its own rows, and no others."""
     read, found = [], {}
     original = MappedRows.read
     MappedRows.read = lambda self, first, stop: (
@@ -165,7 +165,9 @@ def mapped(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def tensor_parallel(folder: Path) -> dict[str, torch.Tensor]:
-    """transformers' plan for the rest: every process reads the same rows, and the gradient is that of one."""
+    """Use transformers' plan for the other parameters: every process reads the same rows, and the gradient equals that
+    of one process.
+    """
     plan = {"distributed_config": DistributedConfig(tp_plan="auto")} if dist.get_world_size() == 2 else {}
     model = EngramForCausalLM.from_pretrained(folder / "model-2", engram_residency="mapped", **plan)
     shard_tables(model)
@@ -181,7 +183,7 @@ def tensor_parallel(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def row_adapters(folder: Path) -> dict[str, torch.Tensor]:
-    """Differences of rows on tables in shards, which stay as they are, under DDP."""
+    """Train differences of rows on tables in shards, which do not change, under DDP."""
     model = build("llama")
     ids = random_ids(BATCH, 10, seed=5)
     rows = scan_rows([{"input_ids": ids}], None, model)
@@ -207,7 +209,7 @@ def row_adapters(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def trainer(folder: Path) -> dict[str, torch.Tensor]:
-    """The stock Trainer, which wraps the model by itself, with the callback."""
+    """Train with the stock Trainer, which wraps the model by itself, and with the callback."""
     model = build("llama")
     shard_tables(model)
     rows = [{"input_ids": row, "labels": row} for row in random_ids(4, 10, seed=3)]
@@ -233,7 +235,7 @@ def trainer(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def full_disk(folder: Path) -> dict[str, torch.Tensor]:
-    """A process that cannot write ends the save in all of them, and the checkpoint before is as it was."""
+    """Let one process fail to write: it ends the save in all processes, and the earlier checkpoint is unchanged."""
     model, optimizer, wrapped = in_shards(seed=2)
     train(model, optimizer, range(1), wrapped)
     save_shards(model, folder / "full", optimizer, {"step": 1})
@@ -260,7 +262,7 @@ def full_disk(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def death(folder: Path) -> dict[str, torch.Tensor]:
-    """A process that dies in the middle of training."""
+    """Let a process exit in the middle of training."""
     model, optimizer, wrapped = in_shards(seed=2)
     train(model, optimizer, range(1), wrapped)
     save_shards(model, folder / "death", optimizer, {"step": 1})
@@ -271,7 +273,7 @@ def death(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def after_death(folder: Path) -> dict[str, torch.Tensor]:
-    """What is left of it."""
+    """Load the checkpoint that the exited process left."""
     model, optimizer, _ = in_shards(seed=3)
     assert load_shards(model, folder / "death", optimizer) == {"step": 1}
     return {}
@@ -303,13 +305,13 @@ def process(rank: int, processes: int, port: int, scenarios: list[str], folder: 
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a port that no process listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
 
 def run(processes: int, scenarios: list[str], folder: Path, seconds: float = 150) -> list[int | None]:
-    """Exit codes of `processes` processes that run scenarios together."""
+    """Return the exit codes of `processes` processes that run scenarios together."""
     port = free_port()
     context = forks_of_a_server(*PRELOADED)
     children = [

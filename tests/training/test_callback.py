@@ -1,4 +1,4 @@
-"""What `EngramTrainingCallback` logs is what the memory did."""
+"""`EngramTrainingCallback` logs the true statistics of the memory."""
 
 import copy
 
@@ -19,7 +19,7 @@ from engram_hf.training import (
 
 
 class Reporter(TrainerCallback):
-    """Stands for what `report_to` names: it sees each log as it is when its turn comes."""
+    """A callback in the place of a service of `report_to`: it records each log in the state that reaches it."""
 
     def __init__(self):
         self.logs = []
@@ -42,8 +42,8 @@ def sparse(model):
     return SparseAdamW(engram_parameter_groups(model, lr=1e-2))
 
 
-def test_a_log_says_what_the_memory_did(trainer, corpus):
-    """One step over the whole corpus, whose rows, gates and update can be computed by hand."""
+def test_log_has_the_statistics_of_the_memory(trainer, corpus):
+    """One step reads the whole corpus, whose rows, gates and update can be computed by hand."""
     model = copy.deepcopy(built("llama"))
     ids = torch.stack([row["input_ids"] for row in corpus])
     rows, gates = scan_rows([{"input_ids": ids}], None, model), model.engram_gates(ids)
@@ -65,7 +65,7 @@ def test_a_log_says_what_the_memory_did(trainer, corpus):
     assert not model.model.memories()[LAYER_IDS[0]]._forward_pre_hooks
 
 
-def test_rows_add_up_and_a_resumed_run_knows_the_earlier_ones(trainer):
+def test_rows_add_up_and_resumed_runs_know_earlier_rows(trainer):
     model = copy.deepcopy(built("llama"))
     key = f"engram/layer_{LAYER_IDS[0]}/rows_touched"
     settings = {"per_device_train_batch_size": 1, "max_steps": 4}
@@ -77,7 +77,7 @@ def test_rows_add_up_and_a_resumed_run_knows_the_earlier_ones(trainer):
     assert [entry[key] for entry in resumed.state.log_history if key in entry] == touched
 
 
-def test_row_adapters_are_watched_too(trainer, corpus):
+def test_callback_logs_updates_of_row_adapters(trainer, corpus):
     model = copy.deepcopy(built("llama"))
     rows = scan_rows([{"input_ids": torch.stack([row["input_ids"] for row in corpus])}], None, model)
     model = get_peft_model(model, EngramRowsConfig(rows=rows))

@@ -1,4 +1,4 @@
-"""Two processes on the CPU compute what one computes on the whole batch: DDP, Trainer, and FSDP2 with sharded tables."""
+"""Two processes on the CPU compute the results of one on the whole batch: DDP, Trainer, and FSDP2 with sharded tables."""
 
 import os
 import subprocess
@@ -31,14 +31,14 @@ def worker(folder: Path, rank: int, size: int, port: int) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[tuple[str, int], dict[str, torch.Tensor]]:
-    """What the worker wrote, by the way it ran and the number of processes."""
+    """Return the results that the worker wrote, by scenario and number of processes."""
     folder = tmp_path_factory.mktemp("distributed")
     build("mixtral").save_pretrained(folder / "model")
     ids = random_ids(4, 12, seed=3)
     labels = ids.clone()
-    labels[:, :3] = -100  # the same number in each row: a plain loop averages over processes
+    labels[:, :3] = -100  # Each row has the same number of labels, because a plain loop averages over processes.
     save_file({"input_ids": ids, "labels": labels}, folder / "rows.safetensors")
-    # One and two processes, at the same time; started directly, which saves torchrun's own process.
+    # One and two processes run at the same time; they are started directly, which saves torchrun's own process.
     workers = [
         worker(folder, rank, size, port) for size, port in ((1, free_port()), (2, free_port())) for rank in range(size)
     ]
@@ -48,7 +48,7 @@ def results(tmp_path_factory) -> dict[tuple[str, int], dict[str, torch.Tensor]]:
             assert process.returncode == 0, errors
     finally:
         for process in workers:
-            process.kill()  # one that waits for another that failed
+            process.kill()  # It may wait for another process that failed.
     return {
         (name, int(processes)): load_file(path)
         for path in folder.glob("*_[12].safetensors")
@@ -77,13 +77,13 @@ def test_row_adapters_have_the_gradients_and_step_of_one_process(results):
     assert all(one[key].abs().max() > 0 for key in gradients)
 
 
-def test_the_trainer_has_the_weights_of_one_process(results):
+def test_trainer_has_the_weights_of_one_process(results):
     for key, expected in results["trainer", 1].items():
         torch.testing.assert_close(results["trainer", 2][key], expected, rtol=1e-5, atol=1e-6)
     assert not torch.equal(results["trainer", 1]["after.lm_head.weight"], results["fsdp2", 1]["after.lm_head.weight"])
 
 
-def test_every_parameter_is_sharded_the_tables_too(results):
+def test_fsdp2_shards_every_parameter_including_tables(results):
     two = results["fsdp2", 2]
     names = [key.removeprefix("after.") for key in two if key.startswith("after.")]
     assert {f"local.{name}" for name in names} == {key for key in two if key.startswith("local.")}
@@ -93,8 +93,8 @@ def test_every_parameter_is_sharded_the_tables_too(results):
         assert two[f"local.{name}"].item() == (rows + 1) // 2
 
 
-def test_weights_are_split_over_processes_as_the_backbone_and_its_head_say(results):
-    """`tp_plan="auto"`; tables are read by all."""
+def test_tensor_parallel_splits_weights_by_the_plans_of_backbone_and_head(results):
+    """The model is loaded with `tp_plan="auto"`; every process reads whole tables."""
     one, two = results["tensor_parallel", 1], results["tensor_parallel", 2]
     torch.testing.assert_close(two["logits"], one["logits"], rtol=1e-5, atol=1e-5)
     split = {key for key in one if key.startswith("local.") and two[key] * 2 == one[key]}

@@ -1,4 +1,4 @@
-"""Facts in rows: recalled, saved, stacked, taken out again, and every text that reads none of the rows untouched."""
+"""Facts in rows are recalled, saved, combined and removed; texts that read none of the rows are unchanged."""
 
 import copy
 import json
@@ -21,12 +21,12 @@ INT2 = {"engram_table_dtype": "int2", "engram_head_dim": 32}
 
 
 def write_both(*arguments, **options):
-    """Into both layers: one alone holds too little of a model of random weights."""
+    """Write facts into both layers: one alone is too small in a model of random weights."""
     return write_facts(*arguments, **{"layers": LAYER_IDS, **options})
 
 
 def make(name: str = "llama", **fields) -> EngramForCausalLM:
-    # Many buckets, so that two n-grams seldom meet in a row.
+    # With many buckets, two n-grams seldom share a row.
     size = {"engram_compressed_vocab_size": 62, "engram_vocab_size": 9973, **fields}
     model = build(name, **size)
     model.set_token_map(TOKENIZER)
@@ -45,7 +45,7 @@ def model(built) -> EngramForCausalLM:
 
 @pytest.fixture(scope="module")
 def written(built):
-    """A model with facts, and the report; not to be changed."""
+    """Return a model with facts, and the report; tests do not change it."""
     return write_both(copy.deepcopy(built), TOKENIZER, FACTS, protect=OTHER_TEXTS)
 
 
@@ -74,7 +74,7 @@ def test_facts_are_recalled_by_generate(built, written):
         assert torch.equal(logits(model, FACTS[0]["prompt"]), logits(built, FACTS[0]["prompt"]))
 
 
-def test_the_report_is_what_the_model_does(built, written):
+def test_report_agrees_with_the_model(built, written):
     model, report = written
     for fact, result in zip(FACTS, report.facts, strict=True):
         prompt, target = (TOKENIZER(fact[name])["input_ids"] for name in ("prompt", "target"))
@@ -130,7 +130,7 @@ def test_write_facts_measures_texts_that_are_protected_in_part(model):
     assert found.loss_before != found.loss_after
 
 
-def test_a_fact_that_protected_texts_read_is_not_written(model):
+def test_fact_that_protected_texts_read_is_not_written(model):
     fact = FACTS[0]
     _, report = write_both(model, TOKENIZER, FACTS, protect=[f"{fact['prompt']} {fact['target']}"], steps=50)
     assert report.facts[0].rows == 0 and report.protected.reading == 0
@@ -139,7 +139,7 @@ def test_a_fact_that_protected_texts_read_is_not_written(model):
     assert [result.rank_after for result in report.facts[1:]] == [1, 1, 1]
 
 
-def test_the_same_facts_give_the_same_rows(built, written):
+def test_same_facts_give_the_same_rows(built, written):
     torch.manual_seed(123)
     again, _ = write_both(copy.deepcopy(built).train(), TOKENIZER, FACTS)
     assert all(map(torch.equal, deltas(again), deltas(written[0])))
@@ -149,7 +149,7 @@ def test_the_same_facts_give_the_same_rows(built, written):
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, FLOAT8, INT2], ids=["float", "float8", "int2"])
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v4"])
-def test_other_backbones_and_mapped_tables(name, fields, tmp_path):
+def test_write_facts_on_other_backbones_and_mapped_tables(name, fields, tmp_path):
     make(name, **fields).save_pretrained(tmp_path)
     model = EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped")
     model, report = write_both(model, TOKENIZER, FACTS, protect=OTHER_TEXTS)
@@ -157,7 +157,7 @@ def test_other_backbones_and_mapped_tables(name, fields, tmp_path):
     assert [answer(model, fact) for fact in FACTS] == [fact["target"] for fact in FACTS]
 
 
-def test_an_adapter_with_facts_is_saved_loaded_and_forgotten(built, written, tmp_path):
+def test_adapter_with_facts_is_saved_loaded_and_forgotten(built, written, tmp_path):
     model, report = written
     built.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
@@ -190,7 +190,7 @@ def test_an_adapter_with_facts_is_saved_loaded_and_forgotten(built, written, tmp
 
 
 @pytest.mark.slow
-def test_users_are_stacked_without_loss(model):
+def test_adapters_of_two_users_are_added_without_loss(model):
     users = [FACTS[:2], FACTS[2:]]
     for index, facts in enumerate(users):
         model, report = write_both(model, TOKENIZER, facts, name=f"user{index}")
@@ -210,7 +210,7 @@ def test_users_are_stacked_without_loss(model):
     assert answer(model, FACTS[2]) != FACTS[2]["target"] and answer(model, FACTS[3]) == FACTS[3]["target"]
 
 
-def test_a_lora_stays_in_front_of_the_rows(model):
+def test_lora_stays_active_and_unchanged(model):
     lora = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
     with torch.no_grad():
         for parameter in lora.parameters():
@@ -224,15 +224,15 @@ def test_a_lora_stays_in_front_of_the_rows(model):
     assert all(parameter.grad is None for parameter in lora.parameters())
 
 
-def test_the_first_layer_alone_is_written_if_that_is_enough(built):
-    """Of a model of random weights it recalls three of the four."""
+def test_only_the_first_layer_is_written_if_that_is_enough(built):
+    """The first layer of a model of random weights recalls three of the four facts."""
     _, report = write_facts(copy.deepcopy(built), TOKENIZER, FACTS[1:])
     assert report.recall == 1.0 and report.layers == LAYER_IDS[:1]
     adapted, report = write_facts(copy.deepcopy(built), TOKENIZER, FACTS[:1], steps=30)
     assert report.layers == LAYER_IDS and list(adapted.peft_config) == ["facts"]
 
 
-def test_facts_in_the_fields_of_counterfact(model):
+def test_write_facts_reads_the_fields_of_counterfact(model):
     facts = [{"subject": "word1 word2", "relation": "{} word3 word4", "target": {"str": "word5"}}]
     assert parse_facts(facts, TOKENIZER) == parse_facts(
         [{"prompt": "word1 word2 word3 word4", "target": "word5"}], TOKENIZER
@@ -258,7 +258,7 @@ def test_shared_rows_stay_until_the_last_fact_goes(model, caplog):
     assert forget_facts(adapted, "facts", 0) == 8
 
 
-def test_conflicts_are_said(model):
+def test_conflicts_are_reported(model):
     facts = [
         {"prompt": "word1", "target": "word2"},
         {"prompt": "word5 word6 word7", "target": "word8"},
@@ -273,7 +273,7 @@ def test_conflicts_are_said(model):
     assert any("The adapter 'facts' writes 4 of these rows too" in note for note in report.notes)
 
 
-def test_a_gate_that_stays_shut_is_said(model):
+def test_closed_gate_is_reported(model):
     with torch.no_grad():
         for memory in model.model.memories().values():
             memory.q_norm.weight.fill_(60.0)
@@ -327,7 +327,7 @@ def test_bad_arguments_are_one_sentence(model, fields, said):
     assert not hasattr(model, "peft_config")
 
 
-def test_a_target_without_tokens_is_refused(model, monkeypatch):
+def test_target_without_tokens_is_refused(model, monkeypatch):
     monkeypatch.setattr("engram_hf.training.fact_texts._tokenize", lambda tokenizer, prompt, target: ((1,), ()))
     with pytest.raises(ValueError, match="The target of fact 0 has no tokens"):
         write_both(model, TOKENIZER, FACTS)
@@ -344,7 +344,7 @@ def test_memory_that_contributes_nothing_cannot_learn(model):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_an_interrupted_write_leaves_the_adapters_that_were_there(written, monkeypatch):
+def test_interrupted_write_keeps_earlier_adapters(written, monkeypatch):
     model = copy.deepcopy(written[0])
     before = logits(model, FACTS[0]["prompt"])
 
@@ -357,7 +357,7 @@ def test_an_interrupted_write_leaves_the_adapters_that_were_there(written, monke
     assert list(model.peft_config) == ["facts"] and torch.equal(logits(model, FACTS[0]["prompt"]), before)
 
 
-def test_forgetting_what_is_not_there_is_refused(written, model):
+def test_forgetting_missing_facts_is_refused(written, model):
     adapted = written[0]
     for which in (4, -1, [0, 9], [], [True]):
         with pytest.raises(ValueError, match="it has facts 0 to 3"):
@@ -394,8 +394,8 @@ def test_another_tokenizer_is_refused(model, tokenizer):
         write_both(model, tokenizer, FACTS)
 
 
-def test_rows_of_facts_are_a_scan_away(written):
-    """What the adapter holds is what the facts read, by the public door."""
+def test_scan_finds_the_rows_of_facts(written):
+    """The adapter holds the rows that `scan_rows` finds for the facts."""
     model = written[0]
     texts = [f"{fact['prompt']} {fact['target']}" for fact in FACTS]
     read = scan_rows(texts, TOKENIZER, model, orders=[3])

@@ -1,4 +1,4 @@
-"""Parameter groups of the paper: which parameter learns how fast, and which decays."""
+"""Parameter groups of the paper: learning rate and weight decay of each parameter."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from engram_hf.training import EngramRowsConfig, engram_parameter_groups
 
 
 def settings(model, **kwargs) -> dict[str, tuple[float, float]]:
-    """Learning rate and decay of every parameter, by name; each is in exactly one group."""
+    """Return learning rate and decay of every parameter, by name; each is in exactly one group."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {}
     for group in engram_parameter_groups(model, **kwargs):
@@ -34,7 +34,7 @@ def test_tables_learn_five_times_as_fast_and_do_not_decay(name):
     assert found[f"{layer}.engram.q_norm.weight"] == (1e-3, 0.0) == found[f"{layer}.engram.kv_proj.bias"]
 
 
-def test_the_scale_of_the_tables_is_a_choice():
+def test_learning_rate_scale_of_tables_is_an_argument():
     found = settings(build("llama"), lr=1e-3, table_lr_scale=2.0)
     assert {lr for key, (lr, _) in found.items() if ".table." in key} == {2e-3}
 
@@ -44,7 +44,7 @@ def test_frozen_parameters_are_left_out_and_row_adapters_count_as_tables():
     model = get_peft_model(lora.get_base_model(), EngramRowsConfig(rows={LAYER_IDS[0]: torch.tensor([3, 5])}), "rows_")
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.requires_grad_(True)  # older releases of PEFT freeze the first adapter when the second comes
+            parameter.requires_grad_(True)  # Older releases of PEFT freeze the first adapter when the second is added.
     found = settings(model, lr=1e-3, weight_decay=0.1)
     assert len(found) == 2 * BACKBONES["llama"]().num_hidden_layers + 1
     tables = {key: value for key, value in found.items() if "lora_" not in key}
@@ -52,13 +52,13 @@ def test_frozen_parameters_are_left_out_and_row_adapters_count_as_tables():
     assert set(found.values()) == {(1e-3, 0.1), (5e-3, 0.0)}
 
 
-def test_a_frozen_model_is_refused():
+def test_frozen_model_is_refused():
     with pytest.raises(ValueError, match="Every parameter of this model is frozen"):
         engram_parameter_groups(build("llama").requires_grad_(False), lr=1e-3)
 
 
 def test_quantized_rows_are_refused():
-    """torch lets float8 parameters require gradients, which these never get."""
+    """Float8 parameters can require gradients in torch, but never get any."""
     model = build("llama", engram_table_dtype="float8_e4m3fn", engram_head_dim=32)
     model.model.memories()[LAYER_IDS[0]].table.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="quantized rows take no gradient: train differences of them"):
@@ -73,7 +73,7 @@ def test_trainer_keeps_the_ratio_while_the_rate_decays(trainer):
     run.train()
     rates = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
     assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
-    # A table moves by up to its own rate a step (Adam), and did so in the very first.
+    # A table changes by up to its own rate in a step (Adam), and did so in the first.
     start = build("llama").model.memories()[LAYER_IDS[0]].table.weight
     moved = (run.model.model.memories()[LAYER_IDS[0]].table.weight - start).abs().max().item()
     assert 5e-2 < moved < 5 * sum(rates) * 1.01

@@ -43,7 +43,7 @@ def lora(**fields) -> LoraConfig:
 
 
 def perturbed(model: PeftModel, seed: int = 0) -> PeftModel:
-    """Every trainable weight moved: a new LoRA is the identity, on which most equalities hold emptily."""
+    """Move every trainable weight: a new LoRA is the identity, for which most equalities hold trivially."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -102,7 +102,7 @@ def test_train_save_reload_on_remote_code_and_merge(base, saved, trainer, tmp_pa
     torch.testing.assert_close(logits(again, ids), after, rtol=0, atol=1e-5)
 
 
-def test_a_resumed_adapter_run_is_the_uninterrupted_one(saved, trainer):
+def test_resumed_adapter_run_equals_the_uninterrupted_one(saved, trainer):
     def fresh():
         torch.manual_seed(0)
         return get_peft_model(EngramForCausalLM.from_pretrained(saved), lora())
@@ -117,7 +117,7 @@ def test_a_resumed_adapter_run_is_the_uninterrupted_one(saved, trainer):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_reach_adapters_in_front_of_and_behind_the_memory(base, checkpointing, trainer):
+def test_gradients_reach_adapters_before_and_after_the_memory(base, checkpointing, trainer):
     model = perturbed(get_peft_model(base, lora()))
     run = trainer(model, max_steps=1, optim="sgd", learning_rate=1.0, gradient_checkpointing=checkpointing)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -126,7 +126,7 @@ def test_gradients_reach_adapters_in_front_of_and_behind_the_memory(base, checkp
     assert moved == {name for name in before if "lora_" in name}
 
 
-def test_the_memory_alone_of_a_backbone_that_has_a_kv_proj_itself():
+def test_lora_on_the_memory_leaves_the_kv_proj_of_the_backbone_alone():
     model = build("deepseek_v4")
     assert any(name.endswith("self_attn.kv_proj") for name, _ in model.named_modules())
     peft = get_peft_model(model, lora(target_modules=["engram.kv_proj"]))
@@ -149,8 +149,10 @@ def test_the_memory_alone_of_a_backbone_that_has_a_kv_proj_itself():
     ],
     ids=lambda fields: next(iter(fields)) + "_" + str(next(iter(fields.values()))[-1]),
 )
-def test_replaced_modules_are_the_ones_that_run(base, saved, fields, tmp_path):
-    """The head is used by a forward borrowed from the backbone's own class; it has to see what PEFT put in its place."""
+def test_replaced_modules_are_used(base, saved, fields, tmp_path):
+    """The backbone's own class defines the forward that uses the head; it has to see the module that PEFT put in its
+    place.
+    """
     ids = random_ids(2, 9)
     ids[:, 4] = 5
     before = logits(base, ids)
@@ -160,7 +162,7 @@ def test_replaced_modules_are_the_ones_that_run(base, saved, fields, tmp_path):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Only what these fields added moves, so that a change of the logits can only come through it.
+            # Only parameters of these fields move, so that a change of the logits can only come from them.
             if parameter.requires_grad and not any(f".{target}." in name for target in TARGETS):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     after = logits(model, ids)
@@ -173,7 +175,7 @@ def test_replaced_modules_are_the_ones_that_run(base, saved, fields, tmp_path):
     torch.testing.assert_close(logits(reloaded.merge_and_unload(), ids), after, rtol=0, atol=1e-5)
 
 
-def test_two_adapters_take_turns(base, tmp_path):
+def test_two_adapters_are_switched(base, tmp_path):
     before = logits(base)
     model = perturbed(get_peft_model(base, lora()), seed=1)
     first = logits(model)

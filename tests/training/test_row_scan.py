@@ -1,4 +1,4 @@
-"""`scan_rows`: the rows that get a gradient, from every kind of data, and what is left out."""
+"""`scan_rows` finds the rows that get a gradient, from every kind of data, with all filters."""
 
 import copy
 

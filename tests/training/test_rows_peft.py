@@ -1,4 +1,4 @@
-"""Row adapters as a method of PEFT: chosen rows change, no other does, and another model refuses them."""
+"""Row adapters as a method of PEFT: only chosen rows change, and other models refuse them."""
 
 import copy
 import json
@@ -100,7 +100,7 @@ def test_trainer_changes_chosen_rows_alone_and_merging_changes_no_output(model, 
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_resumed_run_is_the_uninterrupted_one(built, rows, checkpointing, trainer):
+def test_resumed_run_equals_the_uninterrupted_one(built, rows, checkpointing, trainer):
     settings = {"learning_rate": 5e-2, "gradient_checkpointing": checkpointing}
     whole = trainer(adapted(copy.deepcopy(built), rows), save_strategy="steps", save_steps=3, **settings)
     whole.train()
@@ -126,7 +126,7 @@ def test_merging_is_exact_in_the_dtype_of_the_table(dtype):
     assert torch.equal(logits(peft.merge_and_unload()), after)
 
 
-def test_differences_are_those_of_the_table_itself():
+def test_differences_have_the_gradients_of_the_table():
     rows = torch.tensor([2, 3, 7])
     adapter = RowDifferences(rows, 3, num_rows=9, width=4).double()
     torch.nn.init.normal_(adapter.delta)
@@ -151,7 +151,7 @@ def test_text_that_reads_no_adapted_row_keeps_every_bit(model):
     with torch.no_grad():
         for parameter in peft.parameters():
             if parameter.requires_grad:
-                parameter[0] = float("nan")  # not even what no arithmetic can undo
+                parameter[0] = float("nan")  # A NaN shows any arithmetic on these rows.
     assert torch.equal(logits(peft, others), before)
 
 
@@ -174,7 +174,7 @@ def test_quantized_tables_are_trained_but_not_merged(fields, corpus, trainer):
 
 
 @pytest.mark.parametrize("when", ["always", "never"])
-def test_a_mapped_table_learns_rows_but_cannot_take_them(saved, when):
+def test_mapped_table_trains_rows_but_cannot_merge_them(saved, when):
     ids = random_ids(2, 9)
     resident = EngramForCausalLM.from_pretrained(saved, engram_residency="resident")
     mapped = EngramForCausalLM.from_pretrained(saved, engram_residency="mapped")
@@ -192,8 +192,8 @@ def test_a_mapped_table_learns_rows_but_cannot_take_them(saved, when):
 @pytest.mark.skipif(
     not Path("/proc/self/smaps").is_file(), reason="the system does not tell which pages a process has"
 )
-def test_training_gives_the_pages_of_a_mapped_table_back(model, tmp_path):
-    """So that the memory of a process does not grow with the rows that its corpus reads; other forwards keep them."""
+def test_training_releases_the_pages_of_a_mapped_table(model, tmp_path):
+    """The memory of a process does not grow with the rows that its corpus reads; other forward passes keep the pages."""
 
     def pages() -> int:
         kilobytes, is_shared = 0, False
@@ -202,7 +202,7 @@ def test_training_gives_the_pages_of_a_mapped_table_back(model, tmp_path):
             if not name.endswith(":"):
                 is_shared = values[0] == "r--s" and values[-1].startswith(
                     str(tmp_path)
-                )  # transformers' maps are private
+                )  # transformers' maps are private.
             elif name == "Rss:" and is_shared:
                 kilobytes += int(values[0])
         return kilobytes
@@ -229,7 +229,7 @@ def test_generation_is_that_of_the_merged_model(model):
 
 @pytest.fixture
 def folder(saved, rows, tmp_path):
-    """A saved adapter, and beside it the logits of its model."""
+    """Save an adapter, and beside it the logits of its model."""
     peft = move(adapted(EngramForCausalLM.from_pretrained(saved), rows))
     peft.save_pretrained(tmp_path / "adapter")
     torch.save(logits(peft), tmp_path / "logits.pt")
@@ -241,7 +241,7 @@ def expected(folder) -> torch.Tensor:
     return torch.load(folder.parent / "logits.pt")
 
 
-def test_a_folder_holds_rows_their_numbers_and_the_hash(folder, model, rows):
+def test_folder_has_rows_their_numbers_and_the_hash(folder, model, rows):
     tensors = load_file(folder / FILE)
     assert len(tensors) == 2 * len(LAYER_IDS)
     for layer, table in tables(model).items():
@@ -281,7 +281,7 @@ def _with_own_load_adapter(saved, folder):
     return model
 
 
-def test_several_adapters_take_turns_and_add_up(saved, folder, expected, model):
+def test_several_adapters_are_switched_and_added(saved, folder, expected, model):
     plain = logits(model)
     peft = PeftModel.from_pretrained(EngramForCausalLM.from_pretrained(saved), folder, adapter_name="first")
     other = read_by(model, random_ids(2, 9))
@@ -315,7 +315,7 @@ def test_several_adapters_take_turns_and_add_up(saved, folder, expected, model):
     assert torch.equal(logits(peft.unload()), plain)
 
 
-def test_an_adapter_is_swapped_while_the_model_is_in_use(saved, folder, expected, model):
+def test_adapter_is_swapped_while_the_model_is_in_use(saved, folder, expected, model):
     peft = move(adapted(model, read_by(model, random_ids(2, 9)), adapter_name="old"), seed=4)
     assert not torch.equal(logits(peft), expected)
     peft.load_adapter(folder, "new")
@@ -324,8 +324,8 @@ def test_an_adapter_is_swapped_while_the_model_is_in_use(saved, folder, expected
     assert torch.equal(logits(peft), expected)
 
 
-def test_rows_are_swapped_under_their_name(saved, folder, expected, model):
-    """Of other layers and of another number; those of another hash leave what was there."""
+def test_hotswap_replaces_rows_under_their_name(saved, folder, expected, model):
+    """The rows are of other layers and of another number; an adapter for another hash changes nothing."""
     old = read_by(model, random_ids(2, 9))
     peft = move(adapted(model, {2: old[2]}), seed=4).train()
     hotswap_rows(peft, folder)
@@ -348,7 +348,7 @@ def test_rows_are_swapped_under_their_name(saved, folder, expected, model):
 
 
 def test_peft_refuses_rows_in_its_mixed_model(model, folder, rows):
-    """A fixed list of methods; what it takes, it still takes."""
+    """PEFT has a fixed list of methods; those that it takes are still taken."""
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     with pytest.raises(ValueError, match="do not belong; put rows beside LoRA by"):
         get_peft_model(model, EngramRowsConfig(rows=rows), mixed=True)
@@ -360,7 +360,7 @@ def test_peft_refuses_rows_in_its_mixed_model(model, folder, rows):
 
 
 def test_lora_and_several_row_adapters_are_one_model(saved, folder, expected, model, tmp_path, trainer):
-    """Trained together, saved, loaded, disabled and merged."""
+    """They are trained together, saved, loaded, disabled and merged."""
     plain = logits(model)
     lora = get_peft_model(
         EngramForCausalLM.from_pretrained(saved), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
@@ -369,7 +369,7 @@ def test_lora_and_several_row_adapters_are_one_model(saved, folder, expected, mo
     assert torch.equal(logits(both), expected)
     both.add_adapter("medicine", EngramRowsConfig(rows=read_by(model, random_ids(2, 9))))
     both.base_model.set_adapter(["law", "medicine"])
-    lora.set_adapter("default")  # PEFT 0.19 froze it when the rows came
+    lora.set_adapter("default")  # PEFT 0.19 froze it when the rows were added.
     start = {name: value.detach().clone() for name, value in both.named_parameters() if value.requires_grad}
     trainer(both, max_steps=4).train()
     moved = {name for name, value in both.named_parameters() if name in start and not torch.equal(value, start[name])}
@@ -388,18 +388,18 @@ def test_lora_and_several_row_adapters_are_one_model(saved, folder, expected, mo
     assert torch.equal(logits(again), after)
     merged = again.merge_and_unload()
     assert set(merged.state_dict()) == set(model.state_dict())
-    torch.testing.assert_close(logits(merged), after, rtol=0, atol=1e-5)  # LoRA's product is summed in another order
+    torch.testing.assert_close(logits(merged), after, rtol=0, atol=1e-5)  # LoRA's product is summed in another order.
 
 
 def test_row_adapters_on_a_remote_code_model(built, rows, saved):
-    # Its classes are others than the installed ones, so nothing may depend on `isinstance`.
+    # Its classes are not the installed ones, so nothing may depend on `isinstance`.
     remote = get_class_from_dynamic_module("modeling_engram.EngramForCausalLM", saved).from_pretrained(saved)
     assert not isinstance(remote, EngramForCausalLM)
     found = [move(adapted(model, rows)) for model in (remote, copy.deepcopy(built))]
     assert torch.equal(logits(found[0]), logits(found[1])) and not torch.equal(logits(found[1]), logits(built))
 
 
-def test_a_copy_has_adapters_of_its_own(model, rows):
+def test_copy_has_adapters_of_its_own(model, rows):
     peft = move(adapted(model, rows))
     twin = copy.deepcopy(peft)
     assert torch.equal(logits(twin), logits(peft))
@@ -407,7 +407,7 @@ def test_a_copy_has_adapters_of_its_own(model, rows):
     assert not torch.equal(logits(twin), logits(peft))
 
 
-def test_a_process_without_the_package_gets_an_error(folder, run_without_the_package):
+def test_process_without_the_package_gets_an_error(folder, run_without_the_package):
     code = f"""
 from peft import PeftConfig
 try:
@@ -432,7 +432,7 @@ print(json.dumps({{"said": result}}))
         ({"engram_n_heads": 4}, "primes"),
     ],
 )
-def test_an_adapter_of_another_hash_is_refused(folder, fields, said):
+def test_adapter_of_another_hash_is_refused(folder, fields, said):
     other = build("mixtral", **fields)
     before = logits(other)
     with pytest.raises(ValueError, match=f"memory with the {said} .* other n-grams"):
@@ -442,7 +442,7 @@ def test_an_adapter_of_another_hash_is_refused(folder, fields, said):
     assert torch.equal(logits(other), before)
 
 
-def test_an_adapter_of_other_layers_is_refused(model, tmp_path):
+def test_adapter_of_other_layers_is_refused(model, tmp_path):
     size = {"engram_n_heads": 2, "engram_head_dim": 8, "engram_vocab_size": 97}
     other = EngramForCausalLM(EngramConfig.for_backbone(BACKBONES["mixtral"](), layer_ids=[0], **size))
     adapted(other, read_by(other, random_ids(1, 5))).save_pretrained(tmp_path)
@@ -450,7 +450,7 @@ def test_an_adapter_of_other_layers_is_refused(model, tmp_path):
         PeftModel.from_pretrained(model, tmp_path)
 
 
-def test_an_adapter_of_another_tokenizer_is_refused(tmp_path):
+def test_adapter_of_another_tokenizer_is_refused(tmp_path):
     def with_map(shift: int) -> EngramForCausalLM:
         model = build("llama", engram_compressed_vocab_size=64)
         token_map = torch.arange(128) % 64
@@ -464,7 +464,7 @@ def test_an_adapter_of_another_tokenizer_is_refused(tmp_path):
         PeftModel.from_pretrained(with_map(1), tmp_path)
 
 
-def test_tokens_that_were_added_since_are_no_other_tokenizer(tmp_path):
+def test_adapter_is_accepted_after_tokens_were_added(tmp_path):
     model = build("llama", engram_compressed_vocab_size=64)
     model.set_token_map(torch.arange(128) % 64)
     peft = move(adapted(copy.deepcopy(model), read_by(model, random_ids(1, 5))))
@@ -526,15 +526,15 @@ def test_damaged_row_numbers_are_refused(saved, folder, damage):
 
 
 @pytest.mark.parametrize("value", [{}, {"1": 5}, {"x": {}}, {"1": {"rows": 3}}, {"1": None}])
-def test_a_damaged_description_is_refused(saved, folder, value):
+def test_damaged_description_is_refused(saved, folder, value):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "memory": value}))
     with pytest.raises(ValueError, match=r"does not say which memory|has no rows"):
         PeftModel.from_pretrained(EngramForCausalLM.from_pretrained(saved), folder)
 
 
-def test_a_layer_that_is_left_out_of_the_description_is_refused(saved, folder):
-    """Its rows would be left out, too."""
+def test_layer_missing_from_the_description_is_refused(saved, folder):
+    """The rows of this layer would be missing, too."""
     config = json.loads((folder / "adapter_config.json").read_text())
     del config["memory"]["1"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -542,7 +542,7 @@ def test_a_layer_that_is_left_out_of_the_description_is_refused(saved, folder):
         PeftModel.from_pretrained(EngramForCausalLM.from_pretrained(saved), folder)
 
 
-def test_differences_that_are_missing_are_refused(saved, folder):
+def test_missing_differences_are_refused(saved, folder):
     tensors = load_file(folder / FILE)
     del tensors[next(key for key in tensors if key.endswith("delta"))]
     save_file(tensors, folder / FILE)

@@ -1,4 +1,4 @@
-"""Tables in shards: several processes compute what one does, and none of them has a whole table."""
+"""Tables in shards: several processes compute the results of one, and none of them has a whole table."""
 
 import json
 import os
@@ -27,12 +27,12 @@ from engram_hf.training import (
 from engram_hf.training.row_shards import RowShard
 
 PAGE = Path(__file__).parents[2] / "docs" / "large-models.md"
-# What the page's script leaves to the reader.
+# The script on the page assumes these lines.
 BEFORE_SCRIPT = """import torch
 device, batches = "cpu", [{"input_ids": ids, "labels": ids} for ids in torch.arange(40).view(2, 2, 10)]
 """
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-# Of norms of gradients, which are sums over all parameters.
+# The norms of gradients are sums over all parameters, hence the wider tolerance.
 NORM_CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """By scenario and number of processes, what came out of it."""
+    """Return the results by scenario and number of processes."""
     assert run(
         2, ["ddp", "resumed", "fsdp2", "mapped", "tensor_parallel", "row_adapters", "trainer", "full_disk"], folder
     ) == [0, 0]
@@ -75,7 +75,7 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def one():
-    """What a process by itself computes."""
+    """Return the results of a single process."""
     torch.set_num_threads(1)
     model = build("llama")
     enable_sparse_gradients(model)
@@ -88,7 +88,7 @@ def one():
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_losses_norms_and_tables_are_those_of_one_process(results, one, processes):
-    """Under DDP, with accumulated batches and clipping; the rest of the model, too."""
+    """The training runs under DDP, with accumulated batches and clipping; the other parameters are compared, too."""
     assert_close(results[f"ddp_{processes}"], one)
     start = tables(values(build("llama")))
     assert all((one[name] - value).abs().max() > 1e-2 for name, value in start.items())
@@ -96,7 +96,7 @@ def test_losses_norms_and_tables_are_those_of_one_process(results, one, processe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_a_process_has_its_part_of_the_rows(results, processes):
+def test_process_has_its_part_of_the_rows(results, processes):
     for layer in LAYER_IDS:
         rows, width = results[f"ddp_{processes}"][f"model.layers.{layer}.engram.table.weight"].shape
         assert results[f"ddp_{processes}"][f"own.{layer}"].tolist() == [-(-rows // processes), width]
@@ -104,22 +104,22 @@ def test_a_process_has_its_part_of_the_rows(results, processes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_a_checkpoint_of_two_goes_on_with_any_number(results, one, processes):
+def test_checkpoint_of_two_processes_resumes_with_any_number(results, one, processes):
     found = results[f"resumed_{processes}"]
     goes_on = {name: value for name, value in one.items() if name.startswith("later.")}
     assert_close(found, goes_on | tables(one) | {"lm_head.weight": one["lm_head.weight"]})
 
 
 @pytest.mark.slow
-def test_fsdp2_for_the_rest(results, one):
+def test_fsdp2_shards_other_parameters(results, one):
     half = {name.removeprefix("half."): value for name, value in one.items() if name.startswith("half.")}
     assert_close(results["fsdp2_2"], half | {name: one[name] for name in ("losses", "norms")})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model-2", "model-4", "fsdp2-model"])
-def test_an_exported_folder_is_an_ordinary_one(results, folder, one, name):
-    """Each process wrote a file of it."""
+def test_exported_folder_is_an_ordinary_one(results, folder, one, name):
+    """Each process wrote one of its files."""
     model = EngramForCausalLM.from_pretrained(folder / name, engram_residency="resident")
     assert_close(values(model), {key.removeprefix("half."): one[key] for key in one if key.startswith("half.")})
     files = json.loads((folder / name / "engram_tables.json").read_text())["tables"]["1"]["weight"]
@@ -129,7 +129,9 @@ def test_an_exported_folder_is_an_ordinary_one(results, folder, one, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_rows_are_read_from_their_ranges(results, folder, processes):
-    """Quantized tables come to shards too, and are read to the bit; that others' rows are not read the processes assert."""
+    """Quantized tables can be sharded too, and are read to the bit; the processes assert that they do not read others'
+    rows.
+    """
     for name in ("model-2", "float8"):
         with torch.no_grad():
             logits = EngramForCausalLM.from_pretrained(folder / name)(random_ids(2, 9)).logits
@@ -137,34 +139,34 @@ def test_rows_are_read_from_their_ranges(results, folder, processes):
 
 
 @pytest.mark.slow
-def test_a_plan_for_the_rest_changes_nothing(results):
+def test_tensor_parallel_plan_changes_no_result(results):
     one, two = results["tensor_parallel_1"], results["tensor_parallel_2"]
     assert one["gradient"].abs().max() > 1e-4
     assert_close(two, one)
 
 
 @pytest.mark.slow
-def test_row_adapters_go_onto_shards(results):
+def test_row_adapters_train_on_shards(results):
     one, two = results["row_adapters_1"], results["row_adapters_2"]
     assert len(one) == len(LAYER_IDS) and all(value.abs().max() > 1e-4 for value in one.values())
     assert_close(two, one)
 
 
 @pytest.mark.slow
-def test_the_trainer_takes_it(results):
+def test_trainer_trains_tables_in_shards(results):
     assert_close(results["trainer_2"], results["trainer_1"])
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_and_the_last_checkpoint_loads(folder):
+def test_exit_of_a_process_ends_the_others_and_the_last_checkpoint_loads(folder):
     first, second = run(2, ["death"], folder)
     assert second == 7 and first not in (0, None)
     assert run(1, ["after_death"], folder) == [0]
 
 
 @pytest.mark.slow
-def test_the_script_of_the_page_runs_by_the_command_of_the_page(tmp_path):
-    """On two processes, by `accelerate launch`, which has torchrun start them."""
+def test_script_of_the_page_runs_by_the_command_of_the_page(tmp_path):
+    """It runs on two processes, by `accelerate launch`, which calls torchrun to start them."""
     page = PAGE.read_text(encoding="utf-8")
     (script,) = re.findall(r"```python\n(# train\.py\n.*?)```", page, re.DOTALL)
     (command,) = re.findall(r"^accelerate launch .*$", page, re.MULTILINE)
@@ -181,7 +183,7 @@ def test_the_script_of_the_page_runs_by_the_command_of_the_page(tmp_path):
         changed = (trained[name] != before).any(1)
         assert 0 < changed.sum() < len(changed)
     files = json.loads((tmp_path / "trained" / "engram_tables.json").read_text())["tables"]["1"]["weight"]
-    assert len(files) == 2  # each process wrote its own
+    assert len(files) == 2  # Each process wrote its own file.
 
 
 # --- one process
@@ -215,8 +217,8 @@ def test_tables_on_meta_are_filled_and_learn(alone):
     assert 0 < changed.numel() <= optimizer.rows_of(table.weight).numel() < table.num_rows
 
 
-def test_rows_at_random_do_not_depend_on_the_number_of_processes(monkeypatch):
-    """Of a table of more than one block."""
+def test_random_rows_do_not_depend_on_the_number_of_processes(monkeypatch):
+    """The table has more than one block."""
     from engram_hf.table_engram import EngramTable
     from engram_hf.training.sharding import _cut
 
@@ -228,7 +230,7 @@ def test_rows_at_random_do_not_depend_on_the_number_of_processes(monkeypatch):
     assert whole.std().item() == pytest.approx(0.5, rel=0.02) and whole[:65_536].ne(whole[65_536 : 2 * 65_536]).all()
 
 
-def test_it_survives_being_moved(alone):
+def test_sharded_model_can_be_moved(alone):
     model = build("llama")
     shard_tables(model)
     model.to(torch.bfloat16)
@@ -238,12 +240,12 @@ def test_it_survives_being_moved(alone):
     assert optimizer.rows_of(model.model.memories()[1].table.weight).numel() > 10
 
 
-def test_without_processes_it_is_refused():
+def test_sharding_without_processes_is_refused():
     with pytest.raises(ValueError, match="start the script by torchrun or accelerate launch"):
         shard_tables(build("llama"))
 
 
-def test_what_has_shards_already_is_refused(alone):
+def test_sharded_model_is_not_sharded_again(alone):
     model = build("llama")
     shard_tables(model)
     with pytest.raises(ValueError, match="is in shards already"):
@@ -265,7 +267,7 @@ def test_other_optimizers_are_refused(alone):
             optimizer.step()
 
 
-def test_a_state_of_another_number_of_processes_is_refused(alone):
+def test_state_of_another_number_of_processes_is_refused(alone):
     model = build("llama")
     shard_tables(model)
     optimizer = optimizer_of(model)

@@ -15,7 +15,7 @@ LEARNING_RATE = 1e-2
 
 
 def model_of(name="llama", *, sparse: bool, **fields):
-    """A copy of a tiny model in which everything is trained."""
+    """Return a copy of a tiny model in which every parameter is trained."""
     model = copy.deepcopy(built(name)) if not fields else build(name, **fields)
     if sparse:
         enable_sparse_gradients(model)
@@ -45,12 +45,12 @@ def assert_close(one, other, **tolerance):
         torch.testing.assert_close(a, b, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# --- gradients
+# --- gradients ---
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v4"])
 def test_sparse_gradients_are_the_dense_ones(name):
-    """Of duplicate rows, and of two batches that are accumulated; a row is stored once."""
+    """They are compared for duplicate rows and for two accumulated batches; a row is stored once."""
     models = [model_of(name, sparse=sparse) for sparse in (False, True)]
     outputs = [backward(model, 1, 2) for model in models]
     assert torch.equal(*outputs)
@@ -74,17 +74,17 @@ def test_clipping_counts_a_row_once(norm):
         torch.testing.assert_close(other.to_dense() if other.is_sparse else other, dense, rtol=1e-4, atol=1e-9)
 
 
-def test_rows_that_do_not_exist_are_refused_as_ever():
+def test_rows_that_do_not_exist_are_refused():
     table = model_of(sparse=True).model.memories()[LAYER_IDS[0]].table
     with pytest.raises(ValueError, match="but the table has rows 0"):
         table(torch.tensor([[table.num_rows]]))
 
 
-# --- the optimizer
+# --- the optimizer ---
 
 
 def every_row(model, layer=LAYER_IDS[0]):
-    """A loss that reads every row of a table, some twice."""
+    """Return a loss that reads every row of a table, some twice."""
     table = model.model.memories()[layer].table
     ids = torch.cat([torch.arange(table.num_rows), torch.arange(7)]).unsqueeze(1)
     return (table(ids) ** 3).sum()
@@ -104,7 +104,7 @@ def test_sparse_adamw_is_dense_adamw_where_every_row_is_read():
 
 
 def test_sparse_adamw_is_lazy_as_torchs_sparse_adam():
-    """Whichever rows are read when, and however many are new in a step."""
+    """They agree for any order of reads, and for any number of new rows in a step."""
     models = [model_of(sparse=True) for _ in range(2)]
     tables = [table_of(model) for model in models]
     ours = SparseAdamW([tables[0]], lr=0.05, eps=1e-12, weight_decay=0.0)
@@ -133,12 +133,13 @@ def test_sparse_adamw_state_grows_with_the_rows_that_are_read():
         (state,) = [s for s in optimizer.state_dict()["state"].values() if s.get("rows") is not None][:1]
         sizes.append(state["rows"].numel())
         assert state["exp_avg"].shape == state["exp_avg_sq"].shape == (sizes[-1], 8)
-        assert state["exp_avg"].untyped_storage().nbytes() == state["exp_avg"].nbytes  # nothing else goes to the file
+        # Nothing else is saved in the file.
+        assert state["exp_avg"].untyped_storage().nbytes() == state["exp_avg"].nbytes
     assert 0 < sizes[0] < sizes[1] < sizes[2] < table_of(model).shape[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_state_continues_to_the_bit(dtype, tmp_path):
+def test_saved_state_continues_to_the_bit(dtype, tmp_path):
     def run(model, optimizer, seeds):
         for seed in seeds:
             backward(model, seed)
@@ -152,7 +153,7 @@ def test_a_saved_state_continues_to_the_bit(dtype, tmp_path):
     half = copy.deepcopy(whole)
     enable_sparse_gradients(half)
     resumed = optimizer_of(half, True)
-    run(half, resumed, [9])  # which is to be overwritten
+    run(half, resumed, [9])  # Loading overwrites this state.
     half.load_state_dict(whole.state_dict())
     resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     run(whole, optimizer, range(3, 6))
@@ -162,14 +163,14 @@ def test_a_saved_state_continues_to_the_bit(dtype, tmp_path):
 
 def test_hooks_and_closures_are_those_of_any_optimizer():
     model = model_of(sparse=True)
-    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # from now on torch's own step calls hooks too
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # After this, torch's own step calls hooks too.
     optimizer, calls = optimizer_of(model, True), []
     optimizer.register_step_post_hook(lambda *_: calls.append(table_of(model).grad.is_sparse))
     loss = optimizer.step(lambda: backward(model, 1))
     assert calls == [True] and loss > 0
 
 
-# --- the stock Trainer
+# --- the stock Trainer ---
 
 
 def trained(trainer, sparse, name="llama", **settings):
@@ -188,21 +189,21 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_the_first_step_in_the_trainer_is_that_of_dense_adamw(kind, trainer):
-    """With clipping, whose norm is logged: before any row is skipped the two are one."""
+def test_first_step_in_the_trainer_equals_that_of_dense_adamw(kind, trainer):
+    """The norm for clipping is logged; before any row is skipped, the two optimizers are equal."""
     settings = {"max_steps": 1, "max_grad_norm": 0.05, **SETTINGS[kind]}
     dense, sparse = (trained(trainer, flag, **settings) for flag in (False, True))
     norms = [run.state.log_history[0]["grad_norm"] for run in (dense, sparse)]
     assert norms[0] > 0.05
     assert norms == pytest.approx([norms[0]] * 2, rel=1e-5)
-    # Adam's first step is the sign of a gradient, which rounding decides where the gradient is nearly zero.
+    # Adam's first step is the sign of a gradient, which rounding decides for gradients near zero.
     for layer in LAYER_IDS:
         one, other = (table_of(run.model, layer) for run in (dense, sparse))
         assert ((one - other).abs() > 1e-4).float().mean() < 1e-3
         assert not torch.equal(other, table_of(built("llama"), layer))
 
 
-def test_the_trainer_learns_and_resumes_to_the_bit(trainer):
+def test_trainer_learns_and_resumes_to_the_bit(trainer):
     def history(run):
         keys = ("step", "loss", "learning_rate", "grad_norm")
         return [tuple(entry[key] for key in keys) for entry in run.state.log_history if "loss" in entry]
@@ -217,22 +218,23 @@ def test_the_trainer_learns_and_resumes_to_the_bit(trainer):
     assert_close(resumed.model, whole.model, rtol=0, atol=0)
 
 
-def test_a_compiled_model_has_the_same_gradients():
+def test_compiled_model_has_the_same_gradients():
     model = model_of(sparse=True)
     backward(model, 1)
     expected = [parameter.grad.to_dense() for parameter in model.parameters()]
     model.zero_grad()
-    model.model.layers[LAYER_IDS[0]].compile(backend="aot_eager")  # a layer with memory alone, which takes seconds
+    # Only one layer with memory is compiled, because this takes seconds.
+    model.model.layers[LAYER_IDS[0]].compile(backend="aot_eager")
     backward(model, 1)
     for parameter, other in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad.to_dense(), other, rtol=1e-4, atol=1e-6)
     assert table_of(model).grad.is_sparse
 
 
-# --- bad input
+# --- bad input ---
 
 
-def test_an_optimizer_that_cannot_take_sparse_gradients_is_refused():
+def test_optimizer_that_cannot_take_sparse_gradients_is_refused():
     model = model_of(sparse=True)
     backward(model, 1)
     with pytest.raises(ValueError, match=r"AdamW cannot take the sparse gradients of tables; use .*SparseAdamW"):
@@ -240,12 +242,12 @@ def test_an_optimizer_that_cannot_take_sparse_gradients_is_refused():
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
 
 
-def test_an_optimizer_without_sparse_tables_is_refused():
+def test_optimizer_without_sparse_tables_is_refused():
     with pytest.raises(ValueError, match="call enable_sparse_gradients"):
         SparseAdamW(model_of(sparse=False).parameters())
 
 
-def test_an_optimizer_that_was_built_before_the_model_changed_is_refused():
+def test_optimizer_that_was_built_before_the_model_changed_is_refused():
     model = model_of(sparse=True)
     optimizer = optimizer_of(model, True)
     for layer in LAYER_IDS:
@@ -256,7 +258,7 @@ def test_an_optimizer_that_was_built_before_the_model_changed_is_refused():
         optimizer.step()
 
 
-def test_an_optimizer_whose_moments_are_elsewhere_is_refused():
+def test_optimizer_with_moments_on_another_device_is_refused():
     model = model_of(sparse=True)
     optimizer = optimizer_of(model, True)
     backward(model, 1)
@@ -283,7 +285,7 @@ def test_moments_of_another_table_are_refused():
 
 
 def test_several_processes_are_refused(monkeypatch):
-    """DDP itself fails with a message about storage of sparse tensors."""
+    """DDP's own error is about storage of sparse tensors."""
     model = model_of(sparse=True)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
@@ -292,13 +294,13 @@ def test_several_processes_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("table_dtype", ["float8_e4m3fn", "int8"])
-def test_a_quantized_table_is_refused(table_dtype):
+def test_quantized_table_is_refused(table_dtype):
     model = build("llama", engram_table_dtype=table_dtype, engram_head_dim=32)
     with pytest.raises(ValueError, match=r"is quantized and cannot be trained as a whole.*EngramRowsConfig"):
         enable_sparse_gradients(model)
 
 
-def test_a_mapped_table_is_refused(tmp_path):
+def test_mapped_table_is_refused(tmp_path):
     built("llama").save_pretrained(tmp_path)
     model = EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped")
     with pytest.raises(ValueError, match=r"is in its file or in host memory and cannot be trained.*'resident'"):

@@ -12,7 +12,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlatte
 from engram_hf import EngramConfig, EngramForCausalLM
 from engram_hf.training import engram_parameter_groups
 
-# The routes of its tokens set mixtral's tiny gradients apart from batch to batch, and V4 has four residual streams.
+# Mixtral's tiny gradients differ between batches by the routes of their tokens, and V4 has four residual streams.
 FAMILIES = ["mixtral", "deepseek_v4"]
 
 
@@ -31,7 +31,7 @@ def same_weights(one, other) -> bool:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_saved_model_trains_further_and_is_saved_again(built, name, trainer, tmp_path):
+def test_saved_model_trains_further_and_is_saved_again(built, name, trainer, tmp_path):
     built[name].save_pretrained(tmp_path / "start")
     model = EngramForCausalLM.from_pretrained(tmp_path / "start")
     run = trainer(model, max_steps=12)
@@ -51,7 +51,7 @@ def test_a_saved_model_trains_further_and_is_saved_again(built, name, trainer, t
 
 
 @pytest.mark.parametrize("own_groups", [False, True])
-def test_a_resumed_run_is_the_uninterrupted_one(own_groups, trainer):
+def test_resumed_run_equals_the_uninterrupted_one(own_groups, trainer):
     def fresh(seed):
         model = build("mixtral", seed=seed)
         groups = engram_parameter_groups(model, lr=1e-2, weight_decay=0.1) if own_groups else None
@@ -65,7 +65,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(own_groups, trainer):
     model, optimizers = fresh(seed=0)
     whole = trainer(model, optimizers=optimizers, save_strategy="steps", save_steps=3)
     whole.train()
-    # From other weights, so that every one of them has to come from the checkpoint, fused experts included.
+    # The run resumes from other weights, so that each of them has to come from the checkpoint, including fused
+    # experts.
     model, optimizers = fresh(seed=1)
     resumed = trainer(model, optimizers=optimizers)
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
@@ -74,7 +75,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(own_groups, trainer):
 
 
 def test_accumulated_steps_average_over_tokens(model, trainer):
-    # Sequences of very different length: the mean of their mean losses is not the mean over their tokens.
+    # The sequences have very different lengths: the mean of their mean losses is not the mean over their tokens.
     ids = random_ids(2, 12, seed=3)
     labels = ids.clone()
     labels[0, 3:] = -100
@@ -145,7 +146,7 @@ def test_evaluation_and_prediction(model, trainer, corpus):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_smoothed_labels_are_those_of_the_next_tokens(built, name, trainer, corpus):
-    """Trainer shifts them only for classes that it knows to be causal language models."""
+    """Trainer shifts labels only for classes that it knows as causal language models."""
     run = trainer(
         copy.deepcopy(built[name]), max_steps=1, label_smoothing_factor=0.2, per_device_eval_batch_size=len(corpus)
     )
@@ -173,7 +174,7 @@ def text_model(tokenizer) -> EngramForCausalLM:
 
 
 def token_mean(model, documents: list[torch.Tensor]) -> float:
-    """Loss over all predicted tokens of documents that were each run alone."""
+    """Return the loss over all predicted tokens of documents that were run separately."""
     with torch.no_grad():
         parts = [(model(ids[None], labels=ids[None]).loss * (len(ids) - 1), len(ids) - 1) for ids in documents]
     return (sum(loss for loss, _ in parts) / sum(count for _, count in parts)).item()
@@ -187,7 +188,7 @@ def test_padded_batches_of_the_tokenizer_have_the_loss_of_their_texts(text_model
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     batch = collator(features)
     assert (batch["labels"] == -100).any()
-    # Under left padding a text's first token would be predicted from a pad, which is no token of the text.
+    # With left padding, a text's first token would be predicted from a pad, which is not a token of the text.
     first = batch["attention_mask"].argmax(1, keepdim=True)
     batch["labels"].scatter_(1, first, -100)
     with torch.no_grad():
@@ -205,7 +206,7 @@ def test_packed_batches_have_the_loss_of_separate_documents(model, fields, train
     collator = DataCollatorWithFlattening(**fields)
     packed = collator(copy.deepcopy(features), return_tensors="pt")
     expected = token_mean(model, documents)
-    # As Trainer does: with a cache, transformers takes position ids for those of a continuation.
+    # Trainer does the same: with a cache, transformers takes position ids for those of a continuation.
     model.config.use_cache = False
     with torch.no_grad():
         assert model(**packed).loss.item() == pytest.approx(expected, rel=1e-5)

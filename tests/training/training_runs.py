@@ -1,4 +1,4 @@
-"""What the training tests share besides fixtures."""
+"""Functions that the training tests share besides fixtures."""
 
 from transformers import Trainer
 
@@ -11,5 +11,5 @@ TEXTS = [
 
 
 def losses(trainer: Trainer) -> list[float]:
-    """Training losses a Trainer logged, by step."""
+    """Return the training losses that a Trainer logged, by step."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
