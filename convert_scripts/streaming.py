@@ -275,6 +275,7 @@ class _Journal:
         self.fingerprint = plan.fingerprint
         self.done: dict[str, dict] = {}
         self._lock = threading.Lock()
+        self._is_closed = False
 
     def __enter__(self) -> "_Journal":
         if not self.path.exists():
@@ -286,9 +287,11 @@ class _Journal:
     def __exit__(self, kind: object, *_: object) -> None:
         # A start that wrote nothing removes its journal, so that a start with other options is not refused. A file may exist
         # without being on record, if the process was interrupted between writing and recording it.
-        if kind is None or not (self.done or self._strangers()):
-            self.path.unlink()
-        self._file.close()
+        with self._lock:
+            self._is_closed = True
+            if kind is None or not (self.done or self._strangers()):
+                self.path.unlink()
+            self._file.close()
 
     def _strangers(self) -> list[str]:
         """Return names of files in the folder that this module did not write."""
@@ -318,8 +321,16 @@ class _Journal:
         self._file.truncate(sum(map(len, [lines[0], *complete])))
         self._file.seek(0, os.SEEK_END)
 
-    def add(self, record: dict) -> None:
+    def finish(self, put_in_place: Callable[[], object], record: dict) -> None:
+        """Put a file in place and record it.
+
+        Raises:
+            _Interrupted: the conversion has ended; an interrupt may leave a thread of which its pool knows nothing.
+        """
         with self._lock:
+            if self._is_closed:
+                raise _Interrupted
+            put_in_place()
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -363,8 +374,10 @@ def _write_files(todo: list[OutputFile], target: Path, journal: _Journal) -> Non
         tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
         ThreadPoolExecutor(WORKERS) as pool,
     ):
-        jobs = [pool.submit(_write_file, file, target, journal, bar.update, stop) for file in todo]
+        jobs = []
         try:
+            for file in todo:
+                jobs.append(pool.submit(_write_file, file, target, journal, bar.update, stop))
             finished, _ = wait(jobs, return_when=FIRST_EXCEPTION)
         finally:
             # The first error or keyboard interrupt stops the other files, too.
@@ -385,15 +398,13 @@ def _write_file(
 ) -> None:
     path = target / file.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    if file.link:
-        _link(file.link, path)
-        journal.add({"name": file.name, "size": file.size, "linked": True})
+    if (source := file.link) is not None:
+        journal.finish(lambda: _link(source, path), {"name": file.name, "size": file.size, "linked": True})
         return
     part = path.with_name(path.name + ".part")
     with _removed_on_error(part):
         checksum = _stream(file, part, advance, stop)
-    part.replace(path)
-    journal.add({"name": file.name, "size": file.size, "crc32": checksum})
+        journal.finish(lambda: part.replace(path), {"name": file.name, "size": file.size, "crc32": checksum})
 
 
 class _Interrupted(Exception):

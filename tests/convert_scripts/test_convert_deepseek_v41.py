@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -545,15 +546,25 @@ def test_interrupted_conversion_of_another_source_is_refused(tiny, checkpoint, t
 def test_conversion_interrupted_before_its_first_journal_line(tiny, converted, tmp_path, monkeypatch):
     """The file exists already; without a journal, no run could resume."""
 
-    def interrupt(*_):
+    def interrupt(journal, put_in_place, record):
+        put_in_place()
         raise KeyboardInterrupt
 
     target = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(streaming._Journal, "add", interrupt)
+        patch.setattr(streaming._Journal, "finish", interrupt)
         assert run(tiny, target) == 130
     assert run(tiny, target) == 0
     assert contents(target) == contents(converted)
+
+
+def test_journal_refuses_files_of_threads_that_outlive_it(tmp_path):
+    """An interrupt can hit while a pool starts a thread, which the pool then does not wait for."""
+    with streaming._Journal(SimpleNamespace(fingerprint="1"), tmp_path) as journal:
+        pass
+    with pytest.raises(streaming._Interrupted):
+        journal.finish((tmp_path / "late").touch, {"name": "late", "size": 0})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_torn_journal_line_is_ignored(tiny, converted, tmp_path):
