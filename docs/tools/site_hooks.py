@@ -23,6 +23,8 @@ ELSEWHERE = {
     "contributing.md": "CONTRIBUTING.md",
     "security.md": "SECURITY.md",
 }
+# The pictures of the experiments are beside their results; the site has them among its own.
+RESULTS, PICTURES = "experiments/results", "images/experiments"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PUBLIC = ("", "training", "analysis", "other_models", "tokenization")
 
@@ -40,12 +42,15 @@ def on_startup(**_: Any) -> None:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages of `ELSEWHERE`, the notebooks, the support matrix and the command line."""
+    """Add the pages of `ELSEWHERE`, the notebooks, the support matrix, the command line, and pictures of results."""
     made = {name: (ROOT / source).read_text(encoding="utf-8") for name, source in ELSEWHERE.items()}
     made |= {f"notebooks/{path.stem}.md": notebook_page(path) for path in NOTEBOOKS}
     made["command-line.md"] = command_line_page()
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
+    for path in (ROOT / RESULTS).glob("*/*.png"):
+        name = f"{PICTURES}/{path.parent.name}/{path.name}"
+        files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
@@ -99,6 +104,7 @@ def _relink(markdown: str, path: str) -> str:
     source = ELSEWHERE.get(path)
     if source is not None:  # written for where it stands
         markdown = re.sub(r"\]\((?:\.\./)?docs/", "](", markdown)
+    markdown = markdown.replace(f"](../{RESULTS}/", f"]({up}{PICTURES}/")
     for name, target in ELSEWHERE.items():
         markdown = re.sub(rf"\]\((?:\.\./)*{re.escape(target)}(#[^)]*)?\)", rf"]({up}{name}\1)", markdown)
     return markdown
