@@ -57,7 +57,7 @@ def test_demo_model_continues_a_text_and_needs_its_memory(saved):
     tokenizer = AutoTokenizer.from_pretrained(saved)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     text = tokenizer.decode(model.generate(**inputs, max_new_tokens=2, do_sample=False)[0])
-    assert text.startswith(PROMPT + " class")
+    assert text.startswith(PROMPT + " user-defined function")
     loss = model(**inputs, labels=inputs["input_ids"]).loss
     assert loss + 1 < model(**inputs, labels=inputs["input_ids"], engram_edit=Off()).loss
 
