@@ -1,6 +1,7 @@
 """Row adapters as a method of PEFT: only chosen rows change, and other models refuse them."""
 
 import copy
+import gc
 import json
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from table_models import Driver
 from tiny_backbones import BACKBONES, LAYER_IDS, build, random_ids
 from torch.utils.data import DataLoader
-from training_runs import losses
+from training_runs import losses, train_rows_of
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from engram_hf import EngramConfig, EngramForCausalLM
@@ -187,6 +189,29 @@ def test_mapped_table_trains_rows_but_cannot_merge_them(saved, when):
     assert len(deltas) == 2 and all(delta.grad.abs().sum() > 0 for delta in deltas)
     with pytest.raises(ValueError, match="engram_residency='resident'"):
         models[1].merge_and_unload()
+
+
+@pytest.mark.parametrize("fields", [{}, FLOAT8], ids=["float", "float8"])
+def test_rows_train_alike_wherever_the_table_is(fields, tmp_path, monkeypatch):
+    """tests/test_cuda_tables.py does the same on a GPU; here, only the driver that locks pages is replaced."""
+    build("mixtral", **fields).save_pretrained(tmp_path)
+    driver, ids = Driver(), random_ids(2, 9)
+    models = [EngramForCausalLM.from_pretrained(tmp_path, engram_residency=at) for at in ("resident", "mapped")]
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        models.append(EngramForCausalLM.from_pretrained(tmp_path, engram_residency="pinned", device_map="cpu"))
+    assert tables(models[-1])[1].source.residency == "pinned"
+    found = [train_rows_of(model, ids) for model in models]
+    for peft, values in found:
+        assert values[1] < values[0] and torch.equal(values, found[0][1])
+        assert torch.equal(logits(peft, ids), logits(found[0][0], ids))
+    with pytest.raises(ValueError, match="in its file or in host memory cannot take differences"):
+        found[-1][0].merge_and_unload()
+    assert driver.locked
+    del models, found, peft
+    gc.collect()
+    assert not driver.locked
 
 
 @pytest.mark.skipif(
