@@ -259,7 +259,7 @@ def test_shared_rows_stay_until_the_last_fact_goes(model, library_log):
     assert forget_facts(adapted, "facts", 0) == 8
 
 
-def test_conflicts_are_reported(model):
+def test_conflicts_are_reported(model, capsys):
     facts = [
         {"prompt": "word1", "target": "word2"},
         {"prompt": "word5 word6 word7", "target": "word8"},
@@ -267,6 +267,7 @@ def test_conflicts_are_reported(model):
         {"prompt": "Word5 Word6 word7", "target": "Word8"},
     ]
     adapted, report = write_both(model, TOKENIZER, facts, steps=2)
+    assert "Writing 4 facts: 100%" in capsys.readouterr().err  # the progress bar
     said = "\n".join(report.notes)
     assert "The prompt of fact 0 is shorter than 3 tokens" in said
     assert "prompts of facts 1 and 2 differ only in what the compressed vocabulary leaves out" in said
