@@ -361,7 +361,7 @@ def _refuse_rows_in_a_mixed_model(refuse: Callable[[PeftConfig], None], peft_con
     if isinstance(peft_config, EngramRowsConfig):
         raise EngramError(
             "PeftMixedModel takes a fixed list of methods, to which row adapters do not belong; put them beside another "
-            'method by get_peft_model(peft_model.get_base_model(), EngramRowsConfig(rows=rows), adapter_name="rows"), or a '
+            'method by get_peft_model(peft_model.get_base_model(), EngramRowsConfig(rows=rows), adapter_name="corpus"), or a '
             "saved one by PeftModel.from_pretrained(peft_model.get_base_model(), folder); the result saves both."
         )
     refuse(peft_config)

@@ -375,7 +375,7 @@ def test_hotswap_replaces_rows_under_their_name(saved, folder, expected, model):
 def test_peft_refuses_rows_in_its_mixed_model(model, folder, rows, tmp_path):
     """PEFT has a fixed list of methods, and still takes those; the message names a way that works."""
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    way = r'get_peft_model\(peft_model.get_base_model\(\), EngramRowsConfig\(rows=rows\), adapter_name="rows"\)'
+    way = r'get_peft_model\(peft_model.get_base_model\(\), EngramRowsConfig\(rows=rows\), adapter_name="corpus"\)'
     with pytest.raises(ValueError, match=way):
         get_peft_model(copy.deepcopy(model), EngramRowsConfig(rows=rows), mixed=True)
     mixed = get_peft_model(copy.deepcopy(model), lora, mixed=True)
@@ -384,9 +384,9 @@ def test_peft_refuses_rows_in_its_mixed_model(model, folder, rows, tmp_path):
     with pytest.raises(ValueError, match="PROMPT_TUNING"):
         mixed.add_adapter("prompt", PromptTuningConfig(num_virtual_tokens=2))
     peft_model = get_peft_model(model, lora)
-    both = get_peft_model(peft_model.get_base_model(), EngramRowsConfig(rows=rows), adapter_name="rows")
+    both = get_peft_model(peft_model.get_base_model(), EngramRowsConfig(rows=rows), adapter_name="corpus")
     both.save_pretrained(tmp_path / "both")
-    names = load_file(tmp_path / "both" / FILE).keys() | load_file(tmp_path / "both" / "rows" / FILE).keys()
+    names = load_file(tmp_path / "both" / FILE).keys() | load_file(tmp_path / "both" / "corpus" / FILE).keys()
     assert {part for name in names for part in ("lora_A", "lora_B", ".delta") if part in name} == {
         "lora_A",
         "lora_B",
