@@ -193,7 +193,7 @@ def test_mapped_table_trains_rows_but_cannot_merge_them(saved, when):
 
 @pytest.mark.parametrize("fields", [{}, FLOAT8], ids=["float", "float8"])
 def test_rows_train_alike_wherever_the_table_is(fields, tmp_path, monkeypatch):
-    """tests/test_cuda_tables.py does the same on a GPU; here, only the driver that locks pages is replaced."""
+    """Here, only the driver that locks pages is replaced; tests/test_cuda_tables.py does the same on a GPU."""
     build("mixtral", **fields).save_pretrained(tmp_path)
     driver, ids = Driver(), random_ids(2, 9)
     models = [EngramForCausalLM.from_pretrained(tmp_path, engram_residency=at) for at in ("resident", "mapped")]
