@@ -123,8 +123,8 @@ def test_row_adapters_train_over_tables_of_the_host(folder, tmp_path, residency)
     before = logits(model)
     peft, found = train_rows_of(model, IDS.cuda())
     assert found[1] < found[0]
-    torch.testing.assert_close(found, losses)
-    torch.testing.assert_close(logits(peft), logits(resident))
+    torch.testing.assert_close(found, losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(peft), logits(resident), rtol=1e-4, atol=1e-5)
     assert all(parameter.is_cuda for parameter in peft.parameters() if parameter.requires_grad)
     with peft.disable_adapter():
         assert torch.equal(logits(peft), before)

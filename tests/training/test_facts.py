@@ -245,7 +245,7 @@ def test_prompts_that_end_alike_are_written_where_they_differ(model):
     facts = [{"prompt": f"word{i} word1 word2 word3", "target": f"word{i + 10}"} for i in (20, 30)]
     engram = model.model
     assert choose_positions(engram, parse_facts(facts, TOKENIZER), [1, 2], [3], {}) == [(2, 3), (2, 3)]
-    _, report = write_both(model, TOKENIZER, facts, steps=300)
+    _, report = write_both(model, TOKENIZER, facts, steps=100)
     assert report.recall == 1.0
     assert any("Facts 0 and 1 write 4 rows together, for different targets" in note for note in report.notes)
     assert [result.shared_rows for result in report.facts] == [4, 4]
