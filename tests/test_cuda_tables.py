@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 from peft import PeftModel
+from table_models import train_rows_of
 from tiny_backbones import build, random_ids
-from training_runs import train_rows_of
 
 from engram_hf import EngramForCausalLM
 from engram_hf.prefetch_engram import FetchedRows, ReadByDevice

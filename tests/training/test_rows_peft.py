@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from table_models import Driver
+from table_models import Driver, train_rows_of
 from tiny_backbones import BACKBONES, LAYER_IDS, build, random_ids
 from torch.utils.data import DataLoader
-from training_runs import losses, train_rows_of
+from training_runs import losses
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from engram_hf import EngramConfig, EngramForCausalLM
