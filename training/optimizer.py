@@ -3,8 +3,12 @@
 import re
 
 from torch import nn
+from transformers.utils import logging
 
 from ..safetensors_engram import EngramError
+from .memory import why_frozen
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # The paper trains tables at five times the backbone's learning rate (arXiv 2601.07372, pre-training setup).
 TABLE_LR_SCALE = 5.0
@@ -21,6 +25,8 @@ def engram_parameter_groups(
 
         groups = engram_parameter_groups(model, lr=3e-4, weight_decay=0.1)
         trainer = Trainer(model, args, train_dataset=..., optimizers=(torch.optim.AdamW(groups), None))
+
+    A warning names tables that cannot be trained although the rest of their memory is: mapped, pinned and quantized ones.
 
     Tables and row adapters get `lr * table_lr_scale` and no weight decay: a row is read rarely, and decay, which acts
     at every step, would forget it in between. Norms, biases and other vectors do not decay either.
@@ -53,7 +59,22 @@ def engram_parameter_groups(
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise EngramError("Every parameter of this model is frozen; set requires_grad on what shall be trained first.")
+    _say_frozen_tables(model)
     return groups
+
+
+def _say_frozen_tables(model: nn.Module) -> None:
+    """Warn if the memory around a table is trained, but its rows cannot be: `auto` maps large tables without being asked."""
+    for name, table in model.named_modules():
+        if "table_dtype" not in vars(table):
+            continue
+        # A table with row adapters is inside of another module, and LoRA freezes the norms.
+        norm = getattr(model.get_submodule(name.rpartition(".")[0]), "q_norm", None)
+        if norm is not None and norm.weight.requires_grad and (how := why_frozen(table)):
+            logger.warning(
+                f"The table {name} is {how} and will not be trained: load the model with engram_residency='resident' from a "
+                "checkpoint in floats, or train differences of its rows (EngramRowsConfig)."
+            )
 
 
 def _require_trainable_dtype(name: str, parameter: nn.Parameter) -> None:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_backbones import BACKBONES, LAYER_IDS, build
+from tiny_backbones import BACKBONES, LAYER_IDS, build, built
 
+from engram_hf import EngramForCausalLM
 from engram_hf.training import EngramRowsConfig, engram_parameter_groups
 
 
@@ -63,6 +64,24 @@ def test_quantized_rows_are_refused():
     model.model.memories()[LAYER_IDS[0]].table.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="quantized rows take no gradient: train differences of them"):
         engram_parameter_groups(model, lr=1e-3)
+
+
+def test_tables_that_cannot_be_trained_are_named(tmp_path, library_log):
+    """Nothing is said if the table is trained, has row adapters, or if the rest of the memory is frozen too."""
+    built("llama").save_pretrained(tmp_path)
+    model = EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped")
+    quantized = build("llama", engram_table_dtype="float8_e4m3fn", engram_head_dim=32)
+    for each, how in ((model, "in its file"), (quantized, "quantized")):
+        library_log.clear()
+        engram_parameter_groups(each, lr=1e-3)
+        assert len(library_log) == len(LAYER_IDS)
+        assert f"layers.1.engram.table is {how}" in library_log[0] and "will not be trained" in library_log[0]
+    library_log.clear()
+    engram_parameter_groups(built("llama"), lr=1e-3)
+    rows = EngramRowsConfig(rows={layer: torch.tensor([3]) for layer in LAYER_IDS})
+    engram_parameter_groups(get_peft_model(model, rows), lr=1e-3)
+    engram_parameter_groups(get_peft_model(quantized, LoraConfig(target_modules=["engram.kv_proj"])), lr=1e-3)
+    assert library_log == []
 
 
 def test_trainer_keeps_the_ratio_while_the_rate_decays(trainer):
