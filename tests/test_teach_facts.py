@@ -14,11 +14,11 @@ teach_facts, stdlib_text = map(importlib.import_module, ("teach_facts", "stdlib_
 
 @pytest.mark.slow
 def test_two_facts_are_written_loaded_and_one_is_forgotten(tmp_path, monkeypatch, capsys):
-    sources, unseen = stdlib_text.read_sources()
-    monkeypatch.setattr(stdlib_text, "read_sources", lambda: (sources, [text[:200] for text in unseen[:2]]))
+    texts, unseen = stdlib_text.read_documentation()
+    monkeypatch.setattr(stdlib_text, "read_documentation", lambda: (texts, [text[:200] for text in unseen[:2]]))
     monkeypatch.setattr(teach_facts, "FACTS", teach_facts.FACTS[:2])
     monkeypatch.setattr(teach_facts, "CAPITALS", dict(list(teach_facts.CAPITALS.items())[:2]))
-    monkeypatch.setattr(sys, "argv", ["", "--model", str(EXAMPLES / "engram-demo"), "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["", "--output", str(tmp_path)])
     try:
         teach_facts.main()
     finally:
