@@ -35,6 +35,15 @@ def test_tables_learn_five_times_as_fast_and_do_not_decay(name):
     assert found[f"{layer}.engram.q_norm.weight"] == (1e-3, 0.0) == found[f"{layer}.engram.kv_proj.bias"]
 
 
+def test_tables_learn_twenty_times_as_fast_if_only_the_memory_is_trained():
+    model = build("llama")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".engram." in name)
+    assert {lr for key, (lr, _) in settings(model, lr=1e-3).items() if ".table." in key} == {2e-2}
+    model.lm_head.requires_grad_(True)
+    assert {lr for key, (lr, _) in settings(model, lr=1e-3).items() if ".table." in key} == {5e-3}
+
+
 def test_learning_rate_scale_of_tables_is_an_argument():
     found = settings(build("llama"), lr=1e-3, table_lr_scale=2.0)
     assert {lr for key, (lr, _) in found.items() if ".table." in key} == {2e-3}
