@@ -312,7 +312,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     def _refuse_unknown(self, extras: dict[str, Any]) -> None:
         if self.engram_format_version > FORMAT_VERSION:
             raise EngramError(
-                f"engram_format_version is {self.engram_format_version}, this engram-hf reads up to {FORMAT_VERSION}; "
+                f"engram_format_version is {self.engram_format_version}, but this engram-hf reads up to {FORMAT_VERSION}; "
                 "upgrade engram-hf."
             )
         unknown = [key for key in extras if key.startswith("engram_")]
@@ -524,9 +524,8 @@ def as_composite_config(config: dict | PreTrainedConfig, text_config: object = N
         config = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
     if text_config is not None or not isinstance(getattr(config, "text_config", None), PreTrainedConfig):
         raise EngramError(
-            "backbone_config is the config of a backbone whose language model is described by its own `text_config`, as "
-            "Gemma3Config, of a model type that this transformers knows; give a decoder's config as text_config, and one of "
-            "the two."
+            "backbone_config must have a `text_config` of its own, as Gemma3Config has, and a model type that this "
+            "transformers knows; give the config of a decoder alone as text_config instead, and never both."
         )
     as_decoder_config(config.text_config)
     return config

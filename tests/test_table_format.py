@@ -634,7 +634,7 @@ def test_table_of_another_token_map_is_refused(hasher):
         with pytest.raises(TableFormatError, match="was written for another token map"):
             require_same_hash(described, with_token_map(hasher, token_map), 0)
     for table, token_map in ((unmapped, other), (described, None)):
-        with pytest.raises(TableFormatError, match="Only one of model and table"):
+        with pytest.raises(TableFormatError, match="Only model or table of layer"):
             require_same_hash(table, with_token_map(hasher, token_map), 0)
     # Tokens were added; the tokenizer is not known yet; or its map is the identity.
     longer = torch.cat([TOKEN_MAP, TOKEN_MAP.new_tensor([7]), padding])
