@@ -291,8 +291,7 @@ class LayerWithMemory(RuntimeSubclass):
             if carrier is None:
                 raise EngramError(
                     f"A {type(self).__name__} ran outside of its model's forward, so the rows that its memory reads are not known; call "
-                    "the model (once before it is compiled), and have its layers checkpointed by gradient_checkpointing_enable(), "
-                    "not by a wrapper around each."
+                    "the model (once before it is compiled), and checkpoint layers by gradient_checkpointing_enable() alone."
                 )
             carrier.was_needed = True
             kwargs["engram_inputs"] = carrier.inputs

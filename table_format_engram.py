@@ -173,6 +173,27 @@ def draw_primes(num_layers: int, bucket_counts: Sequence[int], heads: int) -> li
     return layout
 
 
+class MemorySizes:
+    """Sizes that follow from the fields of a config: an `EngramConfig`, or the plain fields of its config.json."""
+
+    @property
+    def bucket_counts(self: Any) -> tuple[int, ...]:
+        """Base bucket count of each order 2..N."""
+        counts = self.engram_vocab_size
+        return (counts,) * (self.engram_max_ngram_size - 1) if isinstance(counts, int) else tuple(counts)
+
+    @property
+    def engram_row_width(self: Any) -> int:
+        """Channels a position gathers in one layer: heads of all orders times `engram_head_dim`."""
+        return (self.engram_max_ngram_size - 1) * self.engram_n_heads * self.engram_head_dim
+
+    @property
+    def engram_streams(self: Any) -> int:
+        """The backbone's residual streams: 1, or the number of its hyper-connections or alternating updates."""
+        counts = (getattr(self.text_config, name, None) for name in ("hc_mult", "hc_count", "altup_num_inputs"))
+        return next(filter(None, counts), 1)
+
+
 def draw_multipliers(layer_ids: Sequence[int], max_ngram: int, vocab_size: int, seed: int) -> np.ndarray:
     """Return odd hash multipliers, int64 `[L, N]`: one for each layer and look-back distance.
 
@@ -572,10 +593,7 @@ def _check_locations(locations, where: str) -> None:
         if not isinstance(location, dict) or not {"file", "tensor", "rows"} <= location.keys():
             raise TableFormatError(f"The {where} has {location!r}, expected file, tensor and rows; fetch it again.")
         if not isinstance(location["tensor"], str) or not is_file_name(location["file"]):
-            raise TableFormatError(
-                f"The {where} points at {location['file']!r}; tables lie beside their manifest, named without a path, "
-                "so fetch it again."
-            )
+            raise TableFormatError(f"The {where} has {location['file']!r}; name a file beside it, without a path.")
         if not are_counts(location["rows"]) or len(location["rows"]) != 2:
             raise TableFormatError(f"The {where} has rows {location['rows']!r}, not [first, stop]; fetch it again.")
     ranges = [tuple(location["rows"]) for location in locations]

@@ -93,7 +93,8 @@ for command in ("inspect", "check", "compress", "card"):
     assert same == of_folder.keys() - {"folder", "card"}, (command, same)
     run(command, "me/none", expected=1)
 assert f'from_pretrained("{demo}"' in run("card", demo)
-run("check", "examples/engram-demo", "--rows")
+run("demo", f"{sys.argv[1]}/demo")
+run("check", f"{sys.argv[1]}/demo", "--rows")
 run("card", "examples/engram-demo", "--repo-id", "me/model", "--license", "mit")
 assert run("--version").split() == ["engram-hf", sys.argv[2]]
 for script in (["convert", "deepseek-v4.1"], ["convert", "demo"], ["export", "deepseek-v4.1"]):
