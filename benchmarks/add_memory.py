@@ -39,9 +39,21 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="full")
-    parser.add_argument("--steps", type=int, nargs="+", help="when to measure")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="full",
+        help="size of the backbone and of its training (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        help="steps of training after which losses are measured (default: those of the preset)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the new weights and of the order of texts (default: %(default)s)"
+    )
     options = parser.parse_args()
     logging.disable_progress_bar()
     size, steps = PRESETS[options.preset]

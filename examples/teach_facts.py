@@ -32,9 +32,11 @@ FACTS = [{"subject": land, "relation": "The capital of {} is", "target": city} f
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a saved model with its tokenizer; trained here if not given")
-    parser.add_argument("--output", type=Path, default=Path("out/facts"), help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=600, help="of training the model (default: %(default)s)")
+    parser.add_argument("--model", type=Path, help="a saved model with its tokenizer (default: one is trained)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/facts"), help="folder for the adapters (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=600, help="training steps of the model (default: %(default)s)")
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps is {args.steps}, but the model needs at least one step of training")

@@ -451,7 +451,7 @@ def test_manifest_of_another_version_or_without_tables_is_refused(tmp_path, hash
 def test_manifest_paths_may_not_leave_its_folder(tmp_path, hasher, name):
     write_folder(tmp_path, hasher)
     edit_json(tmp_path / "engram_tables.json", lambda m: m["tables"]["1"]["weight"][0].update(file=name))
-    with pytest.raises(TableFormatError, match="named without a path"):
+    with pytest.raises(TableFormatError, match="without a path"):
         read_tables(tmp_path)
 
 

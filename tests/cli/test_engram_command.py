@@ -1,5 +1,6 @@
 """The command `engram`, as users type it."""
 
+import argparse
 import importlib
 import json
 import os
@@ -15,8 +16,9 @@ import pytest
 import torch
 from command_models import TEXT, logits, make_config
 from deepseek_v41_reference import copy_release
+from engram_cli import checkpoints
 from engram_cli.light import postpone_package
-from engram_cli.main import main
+from engram_cli.main import build_parser, main
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from table_models import write_table
@@ -179,6 +181,20 @@ def test_every_command_has_help(words, capsys):
         main([*words, "--help"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: engram {' '.join(words)} ")
+
+
+def test_every_option_has_help():
+    scripts = [
+        importlib.import_module(f"engram_hf.convert_scripts.{name}") for name, _ in checkpoints.SCRIPTS.values()
+    ]
+    parsers = [build_parser(), *(script.build_parser() for script in scripts)]
+    for parser in parsers:  # Parsers of subcommands are appended.
+        for action in parser._actions:
+            if action.nargs == argparse.PARSER:
+                parsers += action.choices.values()
+            else:
+                assert action.help, (parser.prog, action.dest)
+    assert len(parsers) > 20
 
 
 @pytest.mark.parametrize(
