@@ -36,7 +36,7 @@ def add_commands(commands: Any) -> None:
 
 def is_completing() -> bool:
     """Return whether a shell asks for completions; then the parser needs all options, of the scripts too."""
-    return "_ARGCOMPLETE" in os.environ
+    return "COMP_LINE" in os.environ  # Shells pass the line to a program that completes it.
 
 
 def is_for_script(arguments: Sequence[str]) -> bool:

@@ -22,7 +22,8 @@ def run_command(command: Callable[[], None]) -> int:
         return 1
     except OSError as error:
         print(
-            f"error: {error.filename} cannot be read or written ({error.strerror}); check its rights.", file=sys.stderr
+            f"error: {error.filename or 'A file'} cannot be read or written ({error.strerror or error}); check its rights.",
+            file=sys.stderr,
         )
         return 1
     except KeyboardInterrupt:
