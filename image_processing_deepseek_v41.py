@@ -269,7 +269,7 @@ def load_image(image) -> "Image.Image":
             f"An image is a {type(image).__name__}; give a Pillow image, a byte array, a file name or a data URL."
         )
     if not image.width or not image.height:
-        raise EngramError(f"{_name_of(image)} has no pixels ({image.width} x {image.height}); give another image.")
+        raise EngramError(f"{_name_of(image)} is empty ({image.width} x {image.height} pixels); give another image.")
     return image
 
 
