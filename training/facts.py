@@ -56,7 +56,9 @@ def write_facts(
 ) -> tuple[PeftModel, FactReport]:
     """Train the rows that facts are read from until the model recalls them; everything else is frozen.
 
-    The same facts give the same rows: nothing here is random. Active adapters stay active during the training.
+    The same facts give the same rows: nothing here is random. Active adapters stay active during the training. Their facts keep
+    their logits to the last bit, since rows that these read are left alone; if the new facts are not recalled without such
+    rows, they are written, too, and trained so that all facts are recalled.
 
     Args:
         model: an Engram model with a head, in eval mode or not. A `PeftModel` gets one more adapter; an adapter of another method
@@ -94,13 +96,23 @@ def write_facts(
     parsed = parse_facts(facts, tokenizer)
     texts = None if protect is None else list(Batches(protect, tokenizer))
     chosen_orders = check_orders(engram, [engram.hashing.max_ngram] if orders is None else orders)
-    settings = _Settings(name, max_protected_reads, steps, learning_rate, tuple(chosen_orders))
+    replaced = {fact.prompt_ids for fact in parsed}
+    earlier = tuple(fact for fact in _facts_of_active(model) if fact.prompt_ids not in replaced)
+    settings = _Settings(name, max_protected_reads, steps, learning_rate, tuple(chosen_orders), earlier)
     chosen_layers = check_layers(engram, layers)
-    if layers is None and len(chosen_layers) > 1:
-        # One layer takes the fewest bytes, and changes the least; an error here is raised again by the second try.
-        with contextlib.suppress(EngramError):
-            return _write(model, tokenizer, parsed, texts, settings, chosen_layers[:1], is_trial=True)
+    # One layer takes the fewest bytes, and changes the least; rows that earlier facts read are the last resort.
+    trials = [chosen_layers[:1]] if layers is None and len(chosen_layers) > 1 else []
+    trials += [chosen_layers] if earlier else []
+    for some_layers in trials:
+        with contextlib.suppress(EngramError):  # An error here is raised again by the last try.
+            return _write(model, tokenizer, parsed, texts, settings, some_layers, is_trial=True)
     return _write(model, tokenizer, parsed, texts, settings, chosen_layers)
+
+
+def _facts_of_active(model: nn.Module) -> list[Fact]:
+    """Return the facts of all active adapters."""
+    names = [name for name in _active_rows(model) if getattr(model.peft_config[name], "facts", None)]
+    return [written.fact for name in names for written in facts_of(model, name)]
 
 
 class _Settings(NamedTuple):
@@ -111,6 +123,7 @@ class _Settings(NamedTuple):
     steps: int
     learning_rate: float
     orders: tuple[int, ...]
+    earlier: tuple[Fact, ...]
 
 
 def _write(
@@ -122,16 +135,21 @@ def _write(
     layers: Sequence[int],
     is_trial: bool = False,
 ) -> tuple[PeftModel, FactReport]:
-    """Write facts into some layers; a trial keeps them only if all are recalled.
+    """Write facts into some layers.
+
+    A trial writes no row that earlier facts read, and keeps the rest only if all facts are recalled. Otherwise, earlier facts
+    are trained along.
 
     Raises:
         ValueError: as in [`write_facts`]; or a fact of a trial is not recalled. The model is unchanged.
     """
     engram, name, chosen_orders, chosen_layers = find_engram(model), settings.name, settings.orders, tuple(layers)
-    protected: dict[int, torch.Tensor] = {}
+    everywhere = [(fact, tuple(range(len(fact.input_ids)))) for fact in settings.earlier if is_trial]
+    read = [WrittenFact(fact, positions, chosen_layers, chosen_orders).rows(engram) for fact, positions in everywhere]
     if texts is not None:
         scan = scan_rows(texts, tokenizer, model, layers=chosen_layers, orders=chosen_orders)
-        protected = {layer: ids[scan.counts[layer] > settings.max_protected_reads] for layer, ids in scan.items()}
+        read.append({layer: ids[scan.counts[layer] > settings.max_protected_reads] for layer, ids in scan.items()})
+    protected = _union(read)
     written = [
         WrittenFact(fact, positions, chosen_layers, chosen_orders)
         for fact, positions in zip(
@@ -147,7 +165,8 @@ def _write(
     with _evaluating(model), _adapter(model, config, name) as peft_model:
         before = measure_facts(peft_model, parsed)
         taught = [fact for fact, part in zip(parsed, rows, strict=True) if any(ids.numel() for ids in part.values())]
-        done = _train(peft_model, name, taught, settings.steps, settings.learning_rate)
+        along = [] if is_trial else settings.earlier
+        done = _train(peft_model, name, [*taught, *along], settings.steps, settings.learning_rate)
         after = measure_facts(peft_model, parsed)
         if is_trial and any(recall.rank > 1 for recall in after):
             raise EngramError("Not all facts are recalled from these layers alone; write them into more.")
