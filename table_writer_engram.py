@@ -40,6 +40,10 @@ from .table_format_engram import ROW_FORMATS, RowFormat, TableDescription, tenso
 _STEP_NUMBERS = 1 << 19
 # This many numbers are converted at once, so that all data fits into a processor's own cache.
 _CHUNK_NUMBERS = 1 << 17
+# In a table of more rows than this, one step of `_COMPARED_ONE_IN` is compared with its result: comparing takes up to
+# half of the time, and a sample of this size tells the error as well.
+_ALL_COMPARED_ROWS = 1 << 18
+_COMPARED_ONE_IN = 8
 # This counts the changes of `quantize_rows`' results for equal rows: a table that was begun with another one is begun
 # again.
 _RULES = 2
@@ -154,10 +158,10 @@ class _Scratch(threading.local):
 
 @dataclass
 class QuantizationError:
-    """The change of a table by quantization.
+    """The change of a table by quantization, from rows in all its parts.
 
     Args:
-        rows: rows compared.
+        rows: rows compared: all of a table of up to 262,144, else about one in eight.
         largest: largest difference of a channel.
         relative: root of the summed squared differences over that of the summed squares; 0 for a table of zeros.
         histogram: how many rows have a relative error below each of `ERROR_EDGES` and not below the one before; the
@@ -182,6 +186,10 @@ class QuantizationError:
             self.squares += some.squares
             self.squared_differences += some.squared_differences
             self.histogram = [count + more for count, more in zip(self.histogram, some.histogram, strict=True)]
+
+
+# These are values, scales, and a function that decodes them to float32 rows, once, in memory that the next block uses.
+_Quantized = tuple[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]
 
 
 class ComparedRows(NamedTuple):
@@ -234,7 +242,7 @@ def quantize_table(
         save_seconds: how often the journal is written.
 
     Returns:
-        The quantization error.
+        The quantization error, of evenly spread rows in a large table.
 
     Raises:
         ValueError: the table already has as few bits, or cannot have this dtype, or contains NaN.
@@ -256,6 +264,7 @@ def quantize_table(
             yield _decoded(*some, scratch)
 
     firsts = range(*description.rows, step)
+    one_in = 1 if stop - firsts.start <= _ALL_COMPARED_ROWS else _COMPARED_ONE_IN
 
     def count(first: int) -> None:
         advance((min(first + step, stop) - first) * row_bytes)
@@ -289,9 +298,10 @@ def quantize_table(
         def quantize(first: int) -> list[ComparedRows]:
             made, compared = [], []
             for rows in chunks(first):
-                *stored, decoded = _quantize(rows, table_dtype, global_scale, scratch)
+                *stored, decode = _quantize(rows, table_dtype, global_scale, scratch)
                 made.append(stored)
-                compared.append(compare_rows(rows, decoded))
+                if (first - firsts.start) // step % one_in == 0:
+                    compared.append(compare_rows(rows, decode()))
             writer.write(first, *map(_joined, zip(*made, strict=True)))
             return compared
 
@@ -399,6 +409,7 @@ def _bits(row_format: RowFormat) -> float:
     return ITEM_BITS[row_format.dtype] / row_format.packed
 
 
+@torch.no_grad()
 def quantize_rows(
     rows: torch.Tensor, table_dtype: str, global_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -418,8 +429,8 @@ def quantize_rows(
 
 def _quantize(
     rows: torch.Tensor, table_dtype: str, global_scale: torch.Tensor | None, scratch: _Scratch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return values and scales of float32 `rows`, and the dequantized values in `scratch`."""
+) -> _Quantized:
+    """Quantize float32 `rows`."""
     row_format, width = require_format(table_dtype, rows.shape[-1]), rows.shape[-1]
     largest = _largest(rows, width // row_format.scales(width), scratch)
     if not largest.isfinite().all():
@@ -478,39 +489,28 @@ def _largest(rows: torch.Tensor, block: int, scratch: _Scratch) -> torch.Tensor:
     return pooled.view(*rows.shape[:-1], -1)
 
 
-def _to_int8(
-    rows: torch.Tensor, largest: torch.Tensor, scratch: _Scratch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return integers and the float32 scale of each row, which maps the largest magnitude to 127; and the decoded
-    rows.
-    """
+def _to_int8(rows: torch.Tensor, largest: torch.Tensor, scratch: _Scratch) -> _Quantized:
+    """Return integers and the float32 scale of each row, which maps the largest magnitude to 127."""
     scale = torch.where(largest > 0, largest / 127, 1.0)
     # A subnormal maximum may round to a scale of zero.
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
     # No quotient rounds to more than 127: that of the largest channel is 127 up to an error of division.
     numbers = torch.div(rows, scale, out=scratch.take("numbers", rows)).round_()
-    return numbers.to(torch.int8), scale, numbers.mul_(scale)
+    return numbers.to(torch.int8), scale, lambda: numbers.mul_(scale)
 
 
-def _to_float8(
-    blocks: torch.Tensor, largest: torch.Tensor, scratch: _Scratch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return float8 `[..., W]` and powers of two of `blocks` `[..., W / 32, 32]` with `largest` magnitudes; and the
-    decoded rows.
-    """
+def _to_float8(blocks: torch.Tensor, largest: torch.Tensor, scratch: _Scratch) -> _Quantized:
+    """Return float8 `[..., W]` and powers of two of `blocks` `[..., W / 32, 32]` with `largest` magnitudes."""
     exponents = exponent_above(largest.clamp_min(1e-4) / E4M3_MAX)
     # A power of two divides exactly by its reciprocal, and no quotient rounds to more than 448.
     inverse = (254 - exponents).bitwise_left_shift_(23).view(torch.float32)
     numbers = torch.mul(blocks, inverse.unsqueeze(-1), out=scratch.take("numbers", blocks)).flatten(-2)
     values, scale = numbers.to(torch.float8_e4m3fn), exponents.to(torch.uint8).view(torch.float8_e8m0fnu)
-    return values, scale, _decode_float8(values, scale, numbers, scratch)
+    return values, scale, lambda: _decode_float8(values, scale, numbers, scratch)
 
 
-def _by_least_squares(
-    rows: torch.Tensor, largest: torch.Tensor, bits: int, scratch: _Scratch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return packed codes of `bits` bits, and the bfloat16 scale of each row that nearly minimizes the squared error;
-    and the decoded rows.
+def _by_least_squares(rows: torch.Tensor, largest: torch.Tensor, bits: int, scratch: _Scratch) -> _Quantized:
+    """Return packed codes of `bits` bits, and the bfloat16 scale of each row that nearly minimizes the squared error.
 
     The levels lie halfway between the integers, equally many below and above zero. Each number gets the nearest level
     for a step that is close to the best one, and then the scale is the best one for these levels.
@@ -524,7 +524,7 @@ def _by_least_squares(
     levels.add_(0.5)
     scale = torch.mul(rows, levels, out=scratch.take("products", rows)).sum(-1, keepdim=True)
     scale = scale.div_(torch.linalg.vector_norm(levels, dim=-1, keepdim=True).square_()).to(torch.bfloat16)
-    return pack(codes.view(torch.uint8), bits), scale, levels.mul_(scale.to(torch.float32))
+    return pack(codes.view(torch.uint8), bits), scale, lambda: levels.mul_(scale.to(torch.float32))
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -541,9 +541,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _to_nvfp4(
     blocks: torch.Tensor, largest: torch.Tensor, global_scale: torch.Tensor, scratch: _Scratch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> _Quantized:
     """Return packed 4-bit floats `[..., W / 2]` and float8 scales of `blocks` `[..., W / 16, 16]` with `largest`
-    magnitudes; and the decoded rows.
+    magnitudes.
     """
     scale = (largest / E2M1_LIMIT * global_scale).clamp_max_(E4M3_MAX).to(torch.float8_e4m3fn)
     divisor = apply_global_scale(scale, global_scale)
@@ -551,7 +551,8 @@ def _to_nvfp4(
     numbers = torch.div(blocks, divided, out=scratch.take("numbers", blocks))
     codes = _to_e2m1(numbers, scratch)
     packed = pack(codes.view(torch.uint8).flatten(-2), 4)
-    return packed, scale, _twice_e2m1(codes, numbers, scratch).mul_(divisor.unsqueeze(-1).mul(0.5)).flatten(-2)
+    half = divisor.unsqueeze(-1).mul(0.5)
+    return packed, scale, lambda: _twice_e2m1(codes, numbers, scratch).mul_(half).flatten(-2)
 
 
 def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
