@@ -1,6 +1,6 @@
 """Learning of a new domain, and forgetting of the old one, by memory added to a trained backbone and by LoRA.
 
-    python benchmarks/add_memory.py [--preset short] [--steps 200 500 1000] [--seed 0]
+    python benchmarks/add_memory.py [--preset short] [--steps 200 500 1000] [--seed 0] [--scales 1 5 20] [--only LoRA]
 
 The backbone is a small Qwen3-MoE, trained here on the sources of Python's standard library. The new domain is English
 about Python: its docstrings and the topics of `help()`. The backbone is frozen; the LoRA has as many trainable
@@ -42,6 +42,10 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--steps", type=int, nargs="+", help="when to measure")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--scales", type=float, nargs="+", default=[1, 5, 20], help="rates of the tables, in units of the others'"
+    )
+    parser.add_argument("--only", nargs="+", default=[""], help="first words of the ways to compare; all if not given")
     options = parser.parse_args()
     logging.disable_progress_bar()
     size, steps = PRESETS[options.preset]
@@ -52,8 +56,9 @@ def main() -> None:
         + f"{'cpu s':>8}"
     )
     print(f"{'untouched':36}{'':>9}{'':>9}  {bench.before['new']:>8.4f} {bench.before['old']:>8.4f}", flush=True)
-    for title, way in bench.ways().items():
-        bench.compare(title, way)
+    for title, way in bench.ways(options.scales).items():
+        if title.startswith(tuple(options.only)):
+            bench.compare(title, way)
 
 
 class Bench:
@@ -80,9 +85,9 @@ class Bench:
         self.backbone.requires_grad_(False)
         self.before = self.losses(self.backbone)
 
-    def ways(self) -> dict[str, Callable]:
+    def ways(self, scales: list[float]) -> dict[str, Callable]:
         """Return, by title, functions that give a model and its optimizer."""
-        memory = {f"memory, rows at {scale}x": (scale, 0.0, 0) for scale in (1, 5, 20)}
+        memory: dict[str, tuple] = {f"memory, rows at {scale:g}x": (scale, 0.0, 0) for scale in scales}
         memory |= {"memory, 5x, value projection 0.02": (5, 0.02, 0), "memory, 5x, rate warmed up": (5, 0.0, 50)}
         ways: dict[str, Callable] = {
             title: lambda fields=fields: self.memory(*fields) for title, fields in memory.items()

@@ -172,8 +172,10 @@ class Outcome:
         return math.exp(self.loss)
 
 
-def train(model, title: str, size: Size, blocks: dict[str, list], output: Path, seed: int) -> Outcome:
-    """Train `model` with a stock Trainer on `blocks["train"]`, then measure it on `blocks["held_out"]`."""
+def train(
+    model, title: str, size: Size, blocks: dict[str, list], output: Path, seed: int, kind: type[Trainer] = Trainer
+) -> Outcome:
+    """Train `model` with the Trainer on `blocks["train"]`, then measure it on `blocks["held_out"]`."""
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=size.steps,
@@ -192,7 +194,7 @@ def train(model, title: str, size: Size, blocks: dict[str, list], output: Path, 
         seed=seed,
     )
     groups = engram_parameter_groups(model, size.learning_rate, weight_decay=0.1)
-    trainer = Trainer(
+    trainer = kind(
         model=model,
         args=arguments,
         train_dataset=blocks["train"],

@@ -1,9 +1,11 @@
 """Helpers that tests of tables share: how tables may be stored, and what distinguishes two models."""
 
 import torch
+from peft import PeftModel, get_peft_model
 from tiny_backbones import random_ids
 
 from engram_hf.table_writer_engram import TableWriter
+from engram_hf.training import EngramRowsConfig, scan_rows
 
 DTYPES = [None, "float8_e4m3fn", "nvfp4"]
 OTHER_DTYPES = ["int8", "int4", "int2"]
@@ -54,3 +56,18 @@ class Driver:
     def cudaHostUnregister(self, address: int) -> int:
         del self.locked[address]
         return 0
+
+
+def train_rows_of(model, ids: torch.Tensor) -> tuple[PeftModel, torch.Tensor]:
+    """Train an adapter of the rows that `ids` read for two steps; return the model, and the loss before each step."""
+    model.eval()
+    peft = get_peft_model(model, EngramRowsConfig(rows=scan_rows([{"input_ids": ids}], None, model)))
+    optimizer = torch.optim.SGD([parameter for parameter in peft.parameters() if parameter.requires_grad], lr=1.0)
+    found = []
+    for _ in range(2):
+        loss = peft(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach())
+    return peft, torch.stack(found)

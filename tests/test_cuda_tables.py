@@ -4,6 +4,8 @@ import gc
 
 import pytest
 import torch
+from peft import PeftModel
+from table_models import train_rows_of
 from tiny_backbones import build, random_ids
 
 from engram_hf import EngramForCausalLM
@@ -111,3 +113,20 @@ def test_cache_can_be_offloaded(folder):
     model, options = load(folder, "mapped"), {"max_new_tokens": 5, "do_sample": False}
     expected = model.generate(IDS.cuda(), **options)
     assert torch.equal(model.generate(IDS.cuda(), **options, cache_implementation="offloaded"), expected)
+
+
+@pytest.mark.parametrize("residency", ["mapped", "pinned"])
+def test_row_adapters_train_over_tables_of_the_host(folder, tmp_path, residency):
+    """Differences are on the GPU; the adapter is saved, and loaded onto another model."""
+    resident, losses = train_rows_of(load(folder, "resident"), IDS.cuda())
+    model = load(folder, residency)
+    before = logits(model)
+    peft, found = train_rows_of(model, IDS.cuda())
+    assert found[1] < found[0]
+    torch.testing.assert_close(found, losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(peft), logits(resident), rtol=1e-4, atol=1e-5)
+    assert all(parameter.is_cuda for parameter in peft.parameters() if parameter.requires_grad)
+    with peft.disable_adapter():
+        assert torch.equal(logits(peft), before)
+    peft.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(folder, residency), tmp_path)), logits(peft))

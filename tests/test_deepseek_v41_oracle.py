@@ -22,6 +22,8 @@ from engram_hf.causal_lm_deepseek_v41 import DeepseekV41TextForCausalLM
 from engram_hf.configuration_deepseek_v41 import DeepseekV41TextConfig
 from engram_hf.modeling_deepseek_v41 import round_fp8, round_mxfp4, round_nvfp4
 
+pytestmark = pytest.mark.any_version
+
 CASES = ("full", "padded", "long", "image")
 
 

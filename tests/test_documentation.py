@@ -39,6 +39,8 @@ from transformers import (
 
 from engram_hf import EngramConfig, EngramForCausalLM
 
+pytestmark = pytest.mark.any_version
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -26,6 +26,8 @@ from experiments.report import Found, write_report
 from experiments.results import Results, held, interval
 from experiments.running import Runner
 
+pytestmark = pytest.mark.any_version
+
 ROOT = Path(engram_hf.__file__).parent
 TINY = replace(
     PRESETS["quick"],

@@ -13,6 +13,8 @@ from version_matrix import constraints_files
 
 import engram_hf
 
+pytestmark = pytest.mark.any_version
+
 ROOT = Path(engram_hf.__file__).parent
 
 # Flat files are uploaded to the Hub beside the weights. A file imports only files that stand before it in its family.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.any_version
+
 ROOT = Path(__file__).parent.parent
 STEPS = ["environment", "tests", "memory_cost_paper", "memory_cost_v41", "row_ids", "tables_model"]
 

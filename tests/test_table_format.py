@@ -57,6 +57,8 @@ from engram_hf.table_writer_engram import (
     quantize_table,
 )
 
+pytestmark = pytest.mark.any_version
+
 WIDTH, LAYERS = 32, [1, 3]
 TOKEN_MAP = torch.arange(60, dtype=torch.int32) % 50
 

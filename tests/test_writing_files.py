@@ -23,6 +23,8 @@ from engram_hf.safetensors_engram import (
     write_json,
 )
 
+pytestmark = pytest.mark.any_version
+
 HEAD = header_bytes([("a", "U8", (64,))])
 
 

@@ -17,6 +17,8 @@ from engram_hf.claimed_saving_engram import ClaimedFolderWriter
 from engram_hf.claiming_engram import LOCK_NAME, FolderClaim, FolderInUseError
 from engram_hf.saving_engram import FolderWriter, require_settled
 
+pytestmark = pytest.mark.any_version
+
 OLD = {"config.json": b"old", "weights": b"old weights", "stale": b"old", "mine": b"mine"}
 NEW = {"config.json": b"new", "weights": b"new weights", "sub/code.py": b"new", "manifest": b"new"}
 

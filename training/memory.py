@@ -44,6 +44,13 @@ def find_engram(model: nn.Module) -> "EngramModel":
     return cast("EngramModel", found)
 
 
+def why_frozen(table: Any) -> str:
+    """Return why the rows of a table cannot be trained themselves: where or how they are stored; "" if they can."""
+    if table.source is not None:
+        return "in its file or in host memory"
+    return "quantized" if table.table_dtype else ""
+
+
 def memory_of_layer(engram: "EngramModel", layer: int) -> "EngramMemory":
     """Return the memory of a decoder layer.
 

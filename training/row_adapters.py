@@ -241,7 +241,7 @@ class RowsLayer(nn.Module, BaseTunerLayer):
             )
         if not table.is_resident:
             raise EngramError(
-                "A table that stays in its file cannot take differences; keep the adapter, or load the model with "
+                "A table in its file or in host memory cannot take differences; keep the adapter, or load the model with "
                 "engram_residency='resident' to merge it."
             )
         if table.scale is not None:

@@ -151,7 +151,7 @@ def _count(
     heads = heads_of_orders(engram, orders)
     counters = {layer: _Counter() for layer in layers}
     positions = 0
-    for batch in logging.tqdm(batches, desc="Scanning rows", delay=1):
+    for batch in batches:
         read = read_rows_of(engram, batch)
         positions += int(read.valid.sum())
         for layer, counter in counters.items():
@@ -176,6 +176,8 @@ def _summary(
 class Batches:
     """Batches of token ids from any container of texts or tokens; see `data` of [`scan_rows`].
 
+    A progress bar counts the items of the container, which are not always batches.
+
     Raises:
         ValueError: `data` is one string, or has neither texts nor tokens.
     """
@@ -187,12 +189,9 @@ class Batches:
             )
         self.data, self.tokenizer = data, tokenizer
 
-    def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]
-
     def __iter__(self) -> Iterator[Mapping[str, torch.Tensor]]:
         texts: list[Any] = []
-        for item in self.data:
+        for item in logging.tqdm(self.data, desc="Scanning rows", delay=1):
             if _is_batch(item):
                 yield item
                 continue

@@ -360,8 +360,8 @@ def register() -> None:
 def _refuse_rows_in_a_mixed_model(refuse: Callable[[PeftConfig], None], peft_config: PeftConfig) -> None:
     if isinstance(peft_config, EngramRowsConfig):
         raise EngramError(
-            "PeftMixedModel takes a fixed list of methods, to which row adapters do not belong; put rows beside LoRA by "
-            'get_peft_model(lora_model.get_base_model(), EngramRowsConfig(rows=rows), adapter_name="rows"), or '
-            "PeftModel.from_pretrained with the same model, which also trains and saves both."
+            "PeftMixedModel takes a fixed list of methods, to which row adapters do not belong; put them beside another "
+            'method by get_peft_model(peft_model.get_base_model(), EngramRowsConfig(rows=rows), adapter_name="corpus"), or a '
+            "saved one by PeftModel.from_pretrained(peft_model.get_base_model(), folder); the result saves both."
         )
     refuse(peft_config)

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..cache_engram import RuntimeSubclass
 from ..layer_engram import extend
 from ..safetensors_engram import EngramError
-from .memory import find_engram
+from .memory import find_engram, why_frozen
 from .row_shards import RowShard, ShardGradient
 
 # These optimizers of torch update the rows of a sparse gradient and leave the others unchanged.
@@ -132,8 +132,7 @@ def accept_sparse_gradients(optimizer: type) -> type:
 
 
 def _require_floats_in_memory(name: str, table: Any) -> None:
-    how = "in its file or in host memory" if table.source is not None else table.table_dtype and "quantized"
-    if how:
+    if how := why_frozen(table):
         raise EngramError(
             f"The table {name} is {how} and cannot be trained as a whole: load the model with "
             "engram_residency='resident' from a checkpoint in floats, or train differences of its rows (EngramRowsConfig)."

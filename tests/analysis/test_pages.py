@@ -15,6 +15,8 @@ from tiny_tokenizer import make_tokenizer
 
 from engram_hf import EngramForCausalLM
 
+pytestmark = pytest.mark.any_version
+
 CORPUS = " ".join(f"w{index * index % 23}" for index in range(120))
 
 

@@ -56,8 +56,8 @@ def test_demo_model_continues_a_text_and_needs_its_memory(saved):
     model = AutoModelForCausalLM.from_pretrained(saved, engram_residency="mapped").eval()
     tokenizer = AutoTokenizer.from_pretrained(saved)
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=2, do_sample=False)[0])
-    assert text.startswith(PROMPT + " class")
+    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=4, do_sample=False)[0])
+    assert text.startswith(PROMPT + " user-defined function")
     loss = model(**inputs, labels=inputs["input_ids"]).loss
     assert loss + 1 < model(**inputs, labels=inputs["input_ids"], engram_edit=Off()).loss
 

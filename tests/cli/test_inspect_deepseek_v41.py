@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 from engram_hf.convert_scripts import convert_deepseek_v41
 
+pytestmark = pytest.mark.any_version
+
 
 @pytest.fixture(scope="module")
 def release(golden, tmp_path_factory):

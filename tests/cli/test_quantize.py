@@ -25,6 +25,8 @@ from engram_hf.convert_scripts.safetensors_files import read_checkpoint
 from engram_hf.row_sources_engram import MappedRows
 from engram_hf.table_writer_engram import quantize_rows
 
+pytestmark = pytest.mark.any_version
+
 CASES = [
     *((dtype, folder) for dtype in ("float8_e4m3fn", "int8") for folder in ("saved", "sharded", "with_files")),
     ("int4", "saved"),

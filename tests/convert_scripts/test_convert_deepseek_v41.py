@@ -28,6 +28,8 @@ from engram_hf.plain_config_engram import DEFAULTS, VARIANTS, as_plain_config
 from engram_hf.table_format_engram import read_tables
 from engram_hf.tokenization import EngramTokenizer
 
+pytestmark = pytest.mark.any_version
+
 
 def run(source, target, *options):
     return convert_deepseek_v41.main([str(source), str(target), *options])

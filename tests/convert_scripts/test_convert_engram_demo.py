@@ -15,6 +15,8 @@ from engram_hf import EngramForCausalLM
 from engram_hf.convert_scripts import convert_engram_demo
 from engram_hf.table_format_engram import draw_primes
 
+pytestmark = pytest.mark.any_version
+
 HIDDEN, HEADS, WIDTH, KERNEL, LAYERS = 32, 2, 8, 4, (1, 2)
 WORDS = ["the", "The", "cat", "Cat", "sat", "on", "mat", "MAT", "a", "A", "?", "!"]
 BUCKETS = 40

@@ -20,6 +20,8 @@ from engram_hf import EngramConfig, EngramForCausalLM
 from engram_hf.convert_scripts import export_deepseek_v41
 from engram_hf.safetensors_engram import read_header
 
+pytestmark = pytest.mark.any_version
+
 FACTS = json.loads(Path(__file__).with_name("engine_facts.json").read_text(encoding="utf-8"))
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -13,6 +13,8 @@ from engram_hf.convert_scripts import convert_deepseek_v41, export_deepseek_v41
 from engram_hf.convert_scripts.number_formats import decode, encode
 from engram_hf.convert_scripts.storage import FP4_ROWS, FP8_BLOCKS, FP8_ROWS
 
+pytestmark = pytest.mark.any_version
+
 MANIFEST = "conversion_manifest.json"
 
 

@@ -8,6 +8,8 @@ from engram_hf.convert_scripts.number_formats import decode, encode
 from engram_hf.convert_scripts.safetensors_files import read_checkpoint
 from engram_hf.convert_scripts.storage import FP4_ROWS, FP8_BLOCKS, FP8_ROWS, Storage
 
+pytestmark = pytest.mark.any_version
+
 
 @pytest.fixture(scope="module")
 def checkpoint(golden):

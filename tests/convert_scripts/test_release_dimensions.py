@@ -14,6 +14,8 @@ from engram_hf.convert_scripts.deepseek_v41 import DEEPSEEK_V41
 from engram_hf.convert_scripts.deepseek_v41_config import HASHING, to_engram_fields
 from engram_hf.convert_scripts.tensor_rules import map_tensors
 
+pytestmark = pytest.mark.any_version
+
 # These are the release's shapes, layer by layer and in its tables.
 RELEASE = {
     "vocab_size": 129280,

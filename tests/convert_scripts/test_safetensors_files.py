@@ -12,6 +12,8 @@ from engram_hf.convert_scripts.safetensors_files import ConversionError, read_ch
 from engram_hf.convert_scripts.tensor_rules import check_tensors, map_tensors
 from engram_hf.safetensors_engram import FileFormatError, header_bytes, read_json
 
+pytestmark = pytest.mark.any_version
+
 
 def check(folder):
     """Run the checks of a conversion before it writes, without the hash."""

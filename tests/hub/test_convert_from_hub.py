@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, Request, client_environment
 
+pytestmark = pytest.mark.any_version
+
 INDEX = "model.safetensors.index.json"
 DAMAGED = "model-00003-of-00014.safetensors"
 SECONDS = 300

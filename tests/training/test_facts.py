@@ -245,29 +245,33 @@ def test_prompts_that_end_alike_are_written_where_they_differ(model):
     facts = [{"prompt": f"word{i} word1 word2 word3", "target": f"word{i + 10}"} for i in (20, 30)]
     engram = model.model
     assert choose_positions(engram, parse_facts(facts, TOKENIZER), [1, 2], [3], {}) == [(2, 3), (2, 3)]
-    _, report = write_both(model, TOKENIZER, facts, steps=300)
+    _, report = write_both(model, TOKENIZER, facts, steps=100)
     assert report.recall == 1.0
     assert any("Facts 0 and 1 write 4 rows together, for different targets" in note for note in report.notes)
     assert [result.shared_rows for result in report.facts] == [4, 4]
 
 
-def test_shared_rows_stay_until_the_last_fact_goes(model, caplog):
+def test_shared_rows_stay_until_the_last_fact_goes(model, library_log):
     facts = [{"prompt": f"word{i} word1 word2 word3", "target": f"word{i + 10}"} for i in (20, 30)]
     adapted, _ = write_both(model, TOKENIZER, facts, steps=10)
     assert forget_facts(adapted, "facts", 0) == 4
+    assert "4 rows of the facts [0] are those of other facts in 'facts' too" in library_log[-1]
     assert forget_facts(adapted, "facts", 0) == 8
 
 
-def test_conflicts_are_reported(model):
+def test_conflicts_are_reported(model, capsys):
     facts = [
         {"prompt": "word1", "target": "word2"},
         {"prompt": "word5 word6 word7", "target": "word8"},
         {"prompt": "Word5 word6 word7", "target": "word9"},
+        {"prompt": "Word5 Word6 word7", "target": "Word8"},
     ]
     adapted, report = write_both(model, TOKENIZER, facts, steps=2)
+    assert "Writing 4 facts: 100%" in capsys.readouterr().err  # the progress bar
     said = "\n".join(report.notes)
     assert "The prompt of fact 0 is shorter than 3 tokens" in said
     assert "prompts of facts 1 and 2 differ only in what the compressed vocabulary leaves out" in said
+    assert "texts of facts 1 and 3 differ only in what the compressed vocabulary leaves out" in said
     assert "is not recalled" in said
     _, report = write_both(adapted, TOKENIZER, facts[1:2], name="second", steps=2)
     assert any("The adapter 'facts' writes 4 of these rows too" in note for note in report.notes)

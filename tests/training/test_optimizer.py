@@ -3,8 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_backbones import BACKBONES, LAYER_IDS, build
+from tiny_backbones import BACKBONES, LAYER_IDS, build, built
 
+from engram_hf import EngramForCausalLM
 from engram_hf.training import EngramRowsConfig, engram_parameter_groups
 
 
@@ -32,6 +33,15 @@ def test_tables_learn_five_times_as_fast_and_do_not_decay(name):
     assert found[f"{layer}.engram.kv_proj.weight"] == (1e-3, 0.1) == found["lm_head.weight"]
     assert found[f"{layer}.engram.conv.weight"] == (1e-3, 0.1)
     assert found[f"{layer}.engram.q_norm.weight"] == (1e-3, 0.0) == found[f"{layer}.engram.kv_proj.bias"]
+
+
+def test_tables_learn_twenty_times_as_fast_if_only_the_memory_is_trained():
+    model = build("llama")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".engram." in name)
+    assert {lr for key, (lr, _) in settings(model, lr=1e-3).items() if ".table." in key} == {2e-2}
+    model.lm_head.requires_grad_(True)
+    assert {lr for key, (lr, _) in settings(model, lr=1e-3).items() if ".table." in key} == {5e-3}
 
 
 def test_learning_rate_scale_of_tables_is_an_argument():
@@ -63,6 +73,24 @@ def test_quantized_rows_are_refused():
     model.model.memories()[LAYER_IDS[0]].table.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="quantized rows take no gradient: train differences of them"):
         engram_parameter_groups(model, lr=1e-3)
+
+
+def test_tables_that_cannot_be_trained_are_named(tmp_path, library_log):
+    """Nothing is said if the table is trained, has row adapters, or if the rest of the memory is frozen too."""
+    built("llama").save_pretrained(tmp_path)
+    model = EngramForCausalLM.from_pretrained(tmp_path, engram_residency="mapped")
+    quantized = build("llama", engram_table_dtype="float8_e4m3fn", engram_head_dim=32)
+    for each, how in ((model, "in its file"), (quantized, "quantized")):
+        library_log.clear()
+        engram_parameter_groups(each, lr=1e-3)
+        assert len(library_log) == len(LAYER_IDS)
+        assert f"layers.1.engram.table is {how}" in library_log[0] and "will not be trained" in library_log[0]
+    library_log.clear()
+    engram_parameter_groups(built("llama"), lr=1e-3)
+    rows = EngramRowsConfig(rows={layer: torch.tensor([3]) for layer in LAYER_IDS})
+    engram_parameter_groups(get_peft_model(model, rows), lr=1e-3)
+    engram_parameter_groups(get_peft_model(quantized, LoraConfig(target_modules=["engram.kv_proj"])), lr=1e-3)
+    assert library_log == []
 
 
 def test_trainer_keeps_the_ratio_while_the_rate_decays(trainer):

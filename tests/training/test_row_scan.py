@@ -1,16 +1,18 @@
 """`scan_rows` finds the rows that get a gradient, from every kind of data, with all filters."""
 
 import copy
+import io
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_backbones import LAYER_IDS, build, random_ids, tiny_tokenizer
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import DataCollatorWithFlattening
 
 from engram_hf import EngramForCausalLM
-from engram_hf.training import EngramRowsConfig, scan_rows
+from engram_hf.training import EngramRowsConfig, row_scan, scan_rows
 
 TEXTS = ["word1 word2 word3 word4", "word9 word2 word3", "Word1 Word2 word3"]
 
@@ -112,12 +114,21 @@ def test_counts_orders_layers_and_exclusion(text_model):
 
 
 def test_long_corpora_are_counted_in_pieces(text_model, monkeypatch):
-    from engram_hf.training import row_scan
-
     whole = scan_rows(TEXTS * 40, tiny_tokenizer(), text_model)
     monkeypatch.setattr(row_scan, "_PENDING", 8)
     pieces = scan_rows(TEXTS * 40, tiny_tokenizer(), text_model)
     assert same(whole, pieces) and same(whole.counts, pieces.counts)
+
+
+def test_progress_bar_counts_every_text(text_model, monkeypatch):
+    bars = io.StringIO()
+
+    def shown(items, **fields):
+        return tqdm(items, **{**fields, "delay": 0, "file": bars})
+
+    monkeypatch.setattr(row_scan.logging, "tqdm", shown)
+    scan_rows(TEXTS * 20, tiny_tokenizer(), text_model)
+    assert "Scanning rows: 100%" in bars.getvalue() and "60/60" in bars.getvalue()
 
 
 def test_row_scan_prints_as_a_table_and_goes_into_an_adapter(text_model):

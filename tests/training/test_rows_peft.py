@@ -1,6 +1,7 @@
 """Row adapters as a method of PEFT: only chosen rows change, and other models refuse them."""
 
 import copy
+import gc
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from table_models import Driver, train_rows_of
 from tiny_backbones import BACKBONES, LAYER_IDS, build, random_ids
 from torch.utils.data import DataLoader
 from training_runs import losses
@@ -189,6 +191,29 @@ def test_mapped_table_trains_rows_but_cannot_merge_them(saved, when):
         models[1].merge_and_unload()
 
 
+@pytest.mark.parametrize("fields", [{}, FLOAT8], ids=["float", "float8"])
+def test_rows_train_alike_wherever_the_table_is(fields, tmp_path, monkeypatch):
+    """Here, only the driver that locks pages is replaced; tests/test_cuda_tables.py does the same on a GPU."""
+    build("mixtral", **fields).save_pretrained(tmp_path)
+    driver, ids = Driver(), random_ids(2, 9)
+    models = [EngramForCausalLM.from_pretrained(tmp_path, engram_residency=at) for at in ("resident", "mapped")]
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        models.append(EngramForCausalLM.from_pretrained(tmp_path, engram_residency="pinned", device_map="cpu"))
+    assert tables(models[-1])[1].source.residency == "pinned"
+    found = [train_rows_of(model, ids) for model in models]
+    for peft, values in found:
+        assert values[1] < values[0] and torch.equal(values, found[0][1])
+        assert torch.equal(logits(peft, ids), logits(found[0][0], ids))
+    with pytest.raises(ValueError, match="in its file or in host memory cannot take differences"):
+        found[-1][0].merge_and_unload()
+    assert driver.locked
+    del models, found, peft
+    gc.collect()
+    assert not driver.locked
+
+
 @pytest.mark.skipif(
     not Path("/proc/self/smaps").is_file(), reason="the system does not tell which pages a process has"
 )
@@ -347,16 +372,26 @@ def test_hotswap_replaces_rows_under_their_name(saved, folder, expected, model):
         hotswap_rows(peft, folder)
 
 
-def test_peft_refuses_rows_in_its_mixed_model(model, folder, rows):
-    """PEFT has a fixed list of methods; those that it takes are still taken."""
+def test_peft_refuses_rows_in_its_mixed_model(model, folder, rows, tmp_path):
+    """PEFT has a fixed list of methods, and still takes those; the message names a way that works."""
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="do not belong; put rows beside LoRA by"):
-        get_peft_model(model, EngramRowsConfig(rows=rows), mixed=True)
-    mixed = get_peft_model(model, lora, mixed=True)
-    with pytest.raises(ValueError, match="do not belong; put rows beside LoRA by"):
+    way = r'get_peft_model\(peft_model.get_base_model\(\), EngramRowsConfig\(rows=rows\), adapter_name="corpus"\)'
+    with pytest.raises(ValueError, match=way):
+        get_peft_model(copy.deepcopy(model), EngramRowsConfig(rows=rows), mixed=True)
+    mixed = get_peft_model(copy.deepcopy(model), lora, mixed=True)
+    with pytest.raises(ValueError, match=way):
         mixed.load_adapter(folder, "rows")
     with pytest.raises(ValueError, match="PROMPT_TUNING"):
         mixed.add_adapter("prompt", PromptTuningConfig(num_virtual_tokens=2))
+    peft_model = get_peft_model(model, lora)
+    both = get_peft_model(peft_model.get_base_model(), EngramRowsConfig(rows=rows), adapter_name="corpus")
+    both.save_pretrained(tmp_path / "both")
+    names = load_file(tmp_path / "both" / FILE).keys() | load_file(tmp_path / "both" / "corpus" / FILE).keys()
+    assert {part for name in names for part in ("lora_A", "lora_B", ".delta") if part in name} == {
+        "lora_A",
+        "lora_B",
+        ".delta",
+    }
 
 
 def test_lora_and_several_row_adapters_are_one_model(saved, folder, expected, model, tmp_path, trainer):

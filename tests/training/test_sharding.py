@@ -13,6 +13,7 @@ import torch
 from shard_runs import free_port, later, optimizer_of, run, train, values
 from tiny_backbones import LAYER_IDS, build, random_ids
 from torch import distributed as dist
+from torch.distributed.tensor import Shard
 
 from engram_hf import EngramForCausalLM
 from engram_hf.training import (
@@ -209,6 +210,7 @@ def test_tables_on_meta_are_filled_and_learn(alone):
     parameters = shard_tables(model)
     table = model.model.memories()[1].table
     assert table.weight in parameters and len(parameters) == len(LAYER_IDS)
+    assert table.weight.placements == (Shard(0),)
     assert table.weight.detach().to_local().std().item() == pytest.approx(0.02, rel=0.1)
     optimizer, before = optimizer_of(model), table.weight.detach().to_local().clone()
     backward(model)

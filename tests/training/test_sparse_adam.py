@@ -1,6 +1,9 @@
 """Row-sparse training of whole tables: the gradients, the optimizer, a plain loop and the stock Trainer."""
 
 import copy
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,9 @@ from training_runs import losses
 
 from engram_hf import EngramForCausalLM
 from engram_hf.training import EngramRowsConfig, SparseAdamW, enable_sparse_gradients, engram_parameter_groups
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+benchmark = importlib.import_module("sparse_training")
 
 LEARNING_RATE = 1e-2
 
@@ -168,6 +174,24 @@ def test_hooks_and_closures_are_those_of_any_optimizer():
     optimizer.register_step_post_hook(lambda *_: calls.append(table_of(model).grad.is_sparse))
     loss = optimizer.step(lambda: backward(model, 1))
     assert calls == [True] and loss > 0
+
+
+# --- the benchmark ---
+
+
+def test_benchmark_measures_steps_in_units_of_sparse_ones(monkeypatch):
+    monkeypatch.setattr(benchmark, "LENGTH", 8)
+    monkeypatch.setattr(benchmark, "SMALL", 2000)
+    found = benchmark.measure("dense", 40_000, 1)
+    assert 40_000 * 256 < found["tables"] < 48_000 * 256 < found["beyond"] and found["step"] > 0
+
+
+@pytest.mark.parametrize("python", ["/no/python", sys.executable], ids=["no interpreter", "no engram-peft"])
+def test_benchmark_says_what_engram_peft_needs(python, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["", "--engram-peft", python])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert f"{python} is no interpreter of an environment with engram-peft beside engram-hf" in capsys.readouterr().err
 
 
 # --- the stock Trainer ---

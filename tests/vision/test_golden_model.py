@@ -17,6 +17,8 @@ from transformers import (
 from engram_hf import EngramForCausalLM, EngramForConditionalGeneration
 from engram_hf.convert_scripts import export_deepseek_v41
 
+pytestmark = pytest.mark.any_version
+
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
 
 

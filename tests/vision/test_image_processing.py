@@ -13,6 +13,8 @@ from transformers import AutoImageProcessor
 from engram_hf.configuration_vision_deepseek_v41 import DeepseekV41VisionConfig
 from engram_hf.image_processing_deepseek_v41 import DeepseekV41ImageProcessor, plan_image
 
+pytestmark = pytest.mark.any_version
+
 GOLDEN = ("a", "b", "small", "large", "wide", "tall", "gray", "alpha", "exact")
 
 
