@@ -185,7 +185,7 @@ def add_memory(
     require_backbone(backbone, kwargs)
     if isinstance(backbone, PreTrainedModel):
         if kwargs:
-            raise EngramError(f"{sorted(kwargs)} only apply when the backbone is loaded by name.")
+            raise EngramError(f"{sorted(kwargs)} only apply to a backbone that is loaded by name; leave them out.")
         host = backbone
     else:
         host = model_class.host_class.from_pretrained(backbone, **kwargs)

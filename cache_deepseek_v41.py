@@ -292,13 +292,13 @@ class DeepseekV41CacheLayer(DynamicLayer):
     def _check_crop(self, removed: int, left: int):
         if left < min(self.history, self.cumulative_length - removed):
             raise EngramError(
-                f"Cannot take {removed} tokens back: the window of {self.history} tokens before them is gone. Call "
+                f"The cache cannot take {removed} tokens back: the window of {self.history} tokens before them is gone. Call "
                 "`activate_past_recording()` on the cache before the tokens are processed."
             )
         if removed and (self.packed or self.ends_in_padding):
             raise EngramError(
-                "Cannot take tokens back from rows that were padded on the right or hold several sequences: it is not "
-                "known which tokens would go. Pad on the left, one sequence a row."
+                "The cache cannot take tokens back from rows that were padded on the right or hold several sequences: it is "
+                "not known which tokens would go. Pad on the left, and give one sequence a row."
             )
 
     def _map_states(self, function):

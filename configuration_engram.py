@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import CONFIG_MAPPING
 
 from .safetensors_engram import VERSION, EngramError
-from .table_format_engram import QUANTIZED_FORMATS, draw_primes
+from .table_format_engram import QUANTIZED_FORMATS, MemorySizes, draw_primes
 
 # In version 2, parameters have the names of the backbone's own class, without the prefix `backbone.` of version 1.
 FORMAT_VERSION = 2
@@ -137,7 +137,7 @@ def _primes(num_layers: int, bucket_counts: tuple[int, ...], heads: int) -> list
 
 
 @strict
-class EngramConfig(_BackboneFields, PreTrainedConfig):
+class EngramConfig(_BackboneFields, MemorySizes, PreTrainedConfig):
     r"""
     Configuration of a language model with Engram memory.
 
@@ -312,7 +312,7 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
     def _refuse_unknown(self, extras: dict[str, Any]) -> None:
         if self.engram_format_version > FORMAT_VERSION:
             raise EngramError(
-                f"engram_format_version is {self.engram_format_version}, this engram-hf reads up to {FORMAT_VERSION}; "
+                f"engram_format_version is {self.engram_format_version}, but this engram-hf reads up to {FORMAT_VERSION}; "
                 "upgrade engram-hf."
             )
         unknown = [key for key in extras if key.startswith("engram_")]
@@ -407,26 +407,9 @@ class EngramConfig(_BackboneFields, PreTrainedConfig):
         )
 
     @property
-    def bucket_counts(self) -> tuple[int, ...]:
-        """Base bucket count of each order 2..N."""
-        counts = self.engram_vocab_size
-        return (counts,) * (self.engram_max_ngram_size - 1) if isinstance(counts, int) else tuple(counts)
-
-    @property
     def primes(self) -> list[list[list[int]]]:
         """Bucket sizes `[layer][order][head]`; see [`~table_format_engram.draw_primes`]."""
         return _primes(len(self.engram_layer_ids), self.bucket_counts, self.engram_n_heads)
-
-    @property
-    def engram_row_width(self) -> int:
-        """Channels a position gathers in one layer: heads of all orders times `engram_head_dim`."""
-        return (self.engram_max_ngram_size - 1) * self.engram_n_heads * self.engram_head_dim
-
-    @property
-    def engram_streams(self) -> int:
-        """The backbone's residual streams: 1, or the number of its hyper-connections or alternating updates."""
-        counts = (getattr(self.text_config, name, None) for name in ("hc_mult", "hc_count", "altup_num_inputs"))
-        return next(filter(None, counts), 1)
 
     @property
     def engram_streams_first(self) -> bool:
@@ -524,9 +507,8 @@ def as_composite_config(config: dict | PreTrainedConfig, text_config: object = N
         config = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
     if text_config is not None or not isinstance(getattr(config, "text_config", None), PreTrainedConfig):
         raise EngramError(
-            "backbone_config is the config of a backbone whose language model is described by its own `text_config`, as "
-            "Gemma3Config, of a model type that this transformers knows; give a decoder's config as text_config, and one of "
-            "the two."
+            "backbone_config must have a `text_config` of its own, as Gemma3Config has, and a model type that this "
+            "transformers knows; give the config of a decoder alone as text_config instead, and never both."
         )
     as_decoder_config(config.text_config)
     return config

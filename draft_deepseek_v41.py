@@ -62,7 +62,7 @@ def draft_layers_config(config: DeepseekV41TextConfig) -> DeepseekV41TextConfig:
         )
     missing = [name for name in DRAFT_FIELDS if getattr(config, name, None) is None]
     if missing:
-        raise EngramError(f"The config has draft layers, but lacks `{missing[0]}`; take the one of the release.")
+        raise EngramError(f"The config has draft layers, but lacks `{missing[0]}`; take config.json of the release.")
     targets, layers = config.dspark_target_layer_ids, config.num_hidden_layers
     if not targets or any(not 0 <= layer < layers for layer in targets):
         raise EngramError(

@@ -182,7 +182,7 @@ class DeepseekV41ImageProcessor(PilBackend):
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise EngramError(f"{_name_of(image)} cannot be decoded: {error}.") from error
+            raise EngramError(f"{_name_of(image)} cannot be decoded ({error}); give another image.") from error
 
     def _validate_preprocess_kwargs(self, **kwargs):
         for name in self._FIXED:
@@ -199,7 +199,7 @@ class DeepseekV41ImageProcessor(PilBackend):
                 )
         for name in ("patch_size", "downsample_ratio"):
             if kwargs[name] != getattr(self, name):
-                raise EngramError(f"`{name}` is the vision tower's, {getattr(self, name)}; leave it out.")
+                raise EngramError(f"`{name}` must be the vision tower's, {getattr(self, name)}; leave it out.")
         check_limits(kwargs["max_image_tokens"], kwargs["min_pixels"], kwargs["max_wh_ratio"])
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list["Image.Image"]:
@@ -269,7 +269,7 @@ def load_image(image) -> "Image.Image":
             f"An image is a {type(image).__name__}; give a Pillow image, a byte array, a file name or a data URL."
         )
     if not image.width or not image.height:
-        raise EngramError(f"{_name_of(image)} is empty ({image.width} x {image.height} pixels).")
+        raise EngramError(f"{_name_of(image)} is empty ({image.width} x {image.height} pixels); give another image.")
     return image
 
 
@@ -292,10 +292,10 @@ def _open_image(place: str) -> "Image.Image":
         ) from error
     except UnidentifiedImageError as error:
         raise EngramError(
-            f"The image {_shortened(place)} is of no format that Pillow reads, or is damaged."
+            f"The image {_shortened(place)} is of no format that Pillow reads, or is damaged; give a PNG or JPEG."
         ) from error
     except (OSError, ValueError) as error:
-        raise EngramError(f"The image {_shortened(place)} cannot be opened: {error}.") from error
+        raise EngramError(f"The image {_shortened(place)} cannot be opened ({error}); give another image.") from error
 
 
 def _decode_data_url(url: str) -> bytes:

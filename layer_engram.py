@@ -290,9 +290,8 @@ class LayerWithMemory(RuntimeSubclass):
             carrier = CARRIER.get()
             if carrier is None:
                 raise EngramError(
-                    f"A {type(self).__name__} ran outside of its model's forward, where nothing tells which rows its memory reads; "
-                    "call the model (of one that is to be compiled, once before), and let it checkpoint its layers itself, by "
-                    "gradient_checkpointing_enable(), instead of wrapping them."
+                    f"A {type(self).__name__} ran outside of its model's forward, so the rows that its memory reads are not known; call "
+                    "the model (once before it is compiled), and checkpoint layers by gradient_checkpointing_enable() alone."
                 )
             carrier.was_needed = True
             kwargs["engram_inputs"] = carrier.inputs
@@ -378,8 +377,8 @@ def decoder_layers(model: PreTrainedModel, expected: int) -> tuple[str, nn.Modul
     if len(candidates) != 1:
         found = f"several lists of modules ({', '.join(sorted(lists))})" if lists else "none"
         raise EngramError(
-            f"{type(model).__name__} has to have one list of its {expected} decoder layers, which are what gets a memory, and has "
-            f"{found}; use a decoder that keeps its layers in one ModuleList."
+            f"{type(model).__name__} must keep its {expected} decoder layers, to which memory is added, in one ModuleList, but has "
+            f"{found}; use another backbone."
         )
     return next(iter(candidates.items()))
 

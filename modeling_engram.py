@@ -88,8 +88,8 @@ def _warn_of_untested_version() -> None:
     if not oldest <= found <= newest:
         tested = " to ".join(".".join(map(str, version)) for version in TESTED_VERSIONS)
         logger.warning_once(
-            f"Engram was tested with transformers {tested}, not with {transformers.__version__}; what it cannot do right it "
-            "refuses, and an update of engram-hf may be needed."
+            f"Engram was tested with transformers {tested}, not with {transformers.__version__}; it refuses what it "
+            "cannot do right, and may need an update of engram-hf."
         )
 
 
@@ -678,7 +678,7 @@ class EngramModel(EngramPreTrainedModel):
         if used is not cache and (use_cache or used is not None):
             raise EngramError(
                 f"{self._extends[1].__name__} returned another cache than the one that holds the memory's history, so that later "
-                "tokens would read wrong rows; use_cache=False runs it, and another version of transformers may."
+                "tokens would read wrong rows; pass use_cache=False, or try another version of transformers."
             )
 
 

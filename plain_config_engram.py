@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .safetensors_engram import VERSION, FileFormatError, TensorSpan, are_counts, read_json, reading
-from .table_format_engram import QUANTIZED_FORMATS, draw_multipliers, draw_primes
+from .table_format_engram import QUANTIZED_FORMATS, MemorySizes, draw_multipliers, draw_primes
 
 # The two published forms of Engram differ in these fields: arXiv 2601.07372 with its demo, and DeepSeek-V4.1-Flash.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -111,27 +111,10 @@ class StoredHash:
     token_map: np.ndarray | None
 
 
-class PlainConfig(SimpleNamespace):
+class PlainConfig(MemorySizes, SimpleNamespace):
     """The fields of config.json under their names in an `EngramConfig`, and likewise those of `text_config`."""
 
     is_composite = False
-
-    @property
-    def bucket_counts(self) -> list[int]:
-        """Base bucket count of each order 2..N."""
-        counts = self.engram_vocab_size
-        return [counts] * (self.engram_max_ngram_size - 1) if type(counts) is int else counts
-
-    @property
-    def engram_row_width(self) -> int:
-        """Channels a position gathers in one layer."""
-        return (self.engram_max_ngram_size - 1) * self.engram_n_heads * self.engram_head_dim
-
-    @property
-    def engram_streams(self) -> int:
-        """The number of residual streams of the backbone."""
-        counts = (getattr(self.text_config, name, None) for name in ("hc_mult", "hc_count", "altup_num_inputs"))
-        return next(filter(None, counts), 1)
 
 
 def parameters_beside_table(config: Any) -> int:
@@ -209,11 +192,13 @@ def _is_hash(config: Any, text_config: Any) -> bool:
     counted = [orders, heads, pad, added, config.engram_seed, *([] if compressed is None else [compressed])]
     if not are_counts(counted) or not 2 <= orders <= _MOST_ORDERS or not are_counts(layers):
         return False
+    if type(config.engram_vocab_size) not in (int, list):
+        return False
     return (
         0 < len(layers) == len(set(layers))
         and max(layers) < text_config.num_hidden_layers
         and 0 < heads <= _MOST_HEADS
-        and are_counts(config.bucket_counts)
+        and are_counts(list(config.bucket_counts))
         and len(config.bucket_counts) == orders - 1
         and min(config.bucket_counts) > 0
         and pad < vocab_size

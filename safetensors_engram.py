@@ -263,7 +263,7 @@ def parse_head(path: Path, head: bytes, stamp: FileStamp | None = None) -> FileH
 def _read_span(path: Path, data_start: int, name: str, entry) -> TensorSpan:
     where = f"Tensor {name!r} of {path}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FileFormatError(f"{where} is described by {entry!r}, expected dtype, shape and data_offsets.")
+        raise FileFormatError(f"{where} is {entry!r}, expected dtype, shape and data_offsets; fetch the file again.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise FileFormatError(f"{where} has the unknown dtype {dtype!r}; upgrade engram-hf, or fetch the file again.")
@@ -313,7 +313,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     for file in set(weight_map.values()):
         if not is_file_name(file):
             raise FileFormatError(
-                f"{index} names the file {file!r}; shards lie in the folder of their index, named without a path."
+                f"{index} names the file {file!r}; shards lie beside it, named without a path; fetch it again."
             )
     return weight_map
 
@@ -371,7 +371,7 @@ def parse_json(data: bytes | str, what: str, constants: bool = False) -> dict:
     except KeyError as error:
         raise FileFormatError(f"{what} names {error} twice; fetch the file again.") from error
     if not isinstance(value, dict):
-        raise FileFormatError(f"{what} must be a JSON object, not {type(value).__name__}.")
+        raise FileFormatError(f"{what} must be a JSON object, not {type(value).__name__}; fetch the file again.")
     return value
 
 

@@ -120,10 +120,10 @@ def require_version(version, what: str) -> None:
         TableFormatError: it is not a version, or a later one.
     """
     if type(version) is not int or version < 1:
-        raise TableFormatError(f"{what} has format_version {version!r}, expected {FORMAT_VERSION}.")
+        raise TableFormatError(f"{what} has format_version {version!r}, expected {FORMAT_VERSION}; fetch it again.")
     if version > FORMAT_VERSION:
         raise TableFormatError(
-            f"{what} has format_version {version}, this engram-hf reads up to {FORMAT_VERSION}; upgrade engram-hf."
+            f"{what} has format_version {version}, but this engram-hf reads up to {FORMAT_VERSION}; upgrade engram-hf."
         )
 
 
@@ -171,6 +171,27 @@ def draw_primes(num_layers: int, bucket_counts: Sequence[int], heads: int) -> li
             orders.append(sizes)
         layout.append(orders)
     return layout
+
+
+class MemorySizes:
+    """Sizes that follow from the fields of a config: an `EngramConfig`, or the plain fields of its config.json."""
+
+    @property
+    def bucket_counts(self: Any) -> tuple[int, ...]:
+        """Base bucket count of each order 2..N."""
+        counts = self.engram_vocab_size
+        return (counts,) * (self.engram_max_ngram_size - 1) if isinstance(counts, int) else tuple(counts)
+
+    @property
+    def engram_row_width(self: Any) -> int:
+        """Channels a position gathers in one layer: heads of all orders times `engram_head_dim`."""
+        return (self.engram_max_ngram_size - 1) * self.engram_n_heads * self.engram_head_dim
+
+    @property
+    def engram_streams(self: Any) -> int:
+        """The backbone's residual streams: 1, or the number of its hyper-connections or alternating updates."""
+        counts = (getattr(self.text_config, name, None) for name in ("hc_mult", "hc_count", "altup_num_inputs"))
+        return next(filter(None, counts), 1)
 
 
 def draw_multipliers(layer_ids: Sequence[int], max_ngram: int, vocab_size: int, seed: int) -> np.ndarray:
@@ -309,10 +330,10 @@ def require_same_hash(described: TableDescription, hasher, index: int) -> None:
         if getattr(own, name) != getattr(described, name):
             raise TableFormatError(
                 f"The table of layer {own.layer} was written for the {name} {getattr(described, name)}, but the model "
-                f"hashes with {getattr(own, name)}; tables and weights are not of one model."
+                f"hashes with {getattr(own, name)}; take tables and weights of one model."
             )
     if (described.token_map_sha256 is None) != (own.token_map_sha256 is None) and not _keeps_ids(hasher):
-        raise TableFormatError(f"Only one of model and table of layer {own.layer} compresses token ids.")
+        raise TableFormatError(f"Only model or table of layer {own.layer} compresses ids; take both of one model.")
     # A new model does not know its tokenizer yet, and tokens may have been added since.
     if described.token_map_ids is not None and own.token_map_ids and not covers_token_map(described, hasher.token_map):
         raise TableFormatError(
@@ -510,7 +531,7 @@ def require_size(layer: int, found: tuple[int, ...], expected: tuple[int, ...]) 
     if found != expected:
         raise TableFormatError(
             f"The table of layer {layer} has {' rows of '.join(map(str, found))} channels, but the config asks for "
-            f"{' of '.join(map(str, expected))}; tables and config.json are not of one model."
+            f"{' of '.join(map(str, expected))}; take tables and config.json of one model."
         )
 
 
@@ -556,10 +577,10 @@ def read_manifest(path: str | os.PathLike) -> dict[int, dict]:
     require_version(manifest.get("format_version"), str(path))
     tables = manifest.get("tables")
     if not isinstance(tables, dict) or not tables:
-        raise TableFormatError(f"{path} has no object `tables` with an entry for every layer.")
+        raise TableFormatError(f"{path} has no object `tables` with an entry for every layer; fetch it again.")
     for layer, entry in tables.items():
         if not re.fullmatch(r"0|[1-9][0-9]{0,8}", layer) or not isinstance(entry, dict):
-            raise TableFormatError(f"{path} has an entry {layer!r}: {entry!r}, expected layer numbers with objects.")
+            raise TableFormatError(f"{path} has an entry {layer!r}: {entry!r}, not a layer's object; fetch it again.")
         for kind in ("weight", *(kind for kind in ("scale", "global_scale", "scale_2") if kind in entry)):
             _check_locations(entry.get(kind), f"{kind} of layer {layer} in {path}")
     return {int(layer): entry for layer, entry in tables.items()}
@@ -567,25 +588,22 @@ def read_manifest(path: str | os.PathLike) -> dict[int, dict]:
 
 def _check_locations(locations, where: str) -> None:
     if not isinstance(locations, list) or not locations:
-        raise TableFormatError(f"The {where} must list the tensors that hold it, not {locations!r}.")
+        raise TableFormatError(f"The {where} must list the tensors that hold it, not {locations!r}; fetch it again.")
     for location in locations:
         if not isinstance(location, dict) or not {"file", "tensor", "rows"} <= location.keys():
-            raise TableFormatError(f"The {where} has the entry {location!r}, expected file, tensor and rows.")
+            raise TableFormatError(f"The {where} has {location!r}, expected file, tensor and rows; fetch it again.")
         if not isinstance(location["tensor"], str) or not is_file_name(location["file"]):
-            raise TableFormatError(
-                f"The {where} points at {location['file']!r}; tables lie in the folder of their manifest, named without "
-                "a path."
-            )
+            raise TableFormatError(f"The {where} has {location['file']!r}; name a file beside it, without a path.")
         if not are_counts(location["rows"]) or len(location["rows"]) != 2:
-            raise TableFormatError(f"The {where} has rows {location['rows']!r}, expected [first, stop].")
+            raise TableFormatError(f"The {where} has rows {location['rows']!r}, not [first, stop]; fetch it again.")
     ranges = [tuple(location["rows"]) for location in locations]
     for (_, stop), (first, _) in pairwise([(0, 0), *ranges]):
         if first != stop:
             raise TableFormatError(
-                f"The {where} goes on with row {first} where row {stop} is due: a gap or an overlap."
+                f"The {where} goes on with row {first} where row {stop} is due: a gap or an overlap; fetch it again."
             )
     if not all(first < stop for first, stop in ranges):
-        raise TableFormatError(f"The {where} has a range without rows: {ranges}.")
+        raise TableFormatError(f"The {where} has a range without rows: {ranges}; fetch it again.")
 
 
 def _read_table(layer: int, entry: dict, header: Callable[[str], FileHeader], manifest: Path) -> StoredTable:
@@ -602,7 +620,7 @@ def _read_table(layer: int, entry: dict, header: Callable[[str], FileHeader], ma
         spans = {kind: _tensor(file, name, where) for kind, name in names.items()}
         parts.append(_checked_part(*weight["rows"], file, spans, _said_dtype(file, entry)))
     if any((part.dtype, part.width) != (parts[0].dtype, parts[0].width) for part in parts):
-        raise TableFormatError(f"The parts of {where} differ in dtype or width.")
+        raise TableFormatError(f"The parts of {where} differ in dtype or width; write them again.")
     return StoredTable(layer, tuple(parts), _description(layer, entry, parts, manifest))
 
 
@@ -636,7 +654,7 @@ def _checked_part(
                 "have engram_table_dtype in config.json say it."
             )
     if dtype not in ROW_FORMATS:
-        raise TableFormatError(f"{where} is {dtype}, expected one of {', '.join(ROW_FORMATS)}.")
+        raise TableFormatError(f"{where} is {dtype}, expected one of {', '.join(ROW_FORMATS)}; write it again.")
     if len(weight.shape) != 2 or weight.shape[0] != stop - first or weight.shape[1] == 0:
         raise TableFormatError(f"{where} has shape {list(weight.shape)}, expected {stop - first} rows.")
     row_format, width = ROW_FORMATS[dtype], weight.shape[1] * ROW_FORMATS[dtype].packed
@@ -647,7 +665,7 @@ def _checked_part(
     if scale is not None and expected != (0, scale.dtype, scale.shape):
         raise TableFormatError(
             f"{where} is {dtype} of width {width} with scales {scale.dtype} {list(scale.shape)}, expected a width that "
-            f"is a multiple of {row_format.multiple} and scales {scale_dtype} {[stop - first, per_row]}."
+            f"is a multiple of {row_format.multiple} and scales {scale_dtype} {[stop - first, per_row]}; write it again."
         )
     globals_ = [span for kind, span in spans.items() if _global_kind(kind) == "global_scale"]
     if [(span.dtype, math.prod(span.shape)) for span in globals_] != [("F32", 1)] * row_format.has_global:
@@ -668,17 +686,17 @@ def _description(layer: int, entry: dict, parts: list[TablePart], manifest: Path
         members = {**entry["description"], "rows": [0, parts[-1].stop], "tensors": parts[0].names}
         found = [parse_description(members, f"The description of {where}")]
     elif "description" in entry:
-        raise TableFormatError(f"The description of {where} is {entry['description']!r}, expected an object.")
+        raise TableFormatError(f"{where} has the description {entry['description']!r}; write an object.")
     else:
         return None
     first, *others = (replace(described, rows=(0, described.num_rows), tensors={}) for described in found)
     if any(other != first for other in others):
-        raise TableFormatError(f"The files of {where} describe different tables.")
+        raise TableFormatError(f"The files of {where} describe different tables; write them again.")
     stored = (layer, parts[-1].stop, parts[0].width, parts[0].dtype)
     if stored != (first.layer, first.num_rows, first.width, first.dtype):
         raise TableFormatError(
             f"For {where} the files hold layer, rows, width and dtype {stored}, but describe "
-            f"{(first.layer, first.num_rows, first.width, first.dtype)}."
+            f"{(first.layer, first.num_rows, first.width, first.dtype)}; write them again."
         )
     return first
 
@@ -710,7 +728,7 @@ def _compare(part: TablePart, description: TableDescription, layer: int) -> None
     if found != said or names != description.tensors:
         raise TableFormatError(
             f"{part.file.path} describes layer, rows, width and dtype as {said} in {sorted(description.tensors.values())}, "
-            f"but is used as {found} in {sorted(names.values())}."
+            f"but is used as {found} in {sorted(names.values())}; write it again."
         )
 
 

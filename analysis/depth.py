@@ -120,7 +120,9 @@ def _layer_states(outputs: Any) -> list[torch.Tensor]:
     """
     states = outputs.hidden_states
     if not states:
-        raise EngramError("The model returns no hidden states, so its layers cannot be compared.")
+        raise EngramError(
+            "The model returns no hidden states, so its layers cannot be compared; use a backbone that returns them."
+        )
     return [part.mean(2) if part.dim() == 4 else part for part in states[1:]]
 
 
@@ -132,7 +134,9 @@ def _final_norm(model: PreTrainedModel) -> nn.Module:
     width = model.config.get_text_config().hidden_size
     norms = [part for part in base.children() if getattr(getattr(part, "weight", None), "shape", None) == (width,)]
     if not norms:
-        raise EngramError(f"{type(base).__name__} has no norm behind its layers, by which their states could be read.")
+        raise EngramError(
+            f"{type(base).__name__} has no norm behind its layers, by which their states could be read; use a backbone that has one."
+        )
     return norms[-1]
 
 

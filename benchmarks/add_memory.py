@@ -39,13 +39,29 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="full")
-    parser.add_argument("--steps", type=int, nargs="+", help="when to measure")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--scales", type=float, nargs="+", default=[1, 5, 20], help="rates of the tables, in units of the others'"
+        "--preset",
+        choices=PRESETS,
+        default="full",
+        help="size of the backbone and of its training (default: %(default)s)",
     )
-    parser.add_argument("--only", nargs="+", default=[""], help="first words of the ways to compare; all if not given")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        help="steps of training after which losses are measured (default: those of the preset)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the new weights and of the order of texts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[1, 5, 20],
+        help="learning rates of the tables, in units of the others' (default: 1 5 20)",
+    )
+    parser.add_argument("--only", nargs="+", default=[""], help="first words of the ways to compare (default: all)")
     options = parser.parse_args()
     logging.disable_progress_bar()
     size, steps = PRESETS[options.preset]

@@ -84,9 +84,14 @@ def main(arguments: list[str] | None = None) -> int:
     does not.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--backbones", nargs="+", default=["mixtral", "llama", "gpt_oss", "glm4_moe"])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--requests", type=int, default=200, help="number of random requests (default: %(default)s)")
+    parser.add_argument(
+        "--backbones",
+        nargs="+",
+        default=["mixtral", "llama", "gpt_oss", "glm4_moe"],
+        help="model types of the backbones",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the requests (default: %(default)s)")
     options = parser.parse_args(arguments)
     requests, failed = draw_requests(options.requests, options.seed), False
     print("| backbone | memory | requests | preemptions | answers that differ from `generate` | seconds |")

@@ -141,9 +141,14 @@ def main() -> None:
     """Print all figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--folder", type=Path, required=True, help="where to work: needs four times the size, emptied afterwards"
+        "--folder",
+        type=Path,
+        required=True,
+        help="a folder with space for four times the size; it is emptied afterwards",
     )
-    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument(
+        "--gigabytes", type=float, default=4.0, help="size of the checkpoint that is made (default: %(default)s)"
+    )
     given = parser.parse_args()
     work = given.folder / "conversion-benchmark"
     shutil.rmtree(work, ignore_errors=True)

@@ -93,8 +93,8 @@ def measure_processing(runs: int) -> None:
 def main() -> None:
     """Print both measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=2, help="layers of the tower (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each measurement (default: %(default)s)")
     given = parser.parse_args()
     torch.set_num_threads(1)
     measure_processing(max(given.runs, 9))

@@ -123,7 +123,7 @@ def main() -> None:
     """Print both parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=96, help="new tokens of each run")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3, help="runs of each measurement (default: %(default)s)")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

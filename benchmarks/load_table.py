@@ -30,11 +30,11 @@ TABLE = "model.layers.1.engram.table.weight"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=40_000_000)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=40_000_000, help="rows of the table (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=64, help="channels of a row (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each loader (default: %(default)s)")
     parser.add_argument(
-        "--folder", type=Path, help="where to write the model, deleted afterwards (default: temporary)"
+        "--folder", type=Path, help="a folder for the model, which is deleted afterwards (default: a temporary one)"
     )
     arguments = parser.parse_args()
 

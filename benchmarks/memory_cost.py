@@ -19,13 +19,15 @@ from engram_hf import EngramForCausalLM
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", default="paper", choices=("paper", "v4.1"))
+    parser.add_argument(
+        "--variant", default="paper", choices=("paper", "v4.1"), help="form of the memory (default: %(default)s)"
+    )
     parser.add_argument("--rows", type=int, default=200_000, help="rows of each of the two tables")
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64, help="channels of a row (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="rows of a batch (default: %(default)s)")
     parser.add_argument("--length", type=int, default=512, help="prompt tokens of each row")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens that are decoded (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, help="pairs of runs (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where both models are; bfloat16 on a GPU")
     arguments = parser.parse_args()
 

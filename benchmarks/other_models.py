@@ -157,8 +157,8 @@ def decoding(folder: Path, tokens: int, repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=200_000, help="rows of each of the 16 heads (320 bytes each)")
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=32, help="tokens that are decoded (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs (default: %(default)s)")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

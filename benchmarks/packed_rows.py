@@ -95,9 +95,11 @@ def processor_seconds() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?")
-    parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("folder", nargs="?", help="a folder on the disk to measure (default: a temporary one)")
+    parser.add_argument(
+        "--gigabytes", type=float, default=1.0, help="size of the bfloat16 table (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as home:
         floats = Path(home, "floats")

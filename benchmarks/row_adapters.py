@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of each of the two tables")
     parser.add_argument("--batches", type=int, default=32, help="batches of 4 x 256 bytes in the corpus")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="training steps of each run (default: %(default)s)")
     arguments = parser.parse_args()
     batches = corpus(arguments.batches)
 

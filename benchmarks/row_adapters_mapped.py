@@ -32,10 +32,15 @@ BATCH, LENGTH = 4, 256
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the table (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the model is written")
-    parser.add_argument("--batches", type=int, default=2, help="of different tokens, whose rows are adapted")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=2,
+        help="batches of different tokens, whose rows are adapted (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=int, default=4, help="training steps of each run (default: %(default)s)")
     parser.add_argument("--one", choices=["rows", "LoRA"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

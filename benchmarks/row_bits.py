@@ -326,12 +326,18 @@ def draw(lines: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, default=Path("out/row_bits"))
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--home", type=Path, default=Path("out/row_bits"), help="folder of models and results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="models to measure (default: all)"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the training (default: 0 1 2)"
+    )
     parser.add_argument("--steps", type=int, help="training steps of models that are not there yet")
     parser.add_argument("--report", action="store_true", help="train and measure nothing")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--picture", type=Path, help="file to draw the results to")
     options = parser.parse_args()
     results = options.home / "results.jsonl"
     if not options.report:

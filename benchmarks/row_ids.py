@@ -24,7 +24,7 @@ BATCH, LENGTH, VOCAB, PAD = 4, 2048, 4096, 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=50, help="runs of each measurement (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where the model is; NumPy is left out on a GPU")
     arguments = parser.parse_args()
     repeats = arguments.repeats

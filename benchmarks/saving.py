@@ -114,8 +114,8 @@ def main() -> None:
     """Print all figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="an older state of the repository")
-    parser.add_argument("--megabytes", type=int, default=360)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=int, default=360, help="size of the model (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="saves and loads of each version (default: %(default)s)")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure is not None:

@@ -91,17 +91,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--loads", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument(
-        "--requests", type=int, default=12, help="of each round of a load; at least as many as the load"
+        "--loads", type=int, nargs="+", default=[1, 8, 32], help="numbers of requests that are under way together"
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=24)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=200_000, help="of each of the two tables")
-    parser.add_argument("--threads", type=int, default=1, help="of each server")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=12,
+        help="requests of each round; at least as many as the largest load (default: %(default)s)",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each load (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=16, help="tokens of an answer (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=24, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=12, help="decoder layers of the model (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size of the model (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=200_000, help="rows of each of the two tables (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of each server (default: %(default)s)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as running:
         bare, memory = make_folders(Path(temporary), arguments)

@@ -29,9 +29,9 @@ from engram_hf.training import SparseAdamW, engram_parameter_groups, shard_table
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--rows", type=int, default=4_000_000)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4], help="numbers of processes")
+    parser.add_argument("--rows", type=int, default=4_000_000, help="rows of each table (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="measured training steps (default: %(default)s)")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

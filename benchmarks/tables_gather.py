@@ -129,9 +129,9 @@ def parallel(table: StoredTable, ids: torch.Tensor, threads: int = 64) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", help="on the disk to measure; a temporary folder if left out")
-    parser.add_argument("--gigabytes", type=float, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("folder", nargs="?", help="a folder on the disk to measure (default: a temporary one)")
+    parser.add_argument("--gigabytes", type=float, default=4, help="size of the table (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         small, large = Path(folder) / "small", Path(folder) / "large"

@@ -109,11 +109,13 @@ def timed(action) -> float:
 def main() -> None:
     logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", help="where to put 1 + 4 GB; a temporary folder if left out")
-    parser.add_argument("--gigabytes", type=float, default=4, help="of the table that is saved")
-    parser.add_argument("--device", default="cpu", help="where to generate")
-    parser.add_argument("--tokens", type=int, default=128, help="to generate")
-    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("folder", nargs="?", help="a folder with space for 1 + 4 GB (default: a temporary one)")
+    parser.add_argument(
+        "--gigabytes", type=float, default=4, help="size of the table that is saved (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="device that generates (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens that are generated (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=8, help="pairs of runs (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         make_model_folder(Path(folder) / "generate", min(1, options.gigabytes), filled=True, layers=4, hidden=512)

@@ -38,7 +38,7 @@ def measure(folder: Path, residency: str, warm_up: Path, repeats: int = 5) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "folder", nargs="?", help="where to put the tables (21 GB of holes); a temporary folder if left out"
+        "folder", nargs="?", help="a folder for the tables, which are 21 GB of holes (default: a temporary one)"
     )
     with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
         from tables_folder import make_model_folder

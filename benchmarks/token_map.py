@@ -21,7 +21,7 @@ from engram_hf.tokenization.vocabulary_compression import build_token_map, numbe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json (default: DeepSeek-V4's)")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each measurement (default: %(default)s)")
     arguments = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(arguments.tokenizer or deepseek_file()))
 

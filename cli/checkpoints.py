@@ -3,6 +3,7 @@
 """
 
 import importlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +28,15 @@ def add_commands(commands: Any) -> None:
             description=f"{summary.capitalize()}. `engram {command} LAYOUT --help` shows the arguments of each.",
         )
         layouts = parser.add_subparsers(title="layouts", metavar="LAYOUT", required=True)
-        for (of, layout), (_, what) in SCRIPTS.items():
+        for (of, layout), (module, what) in SCRIPTS.items():
             if of == command:
-                layouts.add_parser(layout, help=what, add_help=False)
+                parents = [_import(module).build_parser()] if is_completing() else []
+                layouts.add_parser(layout, help=what, add_help=False, parents=parents)
+
+
+def is_completing() -> bool:
+    """Return whether a shell asks for completions; then the parser needs all options, of the scripts too."""
+    return "COMP_LINE" in os.environ  # Shells pass the line to a program that completes it.
 
 
 def is_for_script(arguments: Sequence[str]) -> bool:
@@ -40,4 +47,8 @@ def is_for_script(arguments: Sequence[str]) -> bool:
 def run_script(command: str, layout: str, *arguments: str) -> int:
     """Run the script of a layout with its own arguments, and return its exit status."""
     module, _ = SCRIPTS[command, layout]
-    return importlib.import_module(f"engram_hf.convert_scripts.{module}").main(list(arguments))
+    return _import(module).main(list(arguments), prog=f"engram {command} {layout}")
+
+
+def _import(module: str) -> Any:
+    return importlib.import_module(f"engram_hf.convert_scripts.{module}")

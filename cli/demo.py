@@ -3,16 +3,11 @@
 import argparse
 import contextlib
 import importlib.util
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .output import print_json
-
-_PREFIX = ".engram-demo-"
 
 THINGS_TO_TRY = """\
 {folder}: written. Three things to try:
@@ -36,56 +31,44 @@ def add_commands(commands: Any) -> None:
         "folder", nargs="?", type=Path, default=Path("engram-demo"), help="new folder (default: %(default)s)"
     )
     demo.add_argument("--json", action="store_true", help="print one JSON document")
-    demo.set_defaults(run=run_demo)
+    demo.set_defaults(run=run_demo, runs_no_model=True)
 
 
 def run_demo(options: argparse.Namespace) -> None:
     """Copy the model to `options.folder`, completely or not at all.
 
     Raises:
-        ValueError: the folder is there already, or the package came without the model.
+        ValueError: the folder is there already, another process is copying to it, or the package came without the
+            model.
     """
+    from engram_hf.claiming_engram import FolderClaim
+
     source, target = find_demo(), options.folder
     if target.exists():
         raise ValueError(f"{target} is there already; name a new folder, or use it: it may be the demo model.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with folder_beside(target) as beside:
-        copied = beside / "model"
-        copied.mkdir()
-        for path in sorted(path for path in source.iterdir() if path.is_file()):
-            # Only contents are copied: in the repository, code files are links to the package's files, and table files
-            # are read-only.
-            shutil.copyfile(path, copied / path.name)
-        copied.rename(target)
+    with FolderClaim(incomplete_folder(target)) as claim:
+        copied = claim.folder / "model"
+        shutil.rmtree(copied, ignore_errors=True)  # A killed process left it.
+        try:
+            copied.mkdir()
+            for path in sorted(path for path in source.iterdir() if path.is_file()):
+                # Only contents are copied: in the repository, code files are links to the package's files, and table
+                # files are read-only.
+                shutil.copyfile(path, copied / path.name)
+            copied.rename(target)
+        finally:
+            shutil.rmtree(copied, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        claim.folder.rmdir()  # The claim only removes a folder that it made.
     if options.json:
         print_json({"folder": str(target)})
     else:
         print(THINGS_TO_TRY.format(folder=target))
 
 
-@contextlib.contextmanager
-def folder_beside(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`, which is locked until it is removed; remove such folders of killed
-    processes.
-    """
-    from engram_hf.safetensors_engram import lock_file
-
-    for left in target.parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError), _opened(left) as folder:
-            if lock_file(folder):
-                shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=target.parent) as made, _opened(Path(made)) as folder:
-        lock_file(folder)
-        yield Path(made)
-
-
-@contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def incomplete_folder(target: Path) -> Path:
+    """Return the hidden folder beside `target` in which it is made; one process uses it at a time."""
+    return target.with_name(f".{target.name}-incomplete")
 
 
 def find_demo() -> Path:

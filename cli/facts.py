@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .folders import is_model, require_folder
+from .folders import is_model, read_utf8, require_folder, require_tokenizer
 from .output import columns, print_json, printable, size
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -74,7 +74,7 @@ def run_write(options: argparse.Namespace) -> None:
     protect = None if options.protect is None else read_texts(Path(options.protect))
     # A folder that cannot be written, or that another process writes to, is refused before the training.
     with FolderClaim(output), ClaimedFolderWriter(output) as writer:
-        model, tokenizer = _load(folder)
+        model, tokenizer = _load(folder, options.model)
         adapted, report = write_facts(
             model,
             tokenizer,
@@ -114,7 +114,7 @@ def run_check(options: argparse.Namespace) -> None:
 
     folder, adapter = require_folder(options.model), require_folder(options.folder)
     describe_adapter(adapter)
-    model, _ = _load(folder, needs_tokenizer=False)
+    model, _ = _load(folder, options.model, needs_tokenizer=False)
     results = results_of(PeftModel.from_pretrained(model, str(adapter)), "default")
     failed = [index for index, fact in enumerate(results) if fact.rank_after != 1]
     if options.json:
@@ -171,7 +171,7 @@ def read_json_lines(path: Path) -> list[Any]:
         OSError: the file cannot be read.
     """
     values = []
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -187,17 +187,10 @@ def read_texts(path: Path) -> list[Any]:
     """Return the paragraphs of a text file, or the items of a file with JSON lines."""
     if path.suffix == ".jsonl":
         return read_json_lines(path)
-    texts = [text for text in _read(path).split("\n\n") if text.strip()]
+    texts = [text for text in read_utf8(path).split("\n\n") if text.strip()]
     if not texts:
         raise ValueError(f"{path} is empty; give texts that are to stay as they are, or leave --protect out.")
     return texts
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text in UTF-8; save it in that encoding.") from None
 
 
 def printable_lines(text: str) -> str:
@@ -205,13 +198,15 @@ def printable_lines(text: str) -> str:
     return "\n".join("".join(letter if letter.isprintable() else "?" for letter in line) for line in text.split("\n"))
 
 
-def _load(folder: Path, needs_tokenizer: bool = True) -> tuple[Any, Any]:
+def _load(folder: Path, name: str, needs_tokenizer: bool = True) -> tuple[Any, Any]:
+    """Return the model in `folder`, with the `name` that an adapter records as its base model, and its tokenizer."""
     from engram_hf import EngramForCausalLM, EngramTokenizer
 
     if not is_model(folder):
         raise ValueError(f"{folder} holds no model; name a folder that save_pretrained wrote.")
-    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    if needs_tokenizer and not has_tokenizer:
-        raise ValueError(f"{folder} has no tokenizer; tokenizer.save_pretrained puts one there.")
+    if needs_tokenizer:
+        require_tokenizer(folder)
     tokenizer = EngramTokenizer.from_pretrained(folder) if needs_tokenizer else None
-    return EngramForCausalLM.from_pretrained(folder).eval(), tokenizer
+    model = EngramForCausalLM.from_pretrained(folder).eval()
+    model.name_or_path = name  # For a Hub id, `folder` is in this machine's cache.
+    return model, tokenizer

@@ -34,6 +34,32 @@ def require_folder(name: str, only: list[str] | None = None) -> Path:
     return local_folder(name, only=only)
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether `name` has the form of a Hub id, and nothing here has that name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Raise ValueError if `folder` has no tokenizer."""
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ValueError(f"{folder} has no tokenizer; tokenizer.save_pretrained puts one there.")
+
+
+def read_utf8(path: Path) -> str:
+    """Return the content of a text file.
+
+    Raises:
+        ValueError: the file is not text in UTF-8.
+        OSError: the file cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); save it in that encoding."
+        ) from error
+
+
 def is_model(folder: Path) -> bool:
     """Return whether `folder` holds a model, and not only tables."""
     return (folder / "config.json").exists()
@@ -84,7 +110,9 @@ def read_whole_config(folder: Path) -> "EngramConfig":
     except (ValueError, OSError):
         raise
     except Exception as error:  # A field of a wrong type can raise any error in the backbone's config.
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}, {error}.") from error
+        raise ValueError(
+            f"{folder / 'config.json'} cannot be read ({type(error).__name__}: {error}); restore the file that was saved."
+        ) from error
     if not isinstance(config, EngramConfig):
         raise ValueError(
             f"{folder} holds a plain {config.model_type!r} model without memory; EngramForCausalLM.from_backbone adds one."
@@ -245,7 +273,7 @@ def _load_hash(folder: Path, config: "EngramConfig", spans: "dict[str, TensorSpa
         if state[name].shape != expected[name].shape:
             raise ValueError(
                 f"The hash tensor {name} in {folder} has shape {list(state[name].shape)}, but the config asks for "
-                f"{list(expected[name].shape)}; weights and config.json are not of one model."
+                f"{list(expected[name].shape)}; take weights and config.json of one model."
             )
     hasher = NgramHasher.from_config(config)
     hasher.load_state_dict(state)

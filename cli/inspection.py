@@ -12,6 +12,7 @@ from typing import Any
 from .folders import (
     count_stored_parameters,
     has_memory,
+    is_hub_id,
     is_model,
     read_config,
     read_stored_tables,
@@ -32,9 +33,9 @@ def add_commands(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="what memory a model or a folder of tables holds",
-        description="Show layers, rows, bytes and dtypes of the memory in a folder, and where it would live when loaded; of a "
-        "model of another project, or a Hub id, its id-addressed tables and what each residency costs. Reads the config and "
-        "file headers, no weights.",
+        description="Show layers, rows, bytes and dtypes of the memory in a folder, and where it would live when loaded. Of a "
+        "model of another project, or a Hub id, show the id-addressed tables and what each residency costs. Only the config "
+        "and file headers are read.",
     )
     inspect.add_argument("folder", help="a saved model, a folder with engram_tables.json, or a Hub id")
     inspect.add_argument("--json", action="store_true", help="print one JSON document")
@@ -45,8 +46,10 @@ def add_commands(commands: Any) -> None:
         description="Print a model card (README.md) for a model folder that is uploaded by other means than push_to_hub.",
     )
     card.add_argument("folder", help="a saved model, or a Hub id")
-    card.add_argument("--repo-id", help="Hub id of the model, for the loading example")
-    card.add_argument("--base-model", help="Hub id of the backbone")
+    card.add_argument(
+        "--repo-id", metavar="ID", help="Hub id of the model, for the loading example (default: FOLDER, if it is one)"
+    )
+    card.add_argument("--base-model", metavar="ID", help="Hub id of the backbone")
     card.add_argument("--license", help="licence identifier, such as apache-2.0")
     card.add_argument(
         "--results",
@@ -71,9 +74,11 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 
 def _find(name: str) -> dict[str, Any]:
-    folder = Path(name)
-    if not folder.is_dir() and not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return describe_repository(name)
+    if is_hub_id(name):
+        from huggingface_hub import is_offline_mode
+
+        if not is_offline_mode():
+            return describe_repository(name)
     folder = require_folder(name)
     return (None if has_memory(folder) else describe_folder_of_others(folder)) or describe_folder(folder)
 
@@ -94,7 +99,8 @@ def run_card(options: argparse.Namespace) -> None:
     if count is None or not _is_language_model_alone(config):
         config, count = read_whole_config(folder), None  # The backbone's own classes count parameters.
     given = {name: value for name, value in fields.items() if value}
-    text = model_card(config, options.repo_id, count, **given)
+    repo_id = options.repo_id or (options.folder if is_hub_id(options.folder) else None)
+    text = model_card(config, repo_id, count, **given)
     if options.json:
         print_json({"metadata": ModelCard(text).data.to_dict(), "card": text})
     else:
@@ -120,7 +126,9 @@ def _read_results(name: str | None) -> list[Any]:
     try:
         found = json.loads(Path(name).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{name} is no JSON file: {error}.") from error
+        raise ValueError(
+            f"{name} is no JSON file ({error}); write a list of results, as `engram card --help` shows."
+        ) from error
     types = {"task": str, "dataset": str, "metric": str, "value": (int, float)}
     for result in found if isinstance(found, list) else [None]:
         if not isinstance(result, dict) or not all(isinstance(result.get(key), types[key]) for key in types):

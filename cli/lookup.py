@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .folders import check_model, read_whole_config, require_folder
+from .folders import check_model, read_whole_config, require_folder, require_tokenizer
 from .output import print_json
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
         description="Tokenize a text and show what each position reads from memory. Only those rows are read from disk.",
     )
     lookup.add_argument("folder", help="a saved model with its tokenizer, or a Hub id")
-    lookup.add_argument("text")
+    lookup.add_argument("text", help="the text that is read")
     lookup.add_argument("--json", action="store_true", help="print one JSON document")
     lookup.set_defaults(run=run_lookup)
 
@@ -62,8 +62,7 @@ def look_up(folder: Path, text: str) -> list[dict[str, Any]]:
     config = read_whole_config(folder)
     stored_hash, tables = check_model(folder)
     hasher = _as_module(stored_hash, config)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ValueError(f"{folder} has no tokenizer; tokenizer.save_pretrained puts one there.")
+    require_tokenizer(folder)
     tokenizer = EngramTokenizer.from_pretrained(folder)
     ids = tokenizer(text)["input_ids"]
     if not ids:

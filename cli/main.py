@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from . import checkpoints, demo, facts, inspection, lookup, pictures, quantization, serving, tables, vocabulary
 from .light import postpone_package
@@ -27,14 +26,21 @@ exit status: 0 done, 1 bad input (one sentence on the error stream), 2 wrong usa
 
 
 class _PrintVersion(argparse.Action):
-    """An argparse action that looks up the installed versions when it is used, not when a parser is built."""
+    """An argparse action that reads the version when it is used, not when a parser is built; `const` is `owns_process`.
+
+    It reads the sources: the metadata of an editable installation may be older.
+    """
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(f"engram-hf {version('engram-hf')}")
+        if self.const:
+            postpone_package()
+        from engram_hf.safetensors_engram import VERSION
+
+        print(f"engram-hf {VERSION}")
         parser.exit()
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(*, owns_process: bool = False) -> argparse.ArgumentParser:
     """Return the parser of all commands and their arguments."""
     parser = argparse.ArgumentParser(
         prog="engram",
@@ -42,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="show the installed version and exit")
+    parser.add_argument(
+        "--version", action=_PrintVersion, nargs=0, const=owns_process, help="show the installed version and exit"
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in (demo, inspection, lookup, pictures, tables, quantization, vocabulary, checkpoints, facts, serving):
         group.add_commands(commands)
@@ -79,7 +87,9 @@ def main(arguments: Sequence[str] | None = None, *, owns_process: bool = False) 
             if owns_process:
                 postpone_package()
             return checkpoints.run_script(*arguments)
-        parser = build_parser()
+        if owns_process and checkpoints.is_completing():
+            postpone_package()
+        parser = build_parser(owns_process=owns_process)
         _complete(parser)
         options, others = parser.parse_known_args(arguments)
         if others and not getattr(options, "takes_others", False):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .folders import is_model, read_whole_config
+from .folders import is_model, read_utf8, read_whole_config, require_tokenizer
 from .output import columns
 
 if TYPE_CHECKING:
@@ -30,13 +30,8 @@ def read_blocks(folder: Path, path: Path) -> "torch.Tensor":
             f"{folder} holds tables without a model, so there is no loss to measure; leave --measure out."
         )
     length = min(_LENGTH, getattr(read_whole_config(folder).text_config, "max_position_embeddings", None) or _LENGTH)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ValueError(f"{folder} has no tokenizer to measure with; tokenizer.save_pretrained puts one there.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}).") from error
-    ids = EngramTokenizer.from_pretrained(folder)(text)["input_ids"]
+    require_tokenizer(folder)
+    ids = EngramTokenizer.from_pretrained(folder)(read_utf8(path))["input_ids"]
     length = min(length, len(ids))
     if length < 2:
         raise ValueError(f"{path} has {len(ids)} tokens; give a text of at least two, better of some ten thousand.")

@@ -41,6 +41,7 @@ def describe_repository(name: str) -> dict[str, Any]:
     """
     from huggingface_hub import HfApi
 
+    from engram_hf.convert_scripts.command_line import reason_of
     from engram_hf.safetensors_engram import read_json
 
     api = HfApi()
@@ -49,10 +50,9 @@ def describe_repository(name: str) -> dict[str, Any]:
         files = [file for file in api.list_repo_files(name) if file.endswith(".safetensors")]
         headers = {file: api.parse_safetensors_file_metadata(name, file) for file in files}
     except Exception as error:  # The HTTP library of the client decides the type of error for a failed connection.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"{name} is not a folder here, and the Hub does not give it ({reason}); `hf download {name} --local-dir FOLDER` "
-            "fetches a model from the Hub."
+            f"{name} is no folder here, and the Hub did not give the headers of its files ({reason_of(error)}); check the "
+            "name, the connection and your token."
         ) from error
     tensors = [
         _Tensor(tensor, info.dtype, tuple(info.shape), file)
@@ -61,7 +61,7 @@ def describe_repository(name: str) -> dict[str, Any]:
     ]
     found = _describe({"repository": name}, config, tensors)
     if found is None:
-        raise ValueError(f"{name} has no id-addressed table of a kind that is known; docs/other-models.md lists them.")
+        raise ValueError(f"{name} has no id-addressed table of a known kind; docs/other-models.md lists the kinds.")
     return found
 
 

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .folders import read_utf8
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -18,19 +20,21 @@ def add_commands(commands: Any) -> None:
         help="one text, token by token: gates, rows, and the prediction without memory",
         description="Write a page, and a picture beside it, of how a model reads a text with memory and without.",
     )
-    show.add_argument("model", help="a folder or Hub id")
-    show.add_argument("text", help="what to read; at least two tokens")
+    show.add_argument("model", help="a saved model with its tokenizer, or a Hub id")
+    show.add_argument("text", help="the text that is read, of at least two tokens")
     report = commands.add_parser(
         "report",
         help="all measurements of a model, on one page",
         description="Measure what memory is worth, its gates, effective depth, rows and attention on a text, and write a page.",
     )
-    report.add_argument("model", help="a folder or Hub id")
+    report.add_argument("model", help="a saved model with its tokenizer, or a Hub id")
     report.add_argument(
         "--corpus", metavar="FILE", help="a text (UTF-8) that the model has not seen (default: Python's documentation)"
     )
     report.add_argument(
-        "--against", metavar="OTHER", help="a model of the same vocabulary and depth, to compare layers with"
+        "--against",
+        metavar="OTHER",
+        help="folder or Hub id of a model of the same vocabulary and depth, to compare layers with",
     )
     report.add_argument(
         "--windows", type=int, default=64, metavar="N", help="windows of the text at most (default: %(default)s)"
@@ -40,9 +44,16 @@ def add_commands(commands: Any) -> None:
     )
     for parser, run in ((show, run_show), (report, run_report)):
         parser.add_argument(
-            "--output", default=f"{parser.prog.split()[-1]}.html", metavar="FILE", help="default: %(default)s"
+            "--output",
+            default=f"{parser.prog.split()[-1]}.html",
+            metavar="FILE",
+            help="the page to write (default: %(default)s)",
         )
-        parser.add_argument("--residency", choices=("auto", "resident", "mapped", "pinned"), help="where tables live")
+        parser.add_argument(
+            "--residency",
+            choices=("auto", "resident", "mapped", "pinned"),
+            help="where the memory's tables live (default: auto)",
+        )
         parser.add_argument("--json", action="store_true", help="print the data as one JSON document")
         parser.set_defaults(run=run)
 
@@ -103,10 +114,7 @@ def _read_corpus(name: str | None) -> list[str]:
         from pydoc_data.topics import topics
 
         return list(topics.values())
-    try:
-        return [Path(name).read_text(encoding="utf-8")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not a text in UTF-8 ({error.reason} at byte {error.start}).") from error
+    return [read_utf8(Path(name))]
 
 
 def _load(name: str, residency: str | None) -> "nn.Module":

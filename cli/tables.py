@@ -21,7 +21,7 @@ def add_commands(commands: Any) -> None:
     )
     check.add_argument("folder", help="a saved model, a folder with engram_tables.json, or a Hub id")
     check.add_argument(
-        "--rows", action="store_true", help="read all rows of table files too, for values that are no numbers"
+        "--rows", action="store_true", help="read all rows of table files too, to find values that are no numbers"
     )
     check.add_argument("--json", action="store_true", help="print one JSON document")
     check.set_defaults(run=run_check, runs_no_model=True)
@@ -46,7 +46,7 @@ def run_check(options: argparse.Namespace) -> None:
     if options.json:
         print_json({"folder": str(folder), "checked": found, "is_sound": True})
         return
-    print(*found, f"{folder}: all well", sep="\n")
+    print(*found, f"{options.folder}: all well", sep="\n")
 
 
 def _require_one_of_each(folder: Path, tables: "dict[int, StoredTable]") -> None:

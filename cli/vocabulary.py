@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .folders import is_hub_id, require_folder
 from .output import print_json
 
 if TYPE_CHECKING:
@@ -31,9 +32,15 @@ def add_commands(commands: Any) -> None:
 
 def run_compress(options: argparse.Namespace) -> None:
     """Print the summary of `options.tokenizer`."""
-    summary = _summarize_plain(Path(options.tokenizer), options.examples)
+    name = options.tokenizer
+    folder = (
+        require_folder(name, only=["tokenizer*.json", "engram_token_map.safetensors"])
+        if is_hub_id(name)
+        else Path(name)
+    )
+    summary = _summarize_plain(folder, options.examples)
     if summary is None:
-        summary = _summarize(options.tokenizer, options.examples)
+        summary = _summarize(name, options.examples)
     if options.json:
         print_json({**asdict(summary), "reduction": round(summary.reduction, 4)})
         return

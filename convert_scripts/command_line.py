@@ -22,7 +22,8 @@ def run_command(command: Callable[[], None]) -> int:
         return 1
     except OSError as error:
         print(
-            f"error: {error.filename} cannot be read or written ({error.strerror}); check its rights.", file=sys.stderr
+            f"error: {error.filename or 'A file'} cannot be read or written ({error.strerror or error}); check its rights.",
+            file=sys.stderr,
         )
         return 1
     except KeyboardInterrupt:
@@ -64,7 +65,7 @@ class Source:
         if shard.size != size:
             raise ConversionError(
                 f"{path.name} of {self.repository} has {size} bytes, but its header describes {shard.size}; its upload is "
-                "damaged."
+                "damaged: upload it again."
             )
         return require_torch(shard)
 
@@ -90,16 +91,23 @@ def local_folder(source: str, revision: str | None = None, only: list[str] | Non
 
 def _download(source: str, revision: str | None, **patterns: list[str]) -> Path:
     if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ConversionError(f"{source} is neither a folder nor a Hub id like 'deepseek-ai/DeepSeek-V4.1-Flash'.")
+        raise ConversionError(
+            f"{source} is neither a folder nor a Hub id; give one, as in 'deepseek-ai/DeepSeek-V4.1-Flash'."
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(source, revision=revision, **patterns))
     except (OSError, ValueError) as error:
         raise ConversionError(
-            f"{source} is no folder here, and the Hub did not give a repository of that name ({error}); check the name, "
-            f"the connection and your token."
+            f"{source} is no folder here, and the Hub did not give a repository of that name ({reason_of(error)}); check "
+            f"the name, the connection and your token."
         ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error of the Hub's client, without its full stop, to quote it in a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _download_head(repository: str, commit: str, file: str) -> tuple[bytes, int]:
@@ -110,13 +118,14 @@ def _download_head(repository: str, commit: str, file: str) -> tuple[bytes, int]
         head, size = _download_range(repository, commit, file, 0, FIRST_BYTES)
         length = 8 + int.from_bytes(head[:8], "little")
         if length > MAX_HEADER_BYTES:
-            raise ConversionError(f"{file} of {repository} announces a header of {length} bytes; it is damaged.")
+            raise ConversionError(f"{file} of {repository} announces a header of {length} bytes: upload it again.")
         if length > len(head):
             head += _download_range(repository, commit, file, len(head), length)[0]
         return head[:length], size
     except HTTPError as error:
         raise ConversionError(
-            f"The Hub did not give the header of {file} of {repository} ({error}); check the connection and your token."
+            f"The Hub did not give the header of {file} of {repository} ({reason_of(error)}); check the connection and your "
+            "token."
         ) from error
 
 

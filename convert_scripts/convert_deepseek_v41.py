@@ -15,9 +15,9 @@ from .safetensors_files import ConversionError
 from .streaming import Plan, Stopwatch, print_plan, read_manifest, run_plan, verify_files
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the command's arguments; it imports nothing heavy, so that `--help` is quick."""
-    parser = argparse.ArgumentParser(prog="convert_deepseek_v41", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument("source", help="folder or Hub id of the upstream checkpoint; it is only read")
     parser.add_argument("target", type=Path, help="new or empty folder, or one where this conversion was interrupted")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep",
@@ -108,7 +108,7 @@ def verify(source: str, target: Path, revision: str | None = None, as_json: bool
     plan = plan_conversion(Source.open(source, revision), ImportOptions.from_record(manifest.get("options")))
     if plan.fingerprint != manifest["fingerprint"]:
         raise ConversionError(
-            f"{target} is a conversion of another checkpoint than {source}, or of another version of it."
+            f"{target} is a conversion of another checkpoint than {source}, or of another version of it; give the one that was converted."
         )
     print(watch.report(target, "verified", verify_files(target, manifest), as_json))
 
@@ -118,9 +118,9 @@ def dry_run(source: str, target: Path, options, revision: str | None = None, as_
     print_plan(plan_conversion(Source.open(source, revision), options), target, as_json)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command, and return its exit code."""
-    given = build_parser().parse_args(arguments)
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the command, which its help calls `prog`, and return its exit code."""
+    given = build_parser(prog).parse_args(arguments)
 
     def command() -> None:
         from .import_plan import ImportOptions

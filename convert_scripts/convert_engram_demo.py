@@ -46,9 +46,9 @@ RULES = (
 OFFSETS = "multi_head_embedding.offsets"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the command's arguments; it imports nothing heavy, so that `--help` is quick."""
-    parser = argparse.ArgumentParser(prog="convert_engram_demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument("state", type=Path, help="safetensors file with the demo's state dict")
     parser.add_argument("backbone", help="folder or Hub id of a causal language model")
     parser.add_argument("target", type=Path, help="new or empty folder for the model")
@@ -121,15 +121,15 @@ def convert_layer(state: dict, layer: int, streams: int) -> dict:
         missing = [name for name in names if name not in state]
         if missing:
             raise ConversionError(
-                f"layer {layer} of the state dict lacks {enumerate_names(missing)}; the backbone has {streams} residual "
-                f"streams, and the demo's memory needs as many."
+                f"Layer {layer} of the state dict lacks {enumerate_names(missing)}; the backbone has {streams} residual "
+                f"streams, and the demo's memory must have as many."
             )
         ours[rule.ours] = joins[rule.join]([state[name] for name in names])
         used.update(names)
     unknown = state.keys() - used
     if unknown:
         raise ConversionError(
-            f"layer {layer} of the state dict holds {enumerate_names(unknown)}, which the demo with {streams} residual streams "
+            f"Layer {layer} of the state dict holds {enumerate_names(unknown)}, which the demo with {streams} residual streams "
             f"does not have; choose a backbone with the same streams."
         )
     return ours
@@ -149,7 +149,7 @@ def load_memory(model, layers: dict[int, dict]) -> None:
         found = layers[layer].get(OFFSETS)
         if found is not None and found.tolist() != offsets[layer].tolist():
             raise ConversionError(
-                f"layer {layer} of the state dict has head offsets {found.tolist()[:4]}..., the primes give "
+                f"Layer {layer} of the state dict has head offsets {found.tolist()[:4]}..., but the primes give "
                 f"{offsets[layer].tolist()[:4]}...; give the --layer-ids, --max-ngram-size and --engram-vocab-size of the demo."
             )
         ours = convert_layer(layers[layer], layer, memory.streams)
@@ -157,7 +157,7 @@ def load_memory(model, layers: dict[int, dict]) -> None:
         for name, tensor in ours.items():
             if tensor.shape != expected.get(name):
                 raise ConversionError(
-                    f"{name} of layer {layer} would be {list(tensor.shape)}, the backbone asks for "
+                    f"{name} of layer {layer} would be {list(tensor.shape)}, but the backbone asks for "
                     f"{list(expected.get(name, ()))}; choose the backbone, n-gram size and bucket counts of the demo."
                 )
         memory.load_state_dict(ours)
@@ -167,14 +167,16 @@ def build_config_fields(layers: dict[int, dict[str, TensorSpan]], given: argpars
     """Return the memory's config fields, from the state dict's shapes and the command line."""
     ids = given.layer_ids or sorted(layers)
     if sorted(ids) != sorted(layers):
-        raise ConversionError(f"--layer-ids are {ids}, the state dict holds the layers {sorted(layers)}.")
+        raise ConversionError(
+            f"--layer-ids are {ids}, but the state dict holds the layers {sorted(layers)}; give these."
+        )
     state = layers[ids[0]]
     try:
         width = state["multi_head_embedding.embedding.weight"].shape[1]
         heads, rest = divmod(state["value_proj.weight"].shape[1], width)
         kernel = state["short_conv.conv.weight"].shape[-1]
     except KeyError as error:
-        raise ConversionError(f"layer {ids[0]} of the state dict lacks {error}.") from error
+        raise ConversionError(f"Layer {ids[0]} of the state dict lacks {error}; save the whole state dict.") from error
     orders = given.max_ngram_size - 1
     if rest or orders < 1 or heads % orders:
         raise ConversionError(
@@ -234,9 +236,9 @@ def _write(given: argparse.Namespace, state: dict[int, dict[str, TensorSpan]], f
         folder.publish(is_claimed=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command, and return its exit code."""
-    given = build_parser().parse_args(arguments)
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the command, which its help calls `prog`, and return its exit code."""
+    given = build_parser(prog).parse_args(arguments)
     return run_command(lambda: convert(given))
 
 

@@ -109,8 +109,8 @@ def check_config(config: Mapping) -> None:
     for key, expected in _QUANTIZATION.items():
         if found.get(key) != expected:
             raise ConversionError(
-                f"quantization_config of config.json has {key} = {found.get(key)!r}, the release's is {expected!r}; "
-                f"other storage is not supported."
+                f"quantization_config of config.json has {key} = {found.get(key)!r}, but only the release's "
+                f"{expected!r} can be converted."
             )
     missing = [name for name in ("num_hidden_layers", *_ENGRAM_FIELDS) if name not in config["text_config"]]
     if missing:
@@ -125,7 +125,7 @@ def _refuse_unknown_fields(config: Mapping) -> None:
         for name, expected in _FIXED.items():
             if fields.get(name, expected) != expected:
                 raise ConversionError(
-                    f"config.json has {name} = {fields[name]!r}, the release's is {expected!r}; another rule is not known here."
+                    f"config.json has {name} = {fields[name]!r}, but only the release's {expected!r} can be converted."
                 )
     parts = (
         ("", config, {*_EVERY_CONFIG, *_TOP_FIELDS, *_FIXED}),
@@ -154,7 +154,7 @@ def first_layers(config: Mapping, count: int) -> dict:
     text = dict(config["text_config"])
     total = text["num_hidden_layers"]
     if not 1 <= count <= total:
-        raise ConversionError(f"--layers is {count}, expected 1 to {total}, the layers of the checkpoint.")
+        raise ConversionError(f"--layers is {count}; give 1 to {total}, the layers of the checkpoint.")
     rows = dict(zip(text["engram_layer_ids"], text["engram_num_embeddings"], strict=True))
     if not any(layer < count for layer in rows):
         raise ConversionError(
@@ -313,7 +313,7 @@ def build_hash(config: PlainConfig, tokenizer: Tokenizer) -> StoredHash:
     found, expected = int(token_map.max()) + 1, config.engram_compressed_vocab_size
     if found != expected or len(token_map) > size:
         raise ConversionError(
-            f"tokenizer.json compresses {len(token_map)} ids to {found}, the tables were trained with {expected} of "
+            f"tokenizer.json compresses {len(token_map)} ids to {found}, but the tables were trained with {expected} of "
             f"{size}; use the tokenizer of this very release."
         )
     return draw_hash(config, np.pad(token_map, (0, size - len(token_map)), constant_values=NO_ID))

@@ -16,9 +16,9 @@ from .safetensors_files import ConversionError
 from .streaming import Plan, Stopwatch, print_plan, read_manifest, run_plan, verify_files
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the command's arguments; it imports nothing heavy, so that `--help` is quick."""
-    parser = argparse.ArgumentParser(prog="export_deepseek_v41", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument("source", help="folder or Hub id of the Engram model; it is only read")
     parser.add_argument("target", type=Path, help="new or empty folder, or one where this export was interrupted")
     parser.add_argument(
@@ -73,9 +73,9 @@ def verify(target: Path, as_json: bool = False) -> None:
     print(watch.report(target, "verified", verify_files(target, read_manifest(target)), as_json))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command, and return its exit code."""
-    given = build_parser().parse_args(arguments)
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the command, which its help calls `prog`, and return its exit code."""
+    given = build_parser(prog).parse_args(arguments)
     if given.verify_only:
         return run_command(lambda: verify(given.target, given.json))
     action = dry_run if given.dry_run else export

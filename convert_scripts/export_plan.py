@@ -150,19 +150,21 @@ def _check_binding(model: Model, mapping: TensorMapping) -> None:
     stored = storage.block is not None and span.dtype == storage.dtype
     if not stored and span.dtype not in ("BF16", "F16", "F32"):
         raise ConversionError(
-            f"tensor {mapping.ours!r} of {span.path} is {span.dtype}, expected floats or the release's own quantized form; save "
+            f"Tensor {mapping.ours!r} of {span.path} is {span.dtype}, expected floats or the release's own quantized form; save "
             f"the model in one of them."
         )
     shape = storage.weight_shape(mapping.shape) if stored else mapping.shape
     if span.shape != shape:
-        raise ConversionError(f"tensor {mapping.ours!r} is {list(span.shape)}, the config asks for {list(shape)}.")
+        raise ConversionError(
+            f"Tensor {mapping.ours!r} is {list(span.shape)}, but the config asks for {list(shape)}; save the model again."
+        )
     scale = model.tensors.get(mapping.ours_scale)
     if stored != (scale is not None):
         problem = "has no scale" if stored else f"is {span.dtype} but has a scale"
-        raise ConversionError(f"tensor {mapping.ours!r} of {span.path} {problem}; save the model again.")
+        raise ConversionError(f"Tensor {mapping.ours!r} of {span.path} {problem}; save the model again.")
     if stored and (scale.dtype, scale.shape) != ("F8_E8M0", storage.scale_shape(mapping.shape)):
         raise ConversionError(
-            f"tensor {mapping.ours_scale!r} is {scale.dtype} {list(scale.shape)}, expected F8_E8M0 "
+            f"Tensor {mapping.ours_scale!r} is {scale.dtype} {list(scale.shape)}, expected F8_E8M0 "
             f"{list(storage.scale_shape(mapping.shape))}; save the model again."
         )
 
@@ -182,7 +184,7 @@ def _recorded_shards(
         files.append(tensor_file(path.name.removesuffix(".header"), tensors, head=path.read_bytes()))
     missing = sources.keys() - placed
     if missing:
-        raise ConversionError(f"the record in {folder} has no place for {enumerate_names(missing)}; convert again.")
+        raise ConversionError(f"The record in {folder} has no place for {enumerate_names(missing)}; convert again.")
     return files
 
 
@@ -198,8 +200,8 @@ def _passed_through_part(model: Model, span: TensorSpan) -> Part:
 def _recorded_part(model: Model, span: TensorSpan, sources: dict[str, tuple[TensorMapping, UpstreamTensor]]) -> Part:
     if span.name not in sources or not sources[span.name][1].matches(span):
         raise ConversionError(
-            f"the record has {span.name!r} as {span.dtype} {list(span.shape)}, the config of {model.folder} does not; the "
-            f"record belongs to another model."
+            f"The record has {span.name!r} as {span.dtype} {list(span.shape)}, but the config of {model.folder} does not; "
+            f"give the record of this model."
         )
     return upstream_part(model, *sources[span.name], span.dtype)
 

@@ -56,9 +56,11 @@ class ImportOptions:
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
-            raise ConversionError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}.")
+            raise ConversionError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
         if self.dequantize_tables and (self.link_tables or self.dtype == "keep"):
-            raise ConversionError("dequantized tables need a dtype other than 'keep', and cannot be linked.")
+            raise ConversionError(
+                "Dequantized tables need a dtype other than 'keep', and cannot be linked; give --dtype without --link-tables."
+            )
 
     @classmethod
     def from_record(cls, record) -> "ImportOptions":

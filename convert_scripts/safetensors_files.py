@@ -86,7 +86,7 @@ def read_checkpoint(
     if missing:
         name = min(missing)
         raise ConversionError(
-            f"the index of {folder} places {enumerate_names(missing)} in {weight_map[name]} "
+            f"The index of {folder} places {enumerate_names(missing)} in {weight_map[name]} "
             f"and elsewhere, but the file does not hold it; fetch the checkpoint again."
         )
     return Checkpoint(folder, shards, tensors, elsewhere)

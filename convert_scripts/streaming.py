@@ -243,7 +243,7 @@ def read_manifest(folder: Path) -> dict:
     manifest = read_json(folder / MANIFEST_NAME)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ConversionError(
-            f"{folder / MANIFEST_NAME} has format version {manifest.get('format_version')!r}, this release reads "
+            f"{folder / MANIFEST_NAME} has format version {manifest.get('format_version')!r}, but this release reads "
             f"{FORMAT_VERSION}; use the release that wrote it."
         )
     files = manifest.get("files")
@@ -359,7 +359,7 @@ def _check_space(needed: int, target: Path) -> None:
     free = free_bytes(target)
     if needed > free:
         raise ConversionError(
-            f"the conversion writes {format_bytes(needed)}, but the disk of {target} has {format_bytes(free)} free; "
+            f"The conversion writes {format_bytes(needed)}, but the disk of {target} has {format_bytes(free)} free; "
             f"free some space or choose another disk."
         )
 
@@ -422,7 +422,9 @@ def _stream(file: OutputFile, path: Path, advance: Callable[[int], object], stop
                 _write_all(out.fileno(), chunk)
                 advance(len(chunk))
         if out.tell() != file.size:
-            raise ConversionError(f"{file.name} came out with {out.tell()} bytes instead of {file.size}; report this.")
+            raise ConversionError(
+                f"{file.name} came out with {out.tell()} bytes instead of {file.size}, which is a bug: report it."
+            )
         os.fsync(out.fileno())
     return f"{checksum:08x}"
 
@@ -470,7 +472,7 @@ def _record(name: str, data: bytes) -> dict:
 def _explain(error: OSError, target: Path) -> ConversionError:
     if error.errno in _DISK_FULL:
         return ConversionError(
-            f"the disk of {target} is full or a quota is reached ({error.strerror}); free some space and start again, "
+            f"The disk of {target} is full or a quota is reached ({error.strerror}); free some space and start again, "
             f"finished files are kept."
         )
     name = error.filename or target

@@ -73,7 +73,7 @@ def encode_chunks(span: TensorSpan, storage: Storage, scales: bool) -> Iterator[
         values = _read_values(span.rows(start, stop))
         if not values.isfinite().all():
             raise ConversionError(
-                f"tensor {span.name!r} of {span.path} holds infinite or undefined numbers, which have no quantized "
+                f"Tensor {span.name!r} of {span.path} holds infinite or undefined numbers, which have no quantized "
                 f"form; export a model that is whole."
             )
         scale = encode_scale(values, storage)

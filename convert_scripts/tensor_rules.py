@@ -189,13 +189,13 @@ def check_tensors(
     unknown = [name for name in (*tensors, *elsewhere) if name not in expected and not layout.may_pass_through(name)]
     if unknown:
         raise ConversionError(
-            f"the checkpoint holds {enumerate_names(unknown)}, which a {layout.name} with this config does not have; "
+            f"The checkpoint holds {enumerate_names(unknown)}, which a {layout.name} with this config does not have; "
             f"is the config.json that of these weights?"
         )
     missing = expected.keys() - tensors.keys() - elsewhere
     if missing:
         raise ConversionError(
-            f"the checkpoint lacks {enumerate_names(missing)}, which its config asks for; fetch it again, or correct the config."
+            f"The checkpoint lacks {enumerate_names(missing)}, which its config asks for; fetch it again, or correct the config."
         )
     for name, tensor in expected.items():
         if name in tensors:
@@ -205,7 +205,7 @@ def check_tensors(
 def _check_tensor(expected: UpstreamTensor, found: TensorSpan) -> None:
     if not expected.matches(found):
         raise ConversionError(
-            f"tensor {found.name!r} of {found.path} is {found.dtype} {list(found.shape)}, the config asks for "
+            f"Tensor {found.name!r} of {found.path} is {found.dtype} {list(found.shape)}, but the config asks for "
             f"{expected.dtype} {list(expected.shape)}; fetch the file again, or correct the config."
         )
 
@@ -218,14 +218,16 @@ def _check_scales_and_weights(tensors: Mapping[str, TensorSpan], elsewhere: froz
     known = {"BF16", "F32", "F8_E4M3", "F8_E8M0", "I8"}
     for name, span in tensors.items():
         if span.dtype not in known:
-            raise ConversionError(f"tensor {name!r} of {span.path} is {span.dtype}, expected one of {sorted(known)}.")
+            raise ConversionError(
+                f"Tensor {name!r} of {span.path} is {span.dtype}, expected one of {sorted(known)}; fetch it again."
+            )
         if span.dtype in ("F8_E4M3", "I8") and scale_name(name) not in present:
             raise ConversionError(
-                f"tensor {name!r} of {span.path} is quantized, but its scale {scale_name(name)!r} is missing; fetch it again."
+                f"Tensor {name!r} of {span.path} is quantized, but its scale {scale_name(name)!r} is missing; fetch it again."
             )
         if span.dtype == "F8_E8M0" and name.removesuffix("scale") + "weight" not in present:
             raise ConversionError(
-                f"tensor {name!r} of {span.path} is a scale, but its weight is missing; fetch it again."
+                f"Tensor {name!r} of {span.path} is a scale, but its weight is missing; fetch it again."
             )
 
 

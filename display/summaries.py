@@ -6,6 +6,7 @@ from typing import NamedTuple
 from ..modeling_engram import EngramPreTrainedModel
 from ..row_sources_engram import MappedRows, PinnedRows
 from ..table_engram import EngramTable
+from ..table_format_engram import ROW_FORMATS
 from ..tokenization import EngramTokenizer
 
 
@@ -39,7 +40,8 @@ def _summarize(layer: int, table: EngramTable) -> TableSummary:
     if isinstance(table.source, MappedRows):
         residency = "pinned" if isinstance(table.source, PinnedRows) else "mapped"
         stored = table.source.stored
-        return TableSummary(layer, table.num_rows, table.width, stored.dtype, stored.size, residency, False)
+        dtype = ROW_FORMATS[stored.dtype].name
+        return TableSummary(layer, table.num_rows, table.width, dtype, stored.size, residency, False)
     parameters = list(table.parameters())
     dtype = table.table_dtype or str(table.row_dtype).removeprefix("torch.")
     size, trainable = sum(p.nbytes for p in parameters), any(p.requires_grad for p in parameters)
@@ -60,7 +62,7 @@ def print_memory_summary(model: EngramPreTrainedModel) -> None:
 
 
 def _totals(model: EngramPreTrainedModel) -> str:
-    """Return a sentence with the counts of numbers in tables, in the rest of the memory and in the backbone."""
+    """Return a sentence with the counts of parameters in tables, in the rest of the memory and in the backbone."""
     memories = model.memory_model.memories().values()
     in_tables = sum(memory.table.num_rows * memory.table.width for memory in memories)
     tables = {id(parameter) for memory in memories for parameter in memory.table.parameters()}
@@ -70,7 +72,7 @@ def _totals(model: EngramPreTrainedModel) -> str:
     backbone = sum(count for key, count in counts.items() if key not in tables | beside)
     share = in_tables / (in_tables + in_projections + backbone)
     return (
-        f"{in_tables:,} numbers in tables ({share:.1%} of the model), {in_projections:,} in the projections that read "
+        f"{in_tables:,} parameters in tables ({share:.1%} of the model), {in_projections:,} in the projections that read "
         f"them, {backbone:,} in the backbone"
     )
 

@@ -29,11 +29,15 @@ DEMO_PROMPT = "Return True if"
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="default: %(default)s")
-    parser.add_argument("--steps", type=int, help="training steps of each model")
-    parser.add_argument("--seed", type=int, default=0, help="of the data order and the weights (default: %(default)s)")
     parser.add_argument(
-        "--quick", action="store_true", help="a tiny model and a few steps: checks that all of it runs"
+        "--output", type=Path, default=Path("out/quickstart"), help="folder for the models (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, help="training steps of each model (default: as many as the size needs)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the order of the data and of the weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="train a tiny model for a few steps, to check that everything runs"
     )
     args = parser.parse_args()
     if args.steps is not None and args.steps < 1:

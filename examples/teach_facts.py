@@ -32,8 +32,12 @@ FACTS = [{"subject": land, "relation": "The capital of {} is", "target": city} f
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=DEMO, help="a saved model with its tokenizer; default: the demo")
-    parser.add_argument("--output", type=Path, default=Path("out/facts"), help="default: %(default)s")
+    parser.add_argument(
+        "--model", type=Path, default=DEMO, help="a saved model with its tokenizer (default: the demo model)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/facts"), help="folder for the adapters (default: %(default)s)"
+    )
     args = parser.parse_args()
     run(args.model, args.output)
 

@@ -23,18 +23,32 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="do what is not done yet; goes on where it was interrupted")
-    run.add_argument("--experiment", type=int, help="1 to 6, with the runs it needs (default: all)")
+    run.add_argument(
+        "--experiment",
+        type=int,
+        help="number of one experiment, 1 to 6, to make only the runs that it needs (default: all)",
+    )
     run.add_argument("--minutes", type=float, help="stop after this many minutes, in the middle of a run too")
-    run.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    run.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
     report = commands.add_parser("report", help="write tables and pictures of the results that are there")
     report.add_argument("--page", type=Path, help="the page whose tables are written (default: docs/evidence.md)")
     tasks = commands.add_parser("tasks", help="write the downstream tasks for lm-eval-harness, and the tokenizer")
-    tasks.add_argument("--output", type=Path, required=True)
+    tasks.add_argument("--output", type=Path, required=True, help="folder for the tasks")
     for command in (run, report, tasks):
-        command.add_argument("--preset", default="standard", choices=("quick", "standard", "gpu"))
-        command.add_argument("--results", type=Path, default=_HERE / "results", help="default: experiments/results")
         command.add_argument(
-            "--work", type=Path, default=Path("out/experiments"), help="for checkpoints (default: %(default)s)"
+            "--preset",
+            default="standard",
+            choices=("quick", "standard", "gpu"),
+            help="size of the runs (default: %(default)s)",
+        )
+        command.add_argument(
+            "--results",
+            type=Path,
+            default=_HERE / "results",
+            help="folder of the results (default: experiments/results)",
+        )
+        command.add_argument(
+            "--work", type=Path, default=Path("out/experiments"), help="folder for checkpoints (default: %(default)s)"
         )
         command.add_argument("--texts", type=Path, help="a folder of text files instead of the installed packages")
     return parser

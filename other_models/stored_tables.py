@@ -159,7 +159,9 @@ class CheckpointNames:
         """
         header = self.header(self.files[name])
         if name not in header.tensors:
-            raise FileFormatError(f"{header.path} has no tensor {name!r}, which the index of {self.where} names.")
+            raise FileFormatError(
+                f"{header.path} has no tensor {name!r}, which the index of {self.where} names; fetch it again."
+            )
         return header, header.tensors[name]
 
     def stem_of(self, module: str) -> str | None:
@@ -182,7 +184,7 @@ class CheckpointNames:
         best = sorted(ranked[max(ranked)])
         if len(best) > 1:
             raise EngramError(
-                f"The table {module} may be any of {', '.join(best)} in {self.where}; load the model that has both."
+                f"The table {module} may be any of {', '.join(best)} in {self.where}; take tables with the model's own names."
             )
         return best[0]
 
@@ -357,7 +359,9 @@ def recorded_digests(index: Path | None) -> dict[str, str]:
     metadata = {} if index is None else read_json(index).get("metadata", {})
     digests = metadata.get(DIGESTS_MEMBER, {}) if isinstance(metadata, dict) else {}
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
-        raise FileFormatError(f"{index} says {DIGESTS_MEMBER} is {digests!r}, expected digests by file name.")
+        raise FileFormatError(
+            f"{index} says {DIGESTS_MEMBER} is {digests!r}, expected digests by file name; fetch it again."
+        )
     return digests
 
 

@@ -21,6 +21,8 @@ class RefusedRequestError(EngramError):
 # `generate_batch` of this thread has refused these: transformers logs an error that adding a request raises, and
 # continues.
 _REFUSALS: ContextVar[list[RefusedRequestError] | None] = ContextVar("refused requests", default=None)
+# transformers' `add_requests` calls `add_request` with requests that were checked together before.
+_ARE_CHECKED: ContextVar[bool] = ContextVar("requests are checked", default=False)
 
 
 def check_requests(manager: ContinuousBatchingManager, vocab_size: int) -> ContinuousBatchingManager:
@@ -49,13 +51,15 @@ def check_requests(manager: ContinuousBatchingManager, vocab_size: int) -> Conti
     def add_checked_request(
         input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None, **options: Any
     ) -> str | None:
-        require(input_ids, max_new_tokens)
+        if not _ARE_CHECKED.get():
+            require(input_ids, max_new_tokens)
         return add_request(input_ids, request_id, max_new_tokens, **options)
 
     def add_checked_requests(inputs: list[list[int]], max_new_tokens: int | None = None, **options: Any) -> list[str]:
         for input_ids in inputs:
             require(input_ids, max_new_tokens)
-        return add_requests(inputs, max_new_tokens, **options)
+        with within(_ARE_CHECKED, True):
+            return add_requests(inputs, max_new_tokens, **options)
 
     vars(manager).update(add_request=add_checked_request, add_requests=add_checked_requests)
     return manager

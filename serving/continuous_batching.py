@@ -165,7 +165,7 @@ class BatchedModel:
         """
         if config.max_blocks_per_request:
             logger.warning_once(
-                "max_blocks_per_request is taken for 0: a model with memory is batched without block tables of flash kernels."
+                "max_blocks_per_request is set to 0: a model with memory is batched without block tables of flash kernels."
             )
         config.max_blocks_per_request = 0
         wanted = config.use_cuda_graph

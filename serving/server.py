@@ -124,7 +124,9 @@ def require_free_port(host: str, port: int) -> None:
                 tried.bind(address)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise OSError(f"Cannot listen on port {port} of {host}: {reason}; give another --port or --host.") from error
+        raise OSError(
+            f"The server cannot listen on port {port} of {host} ({reason}); give another --port or --host."
+        ) from error
 
 
 def require_batchable(model: GenerationMixin, name: str) -> None:

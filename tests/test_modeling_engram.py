@@ -253,7 +253,7 @@ def test_from_backbone_passes_arguments_to_from_pretrained(tmp_path):
 
 def test_from_backbone_refuses_arguments_that_would_have_no_effect():
     host = AutoModelForCausalLM.from_config(BACKBONES["llama"]())
-    with pytest.raises(ValueError, match=r"\['dtype'\] only apply when the backbone is loaded by name"):
+    with pytest.raises(ValueError, match=r"\['dtype'\] only apply to a backbone that is loaded by name"):
         EngramForCausalLM.from_backbone(host, **SMALL, dtype=torch.bfloat16)
 
 

@@ -178,7 +178,9 @@ def _norm(
     order counts.
     """
     if dim is not None or order <= 0:
-        raise NotImplementedError("The norm of a gradient in shards is that of all its elements, of a positive order.")
+        raise NotImplementedError(
+            "The norm of a gradient in shards is over all elements; give a positive order and no dim."
+        )
     values, is_largest = gradient.row_values, math.isinf(order)
     own = values.new_zeros((), dtype=dtype)
     if values.numel():

@@ -316,7 +316,7 @@ def _require_tiled(name: str, stored: Any) -> None:
     end = 0
     for chunk in sorted(stored.chunks, key=lambda chunk: tuple(chunk.offsets)):
         if tuple(chunk.offsets[1:]) != (0,) * (len(stored.size) - 1) or chunk.sizes[1:] != stored.size[1:]:
-            raise EngramError(f"{name} is divided in another way than by row; the checkpoint is damaged.")
+            raise EngramError(f"{name} is not divided by row; restore the checkpoint.")
         if stored.size and chunk.offsets[0] != end and chunk.sizes[0]:
             raise EngramError(f"The checkpoint lacks rows {end} to {chunk.offsets[0]} of {name}; it is damaged.")
         end = end + chunk.sizes[0] if stored.size else 0

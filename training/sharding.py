@@ -220,7 +220,9 @@ def _cut(table: Any, shard: RowShard, device: torch.device, layer: int, std: flo
             if some is not None
         }
     if table.table_dtype is not None:
-        raise EngramError(f"The table of layer {layer} is quantized and has no rows; load them from a saved model.")
+        raise EngramError(
+            f"The table of layer {layer} is quantized and on the meta device; load it from a saved model."
+        )
     local = torch.empty((shard.stop - shard.first, table.width), dtype=table.row_dtype, device=device)
     generator = torch.Generator()
     # Whole blocks are drawn, even if they extend into other processes' rows, so that rows do not depend on the number

@@ -165,7 +165,9 @@ def _sparse_vector_norm(
 ) -> torch.Tensor:
     """Return the norm of all elements; elements that are not stored are zero, which no positive order counts."""
     if dim is not None or ord <= 0:
-        raise NotImplementedError("The norm of a sparse tensor is that of all its elements, of a positive order.")
+        raise NotImplementedError(
+            "The norm of a sparse tensor is over all elements; give a positive order and no dim."
+        )
     values = tensor.coalesce().values()
     if not values.numel():
         return values.new_zeros((), dtype=dtype)

@@ -139,7 +139,7 @@ def test_pages_escape_names_and_tokens(saved, run, tmp_path):
         (["show", "{saved}", "w3 " * 3000], "more than 2,048 tokens"),
         (["show", "{saved}", "w3 w4", "--output", "page.png"], "ends in .html"),
         (["show", "{saved}", "w3 w4", "--output", "nowhere/page.html"], "is not a folder"),
-        (["report", "{saved}", "--corpus", "bytes"], "is not a text in UTF-8"),
+        (["report", "{saved}", "--corpus", "bytes"], "is no text in UTF-8"),
         (["report", "{saved}", "--corpus", "missing.txt"], "missing.txt"),
         (["report", "{plain}", "--corpus", "text.txt"], "no Engram memory"),
     ],

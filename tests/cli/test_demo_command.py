@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engram_cli.demo import folder_beside
+from engram_cli.demo import incomplete_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import engram_hf
 from engram_hf.analysis.evaluation import Off
+from engram_hf.claiming_engram import FolderClaim
 
 ROOT = Path(engram_hf.__file__).parent
 DEMO = ROOT / "examples" / "engram-demo"
@@ -76,14 +77,14 @@ def test_full_disk_leaves_nothing(complaint, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_demo_removes_the_folder_of_a_killed_run_but_not_of_an_active_one(engram, tmp_path):
-    left = tmp_path / ".engram-demo-killed"
-    left.mkdir()
-    (left / "model").touch()
-    with folder_beside(tmp_path / "other") as running:
-        engram("demo", tmp_path / "new")
-        assert running.exists() and not left.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+def test_demo_replaces_the_rest_of_a_killed_run_and_refuses_an_active_one(engram, complaint, tmp_path):
+    left = incomplete_folder(tmp_path / "new") / "model"
+    left.mkdir(parents=True)
+    (left / "rest").touch()
+    with FolderClaim(left.parent):
+        assert "is being written by process" in complaint("demo", tmp_path / "new")
+    engram("demo", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"] and not (tmp_path / "new" / "rest").exists()
 
 
 @pytest.mark.slow

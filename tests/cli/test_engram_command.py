@@ -1,5 +1,6 @@
 """The command `engram`, as users type it."""
 
+import argparse
 import importlib
 import json
 import os
@@ -15,8 +16,9 @@ import pytest
 import torch
 from command_models import TEXT, logits, make_config
 from deepseek_v41_reference import copy_release
+from engram_cli import checkpoints
 from engram_cli.light import postpone_package
-from engram_cli.main import main
+from engram_cli.main import build_parser, main
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from table_models import write_table
@@ -26,12 +28,13 @@ from transformers import LlamaConfig
 
 from engram_hf import EngramConfig, EngramForCausalLM
 from engram_hf.row_sources_engram import MappedRows
-from engram_hf.safetensors_engram import read_header
+from engram_hf.safetensors_engram import VERSION, read_header
 from engram_hf.saving_engram import is_table_file
 from engram_hf.table_format_engram import file_description, read_tables, token_map_digest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["inspect", "card", "lookup", "check", "quantize", "compress", "convert", "export", "facts"]
+COMMANDS = ["inspect", "card", "lookup", "show", "report", "check", "quantize", "compress", "convert", "export"]
+COMMANDS += ["demo", "facts", "serve"]
 SCRIPTS = [["convert", "deepseek-v4.1"], ["convert", "demo"], ["export", "deepseek-v4.1"]]
 
 
@@ -60,31 +63,51 @@ def test_commands_that_run_no_model_import_neither_torch_nor_transformers(golden
     assert main(floats) == 0
     done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "floats").iterdir()}
     code = """
-import contextlib, io, sys
+import contextlib, io, json, os, sys
 from pathlib import Path
 from engram_cli.main import main
 
+cache = Path(sys.argv[1], "cache")
+os.environ |= {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+
+def cached(name, folder):
+    commit, place = "0" * 40, cache / f"models--me--{name}"
+    for part in ("refs", "snapshots"):
+        (place / part).mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    (place / "snapshots" / commit).symlink_to(Path(folder).absolute())
+    return f"me/{name}"
+
 def run(*arguments, expected=0):
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.suppress(SystemExit):
         assert main(arguments, owns_process=True) == expected, arguments
     heavy = {"torch", "transformers"} & set(sys.modules)
     assert not heavy, (arguments, heavy)
+    return output.getvalue()
 
 def convert(*arguments, expected=0):
     run("convert", "deepseek-v4.1", *arguments, "--json", expected=expected)
 
-for command in ("inspect", "check", "compress"):
-    run(command, "examples/engram-demo", "--json")
-run("check", "examples/engram-demo", "--rows")
+demo = cached("demo", "examples/engram-demo")
+for command in ("inspect", "check", "compress", "card"):
+    of_folder, of_hub_id = (json.loads(run(command, name, "--json")) for name in ("examples/engram-demo", demo))
+    same = {key for key, value in of_folder.items() if of_hub_id[key] == value}
+    assert same == of_folder.keys() - {"folder", "card"}, (command, same)
+    run(command, "me/none", expected=1)
+assert f'from_pretrained("{demo}"' in run("card", demo)
+run("demo", f"{sys.argv[1]}/demo")
+run("check", f"{sys.argv[1]}/demo", "--rows")
 run("card", "examples/engram-demo", "--repo-id", "me/model", "--license", "mit")
+assert run("--version").split() == ["engram-hf", sys.argv[2]]
 for script in (["convert", "deepseek-v4.1"], ["convert", "demo"], ["export", "deepseek-v4.1"]):
     run(*script, "--help")
 release, kept, floats, back = (f"{sys.argv[1]}/{name}" for name in ("release", "kept", "floats", "back"))
 for options in ([], ["--link-tables"], ["--layers", "5"]):
     convert(release, kept + "".join(options), *options)
 convert(release, kept, "--verify-only")
+convert(cached("release", release), kept, "--verify-only")
 run("inspect", kept, "--json")
-run("export", "deepseek-v4.1", kept, back, "--json")
+run("export", "deepseek-v4.1", cached("kept", kept), back, "--record", "me/kept", "--json")
 run("export", "deepseek-v4.1", kept, back, "--verify-only")
 convert(release, floats, "--dtype", "float32")
 convert(release, floats, "--verify-only")
@@ -96,7 +119,7 @@ convert(back, kept + "2", "--layers", "0", expected=1)
 run("convert", "demo", f"{floats}/model-00001-of-00001.safetensors", "nobody/model", kept + "2", expected=1)
 run("export", "deepseek-v4.1", "examples/engram-demo", back + "2", expected=1)
 """
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    command = [sys.executable, "-c", code, str(tmp_path), VERSION]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "floats").iterdir()} == done
@@ -134,15 +157,22 @@ def test_plain_fields_equal_those_of_the_classes(engram, with_files, copy, comma
     assert plain.replace(str(with_files), str(copy)) == whole
 
 
-def test_shell_completes_commands(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("engram comp", ["compress"]),
+        ("engram convert deepseek-v4.1 --d", ["--dtype", "--dequantize-tables", "--dry-run"]),
+    ],
+)
+def test_shell_completes_commands(tmp_path, line, expected):
     """The environment is that of a shell after `register-python-argcomplete engram`; the answer is on file descriptor
     8.
     """
     answer = tmp_path / "answer"
-    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": "engram comp", "COMP_POINT": "11", "_ARGCOMPLETE_IFS": "\n"}
-    command = f"{sys.executable} -c 'from engram_cli.main import main; main()' 8> {answer}"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    command = f"{sys.executable} -c 'from engram_cli.main import run_process; run_process()' 8> {answer}"
     subprocess.run(["bash", "-c", command], cwd=ROOT, env={**os.environ, **asked}, check=True, timeout=60)
-    assert answer.read_text().split() == ["compress"]
+    assert answer.read_text().split() == expected
 
 
 @pytest.mark.parametrize("words", [*([command] for command in COMMANDS), *SCRIPTS], ids=" ".join)
@@ -150,7 +180,21 @@ def test_every_command_has_help(words, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*words, "--help"])
     assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: ")
+    assert capsys.readouterr().out.startswith(f"usage: engram {' '.join(words)} ")
+
+
+def test_every_option_has_help():
+    scripts = [
+        importlib.import_module(f"engram_hf.convert_scripts.{name}") for name, _ in checkpoints.SCRIPTS.values()
+    ]
+    parsers = [build_parser(), *(script.build_parser() for script in scripts)]
+    for parser in parsers:  # Parsers of subcommands are appended.
+        for action in parser._actions:
+            if action.nargs == argparse.PARSER:
+                parsers += action.choices.values()
+            else:
+                assert action.help, (parser.prog, action.dest)
+    assert len(parsers) > 20
 
 
 @pytest.mark.parametrize(
@@ -364,7 +408,7 @@ def test_check_finds_tables_of_another_hash(complaint, with_files, copy):
     [
         (["inspect", "{empty}"], "holds no memory tables"),
         (["inspect", "nowhere"], "neither a folder nor a Hub id"),
-        (["inspect", "org/model"], "hf download org/model"),
+        (["inspect", "org/model"], "the Hub did not give a repository of that name"),
         (["inspect", "{file}"], "neither a folder nor a Hub id"),
         (["check", "org/model"], "the Hub did not give a repository of that name"),
         (["check", "{empty}"], "cannot be read"),

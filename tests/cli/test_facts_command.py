@@ -68,7 +68,7 @@ def test_write_makes_an_adapter_that_peft_loads(saved, adapter):
         assert torch.equal(logits(model), logits(EngramForCausalLM.from_pretrained(saved)))
 
 
-def test_write_prints_a_report_or_json(engram, saved, facts, tmp_path):
+def test_write_prints_a_report_or_json(engram, saved, facts, tmp_path, monkeypatch):
     protect = tmp_path / "texts.txt"
     protect.write_text("w20 w21 w22 w23\n\nw30 w31\n\n\n")
     arguments = ["facts", "write", saved, facts, "--protect", protect, "--layers", 2, "--orders", 2, 3, "--steps", 150]
@@ -86,8 +86,21 @@ def test_write_prints_a_report_or_json(engram, saved, facts, tmp_path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "w20 w21 w22 w23"}\n{"text": "w30 w31"}\n')
     arguments[arguments.index(protect)] = texts
+    cached = tmp_path / "models--me--model"
+    for folder in ("refs", "snapshots"):
+        (cached / folder).mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots" / ("0" * 40)).symlink_to(saved)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    arguments[arguments.index(saved)] = "me/model"
     engram(*arguments, "--output", tmp_path / "three")
     assert (tmp_path / "three" / "adapter_model.safetensors").read_bytes() == one.read_bytes()
+    base_models = [
+        json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"]
+        for name in ("two", "three")
+    ]
+    assert base_models == [str(saved), "me/model"]
 
 
 def test_list_needs_no_model(engram, adapter):

@@ -22,7 +22,7 @@ def test_summary_bytes_equal_those_of_the_rows(saved, residency):
     for table, memory in zip(tables, model.model.memories().values(), strict=True):
         assert table.rows == memory.table.num_rows
         assert table.bytes == table.rows * (32 + 1)  # One row has 32 numbers in float8, and a scale.
-        assert (table.residency, table.trainable) == (residency, False)
+        assert (table.residency, table.trainable, table.dtype) == (residency, False, "float8_e4m3fn")
 
 
 def test_print_memory_summary_counts_every_parameter_once(capsys):

@@ -360,7 +360,7 @@ def test_port_in_use_is_named(folder, complaint):
         other.bind(("localhost", 0))
         other.listen()
         port = other.getsockname()[1]
-        assert f"Cannot listen on port {port} of localhost: Address already in use" in complaint(
+        assert f"The server cannot listen on port {port} of localhost (Address already in use" in complaint(
             folder, "--port", port
         )
 

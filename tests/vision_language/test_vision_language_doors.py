@@ -306,7 +306,7 @@ def _with_deep_tower() -> torch.nn.Module:
         (lambda: built("llama")(**prompt("llava")), "LlamaModel reads text alone, but was given pixel_values"),
         (
             lambda: EngramConfig(backbone_config=KINDS["llava"](), text_config=KINDS["llava"]().text_config),
-            "give a decoder's config as text_config, and one of the two",
+            "give the config of a decoder alone as text_config instead",
         ),
         (lambda: built_vl("llava")(inputs_embeds=torch.zeros(1, 4, 32)), "input_ids is needed"),
         (
