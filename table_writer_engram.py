@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import math
 import os
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,6 @@ from .saving_engram import table_head
 from .table_engram import (
     E4M3_MAX,
     apply_global_scale,
-    dequantize_rows,
     exponent_above,
     require_format,
 )
@@ -40,6 +40,10 @@ from .table_format_engram import ROW_FORMATS, RowFormat, TableDescription, tenso
 _STEP_NUMBERS = 1 << 19
 # This many numbers are converted at once, so that all data fits into a processor's own cache.
 _CHUNK_NUMBERS = 1 << 17
+# In a table of more rows than this, one step of `_COMPARED_ONE_IN` is compared with its result: comparing takes up to
+# half of the time, and a sample of this size tells the error as well.
+_ALL_COMPARED_ROWS = 1 << 18
+_COMPARED_ONE_IN = 8
 # This counts the changes of `quantize_rows`' results for equal rows: a table that was begun with another one is begun
 # again.
 _RULES = 2
@@ -50,6 +54,7 @@ E2M1_LIMIT = 6.0
 _STEPS = {4: (0.1003, 0.0788), 2: (0.8507, 0.05)}
 # These are the edges of the histogram of relative errors.
 ERROR_EDGES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
+_SQUARED_EDGES = np.square(ERROR_EDGES).astype(np.float32)
 
 
 class TableWriter(FileWriter):
@@ -134,12 +139,29 @@ class Journal:
             write_json(self.path, {"made_of": self._made_of, "state": state})
 
 
+class _Scratch(threading.local):
+    """Memory for intermediate results, reused from block to block by each thread.
+
+    Fresh memory costs page faults, and it is in no cache: together they take longer than most of the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, like: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return memory in the shape of `like`, with any content; it is valid until the same name is taken again."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < like.numel() or buffer.device != like.device:
+            buffer = self._buffers[name] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        return buffer[: like.numel()].view(like.shape)
+
+
 @dataclass
 class QuantizationError:
-    """The change of a table by quantization.
+    """The change of a table by quantization, from rows in all its parts.
 
     Args:
-        rows: rows compared.
+        rows: rows compared: all of a table of up to 262,144, else about one in eight.
         largest: largest difference of a channel.
         relative: root of the summed squared differences over that of the summed squares; 0 for a table of zeros.
         histogram: how many rows have a relative error below each of `ERROR_EDGES` and not below the one before; the
@@ -156,29 +178,46 @@ class QuantizationError:
     def relative(self) -> float:
         return (self.squared_differences / self.squares) ** 0.5 if self.squares else 0.0
 
-    def add(self, *compared: "tuple[torch.Tensor, torch.Tensor, float]") -> None:
-        """Count rows; see [`compare_rows`]."""
-        # NumPy is used: torch would take few square roots in all its threads, which wait for each other.
-        squares, squared_differences = (
-            torch.cat(some).numpy().astype(np.float64) for some in list(zip(*compared, strict=True))[:2]
-        )
-        self.rows += len(squares)
-        self.largest = max(self.largest, *(largest for _, _, largest in compared))
-        self.squares += squares.sum().item()
-        self.squared_differences += squared_differences.sum().item()
-        relative = np.sqrt(squared_differences / np.maximum(squares, 1e-300))
-        bins = np.searchsorted(ERROR_EDGES, relative, side="right")
-        counts = np.bincount(bins, minlength=len(self.histogram)).tolist()
-        self.histogram = [count + more for count, more in zip(self.histogram, counts, strict=True)]
+    def add(self, *compared: "ComparedRows") -> None:
+        """Count rows that have been compared."""
+        for some in compared:
+            self.rows += sum(some.histogram)
+            self.largest = max(self.largest, some.largest)
+            self.squares += some.squares
+            self.squared_differences += some.squared_differences
+            self.histogram = [count + more for count, more in zip(self.histogram, some.histogram, strict=True)]
 
 
-def compare_rows(rows: torch.Tensor, decoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return squares and squared differences `[n]` of float32 rows and their results, which are overwritten; and the
-    largest difference.
-    """
+# These are values, scales, and a function that decodes them to float32 rows, once, in memory that the next block uses.
+_Quantized = tuple[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]
+
+
+class ComparedRows(NamedTuple):
+    """The differences of some rows from their quantized values; see [`QuantizationError`]."""
+
+    largest: float
+    squares: float
+    squared_differences: float
+    histogram: list[int]
+
+
+def compare_rows(rows: torch.Tensor, decoded: torch.Tensor) -> ComparedRows:
+    """Compare float32 rows `[n, W]` with their quantized values, which are overwritten."""
     difference = decoded.sub_(rows)
-    squares, squared_differences = (torch.linalg.vector_norm(some, dim=-1).square_() for some in (rows, difference))
-    return squares, squared_differences, _magnitude(difference)
+    # NumPy is used for one number per row: torch would take few square roots in all its threads, which wait for each
+    # other, and its operations take longer to begin.
+    squares, squared_differences = (
+        np.square(torch.linalg.vector_norm(some, dim=-1).numpy()) for some in (rows, difference)
+    )
+    ratios = squared_differences / np.maximum(squares, np.finfo(np.float32).tiny)
+    # A row is counted once for each edge that it reaches; a search in the edges takes ten times as long.
+    reached = [len(ratios), *(int(np.count_nonzero(ratios >= edge)) for edge in _SQUARED_EDGES), 0]
+    return ComparedRows(
+        _magnitude(difference),
+        squares.sum(dtype=np.float64).item(),
+        squared_differences.sum(dtype=np.float64).item(),
+        [count - above for count, above in itertools.pairwise(reached)],
+    )
 
 
 def quantize_table(
@@ -203,7 +242,7 @@ def quantize_table(
         save_seconds: how often the journal is written.
 
     Returns:
-        The quantization error.
+        The quantization error, of evenly spread rows in a large table.
 
     Raises:
         ValueError: the table already has as few bits, or cannot have this dtype, or contains NaN.
@@ -215,14 +254,17 @@ def quantize_table(
     )
     state = made_of.read() if Path(path).exists() else {}
 
+    scratch = _Scratch()
+
     def chunks(first: int) -> Iterator[torch.Tensor]:
         stored = source.read(first, min(first + step, stop))
         count = max(1, _CHUNK_NUMBERS // description.width)
         for begin in range(0, len(stored[0]), count):
             some = (None if tensor is None else tensor[begin : begin + count] for tensor in stored)
-            yield _decoded(*some)
+            yield _decoded(*some, scratch)
 
     firsts = range(*description.rows, step)
+    one_in = 1 if stop - firsts.start <= _ALL_COMPARED_ROWS else _COMPARED_ONE_IN
 
     def count(first: int) -> None:
         advance((min(first + step, stop) - first) * row_bytes)
@@ -253,12 +295,13 @@ def quantize_table(
     ) as writer:
 
         @torch.inference_mode()
-        def quantize(first: int) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        def quantize(first: int) -> list[ComparedRows]:
             made, compared = [], []
             for rows in chunks(first):
-                *stored, decoded = _quantize(rows, table_dtype, global_scale)
+                *stored, decode = _quantize(rows, table_dtype, global_scale, scratch)
                 made.append(stored)
-                compared.append(compare_rows(rows, decoded))
+                if (first - firsts.start) // step % one_in == 0:
+                    compared.append(compare_rows(rows, decode()))
             writer.write(first, *map(_joined, zip(*made, strict=True)))
             return compared
 
@@ -326,7 +369,8 @@ def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 
 def _magnitude(rows: torch.Tensor) -> float:
-    return _largest(rows, rows.shape[-1]).max().item()
+    """Return the largest magnitude; NaN if one is."""
+    return torch.maximum(rows.amax(), -rows.amin()).item()
 
 
 def _global_scale(largest: float) -> torch.Tensor:
@@ -365,6 +409,7 @@ def _bits(row_format: RowFormat) -> float:
     return ITEM_BITS[row_format.dtype] / row_format.packed
 
 
+@torch.no_grad()
 def quantize_rows(
     rows: torch.Tensor, table_dtype: str, global_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -378,84 +423,93 @@ def quantize_rows(
     Raises:
         ValueError: for another dtype, an unsupported width, or rows that are not finite.
     """
-    values, scale, _ = _quantize(rows.to(torch.float32), table_dtype, global_scale)
+    values, scale, _ = _quantize(rows.to(torch.float32), table_dtype, global_scale, _Scratch())
     return values, scale
 
 
 def _quantize(
-    rows: torch.Tensor, table_dtype: str, global_scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return values, scales, and the dequantized values, of float32 `rows`."""
+    rows: torch.Tensor, table_dtype: str, global_scale: torch.Tensor | None, scratch: _Scratch
+) -> _Quantized:
+    """Quantize float32 `rows`."""
     row_format, width = require_format(table_dtype, rows.shape[-1]), rows.shape[-1]
-    largest = _largest(rows, width // row_format.scales(width))
+    largest = _largest(rows, width // row_format.scales(width), scratch)
     if not largest.isfinite().all():
         raise _not_finite()
     if table_dtype == "int8":
-        return _to_int8(rows, largest)
+        return _to_int8(rows, largest, scratch)
     if row_format.packed > 1 and not row_format.has_global:
-        return _by_least_squares(rows, largest, 8 // row_format.packed)
+        return _by_least_squares(rows, largest, 8 // row_format.packed, scratch)
     blocks = rows.unflatten(-1, (largest.shape[-1], -1))
     if not row_format.has_global:
-        values, scale = _to_float8(blocks, largest)
-        return values, scale, _decoded(values, scale)
+        return _to_float8(blocks, largest, scratch)
     global_scale = _global_scale(_magnitude(rows)) if global_scale is None else global_scale
-    values, scale = _to_nvfp4(blocks, largest, global_scale)
-    return values, scale, dequantize_rows(values, apply_global_scale(scale, global_scale), None, width)
+    return _to_nvfp4(blocks, largest, global_scale, scratch)
 
 
 def _not_finite() -> EngramError:
     return EngramError("Rows with NaN or infinite channels cannot be quantized; repair the table first.")
 
 
-def _decoded(values: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Return rows of eight bits or more as float32.
+def _decoded(values: torch.Tensor, scale: torch.Tensor | None, scratch: _Scratch) -> torch.Tensor:
+    """Return rows of eight bits or more as float32, in `scratch`.
 
     Raises:
         ValueError: there is a float8 NaN.
     """
+    rows = scratch.take("rows", values)
     if values.dtype != torch.float8_e4m3fn or scale is None:
-        return dequantize_rows(values, scale)
-    bits = values.view(torch.int8)
-    if (bits & 0x7F).amax().item() == 0x7F:
+        rows.copy_(values)
+        if scale is not None:
+            rows.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.to(torch.float32).unsqueeze(-1))
+        return rows
+    bits = scratch.take("bits", values, torch.int8)
+    if torch.bitwise_and(values.view(torch.int8), 0x7F, out=bits).amax().item() == 0x7F:
         raise _not_finite()
+    return _decode_float8(values, scale, rows, scratch)
+
+
+def _decode_float8(values: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
+    """Write finite float8 `values` `[..., W]` with E8M0 scales `[..., W / 32]` to float32 `rows`, and return these."""
     # Half-precision numbers with the same bits are 2^8 times smaller; processors convert many of them at once.
-    halves = bits.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16)
-    rows = halves.to(torch.float32)
+    halves = scratch.take("halves", values, torch.int16).copy_(values.view(torch.int8))
+    rows.copy_(halves.mul_(1 << 7).bitwise_and_(~0x4000).view(torch.float16))
     rows.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.to(torch.float32).mul_(256).unsqueeze(-1))
     return rows
 
 
-def _largest(rows: torch.Tensor, block: int) -> torch.Tensor:
+def _largest(rows: torch.Tensor, block: int, scratch: _Scratch) -> torch.Tensor:
     """Return the largest magnitude `[..., W / block]` of each `block` channels; NaN where one is."""
     if block == rows.shape[-1]:
         return torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
-    # This is twice as fast as `amax` of short blocks.
-    pooled = F.max_pool1d(rows.abs().reshape(-1, 1, rows.shape[-1]), block)
+    magnitudes = torch.abs(rows, out=scratch.take("numbers", rows))
+    if block >= 32:
+        return magnitudes.unflatten(-1, (-1, block)).amax(-1)
+    # For shorter blocks, this is twice as fast as `amax`.
+    pooled = F.max_pool1d(magnitudes.view(-1, 1, rows.shape[-1]), block)
     return pooled.view(*rows.shape[:-1], -1)
 
 
-def _to_int8(rows: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _to_int8(rows: torch.Tensor, largest: torch.Tensor, scratch: _Scratch) -> _Quantized:
     """Return integers and the float32 scale of each row, which maps the largest magnitude to 127."""
     scale = torch.where(largest > 0, largest / 127, 1.0)
     # A subnormal maximum may round to a scale of zero.
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
     # No quotient rounds to more than 127: that of the largest channel is 127 up to an error of division.
-    numbers = (rows / scale).round_()
-    return numbers.to(torch.int8), scale, numbers.mul_(scale)
+    numbers = torch.div(rows, scale, out=scratch.take("numbers", rows)).round_()
+    return numbers.to(torch.int8), scale, lambda: numbers.mul_(scale)
 
 
-def _to_float8(blocks: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _to_float8(blocks: torch.Tensor, largest: torch.Tensor, scratch: _Scratch) -> _Quantized:
     """Return float8 `[..., W]` and powers of two of `blocks` `[..., W / 32, 32]` with `largest` magnitudes."""
     exponents = exponent_above(largest.clamp_min(1e-4) / E4M3_MAX)
     # A power of two divides exactly by its reciprocal, and no quotient rounds to more than 448.
     inverse = (254 - exponents).bitwise_left_shift_(23).view(torch.float32)
-    values = (blocks * inverse.unsqueeze(-1)).to(torch.float8_e4m3fn)
-    return values.flatten(-2), exponents.to(torch.uint8).view(torch.float8_e8m0fnu)
+    numbers = torch.mul(blocks, inverse.unsqueeze(-1), out=scratch.take("numbers", blocks)).flatten(-2)
+    values, scale = numbers.to(torch.float8_e4m3fn), exponents.to(torch.uint8).view(torch.float8_e8m0fnu)
+    return values, scale, lambda: _decode_float8(values, scale, numbers, scratch)
 
 
-def _by_least_squares(
-    rows: torch.Tensor, largest: torch.Tensor, bits: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _by_least_squares(rows: torch.Tensor, largest: torch.Tensor, bits: int, scratch: _Scratch) -> _Quantized:
     """Return packed codes of `bits` bits, and the bfloat16 scale of each row that nearly minimizes the squared error.
 
     The levels lie halfway between the integers, equally many below and above zero. Each number gets the nearest level
@@ -464,13 +518,13 @@ def _by_least_squares(
     half, (of_root, of_largest) = 1 << (bits - 1), _STEPS[bits]
     step = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).mul_(of_root / rows.shape[-1] ** 0.5)
     inverse = step.add_(largest, alpha=of_largest).clamp_min_(torch.finfo(torch.float32).tiny).reciprocal_()
-    levels = (rows * inverse).clamp_(-half, half - 1).floor_()
+    levels = torch.mul(rows, inverse, out=scratch.take("numbers", rows)).clamp_(-half, half - 1).floor_()
     # The conversion passes through int8, since floats are converted to it several times as fast as to uint8.
-    codes = levels.to(torch.int8).add_(half)
+    codes = scratch.take("bits", rows, torch.int8).copy_(levels).add_(half)
     levels.add_(0.5)
-    scale = (rows * levels).sum(-1, keepdim=True)
+    scale = torch.mul(rows, levels, out=scratch.take("products", rows)).sum(-1, keepdim=True)
     scale = scale.div_(torch.linalg.vector_norm(levels, dim=-1, keepdim=True).square_()).to(torch.bfloat16)
-    return pack(codes.view(torch.uint8), bits), scale, levels.mul_(scale.to(torch.float32))
+    return pack(codes.view(torch.uint8), bits), scale, lambda: levels.mul_(scale.to(torch.float32))
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -479,39 +533,64 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     # One 16- or 32-bit number has the codes of one byte, each in a separate byte.
     together = codes.view({4: torch.int16, 2: torch.int32}[bits])
-    packed = together.clone()
-    for index in range(1, 8 // bits):
-        packed |= together >> index * (8 - bits)
-    return packed.to(torch.uint8)
+    # Neighbours are joined to pairs, and then pairs to fours.
+    for distance in (8 - bits, 2 * (8 - bits))[: together.itemsize // 2]:
+        together = (together >> distance).bitwise_or_(together)
+    return together.to(torch.uint8)
 
 
 def _to_nvfp4(
-    blocks: torch.Tensor, largest: torch.Tensor, global_scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks: torch.Tensor, largest: torch.Tensor, global_scale: torch.Tensor, scratch: _Scratch
+) -> _Quantized:
     """Return packed 4-bit floats `[..., W / 2]` and float8 scales of `blocks` `[..., W / 16, 16]` with `largest`
     magnitudes.
     """
     scale = (largest / E2M1_LIMIT * global_scale).clamp_max_(E4M3_MAX).to(torch.float8_e4m3fn)
     divisor = apply_global_scale(scale, global_scale)
-    divisor.masked_fill_(divisor == 0, math.inf)
-    return pack(e2m1_codes(blocks / divisor.unsqueeze(-1)).flatten(-2), 4), scale
+    divided = divisor.masked_fill(divisor == 0, math.inf).unsqueeze(-1)
+    numbers = torch.div(blocks, divided, out=scratch.take("numbers", blocks))
+    codes = _to_e2m1(numbers, scratch)
+    packed = pack(codes.view(torch.uint8).flatten(-2), 4)
+    half = divisor.unsqueeze(-1).mul(0.5)
+    return packed, scale, lambda: _twice_e2m1(codes, numbers, scratch).mul_(half).flatten(-2)
 
 
 def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
     """Return the codes of the nearest 4-bit floats of float32 `values`, ties to even; uint8, bit 3 is the sign."""
-    values = values.clamp(-E2M1_LIMIT, E2M1_LIMIT)
-    signs = values.view(torch.int32).bitwise_right_shift(28).to(torch.int8).bitwise_and_(8)
+    return _to_e2m1(values.clone(), _Scratch()).view(torch.uint8)
+
+
+def _to_e2m1(values: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
+    """Return codes as [`e2m1_codes`], int8 in `scratch`, of `values` that are overwritten."""
+    values.clamp_(-E2M1_LIMIT, E2M1_LIMIT)
     # Codes are 1/2 apart up to 2, then 1, then 2; a wrong spacing gives a larger code.
-    codes = torch.minimum(_whole_magnitudes(values, 2), _whole_magnitudes(values, 1).add_(2))
-    codes = torch.minimum(codes, _whole_magnitudes(values, 0.5).add_(4))
-    return codes.bitwise_or_(signs).view(torch.uint8)
+    codes, other = (scratch.take(name, values, torch.int8) for name in ("bits", "other bits"))
+    _whole_magnitudes(values, 2, codes, scratch)
+    for factor, more in ((1, 2), (0.5, 4)):
+        torch.minimum(codes, _whole_magnitudes(values, factor, other, scratch).add_(more), out=codes)
+    signs = values.view(torch.int32).bitwise_right_shift_(28)
+    return codes.bitwise_or_(other.copy_(signs).bitwise_and_(8))
 
 
-def _whole_magnitudes(values: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return magnitudes of `values * factor`, rounded to integers, ties to even: int8.
+def _whole_magnitudes(values: torch.Tensor, factor: float, whole: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
+    """Write magnitudes of `values * factor`, rounded to integers, ties to even, to int8 `whole`, and return it.
 
     Args:
         factor: a power of two, so that only the sum is rounded.
     """
     # A number of this size has no bits after the point, and the integer in its lowest byte.
-    return torch.add(torch.tensor(1.5 * 2**23), values, alpha=factor).view(torch.int32).to(torch.int8).abs_()
+    large = values.new_tensor(1.5 * 2**23)
+    summed = torch.add(large, values, alpha=factor, out=scratch.take("products", values))
+    return whole.copy_(summed.view(torch.int32)).abs_()
+
+
+def _twice_e2m1(codes: torch.Tensor, numbers: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
+    """Write the doubled values of `codes`, which are overwritten, to float32 `numbers`, and return it."""
+    # Twice the values are 0, 1, 2, 3, 4, 6, 8 and 12. Subtracting after an exclusive or with -1 negates an integer.
+    other = scratch.take("other bits", codes, torch.int8)
+    signs = (codes >> 3).neg_()
+    codes.bitwise_and_(7)
+    steep = torch.mul(codes, 2, out=other).sub_(4)
+    torch.maximum(codes, steep, out=codes)
+    torch.maximum(codes, steep.mul_(2).sub_(8), out=codes)
+    return numbers.copy_(codes.bitwise_xor_(signs).sub_(signs))

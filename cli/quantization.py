@@ -75,12 +75,14 @@ class QuantizedTable(NamedTuple):
 
     Args:
         layer: decoder layer, counted from 0.
+        rows: rows of the table.
         before: bytes of its tensors.
         after: bytes of its new file.
         error: the error of quantization.
     """
 
     layer: int
+    rows: int
     before: int
     after: int
     error: "QuantizationError"
@@ -120,7 +122,7 @@ def _for_people(tables: "list[QuantizedTable]") -> str:
     rows = [
         [
             table.layer,
-            table.error.rows,
+            table.rows,
             size(table.before),
             size(table.after),
             f"{table.error.relative:.2%}",
@@ -129,6 +131,10 @@ def _for_people(tables: "list[QuantizedTable]") -> str:
         for table in tables
     ]
     report = columns(["layer", "rows", "before", "after", "relative error", "largest error"], rows)
+    sampled = [table for table in tables if table.error.rows < table.rows]
+    if sampled:
+        compared, rows = (sum(some) for some in zip(*((t.error.rows, t.rows) for t in sampled), strict=True))
+        report += f"\nThe errors of large tables are those of {compared:,} of {rows:,} rows, evenly spread."
     return f"{report}\n\n{_histogram({table.layer: table.error.histogram for table in tables})}"
 
 
@@ -138,7 +144,8 @@ def _for_programs(options: argparse.Namespace, tables: "list[QuantizedTable]", l
     found = [
         {
             "layer": table.layer,
-            "rows": table.error.rows,
+            "rows": table.rows,
+            "rows_compared": table.error.rows,
             "bytes_before": table.before,
             "bytes": table.after,
             "relative_error": table.error.relative,
@@ -280,7 +287,9 @@ def _write_quantized(
         _link_or_move(work / name, target / name)
         written = file_description(read_header(target / name))
         entries[layer] = manifest_entry([(name, written.rows, written.tensors)])
-        report.append(QuantizedTable(layer, source.stored.size, (target / name).stat().st_size, error))
+        report.append(
+            QuantizedTable(layer, source.num_rows, source.stored.size, (target / name).stat().st_size, error)
+        )
     return entries, report
 
 

@@ -351,11 +351,13 @@ def test_quantizing_reduces_rows_of_eight_bits(tmp_path, hasher, dtype, table_dt
 @pytest.mark.parametrize("dtype", ["int2", "nvfp4"])
 def test_interrupted_quantization_resumes(tmp_path, hasher, monkeypatch, dtype):
     monkeypatch.setattr(table_writer_engram, "_STEP_NUMBERS", 7 * WIDTH)
+    monkeypatch.setattr(table_writer_engram, "_ALL_COMPARED_ROWS", 20)
     write_folder(tmp_path, hasher, "BF16")
     source = MappedRows(read_tables(tmp_path)[1])
     description = describe_table(hasher, 0, width=WIDTH, dtype="BF16")
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     expected = quantize_table(source, whole, description, dtype)
+    assert expected.rows == sum(min(7, source.num_rows - first) for first in range(0, source.num_rows, 8 * 7))
     read: list[int] = []
 
     def advance(count: int) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_backbones import BACKBONES
 from tiny_tokenizer import make_tokenizer
 
-from engram_hf import EngramConfig, EngramForCausalLM
+from engram_hf import EngramConfig, EngramForCausalLM, table_writer_engram
 from engram_hf.card_engram import model_card
 from engram_hf.convert_scripts.safetensors_files import read_checkpoint
 from engram_hf.row_sources_engram import MappedRows
@@ -228,13 +228,19 @@ def test_rows_of_four_bits_or_fewer_are_refused(engram, complaint, saved, tmp_pa
     assert "rows of 8 bits or more" in said and not (tmp_path / "twice").exists()
 
 
-def test_float8_rows_become_rows_of_two_bits(engram, saved, tmp_path):
-    engram("quantize", saved, tmp_path / "float8")
+def test_float8_rows_become_rows_of_two_bits(engram, saved, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:  # The tables are large.
+        patched.setattr(table_writer_engram, "_STEP_NUMBERS", 1 << 10)
+        patched.setattr(table_writer_engram, "_ALL_COMPARED_ROWS", 10)
+        report = engram("quantize", saved, tmp_path / "float8")
+    compared, rows = re.search(r"errors of large tables are those of (\S+) of (\S+) rows", report).groups()
+    assert 0 < int(compared.replace(",", "")) < int(rows.replace(",", "")) / 4
     said = json.loads(engram("quantize", tmp_path / "float8", tmp_path / "int2", "--dtype", "int2", "--json"))
     engram("check", tmp_path / "int2", "--rows")
     (table, *_) = json.loads(engram("inspect", tmp_path / "int2", "--json"))["tables"]
     quantized, edges = said["tables"][0], said["relative_error_edges"]
     assert [quantized[name] for name in ("layer", "rows")] == [table[name] for name in ("layer", "rows")]
+    assert quantized["rows_compared"] == quantized["rows"]
     assert said["loss"] is None and table["bytes"] <= quantized["bytes"] < quantized["bytes_before"] / 2
     assert sum(quantized["rows_by_relative_error"]) == table["rows"] and 0.05 < quantized["relative_error"] < 0.5
     assert len(edges) == len(quantized["rows_by_relative_error"])
