@@ -190,6 +190,23 @@ def test_adapter_with_facts_is_saved_loaded_and_forgotten(built, written, tmp_pa
 
 
 @pytest.mark.slow
+def test_facts_of_two_users_that_share_rows_are_all_recalled():
+    model = make(engram_vocab_size=5)
+    for index, facts in enumerate([FACTS[:2], FACTS[2:]]):
+        model, report = write_both(model, TOKENIZER, facts, name=f"user{index}", steps=100)
+        assert report.recall == 1.0
+    assert any("The adapter 'user0' writes" in note for note in report.notes)
+    assert [answer(model, fact) for fact in FACTS] == [fact["target"] for fact in FACTS]
+
+
+def test_a_new_target_of_a_prompt_replaces_that_of_an_earlier_adapter(model):
+    first, second = ({"prompt": "word0 word1 word2", "target": f"word{i}"} for i in (40, 41))
+    model, _ = write_both(model, TOKENIZER, [first], name="first", steps=40)
+    model, report = write_both(model, TOKENIZER, [second], name="second", steps=40)
+    assert report.recall == 1.0 and answer(model, second) == second["target"]
+
+
+@pytest.mark.slow
 def test_adapters_of_two_users_are_added_without_loss(model):
     users = [FACTS[:2], FACTS[2:]]
     for index, facts in enumerate(users):
