@@ -52,6 +52,7 @@ class TrainerOfSparseGates(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         gates: dict[int, torch.Tensor] = {}
         loss = super().compute_loss(model, {**inputs, "engram_gate_values": gates}, *args, **kwargs)
+        assert isinstance(loss, torch.Tensor)  # The outputs are not asked for in training.
         return loss + GATE_COST * torch.stack([gate.mean() for gate in gates.values()]).mean()
 
 

@@ -199,7 +199,7 @@ def test_facts_of_two_users_that_share_rows_are_all_recalled():
     assert [answer(model, fact) for fact in FACTS] == [fact["target"] for fact in FACTS]
 
 
-def test_a_new_target_of_a_prompt_replaces_that_of_an_earlier_adapter(model):
+def test_new_target_of_a_prompt_replaces_that_of_an_earlier_adapter(model):
     first, second = ({"prompt": "word0 word1 word2", "target": f"word{i}"} for i in (40, 41))
     model, _ = write_both(model, TOKENIZER, [first], name="first", steps=40)
     model, report = write_both(model, TOKENIZER, [second], name="second", steps=40)
