@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 from transformers.utils import logging
 
@@ -97,7 +97,8 @@ def main() -> None:
         bench.show(title, way, facts)
     each = len(facts) // options.users
     users = [facts[first : first + each] for first in range(0, each * options.users, each)]
-    for title, stack in {"rows": bench.stacked_rows, "LoRAs added up": bench.stacked_loras}.items():
+    ways = {"rows": bench.stacked_rows, "rows, each alone": bench.rows_alone, "LoRAs, each alone": bench.stacked_loras}
+    for title, stack in ways.items():
         bench.show(f"{options.users} users: {title}", stack, users)
 
 
@@ -206,6 +207,21 @@ class Bench:
         for index, facts in enumerate(users):
             model, _ = write_facts(model, self.tokenizer, facts, name=f"user{index}", steps=self.options.steps)
         return model, saved_size(model)
+
+    def rows_alone(self, users) -> tuple[torch.nn.Module, int]:
+        """Stack adapters of users who did not know of each other."""
+        with tempfile.TemporaryDirectory() as folder:
+            for index, facts in enumerate(users):
+                model, _ = write_facts(
+                    self.load(), self.tokenizer, facts, name=f"user{index}", steps=self.options.steps
+                )
+                model.save_pretrained(folder)
+            names = [f"user{index}" for index in range(len(users))]
+            model = PeftModel.from_pretrained(self.load(), f"{folder}/user0", adapter_name="user0")
+            for name in names[1:]:
+                model.load_adapter(f"{folder}/{name}", name)
+        model.base_model.set_adapter(names)
+        return model.eval(), saved_size(model)
 
     def stacked_loras(self, users) -> tuple[torch.nn.Module, int]:
         """Stack adapters that were trained alone, since users do not know of each other."""
