@@ -26,6 +26,7 @@ from engram_hf import EngramError, EngramForCausalLM, EngramTokenizer
 from engram_hf.training import write_facts
 from engram_hf.training.fact_report import batch_of, logits_of, measure_facts, measure_protected
 from engram_hf.training.fact_texts import Fact, parse_facts
+from engram_hf.training.facts import rows_layers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from stdlib_text import read_sources
@@ -155,13 +156,14 @@ class Bench:
         """Print, for row adapters, whether texts that read none of their rows are unchanged; long texts read some, so
         all are cut.
         """
-        configs = getattr(model, "peft_config", {}).values()
-        if not configs or any(config.peft_type != "ENGRAM_ROWS" for config in configs):
+        configs = getattr(model, "peft_config", {})
+        if not configs or any(config.peft_type != "ENGRAM_ROWS" for config in configs.values()):
             return
-        layers = {layer for config in configs for layer in config.rows}
-        written = {
-            layer: torch.cat([config.rows[layer] for config in configs if layer in config.rows]) for layer in layers
-        }
+        of_layer: dict[int, list[torch.Tensor]] = {}
+        for name in configs:
+            for layer, table in rows_layers(model, name).items():
+                of_layer.setdefault(layer, []).append(table.engram_rows_adapter[name].rows)
+        written = {layer: torch.cat(rows) for layer, rows in of_layer.items()}
         pieces = [{"input_ids": piece} for ids in self.texts for piece in ids.split(PIECE, dim=1)]
         found = measure_protected(model, pieces, written, model.disable_adapter)
         print(
