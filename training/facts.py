@@ -98,15 +98,19 @@ def write_facts(
     chosen_orders = check_orders(engram, [engram.hashing.max_ngram] if orders is None else orders)
     replaced = {fact.prompt_ids for fact in parsed}
     earlier = tuple(fact for fact in _facts_of_active(model) if fact.prompt_ids not in replaced)
-    settings = _Settings(name, max_protected_reads, steps, learning_rate, tuple(chosen_orders), earlier)
     chosen_layers = check_layers(engram, layers)
+    protected: dict[int, torch.Tensor] = {}
+    if texts is not None:
+        scan = scan_rows(texts, tokenizer, model, layers=chosen_layers, orders=chosen_orders)
+        protected = {layer: ids[scan.counts[layer] > max_protected_reads] for layer, ids in scan.items()}
+    settings = _Settings(name, texts, protected, steps, learning_rate, tuple(chosen_orders), earlier)
     # One layer takes the fewest bytes, and changes the least; rows that earlier facts read are the last resort.
     trials = [chosen_layers[:1]] if layers is None and len(chosen_layers) > 1 else []
     trials += [chosen_layers] if earlier else []
     for some_layers in trials:
         with contextlib.suppress(EngramError):  # An error here is raised again by the last try.
-            return _write(model, tokenizer, parsed, texts, settings, some_layers, is_trial=True)
-    return _write(model, tokenizer, parsed, texts, settings, chosen_layers)
+            return _write(model, parsed, settings, some_layers, is_trial=True)
+    return _write(model, parsed, settings, chosen_layers)
 
 
 def _facts_of_active(model: nn.Module) -> list[Fact]:
@@ -116,10 +120,19 @@ def _facts_of_active(model: nn.Module) -> list[Fact]:
 
 
 class _Settings(NamedTuple):
-    """The arguments of [`write_facts`]."""
+    """What all tries of [`write_facts`] share.
+
+    Args:
+        name: name of the new adapter.
+        texts: batches of the protected texts.
+        protected: rows that these read too often to be written, by layer.
+        steps, learning_rate, orders: the arguments.
+        earlier: facts of active adapters.
+    """
 
     name: str
-    max_protected_reads: int
+    texts: list[Any] | None
+    protected: dict[int, torch.Tensor]
     steps: int
     learning_rate: float
     orders: tuple[int, ...]
@@ -128,9 +141,7 @@ class _Settings(NamedTuple):
 
 def _write(
     model: nn.Module,
-    tokenizer: Any,
     parsed: Sequence[Fact],
-    texts: list[Any] | None,
     settings: _Settings,
     layers: Sequence[int],
     is_trial: bool = False,
@@ -144,12 +155,10 @@ def _write(
         ValueError: as in [`write_facts`]; or a fact of a trial is not recalled. The model is unchanged.
     """
     engram, name, chosen_orders, chosen_layers = find_engram(model), settings.name, settings.orders, tuple(layers)
-    everywhere = [(fact, tuple(range(len(fact.input_ids)))) for fact in settings.earlier if is_trial]
+    kept, along = (settings.earlier, ()) if is_trial else ((), settings.earlier)
+    everywhere = [(fact, tuple(range(len(fact.input_ids)))) for fact in kept]
     read = [WrittenFact(fact, positions, chosen_layers, chosen_orders).rows(engram) for fact, positions in everywhere]
-    if texts is not None:
-        scan = scan_rows(texts, tokenizer, model, layers=chosen_layers, orders=chosen_orders)
-        read.append({layer: ids[scan.counts[layer] > settings.max_protected_reads] for layer, ids in scan.items()})
-    protected = _union(read)
+    protected = _union([{layer: ids for layer, ids in settings.protected.items() if layer in layers}, *read])
     written = [
         WrittenFact(fact, positions, chosen_layers, chosen_orders)
         for fact, positions in zip(
@@ -163,15 +172,15 @@ def _write(
     )
     started = time.perf_counter()
     with _evaluating(model), _adapter(model, config, name) as peft_model:
-        before = measure_facts(peft_model, parsed)
+        before, earlier = measure_facts(peft_model, parsed), measure_facts(peft_model, along)
         taught = [fact for fact, part in zip(parsed, rows, strict=True) if any(ids.numel() for ids in part.values())]
-        along = [] if is_trial else settings.earlier
         done = _train(peft_model, name, [*taught, *along], settings.steps, settings.learning_rate)
         after = measure_facts(peft_model, parsed)
         if is_trial and any(recall.rank > 1 for recall in after):
             raise EngramError("Not all facts are recalled from these layers alone; write them into more.")
         seconds = time.perf_counter() - started
         notes += _say_shut_gates(peft_model, written, after)
+        notes += _say_forgotten(along, earlier, measure_facts(peft_model, along))
         report = FactReport(
             name=name,
             facts=_results(written, rows, before, after, engram),
@@ -183,8 +192,10 @@ def _write(
             seconds=round(seconds, 3),
             notes=notes,
         )
-        if texts is not None:
-            report.protected = measure_protected(peft_model, texts, config.rows, lambda: _without(peft_model, name))
+        if settings.texts is not None:
+            report.protected = measure_protected(
+                peft_model, settings.texts, config.rows, lambda: _without(peft_model, name)
+            )
     return peft_model, report
 
 
@@ -317,6 +328,15 @@ def _say_shared(
         if shared:
             notes.append(f"The adapter {name!r} writes {shared} of these rows too; where both are active they add up.")
     return notes
+
+
+def _say_forgotten(facts: Sequence[Fact], before: Sequence[Recall], after: Sequence[Recall]) -> list[str]:
+    """Return a sentence for each earlier fact that was recalled, and no longer is."""
+    return [
+        f"An earlier fact is no longer recalled: {fact.prompt} → {fact.target}."
+        for fact, was, now in zip(facts, before, after, strict=True)
+        if was.rank == 1 and now.rank > 1
+    ]
 
 
 def _union(rows: Sequence[Mapping[int, torch.Tensor]]) -> dict[int, torch.Tensor]:

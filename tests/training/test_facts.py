@@ -199,6 +199,15 @@ def test_facts_of_two_users_that_share_rows_are_all_recalled():
     assert [answer(model, fact) for fact in FACTS] == [fact["target"] for fact in FACTS]
 
 
+def test_earlier_fact_that_is_lost_is_named():
+    model = make(engram_vocab_size=5)
+    model, _ = write_both(model, TOKENIZER, FACTS[:2], name="first", steps=100)
+    model, report = write_both(model, TOKENIZER, FACTS[2:], name="second", steps=2, learning_rate=30.0)
+    lost = [f"{f['prompt']} → {f['target']}" for f in FACTS[:2] if answer(model, f) != f["target"]]
+    named = [note for note in report.notes if "An earlier fact is no longer recalled" in note]
+    assert lost and all(note.endswith(f"{fact}.") for note, fact in zip(named, lost, strict=True))
+
+
 def test_new_target_of_a_prompt_replaces_that_of_an_earlier_adapter(model):
     first, second = ({"prompt": "word0 word1 word2", "target": f"word{i}"} for i in (40, 41))
     model, _ = write_both(model, TOKENIZER, [first], name="first", steps=40)
