@@ -120,7 +120,7 @@ def _facts_of_active(model: nn.Module) -> list[Fact]:
 
 
 class _Settings(NamedTuple):
-    """What all tries of [`write_facts`] share.
+    """The values that all tries of [`write_facts`] share.
 
     Args:
         name: name of the new adapter.
