@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 
 from engram_hf import EngramError, EngramTokenizer
@@ -36,8 +38,11 @@ _FIRST_OF_CLASS = (1, 4, 16, 64)
 
 
 def installed_texts() -> Iterator[tuple[str, str]]:
-    """Yield names and texts: sources of the standard library, its language reference, and documentation of installed
-    packages.
+    """Yield names and texts: sources of the standard library, its language reference, and the documentation of the
+    packages that `make evidence` installs.
+
+    Other installed packages are left out, and so is this one, whose README changes; with the same Python and the pinned
+    versions, the texts are then the same everywhere.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
@@ -47,10 +52,31 @@ def installed_texts() -> Iterator[tuple[str, str]]:
     from pydoc_data.topics import topics
 
     yield from ((f"topics/{name}", text) for name, text in sorted(topics.items()))
-    described = {
-        one.metadata["Name"].lower(): one.metadata.get_payload() for one in importlib.metadata.distributions()
-    }
-    yield from ((f"packages/{name}", text) for name, text in sorted(described.items()) if isinstance(text, str))
+    needed = _required("engram-hf", {"test", "examples"}) - {"engram-hf"}
+    described = ((name, importlib.metadata.metadata(name).get_payload()) for name in sorted(needed))
+    yield from ((f"packages/{name}", text) for name, text in described if isinstance(text, str))
+
+
+def _required(package: str, extras: set[str]) -> set[str]:
+    """Return the names of a package and of all installed packages that it requires, directly or not."""
+    found: set[str] = set()
+    waiting = [(package, extra) for extra in ("", *extras)]
+    for name, extra in waiting:  # The list grows while it is read.
+        try:
+            lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            raise EngramError(
+                f"The documentation of {name} is part of the texts, but it is not installed; install engram-hf with the extras test "
+                "and examples, as `make evidence` does, or name a folder of texts with --texts."
+            ) from None
+        for line in lines:
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                one = canonicalize_name(requirement.name)
+                new = [(one, more) for more in ("", *requirement.extras)]
+                waiting += [pair for pair in new if pair not in waiting]
+        found.add(name)
+    return found
 
 
 def texts_of_folder(folder: Path) -> Iterator[tuple[str, str]]:

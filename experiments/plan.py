@@ -101,7 +101,6 @@ def make_plan(preset: Preset) -> list[Run]:
         *by_seed(HEADS, 5),
         *long_context,
         *by_seed(["learned addresses"], 6),
-        *(run for seed in preset.more_seeds for run in main(seed)),
     ]
 
 
