@@ -268,7 +268,9 @@ def _read_span(path: Path, data_start: int, name: str, entry) -> TensorSpan:
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise FileFormatError(f"{where} has the unknown dtype {dtype!r}; upgrade engram-hf, or fetch the file again.")
     if not are_counts(shape) or len(shape) > MAX_DIMENSIONS or not are_counts(offsets) or len(offsets) != 2:
-        raise FileFormatError(f"{where} has shape {shape!r} and data_offsets {offsets!r}, expected lists of sizes.")
+        raise FileFormatError(
+            f"{where} has shape {shape!r} and data_offsets {offsets!r}, expected lists of sizes; fetch the file again."
+        )
     span = TensorSpan(path, name, dtype, tuple(shape), data_start + offsets[0])
     if span.size != offsets[1] - offsets[0] or math.prod(shape) * ITEM_BITS[dtype] % 8:
         raise FileFormatError(

@@ -383,7 +383,9 @@ def parse_description(members: dict, what: str) -> TableDescription:
         raise TableFormatError(f"{what} lacks {absent[0]!r} in its table description; write the file again.")
     for holds, name, expected in _description_rules(members):
         if not holds:
-            raise TableFormatError(f"{what} contradicts itself: {name} is {members[name]!r}, expected {expected}.")
+            raise TableFormatError(
+                f"{what} contradicts itself: {name} is {members[name]!r}, expected {expected}; write the file again."
+            )
     described = {name: members[name] for name in known}
     return TableDescription(**described | {"rows": tuple(members["rows"])})
 
@@ -656,11 +658,16 @@ def _checked_part(
     if dtype not in ROW_FORMATS:
         raise TableFormatError(f"{where} is {dtype}, expected one of {', '.join(ROW_FORMATS)}; write it again.")
     if len(weight.shape) != 2 or weight.shape[0] != stop - first or weight.shape[1] == 0:
-        raise TableFormatError(f"{where} has shape {list(weight.shape)}, expected {stop - first} rows.")
+        raise TableFormatError(
+            f"{where} has shape {list(weight.shape)}, expected {stop - first} rows; write the file again, or list the "
+            "rows that it has."
+        )
     row_format, width = ROW_FORMATS[dtype], weight.shape[1] * ROW_FORMATS[dtype].packed
     scale_dtype, per_row = row_format.scale_dtype, row_format.scales(width)
     if (scale is None) != (scale_dtype is None):
-        raise TableFormatError(f"{where} is {dtype}, which needs {'scales' if scale_dtype else 'no scales'}.")
+        raise TableFormatError(
+            f"{where} is {dtype}, which needs {'scales' if scale_dtype else 'no scales'}; write it again."
+        )
     expected = (width % row_format.multiple, scale_dtype, (stop - first, per_row))
     if scale is not None and expected != (0, scale.dtype, scale.shape):
         raise TableFormatError(
@@ -669,7 +676,8 @@ def _checked_part(
         )
     globals_ = [span for kind, span in spans.items() if _global_kind(kind) == "global_scale"]
     if [(span.dtype, math.prod(span.shape)) for span in globals_] != [("F32", 1)] * row_format.has_global:
-        raise TableFormatError(f"{where} is {dtype}, which needs {int(row_format.has_global)} global scale, one F32.")
+        needed = "one global scale, a single F32 number" if row_format.has_global else "no global scale"
+        raise TableFormatError(f"{where} is {dtype}, which needs {needed}; write it again.")
     return TablePart(first, stop, file, dtype, spans)
 
 
@@ -680,7 +688,9 @@ def _description(layer: int, entry: dict, parts: list[TablePart], manifest: Path
     if any(found):
         for part, described in zip(parts, found, strict=True):
             if described is None:
-                raise TableFormatError(f"{part.file.path} does not describe itself, as other files of {where} do.")
+                raise TableFormatError(
+                    f"{part.file.path} does not describe itself, as other files of {where} do; write it again."
+                )
             _compare(part, described, layer)
     elif isinstance(entry.get("description"), dict):
         members = {**entry["description"], "rows": [0, parts[-1].stop], "tensors": parts[0].names}
@@ -712,12 +722,16 @@ def file_description(file: FileHeader) -> TableDescription | None:
     what = f"The header of {file.path}"
     description = parse_description(parse_json(file.metadata[METADATA_KEY], what), what)
     if set(description.tensors.values()) != set(file.tensors):
-        raise TableFormatError(f"{what} names the tensors {sorted(description.tensors.values())}, but holds others.")
+        raise TableFormatError(
+            f"{what} names the tensors {sorted(description.tensors.values())}, but holds others; write the file again."
+        )
     spans = {kind: file.tensors[name] for kind, name in description.tensors.items()}
     part = _checked_part(*description.rows, file, spans, description.dtype)
     _compare(part, description, description.layer)
     if part.weight.offset % PAGE:
-        raise TableFormatError(f"The rows of {file.path} begin at byte {part.weight.offset}, not at a page of {PAGE}.")
+        raise TableFormatError(
+            f"The rows of {file.path} begin at byte {part.weight.offset}, not at a page of {PAGE}; write the file again."
+        )
     return description
 
 

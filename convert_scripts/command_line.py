@@ -18,16 +18,16 @@ def run_command(command: Callable[[], None]) -> int:
     try:
         command()
     except (ConversionError, FileFormatError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"engram: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(
-            f"error: {error.filename or 'A file'} cannot be read or written ({error.strerror or error}); check its rights.",
+            f"engram: {error.filename or 'A file'} cannot be read or written ({error.strerror or error}); check its rights.",
             file=sys.stderr,
         )
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped.", file=sys.stderr)
+        print("engram: interrupted; the same command goes on where it stopped.", file=sys.stderr)
         return 130
     return 0
 

@@ -1144,8 +1144,8 @@ def test_global_scale_must_be_a_positive_number(tmp_path, wrong):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight_global_scale": None}, "NVFP4, which needs 1 global scale"),
-        ({"weight_global_scale": torch.ones(2)}, "NVFP4, which needs 1 global scale"),
+        ({"weight_global_scale": None}, "NVFP4, which needs one global scale"),
+        ({"weight_global_scale": torch.ones(2)}, "NVFP4, which needs one global scale"),
         ({"weight_scale": torch.ones(6, 1).to(torch.float8_e4m3fn)}, r"scales F8_E4M3 \[6, 2\]"),
         ({"weight_scale": torch.ones(6, 1).bfloat16()}, "packed numbers, but nothing says of how many bits"),
         ({"weight_packed": torch.zeros(6, 12, dtype=torch.uint8)}, "multiple of 16"),

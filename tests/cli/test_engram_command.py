@@ -586,4 +586,4 @@ def test_scripts_get_their_arguments(golden, tmp_path, capsys):
     assert main(["convert", "deepseek-v4.1", str(source), str(tmp_path / "target"), "--dry-run"]) == 0
     assert "to write" in capsys.readouterr().out
     assert main(["export", "deepseek-v4.1", str(tmp_path), str(tmp_path / "target")]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.startswith("engram: ")

@@ -345,7 +345,7 @@ def test_bad_checkpoints_are_refused_before_anything_is_written(checkpoint, tmp_
     before = contents(checkpoint.folder)
     assert run(checkpoint.folder, tmp_path / "out") == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert captured.err.startswith("engram: ") and captured.err.count("\n") == 1
     assert re.search(words, captured.err), captured.err
     assert not (tmp_path / "out").exists()
     assert contents(checkpoint.folder) == before
@@ -380,7 +380,7 @@ def test_convert_refuses_a_source_that_is_neither_folder_nor_hub_id(tmp_path, ca
 def test_system_errors_are_one_line(tmp_path, capsys):
     assert run_command(lambda: (tmp_path / "gone").read_bytes()) == 1
     message = capsys.readouterr().err
-    assert message.startswith("error: ") and "gone" in message and message.count("\n") == 1
+    assert message.startswith("engram: ") and "gone" in message and message.count("\n") == 1
 
 
 # --- the target folder ---
@@ -596,7 +596,7 @@ def test_folder_claimed_by_another_process_is_refused(tiny, tmp_path, capsys):
 
 def assert_one_sentence(capsys, *words):
     message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1
+    assert message.startswith("engram: ") and message.count("\n") == 1
     assert all(word in message for word in words)
 
 

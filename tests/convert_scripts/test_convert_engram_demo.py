@@ -202,7 +202,7 @@ def test_convert_refuses_a_state_dict_that_does_not_fit(backbone, tmp_path, caps
     change(state)
     assert convert(state, folder, tmp_path / "out", *options) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("error: ") and words in message
+    assert message.startswith("engram: ") and words in message
     assert not (tmp_path / "out").exists()
 
 

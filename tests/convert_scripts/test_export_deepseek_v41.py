@@ -278,7 +278,7 @@ def test_export_refuses_bad_models(copy, tmp_path, capsys, case):
     before = contents(copy)
     assert export(copy, tmp_path / "back") == 1
     message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1
+    assert message.startswith("engram: ") and message.count("\n") == 1
     assert re.search(words, message), message
     written = contents(tmp_path / "back") if (tmp_path / "back").exists() else {}
     assert not any(name.endswith((".part", ".unfinished")) for name in written)

@@ -77,7 +77,7 @@ class Converted:
         """Return the one line that a conversion failed with."""
         code, _, errors = self.outcomes[case]
         assert code == 1
-        (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
+        (line,) = (line for line in errors.splitlines() if line.startswith("engram: "))
         return line
 
     def shards(self, case: str, by_range: bool) -> list[str]:
