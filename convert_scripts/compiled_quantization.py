@@ -36,7 +36,7 @@ from ..table_writer_engram import (
 # interpreter lock is released, so that the threads of `quantize_table` run side by side.
 _compiled = njit(nogil=True, error_model="numpy")
 
-# numba computes in float64 and int64 unless all operands are 32 bits wide.
+# Numba computes in float64 and int64 unless all operands are 32 bits wide.
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
 _TINY = np.finfo(np.float32).tiny
