@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,20 +38,27 @@ from .table_format_engram import ROW_FORMATS, RowFormat, TableDescription, tenso
 
 # A thread reads and writes this many numbers at once.
 _STEP_NUMBERS = 1 << 19
-# This many numbers are converted at once, so that all data fits into a processor's own cache.
-_CHUNK_NUMBERS = 1 << 17
+# This many numbers are converted at once: their intermediate results stay in a processor's caches, and each operation of
+# torch takes longer than it takes to begin.
+_CHUNK_NUMBERS = 1 << 18
 # In a table of more rows than this, one step of `_COMPARED_ONE_IN` is compared with its result: comparing takes up to
 # half of the time, and a sample of this size tells the error as well.
 _ALL_COMPARED_ROWS = 1 << 18
 _COMPARED_ONE_IN = 8
 # This counts the changes of `quantize_rows`' results for equal rows: a table that was begun with another one is begun
 # again.
-_RULES = 2
+_RULES = 3
 E2M1_LIMIT = 6.0
+# For least squares, products are rounded to these bits before they are added, in rows of up to 256 channels, whose sums
+# then have at most 24 bits, and in wider ones.
+SUM_BITS = 16, 22
+# The powers of two are these at least, so that squares and products of small numbers do not vanish in steps that float32
+# cannot have; and squares of numbers beyond the last would be infinite.
+LEAST_POWERS, LARGEST_SQUARED = (2.0**-50, 2.0**-100), 2.0**56
 # The step between neighbouring levels, by number of bits, with about the least squares, is this combination of a row's
 # root mean square and its largest magnitude. It is fitted to the best steps for rows of trained tables, and of normal,
 # uniform and Laplace numbers.
-_STEPS = {4: (0.1003, 0.0788), 2: (0.8507, 0.05)}
+STEPS = {4: (0.1003, 0.0788), 2: (0.8507, 0.05)}
 # These are the edges of the histogram of relative errors.
 ERROR_EDGES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 _SQUARED_EDGES = np.square(ERROR_EDGES).astype(np.float32)
@@ -209,15 +216,67 @@ def compare_rows(rows: torch.Tensor, decoded: torch.Tensor) -> ComparedRows:
     squares, squared_differences = (
         np.square(torch.linalg.vector_norm(some, dim=-1).numpy()) for some in (rows, difference)
     )
+    return compared_rows(_magnitude(difference), squares, squared_differences)
+
+
+def compared_rows(largest: float, squares: np.ndarray, squared_differences: np.ndarray) -> ComparedRows:
+    """Summarize the largest difference of some rows, and float32 sums `[n]` of each row's squares."""
     ratios = squared_differences / np.maximum(squares, np.finfo(np.float32).tiny)
     # A row is counted once for each edge that it reaches; a search in the edges takes ten times as long.
     reached = [len(ratios), *(int(np.count_nonzero(ratios >= edge)) for edge in _SQUARED_EDGES), 0]
     return ComparedRows(
-        _magnitude(difference),
+        largest,
         squares.sum(dtype=np.float64).item(),
         squared_differences.sum(dtype=np.float64).item(),
         [count - above for count, above in itertools.pairwise(reached)],
     )
+
+
+class StoredRounding(Protocol):
+    """Quantizes stored rows of a table. Several threads use it at the same time."""
+
+    def largest(self, values: torch.Tensor, scale: torch.Tensor | None) -> float:
+        """Return the largest magnitude of stored rows and their scales."""
+
+    def quantize(
+        self,
+        values: torch.Tensor,
+        scale: torch.Tensor | None,
+        global_scale: torch.Tensor | None,
+        is_compared: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, list[ComparedRows]]:
+        """Return new values and scales of stored rows, as bytes, and their differences from the old ones.
+
+        The tensors are valid until the same thread calls this again.
+
+        Raises:
+            ValueError: a number is not finite.
+        """
+
+
+class _TorchRounding:
+    """The [`StoredRounding`] of [`quantize_rows`], for every stored format and device of torch."""
+
+    def __init__(self, table_dtype: str, width: int):
+        self._table_dtype, self._scratch = table_dtype, _Scratch()
+        self._count = max(1, _CHUNK_NUMBERS // width)
+
+    def largest(self, values: torch.Tensor, scale: torch.Tensor | None) -> float:
+        return max(map(_magnitude, self._chunks(values, scale)))
+
+    def quantize(self, values, scale, global_scale, is_compared):
+        made, compared = [], []
+        for rows in self._chunks(values, scale):
+            *stored, decode = _quantize(rows, self._table_dtype, global_scale, self._scratch)
+            made.append(stored)
+            if is_compared:
+                compared.append(compare_rows(rows, decode()))
+        return *map(_joined, zip(*made, strict=True)), compared
+
+    def _chunks(self, values: torch.Tensor, scale: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        for begin in range(0, len(values), self._count):
+            some = (None if tensor is None else tensor[begin : begin + self._count] for tensor in (values, scale))
+            yield _decoded(*some, self._scratch)
 
 
 def quantize_table(
@@ -228,6 +287,7 @@ def quantize_table(
     advance: Callable[[int], object] = lambda count: None,
     journal: Path | None = None,
     save_seconds: float = 10.0,
+    rounding: StoredRounding | None = None,
 ) -> QuantizationError:
     """Write a table of 8 bits or more to one file with rows of fewer bits, about a megabyte at a time.
 
@@ -240,6 +300,8 @@ def quantize_table(
         journal: a file with the progress of the table. A call with the same one resumes a killed call; the caller must
             remove it. None for a file that is written atomically.
         save_seconds: how often the journal is written.
+        rounding: faster code for the stored rows of this table, with the results of `quantize_rows`, which is used
+            without.
 
     Returns:
         The quantization error, of evenly spread rows in a large table.
@@ -254,14 +316,10 @@ def quantize_table(
     )
     state = made_of.read() if Path(path).exists() else {}
 
-    scratch = _Scratch()
+    rounding = _TorchRounding(table_dtype, description.width) if rounding is None else rounding
 
-    def chunks(first: int) -> Iterator[torch.Tensor]:
-        stored = source.read(first, min(first + step, stop))
-        count = max(1, _CHUNK_NUMBERS // description.width)
-        for begin in range(0, len(stored[0]), count):
-            some = (None if tensor is None else tensor[begin : begin + count] for tensor in stored)
-            yield _decoded(*some, scratch)
+    def read(first: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return source.read(first, min(first + step, stop))
 
     firsts = range(*description.rows, step)
     one_in = 1 if stop - firsts.start <= _ALL_COMPARED_ROWS else _COMPARED_ONE_IN
@@ -274,9 +332,7 @@ def quantize_table(
         found = state.get("global_scale")
         if found is None:
             largest = 0.0
-            with contextlib.closing(
-                _in_order(lambda first: max(map(_magnitude, chunks(first))), firsts)
-            ) as found_largest:
+            with contextlib.closing(_in_order(lambda first: rounding.largest(*read(first)), firsts)) as found_largest:
                 for first, some in found_largest:
                     count(first)
                     largest = max(largest, some)
@@ -296,13 +352,9 @@ def quantize_table(
 
         @torch.inference_mode()
         def quantize(first: int) -> list[ComparedRows]:
-            made, compared = [], []
-            for rows in chunks(first):
-                *stored, decode = _quantize(rows, table_dtype, global_scale, scratch)
-                made.append(stored)
-                if (first - firsts.start) // step % one_in == 0:
-                    compared.append(compare_rows(rows, decode()))
-            writer.write(first, *map(_joined, zip(*made, strict=True)))
+            is_compared = (first - firsts.start) // step % one_in == 0
+            *stored, compared = rounding.quantize(*read(first), global_scale, is_compared)
+            writer.write(first, *stored)
             return compared
 
         with contextlib.closing(_in_order(quantize, range(done, stop, step))) as results:
@@ -434,7 +486,7 @@ def _quantize(
     row_format, width = require_format(table_dtype, rows.shape[-1]), rows.shape[-1]
     largest = _largest(rows, width // row_format.scales(width), scratch)
     if not largest.isfinite().all():
-        raise _not_finite()
+        raise not_finite()
     if table_dtype == "int8":
         return _to_int8(rows, largest, scratch)
     if row_format.packed > 1 and not row_format.has_global:
@@ -446,8 +498,17 @@ def _quantize(
     return _to_nvfp4(blocks, largest, global_scale, scratch)
 
 
-def _not_finite() -> EngramError:
+def not_finite() -> EngramError:
+    """Return the error for rows that have no quantized form."""
     return EngramError("Rows with NaN or infinite channels cannot be quantized; repair the table first.")
+
+
+def too_large(bits: int) -> EngramError:
+    """Return the error for rows whose squares have no finite sum, so that no step follows from them."""
+    return EngramError(
+        f"Rows with numbers beyond {LARGEST_SQUARED:.0e} cannot be stored in {bits} bits, since their squares are too large "
+        "for float32; use 'int8', or repair the table."
+    )
 
 
 def _decoded(values: torch.Tensor, scale: torch.Tensor | None, scratch: _Scratch) -> torch.Tensor:
@@ -464,7 +525,7 @@ def _decoded(values: torch.Tensor, scale: torch.Tensor | None, scratch: _Scratch
         return rows
     bits = scratch.take("bits", values, torch.int8)
     if torch.bitwise_and(values.view(torch.int8), 0x7F, out=bits).amax().item() == 0x7F:
-        raise _not_finite()
+        raise not_finite()
     return _decode_float8(values, scale, rows, scratch)
 
 
@@ -480,7 +541,8 @@ def _decode_float8(values: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor
 def _largest(rows: torch.Tensor, block: int, scratch: _Scratch) -> torch.Tensor:
     """Return the largest magnitude `[..., W / block]` of each `block` channels; NaN where one is."""
     if block == rows.shape[-1]:
-        return torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
+        # The maximum of zeros alone may be -0.
+        return torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True)).abs_()
     magnitudes = torch.abs(rows, out=scratch.take("numbers", rows))
     if block >= 32:
         return magnitudes.unflatten(-1, (-1, block)).amax(-1)
@@ -515,27 +577,58 @@ def _by_least_squares(rows: torch.Tensor, largest: torch.Tensor, bits: int, scra
     The levels lie halfway between the integers, equally many below and above zero. Each number gets the nearest level
     for a step that is close to the best one, and then the scale is the best one for these levels.
     """
-    half, (of_root, of_largest) = 1 << (bits - 1), _STEPS[bits]
-    step = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).mul_(of_root / rows.shape[-1] ** 0.5)
-    inverse = step.add_(largest, alpha=of_largest).clamp_min_(torch.finfo(torch.float32).tiny).reciprocal_()
+    half, (of_root, of_largest) = 1 << (bits - 1), STEPS[bits]
+    if (largest > LARGEST_SQUARED).any():
+        raise too_large(bits)
+    # A row's magnitudes are below twice this power of two.
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+    squares = _exact_sum(rows, rows, (2 * power).clamp_min_(LEAST_POWERS[0]).square_(), scratch)
+    # Other than roots of float64, torch's of float32 have another last bit on some processors. A scaled addition would be
+    # rounded once on some, and twice on others.
+    root = squares.double().sqrt_().float()
+    step = root.mul_(of_root / math.sqrt(rows.shape[-1])).add_(of_largest * largest)
+    inverse = step.clamp_min_(torch.finfo(torch.float32).tiny).reciprocal_()
     levels = torch.mul(rows, inverse, out=scratch.take("numbers", rows)).clamp_(-half, half - 1).floor_()
     # The conversion passes through int8, since floats are converted to it several times as fast as to uint8.
     codes = scratch.take("bits", rows, torch.int8).copy_(levels).add_(half)
     levels.add_(0.5)
-    scale = torch.mul(rows, levels, out=scratch.take("products", rows)).sum(-1, keepdim=True)
+    scale = _exact_sum(rows, levels, power.clamp_min_(LEAST_POWERS[1]).mul_(2 * half), scratch)
+    # The squares of levels have few bits: their sum is exact in any order.
     scale = scale.div_(torch.linalg.vector_norm(levels, dim=-1, keepdim=True).square_()).to(torch.bfloat16)
-    return pack(codes.view(torch.uint8), bits), scale, lambda: levels.mul_(scale.to(torch.float32))
+    return pack(codes.view(torch.uint8), bits, scratch), scale, lambda: levels.mul_(scale.to(torch.float32))
 
 
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def _exact_sum(rows: torch.Tensor, others: torch.Tensor, limit: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
+    """Return the sums `[..., 1]` of the products of two float32 `[..., W]`, each first rounded to few bits.
+
+    The rounded products are added as integers, so that the sums are the same on all processors, in whatever order these
+    add. Only where a product itself has more bits than float32, which none of two-byte floats has, some processors round
+    it once, and others twice.
+
+    Args:
+        limit: powers of two `[..., 1]` that no product of a row reaches.
+    """
+    width = rows.shape[-1]
+    whole, bits = (torch.int32, SUM_BITS[0]) if width <= 256 else (torch.int64, SUM_BITS[1])
+    # Above this number, float32 numbers are as far apart as the rounded products, and count upwards in their bits.
+    large = limit * (1.5 * 2.0 ** (23 - bits))
+    products = torch.addcmul(large, rows, others, out=scratch.take("products", rows))
+    # The sum of bits exceeds 32 bits, but its difference does not.
+    sums = products.view(torch.int32).sum(-1, keepdim=True, dtype=whole)
+    sums -= large.view(torch.int32).to(whole) * width
+    return large.div_(1.5 * 2.0**23).mul_(sums)
+
+
+def pack(codes: torch.Tensor, bits: int, scratch: _Scratch | None = None) -> torch.Tensor:
     """Pack uint8 codes `[..., W]` below `2^bits`, several to a byte, the first in the lowest bits: `[..., W * bits /
     8]`.
     """
     # One 16- or 32-bit number has the codes of one byte, each in a separate byte.
-    together = codes.view({4: torch.int16, 2: torch.int32}[bits])
+    together, scratch = codes.view({4: torch.int16, 2: torch.int32}[bits]), scratch or _Scratch()
     # Neighbours are joined to pairs, and then pairs to fours.
     for distance in (8 - bits, 2 * (8 - bits))[: together.itemsize // 2]:
-        together = (together >> distance).bitwise_or_(together)
+        shifted = scratch.take(f"shifted by {distance}", together, together.dtype)
+        together = torch.bitwise_right_shift(together, distance, out=shifted).bitwise_or_(together)
     return together.to(torch.uint8)
 
 
@@ -550,7 +643,7 @@ def _to_nvfp4(
     divided = divisor.masked_fill(divisor == 0, math.inf).unsqueeze(-1)
     numbers = torch.div(blocks, divided, out=scratch.take("numbers", blocks))
     codes = _to_e2m1(numbers, scratch)
-    packed = pack(codes.view(torch.uint8).flatten(-2), 4)
+    packed = pack(codes.view(torch.uint8).flatten(-2), 4, scratch)
     half = divisor.unsqueeze(-1).mul(0.5)
     return packed, scale, lambda: _twice_e2m1(codes, numbers, scratch).mul_(half).flatten(-2)
 

@@ -4,10 +4,12 @@
 
 The script compares the bytes of every table with the bits of its format; the time of gathering and decoding warm rows
 with that of float8 rows; and the time of quantizing a bfloat16 and a float8 table with `cp` of its file, each without
-and with `fsync`. FOLDER is on the disk to measure.
+and with `fsync`, by torch and, if numba is installed, by compiled code. FOLDER is on the disk to measure.
 """
 
 import argparse
+import contextlib
+import filecmp
 import os
 import shutil
 import statistics
@@ -26,7 +28,10 @@ from engram_hf.safetensors_engram import ITEM_BITS, read_header
 from engram_hf.saving_engram import manifest_entry, table_file_name, write_manifest
 from engram_hf.table_engram import read_rows
 from engram_hf.table_format_engram import QUANTIZED_FORMATS, StoredTable, describe_table, file_description, read_tables
-from engram_hf.table_writer_engram import TableWriter, quantize_table
+from engram_hf.table_writer_engram import StoredRounding, TableWriter, quantize_table
+
+with contextlib.suppress(ImportError):  # Without numba, only the path of torch is measured.
+    from engram_hf.convert_scripts.compiled_quantization import CompiledRounding
 
 
 def write_floats(folder: Path, gigabytes: float) -> None:
@@ -45,8 +50,23 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def compiled(table: StoredTable, dtypes: list[str]) -> dict[str, StoredRounding]:
+    """Return compiled code for each of `dtypes`, and print how long that takes; none without numba."""
+    if "CompiledRounding" not in globals():
+        print("numba is not installed: there is no compiled code")
+        return {}
+    found, took = {}, []
+    for dtype in dtypes:
+        start = time.perf_counter()
+        found[dtype] = CompiledRounding(table.dtype, dtype, table.width)
+        took.append(f"{dtype} {time.perf_counter() - start:.1f} s")
+    print("compiling, the first one with the import of its libraries:", ", ".join(took))
+    return found
+
+
 def making(table: StoredTable, dtypes: list[str], home: Path, of: str, rounds: int) -> None:
     """Quantize a table to files in `home/DTYPE`; print medians of `rounds` in which all formats and `cp` alternate."""
+    roundings = compiled(table, dtypes)
     description, file, copied = (
         replace(table.description, tensors=table.parts[0].names),
         table.parts[0].file.path,
@@ -60,13 +80,18 @@ def making(table: StoredTable, dtypes: list[str], home: Path, of: str, rounds: i
         subprocess.run(["cp", "--reflink=never", str(file), str(copied)], check=True)
         return copied
 
-    def quantize(dtype: str) -> Path:
-        shutil.rmtree(home / dtype, ignore_errors=True)
-        (home / dtype).mkdir()
-        quantize_table(MappedRows(table), home / dtype / file.name, description, dtype)
-        return home / dtype / file.name
+    def quantize(dtype: str, rounding: StoredRounding | None = None) -> Path:
+        folder = home / dtype if rounding is None else home / f"{dtype} compiled"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        quantize_table(MappedRows(table), folder / file.name, description, dtype, rounding=rounding)
+        return folder / file.name
 
-    actions = {"cp": copy} | {dtype: lambda dtype=dtype: quantize(dtype) for dtype in dtypes}
+    actions = {"cp": copy}
+    for dtype in dtypes:
+        actions[f"{dtype}, torch"] = lambda dtype=dtype: quantize(dtype)
+        if dtype in roundings:
+            actions[f"{dtype}, compiled"] = lambda dtype=dtype: quantize(dtype, roundings[dtype])
     took: dict[str, list[tuple[float, float, float]]] = {name: [] for name in actions}
     for _ in range(rounds):
         for name, action in actions.items():
@@ -75,6 +100,9 @@ def making(table: StoredTable, dtypes: list[str], home: Path, of: str, rounds: i
             written = time.perf_counter() - start
             sync(made)
             took[name].append((written, time.perf_counter() - start, processor_seconds() - processor))
+    for dtype in roundings:
+        assert filecmp.cmp(home / dtype / file.name, home / f"{dtype} compiled" / file.name, shallow=False), dtype
+        shutil.rmtree(home / f"{dtype} compiled")
     print(
         f"rows of {WIDTH} channels from {table.size / 1e9:.2f} GB of {of}, {torch.get_num_threads()} threads; times of cp's bytes a second"
     )
@@ -82,7 +110,7 @@ def making(table: StoredTable, dtypes: list[str], home: Path, of: str, rounds: i
     for name, seconds in medians.items():
         ratios = [own / other for own, other in zip(medians["cp"], seconds, strict=True)]
         print(
-            f"  {name:14} {table.size / seconds[0] / 1e9:6.3f} GB/s, {ratios[0]:5.2f}x   with fsync {table.size / seconds[1] / 1e9:6.3f} GB/s, "
+            f"  {name:23} {table.size / seconds[0] / 1e9:6.3f} GB/s, {ratios[0]:5.2f}x   with fsync {table.size / seconds[1] / 1e9:6.3f} GB/s, "
             f"{ratios[1]:5.2f}x   {table.size / seconds[2] / 1e9:6.3f} GB a processor second, {ratios[2]:5.2f}x"
         )
 

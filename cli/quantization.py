@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import copy
+import importlib
 import itertools
 import math
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from engram_hf.row_sources_engram import MappedRows
     from engram_hf.safetensors_engram import FileHeader, TensorSpan
     from engram_hf.table_format_engram import StoredTable, TableDescription
-    from engram_hf.table_writer_engram import QuantizationError
+    from engram_hf.table_writer_engram import QuantizationError, StoredRounding
 
 DTYPES = {
     "float8_e4m3fn": "a power-of-two scale per 32 channels, as DeepSeek-V4.1 (default)",
@@ -39,6 +41,9 @@ DTYPES = {
 }
 # Tables are written in this folder inside the target, so that a killed command can continue with them.
 WORK_NAME = ".engram-quantize"
+# Tables of this many bytes in all are quantized by compiled code: compiling takes some seconds, which smaller ones do not
+# regain.
+COMPILED_BYTES = 4 << 30
 # This manifest describes the source of every file of a conversion; after quantization, it would be wrong.
 CONVERSION_RECORD = "conversion_manifest.json"
 
@@ -280,9 +285,13 @@ def _write_quantized(
     target.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
     entries, report = {}, []
+    compiles = sum(source.stored.size for source, _ in sources.values()) >= COMPILED_BYTES and _has_numba()
     for layer, (source, description) in sources.items():
         name = table_file_name(layer)
-        error = quantize_table(source, work / name, description, dtype, advance, work / f"{layer}.json")
+        rounding = _compiled_rounding(description, dtype) if compiles else None
+        error = quantize_table(
+            source, work / name, description, dtype, advance, work / f"{layer}.json", rounding=rounding
+        )
         # The file keeps both names until the folder is complete, because a later step may also fail.
         _link_or_move(work / name, target / name)
         written = file_description(read_header(target / name))
@@ -291,6 +300,25 @@ def _write_quantized(
             QuantizedTable(layer, source.num_rows, source.stored.size, (target / name).stat().st_size, error)
         )
     return entries, report
+
+
+def _has_numba() -> bool:
+    """Return whether numba is installed; name it otherwise."""
+    try:
+        importlib.import_module("numba")
+    except ImportError:
+        print("With numba (pip install 'engram-hf[quantize]'), large tables take less time.", file=sys.stderr)
+        return False
+    return True
+
+
+def _compiled_rounding(description: "TableDescription", dtype: str) -> "StoredRounding | None":
+    """Return compiled code for a table; None for stored rows that have none."""
+    from engram_hf.convert_scripts.compiled_quantization import CompiledRounding, is_compilable
+
+    if not is_compilable(description.dtype, description.width):
+        return None
+    return CompiledRounding(description.dtype, dtype, description.width)
 
 
 def _link_or_move(path: Path, target: Path) -> None:
