@@ -68,7 +68,7 @@ style: $(VENV)/.installed  ## mend style
 # Python compiles what is imported; pip would compile every file of torch and transformers, which takes longer.
 $(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS) $(wildcard constraints/*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS) -e ".[test,examples]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS) -e ".[test,examples,quantize]"
 	touch $@
 
 $(VENV)/.installed-trl: $(VENV)/.installed

@@ -15,9 +15,6 @@ ROOT = Path(__file__).parent
 # 5.17 does not require.
 _SERVING = ["requests>=2.32", "transformers[serving]"]
 
-# `engram quantize` compiles its loops with it, for large tables.
-_QUANTIZE = ["numba>=0.61"]
-
 
 class BuildWithoutSetup(build_py):
     """The root is the package, but this file is not part of it."""
@@ -75,7 +72,8 @@ setup(
         "examples": ["matplotlib>=3.8", "rich>=13"],
         "notebooks": ["ipykernel>=7", "matplotlib>=3.8", "nbclient>=0.10"],
         "images": ["pillow>=11"],
-        "quantize": _QUANTIZE,
+        # `engram quantize` compiles its loops with it, for large tables.
+        "quantize": ["numba>=0.68"],
         "serving": _SERVING,
         "test": [
             "argcomplete>=3.4",
@@ -86,7 +84,6 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.8",
             "ruff>=0.12",
-            *_QUANTIZE,
             *_SERVING,  # The tests serve models.
         ],
         # One slow test trains with TRL; `make trials` installs it.
