@@ -122,9 +122,8 @@ def _ngrams(engram: Any, windows: Any, pieces: Pieces) -> list[dict[int, list[Ng
     for layer, memory in engram.memories().items():
         rows = row_ids[memory.index]
         device = memory.kv_proj.weight.device
-        norms = (
-            memory.table(rows.to(device), dtype=torch.float32).unflatten(-1, (rows.shape[1], -1)).norm(dim=-1).cpu()
-        )
+        read = memory.table(rows.to(device), dtype=torch.float32).float()  # Those of a float table keep their dtype.
+        norms = read.unflatten(-1, (rows.shape[1], -1)).norm(dim=-1).cpu()
         for at in range(len(texts)):
             found[at][layer] = [
                 Ngram(

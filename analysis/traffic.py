@@ -168,6 +168,7 @@ def _norms(memory: "EngramMemory", rows: torch.Tensor, random: torch.Generator) 
     found = {}
     for name, chosen in (("read", read), ("never read", others)):
         if len(chosen):
-            norms = memory.table(chosen.unsqueeze(1).to(device), dtype=torch.float32).norm(dim=-1).cpu()
+            chosen_rows = memory.table(chosen.unsqueeze(1).to(device), dtype=torch.float32)
+            norms = chosen_rows.float().norm(dim=-1).cpu()  # Rows of a float table keep their dtype.
             found[name] = norms.quantile(torch.tensor(_QUANTILES)).tolist()
     return found

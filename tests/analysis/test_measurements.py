@@ -347,7 +347,10 @@ def test_collisions_of_a_large_vocabulary_are_as_expected(make_model, tokenizer)
 # --- common behaviour
 
 
-def test_results_are_plain_data_and_have_pictures(model, windows, tokenizer):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_results_are_plain_data_and_have_pictures(make_model, windows, tokenizer, dtype):
+    model = make_model("llama").to(dtype)
+    model.set_attn_implementation("eager")
     measure = (measure_worth, measure_gates, measure_depth, measure_traffic, measure_attention)
     for found in [
         *(each(model, windows) for each in measure),
