@@ -43,7 +43,7 @@ DTYPES = {
 WORK_NAME = ".engram-quantize"
 # Tables of this many bytes in all are quantized by compiled code: compiling takes some seconds, which smaller ones do not
 # regain.
-COMPILED_BYTES = 4 << 30
+COMPILED_BYTES = 2 << 30
 # This manifest describes the source of every file of a conversion; after quantization, it would be wrong.
 CONVERSION_RECORD = "conversion_manifest.json"
 
