@@ -206,8 +206,10 @@ def _fair(found: Found) -> str:
     for variant in variants:
         if not found.of(variant):
             continue
-        rows.append([variant, *_against(found, variant, "memory", "memory is better", "memory is worse")])
-    return _table(["variant", "seeds", *_SIZES, "held-out loss", "minus memory's", ""], rows)
+        from_twin = found.difference(variant, "twin", _loss) if variant != "twin" else None
+        against = _against(found, variant, "memory", "memory is better", "memory is worse")
+        rows.append([variant, *against, _shown(from_twin, sign="+")])
+    return _table(["variant", "seeds", *_SIZES, "held-out loss", "minus memory's", "", "minus the twin's"], rows)
 
 
 def _frequency(found: Found) -> str:
@@ -273,8 +275,10 @@ def _experts(found: Found) -> str:
         variant = f"share {share}"
         if found.of(variant):
             words = "worse than experts alone", "better than experts alone"
-            rows.append([f"{share} %", *_against(found, variant, "share 0", *words)])
-    return _table(["share of memory", "seeds", *_SIZES, "held-out loss", "minus that at 0 %", ""], rows)
+            from_20 = found.difference(variant, "share 20", _loss) if share != 20 else None
+            rows.append([f"{share} %", *_against(found, variant, "share 0", *words), _shown(from_20, sign="+")])
+    titles = ["share of memory", "seeds", *_SIZES, "held-out loss", "minus that at 0 %", "", "minus that at 20 %"]
+    return _table(titles, rows)
 
 
 def _long(found: Found) -> str:
