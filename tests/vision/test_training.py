@@ -94,8 +94,11 @@ def test_trainer_on_pairs_of_image_and_text(model, train, collate, pairs, tmp_pa
     trainer.save_model(tmp_path / "trained")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "trained")
     inputs = collate(pairs)
+    saved = again.state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
     with torch.no_grad():
-        assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
+        # A product of matrices depends on how they lie in memory, in its last bits and on some processors.
+        torch.testing.assert_close(again(**inputs).logits, model.eval()(**inputs).logits, rtol=0, atol=1e-5)
     if HAS_AUTO_IMAGE_PROCESSOR:
         assert isinstance(AutoProcessor.from_pretrained(tmp_path / "trained"), DeepseekV41Processor)
 
