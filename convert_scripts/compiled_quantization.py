@@ -311,12 +311,28 @@ def _pack(codes, values, packed):
 
 
 @_compiled
+def _largest_of_sixteen(row, work, few):
+    """Write the largest magnitude of each 16 channels to `few`; NaN and infinity are the largest of all."""
+    bits, found, largest = row.view(np.int32), work.view(np.int32), few.view(np.int32)
+    # One half is compared with the other, which takes half the time of comparing one number after the other.
+    for block in range(len(few)):
+        for i in range(8):
+            first = np.int32(bits[16 * block + i] & _MAGNITUDE)
+            second = np.int32(bits[16 * block + 8 + i] & _MAGNITUDE)
+            found[8 * block + i] = first if first > second else second
+    for block in range(len(few)):
+        for i in range(4):
+            first, second = found[8 * block + i], found[8 * block + 4 + i]
+            found[4 * block + i] = first if first > second else second
+    for block in range(len(few)):
+        first = max(found[4 * block], found[4 * block + 1])
+        largest[block] = max(first, max(found[4 * block + 2], found[4 * block + 3]))
+
+
+@_compiled
 def _to_nvfp4(row, work, few, codes, global_scale, values, scale, is_compared):
     count = len(scale)
-    blocks, wide = row.reshape(count, 16), work.reshape(count, 16)
-    bits_of_few = few.view(np.int32)
-    for block in range(count):
-        bits_of_few[block] = _largest_bits(blocks[block])
+    _largest_of_sixteen(row, work, few)
     if _largest_bits(few) >= _INFINITY:
         return _NOT_FINITE
     for block in range(count):
@@ -325,6 +341,7 @@ def _to_nvfp4(row, work, few, codes, global_scale, values, scale, is_compared):
     _read_float8(scale, few)
     for block in range(count):
         few[block] = np.float32(few[block] * _UNSCALED) / global_scale
+    wide = work.reshape(count, 16)
     for block in range(count):
         _fill(wide[block], few[block] if few[block] > 0 else np.float32(np.inf))
     for i in range(len(row)):
