@@ -191,7 +191,7 @@ def test_adapter_with_facts_is_saved_loaded_and_forgotten(built, written, tmp_pa
 
 @pytest.mark.slow
 def test_facts_of_two_users_that_share_rows_are_all_recalled():
-    model = make(engram_vocab_size=5)
+    model = make(engram_vocab_size=7)
     for index, facts in enumerate([FACTS[:2], FACTS[2:]]):
         model, report = write_both(model, TOKENIZER, facts, name=f"user{index}", steps=100)
         assert report.recall == 1.0
